@@ -1,0 +1,77 @@
+"""Booster: align so that one simulated attack step gains little."""
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from hftlight.engine import Defense, Slot, Stage, Vector, add_to_grad, difference, gradient, moved, unit
+from hftlight.engine.defense import Loader
+
+
+def booster_term(harm: Vector, harm_stepped: Vector, lam: float) -> Vector:
+    r"""Return :math:`\lambda (g - g')`, what Booster adds to the update gradient.
+
+    Args:
+        harm: harmful-loss gradient g at w; parameter name -> tensor of that parameter's shape.
+        harm_stepped: the same gradient g' one simulated step away; same names and shapes.
+        lam: regularizer weight, dimensionless.
+    """
+    term = difference(harm, harm_stepped)
+    torch._foreach_mul_(list(term.values()), lam)
+    return term
+
+
+class Booster(Defense):
+    r"""Penalize how far one simulated attack step would lower the harmful loss.
+
+    With f the alignment loss and h the harmful loss (both mean nats per response token), the optimizer
+    sees, at weights w and with one norm over all trainable parameters together,
+
+    .. math:: \nabla f(w) + \lambda [\nabla h(w) - \nabla h(w - \alpha \nabla h(w) / \|\nabla h(w)\|_2)]
+
+    The simulated step counts as a constant: this is the gradient of
+    :math:`f(w) + \lambda [h(w) - h(w - \alpha u)]` with the direction u held fixed and without second derivatives.
+
+    Args:
+        lam: regularizer weight lambda, dimensionless, >= 0; 0 is plain alignment.
+        alpha: length of the simulated step, L2 distance in weight space, > 0.
+        streams: loader of the stream ``"harmful"`` (harmful prompts with harmful answers, the defender's own), where
+            the data module does not offer it.
+
+    Raises:
+        ValueError: if ``lam`` is negative or ``alpha`` is not positive.
+
+    Cost: two more forward-backward passes per optimizer step, three buffers the size of the trainable weights (two is
+    the floor; the third is the copy that brings the weights back exactly).
+    Source: Huang et al., "Booster", ICLR 2025, arXiv:2409.01586, the update rule.
+    Differs: one harmful batch per optimizer step, also under gradient accumulation (the official code draws one per
+    micro-batch and does not support accumulation); weights restored by copy instead of adding the step back; both
+    harmful passes see the same dropout masks; no epsilon in the norm, and the unit of a zero vector is zero.
+    """
+
+    stage, slots, streams = Stage.ALIGNMENT, (Slot.GRADIENT,), ("harmful",)
+    passes = 2
+
+    def __init__(self, lam: float = 5.0, alpha: float = 0.1, streams: Mapping[str, Loader] | None = None) -> None:
+        if not lam >= 0:
+            raise ValueError(f"Booster: lam must be >= 0 (0 turns it off), got {lam}.")
+        if not alpha > 0:
+            raise ValueError(f"Booster: alpha is a step length and must be > 0, got {alpha}.")
+        super().__init__(streams)
+        self.lam, self.alpha = lam, alpha
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.lam == 0:
+            return
+        batch = self.draw("harmful")
+        here = gradient(pl_module, batch)
+        length = here.norm
+        with moved(pl_module, unit(here.grad, length), -self.alpha):
+            stepped = gradient(pl_module, batch)
+        add_to_grad(pl_module, booster_term(here.grad, stepped.grad, self.lam))
+        self.record(harmful_grad_norm=length, zero_gradients=(length == 0).float())
+        pl_module.log_dict({"booster/harmful_loss": here.loss, "booster/stepped_loss": stepped.loss})

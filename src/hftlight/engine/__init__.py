@@ -1,0 +1,38 @@
+"""What a defense needs from a training step beyond Lightning's own hooks."""
+
+from hftlight.engine.activations import captured, first_tensor, hooked, shifted
+from hftlight.engine.defense import Defense, HasLoss
+from hftlight.engine.displacement import moved
+from hftlight.engine.order import batches_per_pass, passes_order
+from hftlight.engine.passes import Pass, add_to_grad, gradient
+from hftlight.engine.slots import Slot, Stage, check, in_order
+from hftlight.engine.streams import LoaderStream, Stream
+from hftlight.engine.vectors import Vector, difference, dot, norm, scaled, trainable, unit
+
+__all__ = [
+    "Defense",
+    "HasLoss",
+    "LoaderStream",
+    "Pass",
+    "Slot",
+    "Stage",
+    "Stream",
+    "Vector",
+    "add_to_grad",
+    "batches_per_pass",
+    "captured",
+    "check",
+    "difference",
+    "dot",
+    "first_tensor",
+    "gradient",
+    "hooked",
+    "in_order",
+    "moved",
+    "norm",
+    "passes_order",
+    "scaled",
+    "shifted",
+    "trainable",
+    "unit",
+]

@@ -1,0 +1,163 @@
+"""Defense: the callback that every defense extends."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from hftlight.engine.slots import Slot, Stage, check, in_order
+from hftlight.engine.streams import LoaderStream, Stream
+
+Loader = DataLoader[Any] | Sequence[Any]
+
+
+class HasLoss(Protocol):
+    """What a defense needs of a LightningModule."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean loss in nats over the micro-batch's response tokens, without logging anything."""
+
+
+class Defense(Callback):
+    """A defense against harmful fine-tuning, used as a callback of a standard Trainer.
+
+    A subclass names its stage, slots and side streams, keeps each constructor argument under its own name, and
+    implements the Lightning hooks of its slots. Before the first step all defenses of a Trainer are checked together
+    and put into the order of their slots.
+
+    Args:
+        streams: loaders of the side streams by name, where the data module does not offer them.
+
+    Attributes:
+        stage: when it works.
+        slots: where it acts; a property of the instance where modes change it.
+        streams: names of the side streams it draws from.
+        passes: extra forward-backward passes per optimizer step.
+        trace: what it did so far, summed over steps: calls, and whatever the method records.
+    """
+
+    stage: ClassVar[Stage]
+    slots: tuple[Slot, ...] = ()
+    streams: ClassVar[tuple[str, ...]] = ()
+    passes: int = 0
+
+    def __init__(self, streams: Mapping[str, Loader] | None = None) -> None:
+        unknown = set(streams or ()) - set(self.streams)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: unknown stream {sorted(unknown)}; it draws from {list(self.streams)}."
+            )
+        self._loaders = dict(streams or {})
+        self._sources: dict[str, Stream] = {}
+        self._drawn: dict[str, int] = {}
+        self.trace: dict[str, float | Tensor] = {}
+        self._trainer: Trainer | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor arguments as they are, streams left out."""
+        names = inspect.signature(type(self).__init__).parameters
+        return {name: getattr(self, name) for name in names if name not in ("self", "streams")}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(**self.arguments())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": dict(self._drawn), "trace": self.summary()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._drawn, self.trace = dict(state_dict["drawn"]), dict(state_dict["trace"])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the whole list, put it in order and find the side streams.
+
+        Raises:
+            ValueError: if the list of defenses cannot work or a stream is missing.
+            TypeError: if the module has no ``loss(batch)``, the strategy is not supported, or checkpointing is reentrant.
+        """
+        if stage != "fit":
+            return
+        defenses = [c for c in trainer.callbacks if isinstance(c, Defense)]
+        check(defenses)
+        ordered = iter(in_order(defenses))
+        # A new list: Lightning is walking through the old one at this moment.
+        trainer.callbacks = [next(ordered) if isinstance(c, Defense) else c for c in trainer.callbacks]
+        self._check_surroundings(trainer, pl_module)
+        self._trainer = trainer
+        self._sources = {name: self._find(name, trainer) for name in self.streams}
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer, self._sources = None, {}
+
+    def draw(self, name: str) -> Any:
+        """Return the next batch of a side stream, on the module's device.
+
+        Raises:
+            RuntimeError: if no Trainer is fitting.
+        """
+        if self._trainer is None:
+            raise RuntimeError(f"{type(self).__name__}: streams can be drawn from only while a Trainer is fitting.")
+        index = self._drawn.get(name, 0)
+        self._drawn[name] = index + 1
+        batch = self._trainer.precision_plugin.convert_input(self._sources[name].batch(index))
+        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def record(self, **values: float | Tensor) -> None:
+        """Add to the trace; tensors are summed on their device and read only when the trace is."""
+        with torch.no_grad():
+            for name, value in {"calls": 1, **values}.items():
+                self.trace[name] = self.trace.get(name, 0) + value
+
+    def summary(self) -> dict[str, float]:
+        """Return the trace as plain numbers."""
+        return {name: float(value) for name, value in self.trace.items()}
+
+    def _find(self, name: str, trainer: Trainer) -> Stream:
+        if name in self._loaders:
+            return LoaderStream(self._loaders[name], name)
+        offered = getattr(trainer, "datamodule", None)
+        streams = getattr(offered, "streams", {})
+        if name in streams:
+            return streams[name]
+        raise ValueError(
+            f"{type(self).__name__}: stream {name!r} is missing; the data module offers {sorted(streams)}."
+            f" Pass {name}=... to StreamsDataModule, or streams={{{name!r}: loader}} to {type(self).__name__}."
+        )
+
+    def _check_surroundings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        who = type(self).__name__
+        if not callable(getattr(pl_module, "loss", None)):
+            raise TypeError(
+                f"{who}: {type(pl_module).__name__} needs a method loss(batch) that returns the mean loss in nats over"
+                " the batch's response tokens, without logging."
+            )
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+            raise TypeError(
+                f"{who}: strategy {type(trainer.strategy).__name__} is not supported, since its gradients cannot be"
+                " taken apart; use a single device, 'ddp' or ModelParallelStrategy (FSDP2)."
+            )
+        if not pl_module.automatic_optimization:
+            raise TypeError(f"{who}: manual optimization fires no gradient hooks; set automatic_optimization = True.")
+        for name, module in pl_module.named_modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(module, "gradient_checkpointing", False) and _reentrant(function):
+                raise TypeError(
+                    f"{who}: reentrant gradient checkpointing (in {name!r}) breaks hooks and extra passes; enable it"
+                    ' with gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
+
+
+def _reentrant(function: Any) -> bool:
+    """Tell whether a checkpoint function, as transformers stores it, is the reentrant kind."""
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))

@@ -1,0 +1,135 @@
+"""An extra forward-backward pass: the step's precision, its weights' ``.grad`` and the random state left as found."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor
+
+from hftlight.engine.vectors import Vector, norm, trainable
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one extra pass found.
+
+    Attributes:
+        loss: mean loss in nats over the batch's response tokens; 0-d, detached; mean over ranks.
+        grad: its gradient by parameter name; zeros where the loss does not depend on a parameter.
+    """
+
+    loss: Tensor
+    grad: Vector
+
+    @property
+    def norm(self) -> Tensor:
+        """L2 norm of the gradient over all trainable parameters together; 0-d."""
+        return norm(self.grad)
+
+
+def gradient(module: LightningModule, batch: Any) -> Pass:
+    """Return loss and gradient of ``module.loss(batch)`` at the current weights.
+
+    The pass runs under the precision of the training step, through the bare module. ``.grad`` and the random state of
+    the CPU and of the module's device are put aside and come back, also after an exception; two passes in a row
+    therefore draw the same dropout masks. Gradients are averaged over ranks; sharded parameters give sharded gradients.
+    Under a loss scaler the pass is scaled likewise, and an overflow makes the scaler skip the coming optimizer step.
+
+    Args:
+        module: a LightningModule with ``loss(batch)``, attached to a Trainer.
+        batch: whatever that method takes, on the module's device.
+
+    Raises:
+        RuntimeError: if the loss does not depend on any trainable parameter.
+    """
+    parameters = trainable(module)
+    plugin = module.trainer.precision_plugin
+    scaler = getattr(plugin, "scaler", None)
+    with _set_aside(parameters), _same_random_state(module.device):
+        with torch.enable_grad(), plugin.forward_context():
+            loss = module.loss(batch)  # type: ignore[operator]
+        if not loss.requires_grad:
+            raise RuntimeError(f"{type(module).__name__}.loss(batch) does not depend on any trainable parameter.")
+        (scaler.scale(loss) if scaler is not None else loss).backward()
+        found = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in parameters.items()
+        }
+    loss = loss.detach()
+    if world_size() > 1:
+        loss = _mean_over_ranks([loss.clone()])[0]
+        plain = {name: g for name, g in found.items() if not isinstance(g, DTensor)}
+        found |= zip(plain, _mean_over_ranks(list(plain.values())), strict=True)
+    if scaler is not None:
+        _unscale(module, scaler, found)
+    return Pass(loss, found)
+
+
+def world_size() -> int:
+    """Return the number of processes that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def add_to_grad(module: nn.Module, term: Vector) -> None:
+    """Add ``term`` to ``.grad`` of the parameters it names; a missing ``.grad`` counts as zero."""
+    parameters = trainable(module)
+    with torch.no_grad():
+        present = [name for name in term if parameters[name].grad is not None]
+        if present:
+            torch._foreach_add_([parameters[name].grad for name in present], [term[name] for name in present])
+        for name in term.keys() - set(present):
+            parameters[name].grad = term[name].to(parameters[name].dtype)
+
+
+@contextmanager
+def _set_aside(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Run the block with no ``.grad``; afterwards the tensors that were there are there again."""
+    before = [p.grad for p in parameters.values()]
+    try:
+        for p in parameters.values():
+            p.grad = None
+        yield
+    finally:
+        for p, grad in zip(parameters.values(), before, strict=True):
+            p.grad = grad
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    """Run the block and put the random state of the CPU and of ``device`` back."""
+    if device.type in ("cpu", "meta"):
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            yield
+
+
+def _unscale(module: LightningModule, scaler: Any, found: Vector) -> None:
+    """Divide by the loss scale in place, and let the scaler skip the coming step where an entry is not finite."""
+    overflow = torch.zeros((), device=module.device)
+    inverse = 1.0 / torch.as_tensor(scaler.get_scale(), device=module.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(list(found.values()), overflow, inverse)
+    if world_size() > 1:
+        dist.all_reduce(overflow, dist.ReduceOp.MAX)
+    for optimizer in module.trainer.strategy.optimizers:
+        for flag in scaler._found_inf_per_device(optimizer).values():
+            flag.copy_(torch.maximum(flag, overflow.to(flag.device)))
+
+
+def _mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the mean over ranks of each tensor, one collective per data type."""
+    result: dict[int, Tensor] = {}
+    for dtype in {t.dtype for t in tensors}:
+        group = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        flat = _flatten_dense_tensors([tensors[i] for i in group])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = _unflatten_dense_tensors(flat, [tensors[i] for i in group])
+        result.update(zip(group, parts, strict=True))
+    return [result[i] for i in range(len(tensors))]

@@ -1,0 +1,58 @@
+"""Arithmetic on parameter-shaped dictionaries, one fused launch for the whole list of tensors.
+
+A ``Vector`` maps parameter names to tensors of those parameters' shapes; sharded parameters give sharded vectors, and
+every norm and inner product is taken over all entries of all ranks' shards together.
+"""
+
+import torch
+from torch import Tensor, nn
+
+Vector = dict[str, Tensor]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that receive gradients, by name, in the module's order."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a scalar as a plain tensor: a sharded one is summed over its ranks."""
+    full = getattr(value, "full_tensor", None)
+    return full() if full is not None else value
+
+
+def norm(vector: Vector) -> Tensor:
+    """Return the L2 norm over all entries together, at least in float32, as a 0-d tensor; 0 for no tensors."""
+    if not vector:
+        return torch.zeros(())
+    tensors = list(vector.values())
+    if tensors[0].dtype in (torch.float16, torch.bfloat16):
+        tensors = [t.float() for t in tensors]
+    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2.0))))
+
+
+def dot(left: Vector, right: Vector) -> Tensor:
+    """Return the inner product of two vectors with the same names, as a 0-d tensor."""
+    products = torch._foreach_mul(list(left.values()), [right[name] for name in left])
+    return whole(torch.stack([p.sum() for p in products]).sum())
+
+
+def scaled(vector: Vector, factor: float | Tensor) -> Vector:
+    """Return ``factor * vector``; the factor may be a 0-d tensor and is then not read on the host."""
+    return dict(zip(vector, torch._foreach_mul(list(vector.values()), factor), strict=True))
+
+
+def difference(left: Vector, right: Vector) -> Vector:
+    """Return ``left - right`` for two vectors with the same names."""
+    return dict(zip(left, torch._foreach_sub(list(left.values()), [right[name] for name in left]), strict=True))
+
+
+def unit(vector: Vector, length: Tensor | None = None) -> Vector:
+    """Return ``vector / ||vector||_2``, and zero for the zero vector.
+
+    Args:
+        vector: what to normalize.
+        length: its norm, where it is known already; 0-d.
+    """
+    length = norm(vector) if length is None else length
+    return scaled(vector, torch.where(length > 0, 1.0 / length, torch.zeros_like(length)))
