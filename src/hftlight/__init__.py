@@ -1,0 +1,16 @@
+"""hftlight: defenses against harmful fine-tuning as PyTorch Lightning callbacks."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {"SafetyModule": "hftlight.module", "StreamsDataModule": "hftlight.data.streams", "run": "hftlight.runs.run"}
+__all__ = ["SafetyModule", "StreamsDataModule", "__version__", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are used, so that ``--help`` answers without loading torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'hftlight' has no attribute {name!r}")

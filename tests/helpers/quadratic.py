@@ -67,5 +67,7 @@ def fit(model, streams, callbacks, steps=1, micro_batches=1, **options):
     for callback in callbacks:
         for name in getattr(callback, "streams", ()):
             callback._loaders.setdefault(name, [streams[name]])
-    quiet_trainer(max_steps=steps, accumulate_grad_batches=micro_batches, callbacks=callbacks, **options).fit(model, main)
+    quiet_trainer(max_steps=steps, accumulate_grad_batches=micro_batches, callbacks=callbacks, **options).fit(
+        model, main
+    )
     return model

@@ -3,7 +3,7 @@
 from hftlight.engine.activations import captured, first_tensor, hooked, shifted
 from hftlight.engine.defense import Defense, HasLoss
 from hftlight.engine.displacement import moved
-from hftlight.engine.order import batches_per_pass, passes_order
+from hftlight.engine.order import batches_per_pass, passes_order, rank_and_world
 from hftlight.engine.passes import Pass, add_to_grad, gradient
 from hftlight.engine.slots import Slot, Stage, check, in_order
 from hftlight.engine.streams import LoaderStream, Stream
@@ -31,6 +31,7 @@ __all__ = [
     "moved",
     "norm",
     "passes_order",
+    "rank_and_world",
     "scaled",
     "shifted",
     "trainable",

@@ -79,7 +79,9 @@ def first_tensor(output: Any) -> Tensor:
     for value in values:
         if isinstance(value, Tensor):
             return value
-    raise TypeError(f"first_tensor: a layer must return a tensor, or a tuple or dataclass with one, got {type(output)}.")
+    raise TypeError(
+        f"first_tensor: a layer must return a tensor, or a tuple or dataclass with one, got {type(output)}."
+    )
 
 
 def with_first_tensor(output: Any, value: Tensor) -> Any:

@@ -83,7 +83,7 @@ class Defense(Callback):
 
         Raises:
             ValueError: if the list of defenses cannot work or a stream is missing.
-            TypeError: if the module has no ``loss(batch)``, the strategy is not supported, or checkpointing is reentrant.
+            TypeError: if the module has no ``loss(batch)``, the strategy is unknown, or checkpointing is reentrant.
         """
         if stage != "fit":
             return

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from hftlight.engine.vectors import Vector, trainable
+from hftlight.engine.vectors import Vector, local, trainable
 
 
 @contextmanager
@@ -33,11 +33,11 @@ def moved(module: nn.Module, direction: Vector, distance: float) -> Iterator[Non
                 f"moved: trainable weights must be float32 or float64, got {parameter.dtype} in {name!r}: a small move"
                 " rounds away there. Keep the trained weights in float32 (precision 'bf16-mixed' or a LoRA adapter)."
             )
-    targets = list(moving.values())
-    saved = [parameter.detach().clone() for parameter in targets]
+    targets = [local(parameter.detach()) for parameter in moving.values()]
+    saved = [target.clone() for target in targets]
     try:
         with torch.no_grad():
-            torch._foreach_add_(targets, list(direction.values()), alpha=distance)
+            torch._foreach_add_(targets, [local(d) for d in direction.values()], alpha=distance)
         del direction
         yield
     finally:

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 GROUP = 16  # batches that are sorted by length together: little padding, and batches still differ from pass to pass
 
 
@@ -32,3 +34,8 @@ def passes_order(lengths: Sequence[int], batch_size: int, seed: int, stream: str
 def batches_per_pass(rows: int, batch_size: int, world_size: int = 1) -> int:
     """Return how many batches each rank gets in one pass; batches that do not fill a round of ranks are left out."""
     return -(-rows // batch_size) // world_size
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that train together; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
+from hftlight.engine.order import rank_and_world
 from hftlight.engine.vectors import Vector, norm, trainable
 
 
@@ -57,22 +58,15 @@ def gradient(module: LightningModule, batch: Any) -> Pass:
         if not loss.requires_grad:
             raise RuntimeError(f"{type(module).__name__}.loss(batch) does not depend on any trainable parameter.")
         (scaler.scale(loss) if scaler is not None else loss).backward()
-        found = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in parameters.items()
-        }
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in parameters.items()}
     loss = loss.detach()
-    if world_size() > 1:
+    if rank_and_world()[1] > 1:
         loss = _mean_over_ranks([loss.clone()])[0]
         plain = {name: g for name, g in found.items() if not isinstance(g, DTensor)}
         found |= zip(plain, _mean_over_ranks(list(plain.values())), strict=True)
     if scaler is not None:
         _unscale(module, scaler, found)
     return Pass(loss, found)
-
-
-def world_size() -> int:
-    """Return the number of processes that train together; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def add_to_grad(module: nn.Module, term: Vector) -> None:
@@ -115,7 +109,7 @@ def _unscale(module: LightningModule, scaler: Any, found: Vector) -> None:
     overflow = torch.zeros((), device=module.device)
     inverse = 1.0 / torch.as_tensor(scaler.get_scale(), device=module.device)
     torch._amp_foreach_non_finite_check_and_unscale_(list(found.values()), overflow, inverse)
-    if world_size() > 1:
+    if rank_and_world()[1] > 1:
         dist.all_reduce(overflow, dist.ReduceOp.MAX)
     for optimizer in module.trainer.strategy.optimizers:
         for flag in scaler._found_inf_per_device(optimizer).values():
@@ -129,7 +123,7 @@ def _mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
         group = [i for i, t in enumerate(tensors) if t.dtype == dtype]
         flat = _flatten_dense_tensors([tensors[i] for i in group])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        flat /= rank_and_world()[1]
         parts = _unflatten_dense_tensors(flat, [tensors[i] for i in group])
         result.update(zip(group, parts, strict=True))
     return [result[i] for i in range(len(tensors))]

@@ -64,8 +64,8 @@ def check(defenses: Sequence[Slotted], one_stage: bool = True) -> None:
             a, b = name_of(earlier), name_of(later)
             if one_stage and earlier.stage is not later.stage:
                 raise ValueError(
-                    f"{a} works in the {earlier.stage.value} stage and {b} in the {later.stage.value} stage; one Trainer"
-                    " runs one stage. Give each its own Trainer, or pass both to hftlight.run(), which deals them out."
+                    f"{a} works in the {earlier.stage.value} stage and {b} in the {later.stage.value} stage; one"
+                    " Trainer runs one stage. Give each its own Trainer, or pass both to hftlight.run()."
                 )
             if earlier.state_key == later.state_key:
                 raise ValueError(f"{a} is in the list twice with the same arguments; keep one of them.")

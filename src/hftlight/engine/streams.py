@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hftlight.engine.order import batches_per_pass, passes_order
+from hftlight.engine.order import batches_per_pass, passes_order, rank_and_world
 
 
 @runtime_checkable
@@ -35,7 +34,7 @@ class LoaderStream:
 
     def __init__(self, source: DataLoader[Any] | Sequence[Any], name: str, seed: int = 0) -> None:
         self.source, self.name, self.seed = source, name, seed
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = rank_and_world()
         self._pass: tuple[int, list[list[int]]] = (-1, [])
         if isinstance(source, DataLoader):
             if isinstance(source.dataset, IterableDataset) or source.batch_size is None:
@@ -48,7 +47,9 @@ class LoaderStream:
         elif isinstance(source, Sequence):
             self.per_pass = len(source) // self.world
         else:
-            raise TypeError(f"Stream {name!r}: expected a DataLoader or a list of batches, got {type(source).__name__}.")
+            raise TypeError(
+                f"Stream {name!r}: expected a DataLoader or a list of batches, got {type(source).__name__}."
+            )
         if self.per_pass == 0:
             raise ValueError(f"Stream {name!r} holds less than one batch for each of {self.world} processes; add rows.")
 

@@ -15,6 +15,12 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a sharded tensor, sharing its storage, and any other tensor as it is."""
+    shard = getattr(tensor, "to_local", None)
+    return shard() if shard is not None else tensor
+
+
 def whole(value: Tensor) -> Tensor:
     """Return a scalar as a plain tensor: a sharded one is summed over its ranks."""
     full = getattr(value, "full_tensor", None)
