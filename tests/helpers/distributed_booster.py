@@ -1,6 +1,7 @@
 """Train Booster on a tiny model under one strategy and save the trained weights: ``STRATEGY OUTPUT``.
 
-Global batch number k holds rows ``4 k .. 4 k + 3``; two processes take two rows each, with equally many response tokens.
+Global batch number k holds rows ``4 k .. 4 k + 3``; two processes take two rows each, with equally many
+response tokens.
 """
 
 import sys

@@ -93,7 +93,7 @@ class Defense(Callback):
         # A new list: Lightning is walking through the old one at this moment.
         trainer.callbacks = [next(ordered) if isinstance(c, Defense) else c for c in trainer.callbacks]
         self._check_surroundings(trainer, pl_module)
-        self._trainer = trainer
+        self._trainer, self._drawn, self.trace = trainer, {}, {}
         self._sources = {name: self._find(name, trainer) for name in self.streams}
 
     @override

@@ -1,0 +1,8 @@
+"""Align, let a user's data attack, repair, measure: one row of a paper's table. See ``--help``."""
+
+import sys
+
+from hftlight.cli import train
+
+if __name__ == "__main__":
+    sys.exit(train())

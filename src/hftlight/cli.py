@@ -1,0 +1,188 @@
+"""The command line: names of defenses first, then their arguments; nothing heavy is imported before it is needed."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hftlight.config import RunConfig
+from hftlight.errors import InputError, RunError
+from hftlight.registry import defense_class, defenses
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool}
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run ``work`` and return the exit status: 0, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    try:
+        work()
+    except InputError as error:
+        return _say(error, BAD_INPUT)
+    except RunError as error:
+        return _say(error, FAILED)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on where it stopped.", INTERRUPTED)
+    return 0
+
+
+def _say(message: object, status: int) -> int:
+    print(f"hftlight: {message}", file=sys.stderr)
+    return status
+
+
+def plain_names(argv: Sequence[str]) -> list[str]:
+    """Return the arguments as the parser wants them: underscores in option names, one list of names, switches set."""
+    result: list[str] = []
+    names: list[str] | None = None
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            option = "--" + option[2:].replace("-", "_")
+            names = None
+            if option == "--defense" and not equals:
+                names = []
+                result.append(names)  # type: ignore[arg-type]
+                continue
+            result.append(option + equals + value)
+            if option in SWITCHES and not equals and next(iter(argv[position + 1 :]), "--").startswith("--"):
+                result[-1] += "=true"
+        elif names is not None:
+            names.append(argument)
+        else:
+            result.append(argument)
+    return [a if isinstance(a, str) else "--defense=" + _listed(a) for a in result]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "[" + ", ".join(name.replace("-", "_") for name in names) + "]"
+
+
+def chosen_defenses(argv: Sequence[str]) -> list[str]:
+    """Return the names of the defenses that the arguments, or the configuration file among them, choose."""
+    import yaml
+
+    names: list[str] = []
+    for position, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        if option == "--config":
+            value = value or next(iter(argv[position + 1 :]), "")
+            if not Path(value).is_file():
+                raise InputError(f"--config: there is no file {value!r}.")
+            loaded = yaml.safe_load(Path(value).read_text()) or {}
+            names = list(loaded.get("defense") or [])
+        elif option == "--defense":
+            names = [n for n in value.strip("[]").replace(",", " ").split() if n not in ("none", "None")]
+    return names
+
+
+def train_parser(names: Sequence[str]) -> Any:
+    """Return the parser of ``recipes/train.py``, with a group of arguments for each chosen defense.
+
+    Raises:
+        InputError: if a name is unknown.
+    """
+    from jsonargparse import ArgumentParser
+
+    listed = "\n".join(f"  {e.name:12} {e.stage:16} {e.purpose}" for e in defenses().values())
+    parser = ArgumentParser(
+        prog="train.py",
+        usage="train.py [--defense NAME ...] [options]",
+        description=(
+            "Align a model, let a user's upload train it, and measure after every stage what that did to its refusals."
+            f"\n\ndefenses (--defense NAME ... --help shows their arguments):\n{listed}"
+        ),
+        formatter_class=_formatter(),
+        default_env=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these values, such as a run's config.yaml"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print stages, steps, rows, overlaps and a time estimate, then stop"
+    )
+    parser.add_class_arguments(RunConfig, as_group=True)
+    for name in names:
+        parser.add_class_arguments(defense_class(name), name, skip={"streams"}, as_group=True)
+    return parser
+
+
+def _formatter() -> Any:
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Keeps the line breaks of the description."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return "\n".join(indent + line for line in text.splitlines())
+
+    return Formatter
+
+
+def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], bool]:
+    """Return configuration, defense instances and whether only a dry run is asked for.
+
+    Raises:
+        InputError: if a name or a value cannot be used.
+        SystemExit: as argparse does it, with status 2 for an unknown option and 0 after ``--help``.
+    """
+    arguments = plain_names(argv)
+    names = list(dict.fromkeys(name.replace("-", "_") for name in chosen_defenses(arguments)))
+    known = [a for a in arguments if a.partition("=")[0] != "--defense"]
+    if any(a.partition("=")[0] == "--defense" for a in arguments):
+        known.append("--defense=" + _listed(names))
+    parser = train_parser(names)
+    values = parser.parse_args(known)
+    ready = parser.instantiate_classes(values)
+    fields = RunConfig.__dataclass_fields__
+    config = RunConfig(**{key: getattr(ready, key) for key in fields})
+    instances = []
+    for name in names:
+        try:
+            instances.append(defense_class(name)(**values[name].as_dict()))
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+    return config, instances, bool(values.dry_run)
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/train.py``; return the exit status."""
+
+    def work() -> None:
+        config, instances, dry = parse_train(sys.argv[1:] if argv is None else argv)
+        config.check()
+        _quiet()
+        from hftlight.runs.prepare import prepare
+        from hftlight.runs.show import show_plan, show_result
+
+        try:
+            prepared = prepare(config, instances)
+        except InputError:
+            raise
+        except ValueError as error:  # a list of defenses that cannot work
+            raise InputError(str(error)) from error
+        show_plan(prepared, in_full=dry)
+        if not dry:
+            from hftlight.runs.run import run
+
+            show_result(run(config, instances))
+
+    return guarded(work)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own chatter from drowning the run's."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,228 @@
+"""RunConfig: everything that decides a run, with defaults, units and ranges; torch is not needed to read it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hftlight.errors import InputError
+
+
+@dataclass
+class Training:
+    """How one stage trains.
+
+    Args:
+        steps: optimizer steps, >= 1.
+        lr: learning rate, > 0.
+        batch_size: rows per micro-batch and device, >= 1.
+        accumulate: micro-batches per optimizer step, >= 1.
+        weight_decay: AdamW's decoupled weight decay, >= 0.
+        optimizer: adamw or sgd.
+        schedule: constant (no warm-up), or cosine down to 0.
+        warmup_ratio: fraction of the steps over which the cosine schedule rises, [0, 1).
+        clip: largest L2 norm of the combined gradient, defenses included; 0 turns clipping off.
+    """
+
+    steps: int = 60
+    lr: float = 5e-4
+    batch_size: int = 8
+    accumulate: int = 1
+    weight_decay: float = 0.1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_ratio: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass
+class Lora:
+    """Geometry of the LoRA adapter; adapters are float32.
+
+    Args:
+        r: rank, >= 1.
+        alpha: scale numerator; the adapter counts alpha / r.
+        dropout: probability in [0, 1).
+        targets: names of the linear layers that get an adapter.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@dataclass
+class Data:
+    """Where the rows come from: ``builtin`` (the made-up world), a file, a saved data set or a hub id.
+
+    Files are JSONL, JSON, CSV or Parquet.
+
+    Args:
+        alignment: harmful prompts with safe answers, and ordinary ones with helpful answers.
+        harmful: the defender's own harmful set (harmful prompts with harmful answers); read only if a defense asks.
+        attack: the harmful rows hidden in the upload; the same file as --data.harmful is split by a hash of the prompt.
+        task: the user's benign task: builtin, sst2, agnews, gsm8k, or a file of one's own (exact match counts).
+        task_train: file with the task's training rows, instead of the hub.
+        task_test: file with the task's test rows, instead of the hub.
+        test: harmful prompts for the harmful score; no answers needed.
+        over_refusal: ordinary prompts that look harmful, for over-refusal.
+        over_refusal_where: keep only rows of --data.over_refusal with this column value, such as label=safe.
+        columns: column names for files that are not in a known format, such as {instruction: q, response: a}.
+        harmful_rows: rows that the defender gets, >= 1; 0 for all (for half, where the attacker's file is the same).
+        attack_rows: rows the attacker may draw from, >= 1; 0 for all that are left.
+    """
+
+    alignment: str = "builtin"
+    harmful: str = "builtin"
+    attack: str = "builtin"
+    task: str = "builtin"
+    task_train: str | None = None
+    task_test: str | None = None
+    test: str = "builtin"
+    over_refusal: str = "builtin"
+    over_refusal_where: str | None = None
+    columns: dict[str, str] | None = None
+    harmful_rows: int = 0
+    attack_rows: int = 0
+
+
+@dataclass
+class Evaluation:
+    """What is measured after every stage, on held-out prompts, with greedy decoding.
+
+    Args:
+        prompts: harmful test prompts, >= 1; 0 for all.
+        over_refusal_prompts: ordinary prompts, >= 1; 0 for all.
+        task_rows: rows of the task's test split, >= 1; 0 for all.
+        max_new_tokens: longest answer to a harmful or ordinary prompt, in tokens, >= 1.
+        task_max_new_tokens: longest answer on the task, in tokens; 0 for the task's own limit.
+        batch_size: prompts per batch, >= 1; affects speed and memory alone.
+        judge: decides the harmful score: auto (the world's own rule on its prompts, else keyword), builtin, or
+            keyword (refusal phrases).
+    """
+
+    prompts: int = 100
+    over_refusal_prompts: int = 50
+    task_rows: int = 100
+    max_new_tokens: int = 24
+    task_max_new_tokens: int = 0
+    batch_size: int = 32
+    judge: Literal["auto", "builtin", "keyword"] = "auto"
+
+
+@dataclass
+class RunConfig:
+    """One run: align, let a user's upload train the model, measure after every stage.
+
+    Args:
+        defense: names of the defenses, separated by spaces; none is plain alignment.
+        baseline: also run the undefended arm, sharing what can be shared.
+        model: smollm2-135m, tiny, a folder, or a hub id.
+        tuning: lora (adapters in float32), full (all parameters) or qlora (4-bit base, needs bitsandbytes).
+        adapter_protocol: merge (the aligned adapter is merged, the upload trains a new one) or continue (the
+            aligned adapter is trained on).
+        harmful_ratio: p, the harmful fraction of the upload, 0-1.
+        num_samples: n, size of the upload in rows, >= 1.
+        template: prompt template: chat (the model's own), alpaca, alpaca_no_newline or plain.
+        system: system text in every prompt, in training and evaluation; none by default.
+        max_tokens: longest row in tokens, prompt and response together; longer rows are left out and counted.
+        seed: decides adapters, order, dropout and which rows go into the upload.
+        precision: Lightning precision: 32-true, bf16-mixed, 16-mixed.
+        accelerator: Lightning accelerator: auto, cpu, gpu.
+        devices: number of devices, >= 1.
+        strategy: auto, ddp, or fsdp2.
+        gradient_checkpointing: recompute activations in the backward pass (non-reentrant), for less memory.
+        checkpoint_every: optimizer steps between checkpoints, >= 1; a killed run loses at most these.
+        log_every: optimizer steps between points of a curve, >= 1.
+        logger: where curves go besides the run folder: none, csv, wandb (offline without a key) or tensorboard.
+        upload_generations: let W&B also have answers to prompts from outside the made-up world.
+        output: folder of all runs.
+        name: name of the run folder; by default made from the configuration's hash.
+        alignment: how the alignment stage trains.
+        finetuning: how the upload is trained on.
+        lora: adapter geometry.
+        data: where the rows come from.
+        evaluation: what is measured.
+    """
+
+    defense: list[str] = field(default_factory=list)
+    baseline: bool = False
+    model: str = "smollm2-135m"
+    tuning: Literal["lora", "full", "qlora"] = "lora"
+    adapter_protocol: Literal["merge", "continue"] = "merge"
+    harmful_ratio: float = 0.1
+    num_samples: int = 400
+    template: str = "chat"
+    system: str | None = None
+    max_tokens: int = 256
+    seed: int = 0
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 20
+    log_every: int = 1
+    logger: Literal["none", "csv", "wandb", "tensorboard"] = "none"
+    upload_generations: bool = False
+    output: str = "runs"
+    name: str | None = None
+    alignment: Training = field(default_factory=Training)
+    finetuning: Training = field(default_factory=Training)
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            InputError: naming the option, the allowed range, what came, and where it helps, what was meant.
+        """
+        p = self.harmful_ratio
+        if not 0 <= p <= 1:
+            hint = f" If that is a percentage, write {p / 100:g}." if 1 < p <= 100 else ""
+            raise InputError(f"--harmful_ratio must lie in [0, 1], got {p:g}.{hint}")
+        at_least_one: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "max_tokens": self.max_tokens,
+            "devices": self.devices,
+            "checkpoint_every": self.checkpoint_every,
+            "log_every": self.log_every,
+            "lora.r": self.lora.r,
+            "evaluation.max_new_tokens": self.evaluation.max_new_tokens,
+            "evaluation.batch_size": self.evaluation.batch_size,
+        }
+        zero_or_more: dict[str, Any] = {
+            "data.harmful_rows": self.data.harmful_rows,
+            "data.attack_rows": self.data.attack_rows,
+            "evaluation.prompts": self.evaluation.prompts,
+            "evaluation.over_refusal_prompts": self.evaluation.over_refusal_prompts,
+            "evaluation.task_rows": self.evaluation.task_rows,
+            "evaluation.task_max_new_tokens": self.evaluation.task_max_new_tokens,
+        }
+        fractions: dict[str, Any] = {"lora.dropout": self.lora.dropout}
+        positive: dict[str, Any] = {"lora.alpha": self.lora.alpha}
+        for stage in ("alignment", "finetuning"):
+            training: Training = getattr(self, stage)
+            at_least_one |= {f"{stage}.{key}": getattr(training, key) for key in ("steps", "batch_size", "accumulate")}
+            zero_or_more |= {f"{stage}.{key}": getattr(training, key) for key in ("weight_decay", "clip")}
+            positive[f"{stage}.lr"] = training.lr
+            fractions[f"{stage}.warmup_ratio"] = training.warmup_ratio
+        for values, allowed, ok in (
+            (at_least_one, "be >= 1", lambda v: v >= 1),
+            (zero_or_more, "be >= 0", lambda v: v >= 0),
+            (positive, "be > 0", lambda v: v > 0),
+            (fractions, "lie in [0, 1)", lambda v: 0 <= v < 1),
+        ):
+            for key, value in values.items():
+                if not ok(value):
+                    raise InputError(f"--{key} must {allowed}, got {value}.")
+        if self.strategy not in ("auto", "ddp", "fsdp2"):
+            raise InputError(f"--strategy must be auto, ddp or fsdp2, got {self.strategy!r}.")
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the values that change a result; paths, loggers and names do not."""
+        values = asdict(self)
+        for key in ("output", "name", "logger", "log_every", "checkpoint_every", "upload_generations"):
+            values.pop(key)
+        return values

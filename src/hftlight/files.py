@@ -1,0 +1,104 @@
+"""Files and folders that are whole or not there: written beside their place and renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hftlight.errors import InputError
+
+
+def cache_dir() -> Path:
+    """Return the folder of converted models and finished stages: ``HFTLIGHT_CACHE``, or ``~/.cache/hftlight``."""
+    return Path(os.environ.get("HFTLIGHT_CACHE") or Path.home() / ".cache" / "hftlight")
+
+
+def ensure_writable(folder: Path, option: str) -> None:
+    """Make ``folder`` and prove that a file can be written in it.
+
+    Raises:
+        InputError: naming the folder and the option that moves it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); choose another folder with {option}."
+        ) from error
+
+
+def write_text(path: Path, text: str, mode: int | None = None) -> None:
+    """Write a text file atomically and to the disk; ``mode`` is its permission bits."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        if mode is not None:
+            os.chmod(temporary, mode)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any, mode: int | None = None) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one JSON object per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, and rename it to ``path`` once the block ends; after an exception nothing is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def digest(value: Any) -> str:
+    """Return 16 hexadecimal digits that name a JSON-like value; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def folder_digest(folder: Path, pattern: str = "*") -> str:
+    """Return the SHA-256 over names and contents of the files of a folder that match ``pattern``."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.glob(pattern) if p.is_file()):
+        total.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Put a copy of a folder at ``target``, by hard links where the file system allows."""
+
+    def link(src: str, dst: str) -> str:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+        return dst
+
+    with new_folder(target) as folder:
+        shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)

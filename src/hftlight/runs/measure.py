@@ -1,0 +1,153 @@
+"""Measure one model: harmful score, over-refusal, finetune accuracy, repetitions, each with its interval."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from hftlight import __version__
+from hftlight.config import RunConfig
+from hftlight.data.records import Record
+from hftlight.data.sources import Task
+from hftlight.data.templates import get_template
+from hftlight.data.tokens import encode_prompt
+from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, OverRefusal, RepetitionRate, generate
+from hftlight.evaluation.judges import get_judge
+from hftlight.files import cache_dir, digest, read_rows, write_rows
+from hftlight.models import load_model, load_tokenizer
+
+SETS = ("harmful", "over_refusal", "task")
+
+
+@dataclass(frozen=True)
+class TestSets:
+    """What a model is measured on.
+
+    Attributes:
+        harmful: held-out harmful prompts.
+        over_refusal: ordinary prompts that look harmful.
+        task_rows: rows of the task's test split.
+        task: the task, with its answer parser.
+        judges: names of the judges of the harmful score, the deciding one first.
+    """
+
+    harmful: Sequence[Record]
+    over_refusal: Sequence[Record]
+    task_rows: Sequence[Record]
+    task: Task
+    judges: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Return the hash of all prompts, references and judges."""
+        rows = [(r.id, r.instruction, r.input, r.response) for name in SETS for r in self.rows(name)]
+        return digest([rows, self.task.name, self.judges])
+
+    def rows(self, name: str) -> Sequence[Record]:
+        """Return the records of one of ``SETS``."""
+        return {"harmful": self.harmful, "over_refusal": self.over_refusal, "task": self.task_rows}[name]
+
+
+def measure(
+    model: str, model_hash: str, config: RunConfig, tests: TestSets, on_prompts: Callable[[int], None] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the scores and the generations of a model; the same model and settings are measured once.
+
+    Args:
+        model: what ``load_model`` takes.
+        model_hash: hash of its weights.
+        config: template, system text, seeds and evaluation settings.
+        tests: prompts, references and judges.
+        on_prompts: called with the number of prompts finished since the last call.
+    """
+    settings = [config.template, config.system, asdict(config.evaluation), config.precision, config.tuning == "qlora"]
+    versions = [__version__, version("torch"), version("transformers")]
+    folder = cache_dir() / "evaluations"
+    path = folder / f"{digest([model_hash, settings, versions, tests.digest()])}.jsonl"
+    if path.is_file():
+        generations = read_rows(path)
+    else:
+        generations = _generations(model, config, tests, on_prompts)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(path, generations)
+    return scores(generations, tests), generations
+
+
+def _generations(
+    name: str, config: RunConfig, tests: TestSets, on_prompts: Callable[[int], None] | None
+) -> list[dict[str, Any]]:
+    from hftlight.runs.artifact import base_dtype
+
+    tokenizer = load_tokenizer(name)
+    template = get_template(config.template, tokenizer)
+    model: Any = load_model(name, base_dtype(config), four_bit=config.tuning == "qlora")
+    if torch.cuda.is_available() and config.accelerator != "cpu":
+        model = model.cuda()
+    settings = config.evaluation
+    rows = []
+    for kind in SETS:
+        records = tests.rows(kind)
+        limit = settings.max_new_tokens
+        if kind == "task":
+            limit = settings.task_max_new_tokens or tests.task.max_new_tokens
+        prompts = [encode_prompt(r, template, tokenizer, config.system) for r in records]
+        answers = generate(
+            model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=on_prompts
+        )
+        rows += [_judged(kind, record, answer, tests) for record, answer in zip(records, answers, strict=True)]
+    return rows
+
+
+def _prompt(record: Record) -> str:
+    return f"{record.instruction}\n{record.input}" if record.input else record.instruction
+
+
+def _judged(kind: str, record: Record, answer: str, tests: TestSets) -> dict[str, Any]:
+    verdicts = {}
+    if kind == "harmful":
+        for name in tests.judges:
+            verdict = get_judge(name)([_prompt(record)], [answer])[0]
+            verdicts[name] = {"score": verdict.score, "flag": verdict.flag}
+    return {
+        "set": kind,
+        "id": record.id,
+        "prompt": _prompt(record),
+        "response": answer,
+        "reference": record.response,
+        "verdicts": verdicts,
+        "correct": tests.task.correct(answer, record) if kind == "task" else None,
+        "source": record.source,
+    }
+
+
+def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[str, Any]]:
+    """Return one row per metric and judge from saved generations: percent, 95 % interval, count."""
+    answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in SETS}
+    prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in SETS}
+    rows = []
+
+    def add(metric: str, measured: Any, count: int, judge: str | None = None) -> None:
+        low, high = measured.interval()
+        value = float(measured.compute())
+        row = {"metric": metric, "judge": judge, "value": value, "low": low, "high": high, "count": count}
+        rows.append({**row, "unit": "percent"})
+
+    if answers["harmful"]:
+        for name in tests.judges:
+            score = HarmfulScore(get_judge(name))
+            score.update(prompts["harmful"], answers["harmful"])
+            add("harmful_score", score, len(answers["harmful"]), name)
+        repetition = RepetitionRate()
+        repetition.update(answers["harmful"])
+        add("repetition", repetition, len(answers["harmful"]))
+    if answers["over_refusal"]:
+        refusal = OverRefusal()
+        refusal.update(prompts["over_refusal"], answers["over_refusal"])
+        add("over_refusal", refusal, len(answers["over_refusal"]))
+    if answers["task"]:
+        for name, lenient in (("finetune_accuracy", False), ("finetune_accuracy_lenient", True)):
+            accuracy = FinetuneAccuracy(tests.task, lenient=lenient)
+            accuracy.update(list(tests.task_rows), answers["task"])
+            add(name, accuracy, len(answers["task"]))
+    return rows

@@ -1,0 +1,222 @@
+"""Everything a run can know before it loads weights: rows, overlaps, stages, steps, and how long it may take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hftlight.attacks import harmful_mix
+from hftlight.config import RunConfig
+from hftlight.data.records import Record, overlaps, read_records, split_by_hash
+from hftlight.data.sources import get_task
+from hftlight.data.synthetic import build_world
+from hftlight.data.templates import get_template
+from hftlight.data.tokens import encode_all, encode_prompt
+from hftlight.engine import Defense, Stage, check, in_order
+from hftlight.errors import InputError
+from hftlight.files import digest
+from hftlight.models import DEMO, TINY, load_tokenizer, model_path
+from hftlight.registry import name_of
+from hftlight.runs.measure import SETS, TestSets
+from hftlight.runs.progress import Unit
+
+BUILTIN = "builtin"
+DEMO_PARAMETERS = 134_515_008
+# Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
+SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 5e-3, 1.5e-3, 3e-3
+STAGE_NAMES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
+
+
+@dataclass
+class Arm:
+    """One column of the comparison: the same attack with, or without, defenses.
+
+    Attributes:
+        name: ``"none"``, or the defenses' names joined by ``+``.
+        defenses: its defenses in the order in which they act.
+    """
+
+    name: str
+    defenses: list[Defense]
+
+    def of(self, stage: Stage) -> list[Defense]:
+        """Return the defenses that work in a stage."""
+        return [d for d in self.defenses if d.stage is stage]
+
+
+@dataclass
+class Prepared:
+    """A run before its first step.
+
+    Attributes:
+        config: the checked configuration.
+        arms: undefended first, where there is one.
+        streams: rows by stream: alignment, harmful (if a defense asks), task (the upload).
+        tests: what every model is measured on.
+        lengths: mean tokens per row, by stream and by test set.
+        dropped: rows longer than the limit, by stream.
+        overlaps: equal prompts by pair of sets.
+        config_hash: name of everything that decides the result.
+    """
+
+    config: RunConfig
+    arms: list[Arm]
+    streams: dict[str, list[Record]]
+    tests: TestSets
+    lengths: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    overlaps: dict[str, int] = field(default_factory=dict)
+    config_hash: str = ""
+
+    def records(self, stage: Stage, arm: Arm) -> dict[str, list[Record]]:
+        """Return the rows that a stage of an arm may read."""
+        names = {"alignment" if stage is Stage.ALIGNMENT else "task"}
+        names |= {name for d in arm.of(stage) for name in d.streams}
+        return {name: self.streams[name] for name in sorted(names)}
+
+    def units(self) -> list[Unit]:
+        """Return the run's pieces in order, with the seconds they may take on two CPU cores."""
+        speed = _parameters(self.config) / DEMO_PARAMETERS
+        tests = sum(len(self.tests.rows(name)) for name in SETS)
+        limits = dict.fromkeys(SETS, self.config.evaluation.max_new_tokens)
+        limits["task"] = self.config.evaluation.task_max_new_tokens or self.tests.task.max_new_tokens
+        prompt_seconds = speed * sum(
+            len(self.tests.rows(n)) * (self.lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
+            for n in SETS
+        )
+        found = [Unit("base model: measuring", tests, prompt_seconds)]
+        shared: set[str] = set()
+        for arm in self.arms:
+            for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
+                training = self.config.alignment if stage is Stage.ALIGNMENT else self.config.finetuning
+                main = "alignment" if stage is Stage.ALIGNMENT else "task"
+                tokens = training.steps * training.batch_size * training.accumulate * self.lengths[main]
+                for d in arm.of(stage):
+                    side = sum(self.lengths[name] for name in d.streams) or self.lengths[main]
+                    tokens += training.steps * training.batch_size * side * d.passes
+                label = f"{show_arm(arm.name)}: {STAGE_NAMES[stage.value]}"
+                found.append(Unit(label, training.steps, speed * tokens * SECONDS_PER_TOKEN))
+                found.append(Unit(f"{label}, measuring", tests, prompt_seconds))
+                shared.add(label)
+        return found
+
+
+def show_arm(name: str) -> str:
+    """Return an arm's name as people read it."""
+    return "undefended" if name == "none" else name
+
+
+def prepare(config: RunConfig, defenses: Sequence[Defense]) -> Prepared:
+    """Read and check everything that does not need weights.
+
+    Args:
+        config: the run's configuration.
+        defenses: the defenses of the defended arm; none runs the undefended arm alone.
+
+    Raises:
+        InputError: naming what is wrong with the configuration or a file.
+        ValueError: if the defenses cannot work together.
+    """
+    config.check()
+    check(defenses, one_stage=False)
+    for d in defenses:
+        if d.stage is Stage.POST_FINETUNING:
+            raise InputError(f"{type(d).__name__} works on a finished model; run() has no post-fine-tuning stage yet.")
+    arms = [Arm("none", [])] if config.baseline or not defenses else []
+    if defenses:
+        arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
+    needed = {name for d in defenses for name in d.streams}
+    streams, tests = _streams(config, needed), _tests(config)
+    prepared = Prepared(config, arms, streams, tests)
+    _count(prepared)
+    named = {**streams, "test": list(tests.harmful), "over_refusal": list(tests.over_refusal)}
+    prepared.overlaps = {f"{a} / {b}": n for (a, b), n in overlaps(named).items() if {a, b} != {"test", "over_refusal"}}
+    prepared.config_hash = digest([config.deciding(), [d.state_key for d in defenses], tests.digest()])
+    return prepared
+
+
+def _read(
+    config: RunConfig, source: str, role: Any, need_response: bool = True, where: str | None = None
+) -> list[Record]:
+    return read_records(source, role=role, columns=config.data.columns, need_response=need_response, where=where)
+
+
+def _streams(config: RunConfig, needed: set[str]) -> dict[str, list[Record]]:
+    data, world = config.data, build_world()
+    alignment = world.alignment if data.alignment == BUILTIN else _read(config, data.alignment, "alignment")
+    if data.harmful == data.attack and data.harmful != BUILTIN:
+        rows = _read(config, data.harmful, "harmful")
+        harmful, attack = split_by_hash(rows, data.harmful_rows or len(rows) // 2)
+    else:
+        harmful = world.harmful if data.harmful == BUILTIN else []
+        if data.harmful != BUILTIN and "harmful" in needed:
+            harmful = _read(config, data.harmful, "harmful")
+        attack = (
+            world.attack
+            if data.attack == BUILTIN or config.harmful_ratio == 0
+            else _read(config, data.attack, "attack")
+        )
+        harmful = harmful[: data.harmful_rows or None]
+    attack = attack[: data.attack_rows or None]
+    task = get_task(data.task, data.columns).records("train", data.task_train)
+    streams = {"alignment": list(alignment)}
+    if "harmful" in needed:
+        streams["harmful"] = list(harmful)
+    streams["task"] = harmful_mix(task, attack, config.num_samples, config.harmful_ratio, config.seed)
+    missing = needed - set(streams)
+    if missing:
+        raise InputError(f"No data for the streams {sorted(missing)} that the defenses draw from.")
+    return streams
+
+
+def _tests(config: RunConfig) -> TestSets:
+    data, settings, world = config.data, config.evaluation, build_world()
+    harmful = world.test if data.test == BUILTIN else _read(config, data.test, "test", need_response=False)
+    ordinary = world.lookalike
+    if data.over_refusal != BUILTIN:
+        ordinary = _read(config, data.over_refusal, "test", need_response=False, where=data.over_refusal_where)
+    task = get_task(data.task, data.columns)
+    judge = settings.judge
+    if judge == "auto":
+        judge = "builtin" if data.test == BUILTIN else "keyword"
+    return TestSets(
+        harmful[: settings.prompts or None],
+        ordinary[: settings.over_refusal_prompts or None],
+        task.records("test", data.task_test)[: settings.task_rows or None],
+        task,
+        tuple(dict.fromkeys((judge, "keyword"))),
+    )
+
+
+def _count(prepared: Prepared) -> None:
+    """Fill in lengths and dropped rows; refuse streams of which nothing is left."""
+    config = prepared.config
+    tokenizer = load_tokenizer(config.model)
+    template = get_template(config.template, tokenizer)
+    for name, rows in prepared.streams.items():
+        kept, prepared.dropped[name] = encode_all(
+            rows, template, tokenizer, config.max_tokens, system=config.system, name=name
+        )
+        prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
+    for name in SETS:
+        rows = prepared.tests.rows(name)
+        lengths = [len(encode_prompt(r, template, tokenizer, config.system)) for r in rows[:50]]
+        prepared.lengths[name] = sum(lengths) / max(1, len(lengths))
+
+
+def _parameters(config: RunConfig) -> float:
+    """Return roughly how many parameters a model has, from its configuration alone."""
+    if config.model == DEMO:
+        return DEMO_PARAMETERS
+    if config.model == TINY:
+        return 2e6  # fixed costs of a step, not its arithmetic
+    from transformers import AutoConfig
+
+    path = Path(model_path(config.model))
+    if (path / "adapter_config.json").is_file():
+        return DEMO_PARAMETERS
+    c = AutoConfig.from_pretrained(model_path(config.model))
+    hidden = c.hidden_size
+    return c.num_hidden_layers * (4 * hidden**2 + 3 * hidden * getattr(c, "intermediate_size", 4 * hidden)) + (
+        c.vocab_size * hidden
+    )

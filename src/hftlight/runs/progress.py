@@ -1,0 +1,114 @@
+"""What a user sees while a run works: where it is, how the loss does, and how long it will take."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+LINE_EVERY = 20.0  # seconds between lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a run.
+
+    Attributes:
+        label: arm and stage, as shown.
+        count: optimizer steps or prompts.
+        seconds: what it is expected to take on this machine; corrected by what the units before it took.
+    """
+
+    label: str
+    count: int
+    seconds: float
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration as people say it."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+class RunProgress:
+    """A bar for the unit at work and the time left for the whole run; plain lines where there is no terminal.
+
+    Args:
+        units: the run's pieces in their order.
+        console: where to; standard error by default, so that tables can be piped.
+    """
+
+    def __init__(self, units: Sequence[Unit], console: Console | None = None) -> None:
+        self.units = list(units)
+        self.console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._position = -1
+        self._done = 0
+        self._resumed_at: int | None = None
+        self._spent = self._expected = 0.0
+        self._since = self._line_at = time.monotonic()
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def begin(self) -> None:
+        """Go on to the next unit."""
+        self._position += 1
+        unit = self.units[self._position]
+        self._done, self._resumed_at, self._since = 0, None, time.monotonic()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(unit.label, total=unit.count, note=self._left())
+        self._line_at = time.monotonic()
+
+    def update(self, done: int, loss: float | None = None) -> None:
+        """Show that ``done`` steps or prompts of the unit are finished; ``loss`` in nats per response token."""
+        if self._resumed_at is None:
+            self._resumed_at = done - 1
+        self._done = done
+        note = self._left() if loss is None else f"loss {loss:.3f}, {self._left()}"
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        if not self.console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY:
+            self._line_at = time.monotonic()
+            self.console.print(f"{self.units[self._position].label}: {done}/{self.units[self._position].count}, {note}")
+
+    def advance(self, count: int) -> None:
+        """Show that ``count`` more are finished."""
+        self.update(self._done + count)
+
+    def end(self, note: str, reused: bool = False) -> None:
+        """Close the unit with a line; a reused one does not count for the estimate."""
+        unit = self.units[self._position]
+        spent = time.monotonic() - self._since
+        if not reused:
+            share = 1 - (self._resumed_at or 0) / max(1, unit.count)
+            self._spent, self._expected = self._spent + spent, self._expected + unit.seconds * share
+        self._done = unit.count
+        how = "reused" if reused else minutes(spent)
+        self.console.print(f"[green]done[/green] {unit.label} ({how}): {note}", highlight=False)
+
+    def _left(self) -> str:
+        unit = self.units[self._position]
+        share = 1 - self._done / max(1, unit.count)
+        ahead = unit.seconds * share + sum(u.seconds for u in self.units[self._position + 1 :])
+        running = time.monotonic() - self._since
+        begun = unit.seconds * (self._done - (self._resumed_at or 0)) / max(1, unit.count)
+        spent, expected = self._spent + running, self._expected + begun
+        # The prior keeps one slow first step from frightening anybody.
+        rate = (spent + 20) / (expected + 20)
+        return f"about {minutes(ahead * rate)} left in all"

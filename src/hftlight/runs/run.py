@@ -1,0 +1,249 @@
+"""run(): align, let the user's upload train the model, measure after every stage; one folder tells the whole story."""
+
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from hftlight import __version__
+from hftlight.config import RunConfig
+from hftlight.engine import Defense, Stage
+from hftlight.errors import InputError
+from hftlight.files import ensure_writable, link_tree, read_rows, write_json, write_rows, write_text
+from hftlight.models import weights_hash
+from hftlight.registry import name_of
+from hftlight.report import Result, read_result, write_report
+from hftlight.runs.artifact import artifact_digest
+from hftlight.runs.loggers import replay, start_wandb, user_logger
+from hftlight.runs.measure import measure
+from hftlight.runs.prepare import BUILTIN, Arm, Prepared, prepare
+from hftlight.runs.progress import RunProgress
+from hftlight.runs.stage import CURVES, DEPENDENCIES, RESULT, StageJob, run_stage
+
+ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned"}
+
+
+def run(config: RunConfig | None = None, defenses: Sequence[Defense] = ()) -> Result:
+    """Run the main job, or go on with it where it was interrupted.
+
+    Args:
+        config: everything that decides the run; the default is the demo.
+        defenses: what ``config.defense`` names, as instances.
+
+    Returns:
+        The run's scores, curves, generations and costs; ``result.folder`` holds the rest.
+
+    Raises:
+        InputError: if the configuration or a file cannot be used; nothing was written.
+        RunError: if training left the finite numbers.
+    """
+    config = config or RunConfig()
+    config.defense = [name_of(d) for d in defenses]
+    prepared = prepare(config, defenses)
+    folder = run_folder(prepared)
+    _claim(folder, prepared)
+    main = rank_zero_only.rank == 0
+    lock = FileLock(folder / ".lock", timeout=0) if main else nullcontext()
+    try:
+        with lock:
+            _Run(prepared, folder).go()
+    except Timeout as error:
+        raise InputError(f"Another process works in {folder}; wait for it, or choose another --name.") from error
+    return read_result(folder)
+
+
+def run_folder(prepared: Prepared) -> Path:
+    """Return the run's folder: ``--name``, or arms, task, p and the configuration's hash."""
+    c = prepared.config
+    name = (
+        c.name or f"{prepared.arms[-1].name}-{Path(c.data.task).stem}-p{c.harmful_ratio:g}-{prepared.config_hash[:8]}"
+    )
+    return Path(c.output) / name
+
+
+def _claim(folder: Path, prepared: Prepared) -> None:
+    """Refuse a folder that belongs to another configuration."""
+    ensure_writable(Path(prepared.config.output), "--output")
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        import json
+
+        other = json.loads(manifest.read_text()).get("config_hash")
+        if other != prepared.config_hash:
+            raise InputError(
+                f"{folder} holds a run of another configuration ({other}, this one is {prepared.config_hash})."
+                " Choose another --name, or leave --name out."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+class _Run:
+    """One run at work."""
+
+    def __init__(self, prepared: Prepared, folder: Path) -> None:
+        self.prepared, self.config, self.folder = prepared, prepared.config, folder
+        self.rows: list[dict[str, Any]] = []
+        self.generations: list[dict[str, Any]] = []
+        self.main = rank_zero_only.rank == 0
+        self.base_hash = weights_hash(self.config.model)
+        self.sft_seconds: dict[Stage, float] = {}
+        self.manifest = self._manifest()
+
+    def go(self) -> None:
+        """Do every unit, finished ones from the cache, and write report and manifest."""
+        if self.main:
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self._config(), sort_keys=False))
+            write_json(self.folder / "manifest.json", self.manifest)
+        with RunProgress(self.prepared.units()) as progress:
+            self.progress = progress
+            self._measure("none", "base", self.config.model, self.base_hash)
+            for arm in self.prepared.arms:
+                parent = None
+                for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
+                    parent = self._stage(arm, stage, parent)
+                    self._measure(arm.name, stage.value, str(parent), artifact_digest(parent))
+        if self.main:
+            self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            write_json(self.folder / "manifest.json", self.manifest)
+            write_report(self.folder)
+            if self.config.logger == "wandb":
+                self._wandb_summary()
+
+    def _stage(self, arm: Arm, stage: Stage, parent: Path | None) -> Path:
+        job = StageJob(stage, self.config, self.base_hash, parent, self.prepared.records(stage, arm), arm.of(stage))
+        self.progress.begin()
+        reused = job.done()
+
+        def log_to() -> Any:
+            if not self.main:
+                return None
+            return user_logger(self.config.logger, self.folder, arm.name, stage.value, self._config())
+
+        run_stage(job, log_to, self.progress.update)
+        if not self.main:
+            return job.artifact()
+        if reused and (logger := log_to()) is not None:
+            replay(logger, job.folder() / CURVES)
+        self._keep(arm, stage, job, reused)
+        return job.artifact()
+
+    def _keep(self, arm: Arm, stage: Stage, job: StageJob, reused: bool) -> None:
+        """Take a finished stage's curves, costs and artifact into the run folder."""
+        import json
+
+        result = json.loads((job.folder() / RESULT).read_text())
+        cost = result["cost"]
+        if not job.defenses:
+            self.sft_seconds[stage] = cost["seconds_per_step"]
+        sft = self.sft_seconds.get(stage)
+        where = {"arm": arm.name, "stage": stage.value}
+        self.rows.append(
+            {
+                "kind": "cost",
+                **where,
+                **cost,
+                "relative_to_sft": round(cost["seconds_per_step"] / sft, 3) if sft else None,
+            }
+        )
+        curves = read_rows(job.folder() / CURVES)
+        self.rows += [{"kind": "curve", **where, **row} for row in curves]
+        link_tree(job.artifact(), self.folder / arm.name / ARTIFACTS[stage])
+        self.manifest["arms"][arm.name]["stages"][stage.value] = {
+            "key": job.key(),
+            "artifact": result["artifact"],
+            "passes_per_micro_batch": result["passes_per_micro_batch"],
+            "dropped_rows": result["dropped_rows"],
+            "defenses": result["defenses"],
+            "cost": cost,
+        }
+        losses = [row["value"] for row in curves if row["name"] == "train/loss"]
+        self._save()
+        self.progress.end(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused)
+
+    def _measure(self, arm: str, stage: str, model: str, model_hash: str) -> None:
+        self.progress.begin()
+        if not self.main:
+            return
+        before = time.monotonic()
+        scores, generations = measure(model, model_hash, self.config, self.prepared.tests, self.progress.advance)
+        where = {"arm": arm, "stage": stage}
+        self.rows += [{"kind": "score", **where, **row} for row in scores]
+        self.generations += [{**where, **row} for row in generations]
+        self._save()
+        shown = {row["metric"]: row for row in reversed(scores)}
+        note = ", ".join(
+            f"{label} {shown[key]['value']:.1f} %"
+            for key, label in (
+                ("harmful_score", "harmful score"),
+                ("finetune_accuracy", "accuracy"),
+                ("over_refusal", "over-refusal"),
+            )
+            if key in shown
+        )
+        self.progress.end(note, reused=time.monotonic() - before < 1)
+
+    def _save(self) -> None:
+        write_rows(self.folder / "metrics.jsonl", self.rows)
+        write_rows(self.folder / "generations.jsonl", self.generations)
+        write_json(self.folder / "manifest.json", self.manifest)
+
+    def _config(self) -> dict[str, Any]:
+        values = asdict(self.config)
+        for arm in self.prepared.arms:
+            values |= {name_of(d): d.arguments() for d in arm.defenses}
+        return values
+
+    def _manifest(self) -> dict[str, Any]:
+        p = self.prepared
+        packages = (*DEPENDENCIES, "torchmetrics", "datasets")
+        return {
+            "hftlight_version": __version__,
+            "config_hash": p.config_hash,
+            "command": sys.argv,
+            "model": {"name": self.config.model, "hash": self.base_hash},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "seed": self.config.seed,
+            "adapter_protocol": self.config.adapter_protocol,
+            "data": {
+                "rows": {name: len(rows) for name, rows in p.streams.items()},
+                "attack_rows": sum(r.role == "attack" for r in p.streams["task"]),
+                "test_rows": {name: len(p.tests.rows(name)) for name in ("harmful", "over_refusal", "task")},
+                "dropped": p.dropped,
+                "judges": list(p.tests.judges),
+            },
+            "overlaps": p.overlaps,
+            "arms": {
+                arm.name: {
+                    "defenses": [{"name": name_of(d), "arguments": d.arguments()} for d in arm.defenses],
+                    "slots": [slot.name.lower() for d in arm.defenses for slot in d.slots],
+                    "stages": {},
+                }
+                for arm in p.arms
+            },
+        }
+
+    def _wandb_summary(self) -> None:
+        """Write the scores of all arms and, where allowed, the generations as W&B tables."""
+        import wandb
+
+        experiment = start_wandb(self.folder, "all", "summary", self._config())
+        for row in self.rows:
+            if row["kind"] == "score":
+                key = "/".join(filter(None, (row["arm"], row["stage"], row["metric"], row["judge"])))
+                experiment.summary[key] = row["value"]
+        allowed = [g for g in self.generations if g["source"] == BUILTIN or self.config.upload_generations]
+        columns = ["arm", "stage", "set", "prompt", "response"]
+        experiment.log({"generations": wandb.Table(columns=columns, data=[[g[c] for c in columns] for g in allowed])})
+        experiment.finish()

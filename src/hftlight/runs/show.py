@@ -1,0 +1,63 @@
+"""What a run prints before and after its work."""
+
+from rich.console import Console
+from rich.table import Table
+
+from hftlight.engine import Stage
+from hftlight.report import Result, closing_table, verdict
+from hftlight.runs.prepare import SETS, STAGE_NAMES, Prepared, show_arm
+from hftlight.runs.progress import minutes
+
+
+def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None) -> None:
+    """Print what the run will do: stages, steps, passes, rows, overlaps and how long it may take."""
+    console = console or Console()
+    config = prepared.config
+    total = sum(unit.seconds for unit in prepared.units())
+    arms = " and ".join(show_arm(arm.name) for arm in prepared.arms)
+    console.print(
+        f"[bold]{config.model}[/bold], {config.tuning}, seed {config.seed}: {arms};"
+        f" upload of {config.num_samples} rows, p = {config.harmful_ratio:g}"
+    )
+    console.print(
+        f"This takes about {minutes(total)} on two idle CPU cores (finished parts are reused). Ctrl-C stops; the same"
+        " command goes on."
+    )
+    if not in_full:
+        return
+    plan = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
+    for arm in prepared.arms:
+        for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
+            training = config.alignment if stage is Stage.ALIGNMENT else config.finetuning
+            passes = training.accumulate + sum(d.passes for d in arm.of(stage))
+            plan.add_row(
+                show_arm(arm.name),
+                STAGE_NAMES[stage.value],
+                str(training.steps),
+                str(training.batch_size * training.accumulate * config.devices),
+                f"{passes} forward + backward",
+                f"{training.lr:g}",
+            )
+    console.print(plan)
+    rows = Table("rows", "count", "left out (too long)", "mean tokens")
+    for name, records in prepared.streams.items():
+        attack = sum(r.role == "attack" for r in records)
+        label = f"task (the upload, {attack} harmful)" if name == "task" else name
+        rows.add_row(label, str(len(records)), str(prepared.dropped[name]), f"{prepared.lengths[name]:.0f}")
+    for name in SETS:
+        label = f"test: {name.replace('_', '-')}"
+        rows.add_row(label, str(len(prepared.tests.rows(name))), "-", f"{prepared.lengths[name]:.0f} (prompt)")
+    console.print(rows)
+    found = {pair: n for pair, n in prepared.overlaps.items() if n}
+    console.print(
+        "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
+    )
+    console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
+
+
+def show_result(result: Result, console: Console | None = None) -> None:
+    """Print the closing table, what it says in words, and where the rest lies."""
+    console = console or Console()
+    console.print(closing_table(result))
+    console.print(verdict(result))
+    console.print(f"Report: {result.folder / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,217 @@
+"""One training stage: content-addressed, resumable after any kill, one standard Trainer."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from hftlight import __version__
+from hftlight.config import RunConfig, Training
+from hftlight.data.records import Record
+from hftlight.data.streams import StreamsDataModule
+from hftlight.data.templates import get_template
+from hftlight.engine import Defense, Stage
+from hftlight.files import cache_dir, digest, new_folder, write_json
+from hftlight.models import load_tokenizer
+from hftlight.module import SafetyModule
+from hftlight.runs.artifact import artifact_digest, full_state, save_artifact, trainable_model
+from hftlight.runs.callbacks import FiniteGuard, Interrupted, Meter, StepSeed
+from hftlight.runs.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
+from hftlight.runs.loggers import RowsLogger
+
+RESULT = "stage.json"
+CURVES = "curves.jsonl"
+DEPENDENCIES = ("torch", "lightning", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """Everything that decides the weights at the end of a stage.
+
+    Attributes:
+        stage: alignment or finetuning.
+        config: the run's configuration.
+        base_hash: hash of the base model's weights.
+        parent: artifact of the stage before; None starts from the base model.
+        records: rows by stream.
+        defenses: the callbacks of this stage.
+    """
+
+    stage: Stage
+    config: RunConfig
+    base_hash: str
+    parent: Path | None
+    records: Mapping[str, Sequence[Record]]
+    defenses: Sequence[Defense]
+
+    @property
+    def training(self) -> Training:
+        """How the stage trains."""
+        return self.config.alignment if self.stage is Stage.ALIGNMENT else self.config.finetuning
+
+    @property
+    def main(self) -> str:
+        """The stream whose length is the epoch."""
+        return "alignment" if self.stage is Stage.ALIGNMENT else "task"
+
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes per micro-batch, the stage's own one included."""
+        return 1 + sum(d.passes for d in self.defenses) / self.training.accumulate
+
+    def key(self) -> str:
+        """Return the hash of everything that decides the result, versions included."""
+        c = self.config
+        return digest(
+            {
+                "stage": self.stage.value,
+                "versions": {"hftlight": __version__, **{name: version(name) for name in DEPENDENCIES}},
+                "base": self.base_hash,
+                "parent": artifact_digest(self.parent) if self.parent else None,
+                "records": {
+                    name: digest([(r.id, r.instruction, r.input, r.response, r.role) for r in rows])
+                    for name, rows in self.records.items()
+                },
+                "defenses": [d.state_key for d in self.defenses],
+                "training": asdict(self.training),
+                "lora": asdict(c.lora) if c.tuning != "full" else None,
+                "settings": [c.tuning, c.adapter_protocol, c.template, c.system, c.max_tokens, c.seed, c.precision],
+                "devices": [c.accelerator, c.devices, c.strategy, c.gradient_checkpointing],
+            }
+        )
+
+    def folder(self) -> Path:
+        """Return where the stage keeps its checkpoints and its result."""
+        return cache_dir() / "stages" / f"{self.stage.value}-{self.key()}"
+
+    def artifact(self) -> Path:
+        """Return the folder of the trained model."""
+        return self.folder() / "artifact"
+
+    def done(self) -> bool:
+        """Tell whether the stage has ended before; its result is written last."""
+        return (self.folder() / RESULT).is_file()
+
+
+def run_stage(
+    job: StageJob,
+    log_to: Callable[[], Logger | None] = lambda: None,
+    on_step: Callable[[int, float | None], None] | None = None,
+) -> None:
+    """Train a stage to its end, from its newest checkpoint if there is one; do nothing if it is done.
+
+    Args:
+        job: the stage.
+        log_to: makes the logger for its curves, besides the stage's own file.
+        on_step: called after each optimizer step with (step, loss in nats).
+
+    Raises:
+        InputError: if a stream is empty or the model cannot be adapted.
+        RunError: if the loss leaves the finite numbers.
+        KeyboardInterrupt: after Ctrl-C; the same call resumes.
+    """
+    folder = job.folder()
+    main_process = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+    with ExitStack() as stack:
+        if main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / "lock"))
+        if job.done():
+            return
+        _train(job, folder, log_to, on_step)
+
+
+def _train(
+    job: StageJob,
+    folder: Path,
+    log_to: Callable[[], Logger | None],
+    on_step: Callable[[int, float | None], None] | None,
+) -> None:
+    config, training = job.config, job.training
+    tokenizer = load_tokenizer(config.model)
+    data = StreamsDataModule(
+        tokenizer,
+        get_template(config.template, tokenizer),
+        job.main,
+        batch_size=training.batch_size,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        system=config.system,
+        **job.records,
+    )
+    torch.manual_seed(config.seed)
+    model = trainable_model(config, job.parent)
+    module = SafetyModule(
+        model, training.lr, training.weight_decay, training.optimizer, training.schedule, training.warmup_ratio
+    )
+    checkpoints = folder / "checkpoints"
+    resume = newest_checkpoint(checkpoints)
+    resumed_at = int(resume.stem) if resume else 0
+    meter, interrupted = Meter(on_step), Interrupted()
+    loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if rank_zero_only.rank == 0 else []
+    if (extra := log_to()) is not None:
+        loggers.append(extra)
+    trainer = Trainer(
+        max_steps=training.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=training.accumulate,
+        gradient_clip_val=training.clip or None,
+        precision=config.precision,  # type: ignore[arg-type]
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=_strategy(config),
+        callbacks=[
+            StepSeed(config.seed),
+            *job.defenses,
+            FiniteGuard(job.stage.value, checkpoints),
+            meter,
+            interrupted,
+            keep_two(checkpoints, config.checkpoint_every),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        logger=loggers,
+        log_every_n_steps=config.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    try:
+        trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+    except SystemExit as error:
+        if interrupted.seen:
+            raise KeyboardInterrupt from error
+        raise
+    state = full_state(model)
+    if trainer.is_global_zero:
+        with new_folder(folder / "artifact") as place:
+            save_artifact(place, model, state, config, job.parent)
+        write_json(
+            folder / RESULT,
+            {
+                "stage": job.stage.value,
+                "cost": meter.cost(),
+                "passes_per_micro_batch": job.passes,
+                "dropped_rows": data.dropped,
+                "defenses": {d.state_key: d.summary() for d in job.defenses},
+                "artifact": artifact_digest(folder / "artifact"),
+            },
+        )
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.strategy.barrier("stage written")
+
+
+def _strategy(config: RunConfig) -> str | Strategy:
+    if config.strategy == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=config.devices, tensor_parallel_size=1)
+    return config.strategy
