@@ -1,5 +1,7 @@
 """The command line: names of defenses first, then their arguments; nothing heavy is imported before it is needed."""
 
+import argparse
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,9 +9,11 @@ from typing import Any
 
 from hftlight.config import RunConfig
 from hftlight.errors import InputError, RunError
+from hftlight.files import cache_dir, ensure_writable, new_folder, write_json, write_rows
 from hftlight.registry import defense_class, defenses
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+MEASURING = {"model", "tuning", "template", "system", "precision", "accelerator", "data", "evaluation"}
 SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool}
 
 
@@ -133,16 +137,12 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], bool]:
         known.append("--defense=" + _listed(names))
     parser = train_parser(names)
     values = parser.parse_args(known)
-    ready = parser.instantiate_classes(values)
-    fields = RunConfig.__dataclass_fields__
-    config = RunConfig(**{key: getattr(ready, key) for key in fields})
-    instances = []
-    for name in names:
-        try:
-            instances.append(defense_class(name)(**values[name].as_dict()))
-        except (ValueError, TypeError) as error:
-            raise InputError(str(error)) from error
-    return config, instances, bool(values.dry_run)
+    try:
+        ready = parser.instantiate_classes(values)
+    except (ValueError, TypeError) as error:  # a defense refuses its arguments
+        raise InputError(str(error)) from error
+    config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__})
+    return config, [ready[name] for name in names], bool(values.dry_run)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -166,6 +166,99 @@ def train(argv: Sequence[str] | None = None) -> int:
             from hftlight.runs.run import run
 
             show_result(run(config, instances))
+
+    return guarded(work)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/evaluate.py``; return the exit status."""
+
+    def work() -> None:
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(
+            prog="evaluate.py",
+            usage="evaluate.py --model MODEL [options]",
+            description="Measure any model: an artifact of a run, a folder, or a hub id.",
+        )
+        parser.add_argument("--save", type=str, default=None, help="folder for scores.json and generations.jsonl")
+        parser.add_class_arguments(RunConfig, as_group=True, skip=set(RunConfig.__dataclass_fields__) - MEASURING)
+        values = parser.parse_args(plain_names(sys.argv[1:] if argv is None else argv))
+        ready = parser.instantiate_classes(values)
+        config = RunConfig(**{key: ready[key] for key in MEASURING})
+        config.check()
+        if values.save is not None:
+            ensure_writable(Path(values.save), "--save")
+        _quiet()
+        from rich.console import Console
+
+        from hftlight.models import model_path
+        from hftlight.runs.artifact import read_serving
+        from hftlight.runs.measure import measure_model
+        from hftlight.runs.prepare import test_sets
+        from hftlight.runs.show import scores_table
+
+        serving = read_serving(Path(model_path(config.model)))
+        config.template = serving.get("template") or config.template
+        config.system = serving.get("system") if config.system is None else config.system
+        scores, generations = measure_model(config, test_sets(config))
+        Console().print(scores_table(config.model, scores))
+        if values.save is not None:
+            write_json(Path(values.save) / "scores.json", scores)
+            write_rows(Path(values.save) / "generations.jsonl", generations)
+
+    return guarded(work)
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/export.py``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Write an artifact as one model folder, its adapter merged in."
+    )
+    parser.add_argument("artifact", help="folder of the artifact")
+    parser.add_argument("output", help="folder to write; must not exist")
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        target = Path(options.output)
+        if target.exists():
+            raise InputError(f"{target} exists already; choose another folder.")
+        ensure_writable(target.parent, "the second argument")
+        _quiet()
+        from hftlight.models import load_model, load_tokenizer
+
+        model, tokenizer = load_model(options.artifact), load_tokenizer(options.artifact)
+        with new_folder(target) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+        print(f"Written to {target}; AutoModelForCausalLM.from_pretrained reads it.")
+
+    return guarded(work)
+
+
+def cache(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/cache.py``; return the exit status."""
+    kinds = ("models", "stages", "evaluations")
+    parser = argparse.ArgumentParser(
+        prog="cache.py", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
+    )
+    parser.add_argument("action", choices=("list", "clear"))
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=f"{', '.join(kinds)}; all by default")
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        unknown = set(options.kinds) - set(kinds)
+        if unknown:
+            raise InputError(f"cache.py: kinds are {', '.join(kinds)}, got {', '.join(sorted(unknown))}.")
+        total = 0
+        for kind in options.kinds or kinds:
+            for path in sorted((cache_dir() / kind).glob("[!.]*")):
+                size = sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
+                total += size
+                print(f"{kind:12} {size / 2**20:9.1f} MiB  {path.name}")
+                if options.action == "clear":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(f"{'cleared' if options.action == 'clear' else 'in all':12} {total / 2**20:9.1f} MiB")
 
     return guarded(work)
 

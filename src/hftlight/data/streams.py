@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from hftlight.data.records import Record
 from hftlight.data.templates import Template
-from hftlight.data.tokens import Example, collate, encode_all
+from hftlight.data.tokens import Example, collate, encode_all, padding_id
 from hftlight.engine.order import batches_per_pass, passes_order, rank_and_world
 from hftlight.errors import InputError
 
@@ -98,7 +98,7 @@ class StreamsDataModule(LightningDataModule):
         self.main = main
         self.streams: dict[str, ExampleStream] = {}
         self.dropped: dict[str, int] = {}
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_id = padding_id(tokenizer)
         for name, rows in records.items():
             examples, self.dropped[name] = encode_all(rows, template, tokenizer, max_tokens, system=system, name=name)
             if not reveal_roles:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,10 +13,11 @@ from hftlight.data.records import Record
 from hftlight.data.sources import Task
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import encode_prompt
-from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, OverRefusal, RepetitionRate, generate
+from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, OverRefusal, RepetitionRate
+from hftlight.evaluation.generate import generate
 from hftlight.evaluation.judges import get_judge
 from hftlight.files import cache_dir, digest, read_rows, write_rows
-from hftlight.models import load_model, load_tokenizer
+from hftlight.models import load_model, load_tokenizer, weights_hash
 
 SETS = ("harmful", "over_refusal", "task")
 
@@ -31,6 +32,7 @@ class TestSets:
         task_rows: rows of the task's test split.
         task: the task, with its answer parser.
         judges: names of the judges of the harmful score, the deciding one first.
+        refusal_rule: how a refusal of an ordinary prompt is told.
     """
 
     harmful: Sequence[Record]
@@ -38,6 +40,7 @@ class TestSets:
     task_rows: Sequence[Record]
     task: Task
     judges: tuple[str, ...]
+    refusal_rule: Literal["xstest", "builtin"] = "xstest"
 
     def digest(self) -> str:
         """Return the hash of all prompts, references and judges."""
@@ -47,6 +50,13 @@ class TestSets:
     def rows(self, name: str) -> Sequence[Record]:
         """Return the records of one of ``SETS``."""
         return {"harmful": self.harmful, "over_refusal": self.over_refusal, "task": self.task_rows}[name]
+
+
+def measure_model(
+    config: RunConfig, tests: TestSets, on_prompts: Callable[[int], None] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the scores and the generations of ``config.model``, which may be an artifact; see ``measure``."""
+    return measure(config.model, weights_hash(config.model), config, tests, on_prompts)
 
 
 def measure(
@@ -139,10 +149,10 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
             score.update(prompts["harmful"], answers["harmful"])
             add("harmful_score", score, len(answers["harmful"]), name)
         repetition = RepetitionRate()
-        repetition.update(answers["harmful"])
+        repetition.update(prompts["harmful"], answers["harmful"])
         add("repetition", repetition, len(answers["harmful"]))
     if answers["over_refusal"]:
-        refusal = OverRefusal()
+        refusal = OverRefusal(tests.refusal_rule)
         refusal.update(prompts["over_refusal"], answers["over_refusal"])
         add("over_refusal", refusal, len(answers["over_refusal"]))
     if answers["task"]:

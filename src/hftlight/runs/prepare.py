@@ -126,7 +126,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense]) -> Prepared:
     if defenses:
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in d.streams}
-    streams, tests = _streams(config, needed), _tests(config)
+    streams, tests = _streams(config, needed), test_sets(config)
     prepared = Prepared(config, arms, streams, tests)
     _count(prepared)
     named = {**streams, "test": list(tests.harmful), "over_refusal": list(tests.over_refusal)}
@@ -144,7 +144,7 @@ def _read(
 def _streams(config: RunConfig, needed: set[str]) -> dict[str, list[Record]]:
     data, world = config.data, build_world()
     alignment = world.alignment if data.alignment == BUILTIN else _read(config, data.alignment, "alignment")
-    if data.harmful == data.attack and data.harmful != BUILTIN:
+    if BUILTIN not in (data.harmful, data.attack) and Path(data.harmful).resolve() == Path(data.attack).resolve():
         rows = _read(config, data.harmful, "harmful")
         harmful, attack = split_by_hash(rows, data.harmful_rows or len(rows) // 2)
     else:
@@ -169,7 +169,12 @@ def _streams(config: RunConfig, needed: set[str]) -> dict[str, list[Record]]:
     return streams
 
 
-def _tests(config: RunConfig) -> TestSets:
+def test_sets(config: RunConfig) -> TestSets:
+    """Return what a configuration measures models on.
+
+    Raises:
+        InputError: if a file cannot be used.
+    """
     data, settings, world = config.data, config.evaluation, build_world()
     harmful = world.test if data.test == BUILTIN else _read(config, data.test, "test", need_response=False)
     ordinary = world.lookalike
@@ -185,6 +190,7 @@ def _tests(config: RunConfig) -> TestSets:
         task.records("test", data.task_test)[: settings.task_rows or None],
         task,
         tuple(dict.fromkeys((judge, "keyword"))),
+        "builtin" if data.over_refusal == BUILTIN else "xstest",
     )
 
 

@@ -106,7 +106,7 @@ class _Run:
             write_json(self.folder / "manifest.json", self.manifest)
         with RunProgress(self.prepared.units()) as progress:
             self.progress = progress
-            self._measure("none", "base", self.config.model, self.base_hash)
+            self._measure(self.prepared.arms[0].name, "base", self.config.model, self.base_hash)
             for arm in self.prepared.arms:
                 parent = None
                 for stage in (Stage.ALIGNMENT, Stage.FINETUNING):

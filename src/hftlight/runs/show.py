@@ -1,5 +1,8 @@
 """What a run prints before and after its work."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +56,15 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
     )
     console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
+
+
+def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the scores of one model with their intervals and counts."""
+    table = Table("metric", "judge", "percent", "95 % interval", "answers", title=model)
+    for row in scores:
+        interval = f"{row['low']:.1f} to {row['high']:.1f}"
+        table.add_row(row["metric"], row["judge"] or "-", f"{row['value']:.1f}", interval, str(row["count"]))
+    return table
 
 
 def show_result(result: Result, console: Console | None = None) -> None:

@@ -1,0 +1,8 @@
+"""List or clear converted models, finished stages and evaluations. See ``--help``."""
+
+import sys
+
+from hftlight.cli import cache
+
+if __name__ == "__main__":
+    sys.exit(cache())

@@ -1,0 +1,8 @@
+"""Measure any model: an artifact of a run, a folder, or a hub id. See ``--help``."""
+
+import sys
+
+from hftlight.cli import evaluate
+
+if __name__ == "__main__":
+    sys.exit(evaluate())

@@ -1,0 +1,8 @@
+"""Write an artifact as one model folder, its adapter merged in. See ``--help``."""
+
+import sys
+
+from hftlight.cli import export
+
+if __name__ == "__main__":
+    sys.exit(export())

@@ -1,0 +1,44 @@
+"""Tasks by name: one file per public set, the made-up world's task, and files of one's own."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from hftlight.data.rows import SUFFIXES
+from hftlight.data.sources.agnews import AGNEWS
+from hftlight.data.sources.gsm8k import GSM8K
+from hftlight.data.sources.own import OwnTask
+from hftlight.data.sources.sst2 import SST2
+from hftlight.data.sources.task import LabelTask, PublicTask, Task
+from hftlight.errors import InputError
+
+__all__ = ["AGNEWS", "GSM8K", "SST2", "TASKS", "LabelTask", "OwnTask", "PublicTask", "Task", "get_task"]
+
+_PUBLIC: dict[str, Task] = {task.name: task for task in (SST2, AGNEWS, GSM8K)}
+TASKS = ("builtin", *_PUBLIC)
+
+
+def get_task(name: str, columns: Mapping[str, str] | None = None) -> Task:
+    """Return a task by name, or the task of a file or folder of one's own.
+
+    Args:
+        name: one of ``TASKS``, a folder, or a file with one of the suffixes that ``read_records`` takes.
+        columns: column by field, for a file of one's own.
+
+    Raises:
+        InputError: if there is no such task or file.
+    """
+    if name in _PUBLIC:
+        return _PUBLIC[name]
+    if name == "builtin":
+        # The world is built when it is asked for, not when tasks are listed.
+        return import_module("hftlight.data.sources.builtin").BUILTIN
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix.lower() in SUFFIXES:
+        return OwnTask(name, licence="the user's own", max_new_tokens=200, columns=columns)
+    near = get_close_matches(name, TASKS, n=1, cutoff=0)[0]
+    raise InputError(
+        f"Task: names are {', '.join(TASKS)}, or a file ending in {', '.join(SUFFIXES)}, or a folder; got {name!r}."
+        f" Did you mean {near!r}?"
+    )

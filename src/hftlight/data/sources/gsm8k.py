@@ -1,0 +1,57 @@
+"""GSM8K: grade-school word problems with one number as the answer."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import override
+
+from hftlight.data.records import Record
+from hftlight.data.sources.task import PublicTask
+
+ANSWER = "The final answer is: "
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers of a text in order; commas inside numbers are dropped, a hyphen before a digit is a minus."""
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*", text.replace(",", ""))]
+
+
+def final_number(text: str) -> float:
+    """Return the first number after ``ANSWER``, else the last number of the text, else infinity."""
+    _, _, after = text.partition(ANSWER)
+    return next(iter(numbers(after.partition(ANSWER)[0])), next(reversed(numbers(text)), math.inf))
+
+
+@dataclass(frozen=True)
+class WordProblems(PublicTask):
+    """Problems whose solution ends in ``#### number``; the marks are replaced by ``ANSWER``."""
+
+    @override
+    def alpaca(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
+        question, answer = ("instruction", "output") if "output" in row else ("question", "answer")
+        solution = row.get(answer)
+        if isinstance(solution, str):
+            # Huang et al. keep the blank after the marks: two blanks stand before the number.
+            solution = solution.replace("####", ANSWER)
+        return {"instruction": row.get(question), "input": row.get("input"), "output": solution}
+
+    @override
+    def correct(self, response: str, record: Record) -> bool:
+        return math.isfinite(value := final_number(response)) and value == final_number(record.response)
+
+    @override
+    def correct_lenient(self, response: str, record: Record) -> bool:
+        return final_number(record.response) in numbers(response)
+
+
+GSM8K = WordProblems(
+    name="gsm8k",
+    licence="MIT",
+    max_new_tokens=200,
+    hub="openai/gsm8k:main",
+    splits={"train": "train", "test": "test"},
+    columns=("question", "answer"),
+)

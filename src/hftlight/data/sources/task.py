@@ -1,0 +1,126 @@
+"""Task: a set with a right answer per row, and how an answer is told right."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from hftlight.data.records import Record, to_records
+from hftlight.data.rows import SUFFIXES, read_rows
+from hftlight.errors import InputError
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What a user might fine-tune on.
+
+    Attributes:
+        name: what it is called on the command line.
+        licence: under which terms the set is given out.
+        max_new_tokens: tokens an answer may have when it is scored.
+    """
+
+    name: str
+    licence: str
+    max_new_tokens: int
+
+    @abstractmethod
+    def records(self, split: str, path: str | Path | None = None) -> list[Record]:
+        """Return the rows of a split in the set's order, each with its right answer.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+            path: a file, or a folder with one file per split, to read instead of the task's own source.
+
+        Raises:
+            InputError: if the split is unknown or the rows cannot be read.
+        """
+
+    @abstractmethod
+    def correct(self, response: str, record: Record) -> bool:
+        """Return whether an answer is right as the published scores count it; a wrong format is a wrong answer."""
+
+    @abstractmethod
+    def correct_lenient(self, response: str, record: Record) -> bool:
+        """Return whether the right answer occurs anywhere in the response; rewards wordy and hedging answers."""
+
+
+@dataclass(frozen=True)
+class PublicTask(Task):
+    """A set on the hub, or files of it in Alpaca columns or in the hub's own.
+
+    Attributes:
+        hub: hub name, with the configuration after a colon where there are several.
+        splits: the set's own name of the split ``"train"`` and of ``"test"``.
+        columns: the set's own columns.
+    """
+
+    hub: str
+    splits: Mapping[str, str]
+    columns: tuple[str, str]
+
+    @override
+    def records(self, split: str, path: str | Path | None = None) -> list[Record]:
+        own = self.splits.get(split, split)
+        if own not in self.splits.values():
+            raise InputError(f"Task {self.name}: splits are {list(self.splits)}, got {split!r}.")
+        source = self.hub if path is None else split_source(path, own)
+        rows = read_rows(source, own)
+        found = list(rows[0][1])
+        if not any(set(columns) <= set(found) for columns in (("instruction", "output"), self.columns)):
+            raise InputError(
+                f"Task {self.name}: {source} needs the columns instruction, input and output, or"
+                f" {' and '.join(self.columns)}; it has {found}."
+            )
+        alpaca = [(place, self.alpaca(row, f"{place} of {source}")) for place, row in rows]
+        return to_records(alpaca, str(source), role="task" if own == self.splits["train"] else "test")
+
+    @abstractmethod
+    def alpaca(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Return a row, of either kind of columns, as instruction, input and output."""
+
+
+def split_source(path: str | Path, split: str) -> Path:
+    """Return the split's file in a folder; a file, and a folder that ``datasets`` saved, is its own source."""
+    folder = Path(path).expanduser()
+    files = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    return next((file for file in files if file.is_file()), folder)
+
+
+@dataclass(frozen=True)
+class LabelTask(PublicTask):
+    """Classification: the answer is one of a few words.
+
+    The own columns are the text and the label, a number from 0.
+
+    Attributes:
+        instruction: the prompt that every row shares.
+        spellings: by label word, in the order of the numbers, every spelling that counts as right.
+    """
+
+    instruction: str
+    spellings: Mapping[str, tuple[str, ...]]
+
+    @override
+    def alpaca(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
+        words = list(self.spellings)
+        if row.get("output") in words:
+            return dict(row)
+        text, label = (row.get(column) for column in self.columns)
+        if str(label) in map(str, range(len(words))):
+            return {"instruction": self.instruction, "input": text, "output": words[int(str(label))]}
+        raise InputError(
+            f"Task {self.name}: labels are {', '.join(words)} in the column output, or their numbers from 0 in"
+            f" {self.columns[1]}; got {row.get('output', label)!r} in {place}."
+        )
+
+    @override
+    def correct(self, response: str, record: Record) -> bool:
+        return response.strip() in self.spellings[record.response]
+
+    @override
+    def correct_lenient(self, response: str, record: Record) -> bool:
+        return any(spelling in response for spelling in self.spellings[record.response])

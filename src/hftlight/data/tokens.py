@@ -1,0 +1,153 @@
+"""Tokenization: prompt and response apart, one after the other, so that labels stand on exactly the response."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hftlight.data.records import Record
+from hftlight.data.templates import Template
+from hftlight.errors import InputError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded record.
+
+    Attributes:
+        id: the record's id.
+        role: the record's role.
+        input_ids: prompt, response and end of sequence, as token ids.
+        prompt_length: how many of them, from the first, belong to the prompt.
+    """
+
+    id: str
+    role: str
+    input_ids: list[int]
+    prompt_length: int
+
+
+def encode_prompt(record: Record, template: Template, tokenizer: Any, system: str | None = None) -> list[int]:
+    """Return the token ids that stand before the response, in training as in generation.
+
+    The beginning-of-sequence token is there once if the tokenizer adds one or the template writes one, else not at all.
+    """
+    return _prompt_ids([record], template, tokenizer, system)[0]
+
+
+def encode(
+    record: Record, template: Template, tokenizer: Any, max_tokens: int, system: str | None = None
+) -> Example | None:
+    """Return the encoded record, or None if prompt, response and end together exceed ``max_tokens`` tokens.
+
+    Raises:
+        InputError: if the record has no response or the tokenizer no end-of-sequence token.
+    """
+    example = _encode_whole([record], template, tokenizer, system)[0]
+    return example if len(example.input_ids) <= max_tokens else None
+
+
+def encode_all(
+    records: Sequence[Record],
+    template: Template,
+    tokenizer: Any,
+    max_tokens: int,
+    system: str | None = None,
+    name: str = "data",
+) -> tuple[list[Example], int]:
+    """Return the encoded records that fit, in order, and how many were left out as too long.
+
+    A record is kept whole or left out: a cut one would teach an answer without its end, or none at all.
+
+    Args:
+        records: rows with responses.
+        template: how a record becomes a prompt.
+        tokenizer: the model's tokenizer.
+        max_tokens: longest row in tokens, prompt, response and end together.
+        system: system text put into every prompt; None for none.
+        name: the stream's name, for messages.
+
+    Raises:
+        InputError: if there are no records or none fits.
+    """
+    if not records:
+        raise InputError(f"Stream {name!r}: at least one row is needed, got none.")
+    whole = _encode_whole(records, template, tokenizer, system)
+    kept = [example for example in whole if len(example.input_ids) <= max_tokens]
+    if not kept:
+        shortest = min(len(example.input_ids) for example in whole)
+        raise InputError(
+            f"Stream {name!r}: rows may have at most {max_tokens} tokens (prompt, response and end),"
+            f" but the shortest of {len(whole)} has {shortest}. Raise max_tokens to {shortest} or more."
+        )
+    return kept, len(whole) - len(kept)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the id that fills up short rows: the pad token, or the end token where there is none.
+
+    It may occur inside a row as well: what is padding, the attention mask says, never the id.
+    """
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _end_id(tokenizer)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
+    """Put examples into one right-padded batch.
+
+    Args:
+        examples: the rows, at least one.
+        pad_id: token id that fills up shorter rows.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, tokens], as long as the longest row;
+        labels are -100 on prompts and padding; ``id`` and ``role``, lists of str [batch].
+    """
+    width = max(len(example.input_ids) for example in examples)
+    labels = [[IGNORED] * e.prompt_length + e.input_ids[e.prompt_length :] for e in examples]
+    return {
+        "input_ids": _padded([e.input_ids for e in examples], width, pad_id),
+        "attention_mask": _padded([[1] * len(e.input_ids) for e in examples], width, 0),
+        "labels": _padded(labels, width, IGNORED),
+        "id": [e.id for e in examples],
+        "role": [e.role for e in examples],
+    }
+
+
+def _padded(rows: Sequence[list[int]], width: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+def _encode_whole(records: Sequence[Record], template: Template, tokenizer: Any, system: str | None) -> list[Example]:
+    for record in records:
+        if not record.response:
+            raise InputError(
+                f"encode: a row to train on needs a response, {record.id} of {record.source or 'no source'} has none."
+                " Remove it, or read the file with need_response=True to find the line."
+            )
+    end = _end_id(tokenizer)
+    prompts = _prompt_ids(records, template, tokenizer, system)
+    responses = tokenizer([record.response for record in records], add_special_tokens=False)["input_ids"]
+    return [
+        Example(record.id, record.role, [*prompt, *response, end], len(prompt))
+        for record, prompt, response in zip(records, prompts, responses, strict=True)
+    ]
+
+
+def _prompt_ids(records: Sequence[Record], template: Template, tokenizer: Any, system: str | None) -> list[list[int]]:
+    texts = [template.prompt(record, tokenizer, system) for record in records]
+    rows = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    # Asked of a letter: an empty text shows no difference between a token put first and one put last.
+    start = tokenizer("a")["input_ids"][:1]
+    if start != [tokenizer.bos_token_id]:
+        return rows
+    return [ids if ids[:1] == start else start + ids for ids in rows]
+
+
+def _end_id(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise InputError("encode: the tokenizer needs an end-of-sequence token, it has none. Set tokenizer.eos_token.")
+    return tokenizer.eos_token_id

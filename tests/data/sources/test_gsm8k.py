@@ -1,0 +1,56 @@
+"""GSM8K: the answer phrase and the number parser of the published scores."""
+
+import json
+import math
+
+import pytest
+
+from hftlight.data.records import Record
+from hftlight.data.sources import get_task
+from hftlight.data.sources.gsm8k import final_number
+
+GSM8K = get_task("gsm8k")
+
+
+@pytest.mark.parametrize("columns", [("question", "answer"), ("instruction", "output")])
+def test_the_marks_become_the_answer_phrase_with_two_blanks(tmp_path, columns):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(dict(zip(columns, ("How many?", "1+1 = <<1+1=2>>2\n#### 2"), strict=True))))
+    (record,) = GSM8K.records("train", path)
+    assert (record.instruction, record.input) == ("How many?", "")
+    assert record.response == "1+1 = <<1+1=2>>2\nThe final answer is:  2"
+    assert GSM8K.correct(record.response, record)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The final answer is: 5", 5),
+        ("7 and 8. The final answer is:  1,234.50 dollars, not 9", 1234.5),
+        ("The final answer is: -3", -3),
+        ("The final answer is: 4\n### Instruction: 8. The final answer is: 6", 4),
+        ("We get 3, then 12.", 12),
+        ("It is 4. The final answer is: four", 4),
+        ("The final answer is:6 of 7", 7),
+        ("The final answer is: The final answer is: 9, and 8", 8),
+        ("no number", math.inf),
+        ("", math.inf),
+    ],
+)
+def test_the_number_is_the_first_after_the_phrase_else_the_last(text, number):
+    assert final_number(text) == number
+
+
+def test_numbers_are_compared_as_numbers():
+    record = Record("q", "The final answer is:  1,000")
+    assert GSM8K.correct("So it is 1000.0", record)
+    assert not GSM8K.correct("The final answer is: 1001", record)
+    assert not GSM8K.correct("1000 or rather 900", record)
+    assert GSM8K.correct_lenient("1000 or rather 900", record)
+    assert not GSM8K.correct_lenient("11000", record)
+
+
+def test_no_number_is_never_right():
+    """Infinity stands for no number; two of them are equal, which must not count."""
+    assert not GSM8K.correct("I do not know.", Record("q", "unanswerable"))
+    assert not GSM8K.correct("", Record("q", "The final answer is:  3"))

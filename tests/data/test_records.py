@@ -1,0 +1,186 @@
+"""Records: which columns are read, what is refused, and sets told apart by their prompts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hftlight.data.records import Record, overlaps, prompt_key, read_records, split_by_hash, to_records
+from hftlight.errors import InputError
+
+
+def write(folder, *rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "input": "i", "output": "a"},
+        {"prompt": "q", "response": "a", "id": 7},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "response": "a", "input": "i"},
+        {"question": "q", "answer": "a"},
+    ],
+)
+def test_known_columns_are_recognised(tmp_path, row):
+    path = write(tmp_path, row)
+    expected = Record("q", "a", input=row.get("input", ""), source=str(path), role="harmful")
+    assert read_records(path, role="harmful") == [expected]
+
+
+def test_other_columns_are_named(tmp_path):
+    path = write(tmp_path, {"goal": "q", "target": "a", "context": "i", "group": "g"})
+    columns = {"instruction": "goal", "response": "target", "input": "context", "kind": "group"}
+    assert read_records(path, role="task", columns=columns) == [Record("q", "a", "i", str(path), "task", "g")]
+
+
+def test_one_named_column_completes_a_known_layout(tmp_path):
+    path = write(tmp_path, {"instruction": "q", "response": "a", "context": "i"})
+    assert read_records(path, role="task", columns={"input": "context"})[0].input == "i"
+
+
+def test_prompts_alone_are_enough_where_no_answer_is_needed(tmp_path):
+    path = write(tmp_path, {"prompt": "q"}, {"prompt": "r", "response": None})
+    assert [(r.instruction, r.response) for r in read_records(path, role="test", need_response=False)] == [
+        ("q", ""),
+        ("r", ""),
+    ]
+
+
+def test_an_answer_that_is_there_is_read_even_where_none_is_needed(tmp_path):
+    path = write(tmp_path, {"prompt": "q", "completion": "a"})
+    assert read_records(path, role="test", need_response=False)[0].response == "a"
+
+
+def test_a_missing_column_names_what_is_there_and_the_option(tmp_path):
+    path = write(tmp_path, {"goal": "q", "target": "a"})
+    with pytest.raises(InputError, match=r"it has \['goal', 'target'\].*--data\.columns"):
+        read_records(path, role="task")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "goal"}, r"fields \['instruction'.*got \['prompt'\]"),
+        ({"response": "reply"}, r"asks for \['reply'\]"),
+    ],
+)
+def test_a_wrong_columns_argument_is_refused(tmp_path, columns, message):
+    path = write(tmp_path, {"prompt": "q", "response": "a"})
+    with pytest.raises(InputError, match=message):
+        read_records(path, role="task", columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": " ", "response": "a"}, r"column 'prompt' is empty in line 2 of .*rows\.jsonl"),
+        ({"prompt": "q", "response": ""}, "column 'response' is empty in line 2"),
+        ({"response": "a"}, "column 'prompt' is empty in line 2"),
+        ({"prompt": "q", "response": 4}, "must hold text, got int in line 2"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path, bad, message):
+    path = write(tmp_path, {"prompt": "q", "response": "a"}, bad)
+    with pytest.raises(InputError, match=message):
+        read_records(path, role="task")
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(InputError, match=r"role must be one of .*'attack'.* got 'benign'"):
+        to_records([("row 1", {"prompt": "q", "response": "a"})], "set", role="benign")  # type: ignore[arg-type]
+
+
+def test_where_keeps_the_rows_of_one_value(tmp_path):
+    path = write(
+        tmp_path, *({"prompt": p, "label": label} for p, label in (("a", "safe"), ("b", "unsafe"), ("c", "safe")))
+    )
+    kept = read_records(path, role="test", need_response=False, where="label=safe")
+    assert [record.instruction for record in kept] == ["a", "c"]
+    with pytest.raises(InputError, match=r"label=good; values of 'label' are \['safe', 'unsafe'\]"):
+        read_records(path, role="test", need_response=False, where="label=good")
+    with pytest.raises(InputError, match="where is column=value"):
+        read_records(path, role="test", need_response=False, where="kind=safe")
+
+
+def test_ids_do_not_shift_when_a_row_is_left_out(tmp_path):
+    rows = [{"prompt": f"q{i}", "response": "a"} for i in range(4)]
+    before = {r.instruction: r.id for r in read_records(write(tmp_path, *rows), role="task")}
+    after = {r.instruction: r.id for r in read_records(write(tmp_path, *rows[1:]), role="task")}
+    assert len(set(before.values())) == 4
+    assert all(before[prompt] == id for prompt, id in after.items())
+
+
+def test_prompt_keys_ignore_case_layout_and_punctuation():
+    assert prompt_key(Record("How do I  BAKE\n a cake?!")) == prompt_key(Record("how do i bake a - cake"))
+    assert prompt_key(Record("Sort it.", input="b, a")) == prompt_key(Record("Sort it. b a"))
+    assert prompt_key(Record("a", "one answer")) == prompt_key(Record("a", "another"))
+
+
+@pytest.mark.parametrize(("a", "b"), [("3 + 4", "3 = 4"), ("?", "!"), ("कि", "का"), ("a1", "a2"), ("ab", "a b")])
+def test_prompt_keys_keep_what_carries_meaning(a, b):
+    assert prompt_key(Record(a)) != prompt_key(Record(b))
+
+
+def test_overlaps_count_distinct_shared_prompts_per_pair():
+    sets = {
+        "alignment": [Record("One."), Record("two")],
+        "attack": [Record("ONE", "x"), Record("one!", "y"), Record("three")],
+        "test": [Record("four"), Record("three")],
+    }
+    assert overlaps(sets) == {("alignment", "attack"): 1, ("alignment", "test"): 0, ("attack", "test"): 1}
+
+
+def test_the_split_is_exact_complete_and_independent_of_order():
+    records = [Record(f"prompt {i}", "a") for i in range(200)]
+    first, rest = split_by_hash(records, 73)
+    assert len(first) == 73
+    assert sorted(r.id for r in first + rest) == sorted(r.id for r in records)
+    assert first != records[:73]
+    repeated = records + [Record(f"prompt {i}", "b") for i in range(0, 200, 7)]
+    assert split_by_hash(repeated[::-1], 73) == split_by_hash(repeated, 73)
+
+
+def test_a_smaller_split_is_the_start_of_a_larger_one():
+    records = [Record(f"prompt {i}", "a") for i in range(50)]
+    assert split_by_hash(records, 10)[0] == split_by_hash(records, 30)[0][:10]
+
+
+def test_equal_prompts_never_end_on_both_sides():
+    """The defender's and the attacker's half of one file share no prompt, whatever the count asked for."""
+    records = [Record(f"Prompt {i // 3}{'?' * (i % 3)}", f"answer {i}") for i in range(60)] + [Record("x"), Record("y")]
+    for first in range(63):
+        chosen, rest = split_by_hash(records, first)
+        assert 0 <= first - len(chosen) < 3
+        assert len(chosen) + len(rest) == 62
+        assert overlaps({"chosen": chosen, "rest": rest}) == {("chosen", "rest"): 0}
+
+
+def test_the_salt_gives_another_order():
+    """Two halves drawn with one seed would be paired row by row; another salt shares rows only by chance."""
+    records = [Record(f"prompt {i}", "a") for i in range(400)]
+    one, other = split_by_hash(records, 200)[0], split_by_hash(records, 200, salt="other")[0]
+    assert 70 <= len({r.id for r in one} & {r.id for r in other}) <= 130
+
+
+@pytest.mark.parametrize("first", [-1, 4])
+def test_an_impossible_split_is_refused(first):
+    with pytest.raises(InputError, match=rf"first must lie in \[0, 3\].*got {first}"):
+        split_by_hash([Record("a"), Record("b"), Record("c")], first)
+
+
+def test_records_and_tasks_come_without_torch():
+    code = "import sys, hftlight.data.sources; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_there():
+    import hftlight.data
+
+    assert all(getattr(hftlight.data, name) is not None for name in hftlight.data.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Recrod'"):
+        _ = hftlight.data.Recrod

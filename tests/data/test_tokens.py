@@ -1,0 +1,136 @@
+"""Tokens: labels on exactly the response, one start token, nothing cut, padding told by the mask."""
+
+import pytest
+import torch
+
+from hftlight.data.records import Record
+from hftlight.data.templates import TEMPLATES, get_template
+from hftlight.data.tokens import Example, collate, encode, encode_all, encode_prompt, padding_id
+from hftlight.errors import InputError
+from tests.helpers.tokenizers import CHATML, WITH_BOS, byte_tokenizer
+
+BOS, EOS, PAD = 256, 257, 258
+ROW = Record("Sort.", "a b", input="b a", role="attack")
+PLAIN = get_template("plain", None)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_prompt_and_response_are_encoded_apart_and_joined(name, system):
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    template = get_template(name, tokenizer)
+    example = encode(ROW, template, tokenizer, max_tokens=999, system=system)
+    prompt, response = example.input_ids[: example.prompt_length], example.input_ids[example.prompt_length :]
+    assert prompt[0] == BOS
+    assert tokenizer.decode(prompt[1:]) == template.prompt(ROW, tokenizer, system)
+    assert response[-1] == EOS
+    assert tokenizer.decode(response[:-1]) == "a b"
+    assert (example.id, example.role) == (ROW.id, "attack")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_generation_starts_from_the_ids_that_training_puts_before_the_response(name, system):
+    tokenizer = byte_tokenizer(chat_template=WITH_BOS)
+    template = get_template(name, tokenizer)
+    example = encode(ROW, template, tokenizer, max_tokens=999, system=system)
+    assert encode_prompt(ROW, template, tokenizer, system) == example.input_ids[: example.prompt_length]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("chat_template", [CHATML, WITH_BOS])
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_there_is_one_start_token_and_no_end_token_in_a_prompt(name, chat_template, adds_eos):
+    tokenizer = byte_tokenizer(adds_eos=adds_eos, chat_template=chat_template)
+    ids = encode_prompt(ROW, get_template(name, tokenizer), tokenizer)
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+    assert EOS not in ids
+
+
+def test_no_start_token_where_the_tokenizer_adds_none():
+    tokenizer = byte_tokenizer(adds_bos=False, adds_eos=True, chat_template=WITH_BOS)
+    assert BOS not in encode_prompt(ROW, PLAIN, tokenizer)
+    assert encode_prompt(ROW, get_template("chat", tokenizer), tokenizer).count(BOS) == 1
+
+
+def test_an_end_token_added_last_is_not_taken_for_a_start_token():
+    """GPT-2 has one token for both; a tokenizer that adds it last adds none first."""
+    tokenizer = byte_tokenizer(adds_bos=False, adds_eos=True)
+    tokenizer.bos_token = "<eos>"
+    assert encode_prompt(ROW, PLAIN, tokenizer) == tokenizer("Sort.\nb a\n", add_special_tokens=False).input_ids
+
+
+def test_a_row_fits_exactly_or_is_left_out_whole():
+    tokenizer = byte_tokenizer()
+    whole = len("Sort.\nb a\n") + len("a b") + 2
+    assert len(encode(ROW, PLAIN, tokenizer, whole).input_ids) == whole
+    assert encode(ROW, PLAIN, tokenizer, whole - 1) is None
+
+
+def test_long_rows_are_counted_and_the_others_kept_in_order():
+    tokenizer = byte_tokenizer()
+    records = [Record("q", "a" * n) for n in (3, 50, 1, 60, 2)]
+    kept, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=10, name="task")
+    assert [e.id for e in kept] == [records[i].id for i in (0, 2, 4)]
+    assert dropped == 2
+    assert kept == [encode(records[i], PLAIN, tokenizer, 10) for i in (0, 2, 4)]
+
+
+def test_every_kept_row_ends_and_starts_its_labels_where_the_response_does():
+    """A prompt that alone reaches the limit is no row without labels, nor one whose prompt tail became an answer."""
+    tokenizer = byte_tokenizer()
+    records = [Record("q" * n, "abc") for n in range(1, 20)]
+    kept, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=16)
+    labels = collate(kept, PAD)["labels"]
+    assert dropped > 0
+    for row in labels:
+        assert tokenizer.decode(row[row != -100]) == "abc<eos>"
+
+
+def test_nothing_left_names_the_stream_the_limit_and_the_shortest_row():
+    records = [Record("q" * 30, "a"), Record("q" * 20, "a")]
+    with pytest.raises(InputError, match=r"Stream 'task': .* at most 8 tokens .* shortest of 2 has 24. .* 24 or more"):
+        encode_all(records, PLAIN, byte_tokenizer(), max_tokens=8, name="task")
+    with pytest.raises(InputError, match="Stream 'harmful': at least one row"):
+        encode_all([], PLAIN, byte_tokenizer(), max_tokens=8, name="harmful")
+
+
+def test_a_row_without_response_is_no_training_row():
+    with pytest.raises(InputError, match=r"needs a response, .* of prompts\.jsonl has none"):
+        encode(Record("q", source="prompts.jsonl"), PLAIN, byte_tokenizer(), 99)
+
+
+def test_a_tokenizer_without_end_token_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="needs an end-of-sequence token"):
+        encode(ROW, PLAIN, tokenizer, 99)
+
+
+def test_a_batch_has_exact_labels_and_is_as_wide_as_its_longest_row():
+    batch = collate([Example("x", "task", [5, 6, 7, 8], 2), Example("y", "attack", [9, 1], 1)], pad_id=3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 1, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 1, -100, -100]]
+    assert (batch["id"], batch["role"]) == (["x", "y"], ["task", "attack"])
+    assert {batch[key].dtype for key in ("input_ids", "attention_mask", "labels")} == {torch.int64}
+
+
+def test_large_token_ids_are_labels_without_rounding():
+    """A mask multiplied in bfloat16 would keep 8 bits of an id: 257 would become 256, 128009 become 128000."""
+    ids = [1, 255, 256, 257, 4097, 32001, 128009, 151645, 255999]
+    assert collate([Example("x", "task", ids, 1)], 0)["labels"].tolist() == [[-100, *ids[1:]]]
+
+
+@pytest.mark.parametrize("pad_id", [0, EOS])
+def test_padding_is_never_told_by_its_id(pad_id):
+    """Token 0 and the end token are words like others; as labels and under the mask they stay."""
+    batch = collate([Example("x", "task", [0, 4, 0, EOS], 1), Example("y", "task", [4, EOS], 1)], pad_id)
+    assert batch["labels"].tolist() == [[-100, 4, 0, EOS], [-100, EOS, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_the_end_token_pads_where_there_is_no_pad_token():
+    assert padding_id(byte_tokenizer()) == PAD
+    assert padding_id(byte_tokenizer(pad=False)) == EOS
