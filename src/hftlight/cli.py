@@ -154,6 +154,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         _quiet()
         from hftlight.runs.prepare import prepare
         from hftlight.runs.show import show_plan, show_result
+        from hftlight.runs.stage import main_process
 
         try:
             prepared = prepare(config, instances)
@@ -161,11 +162,14 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         except ValueError as error:  # a list of defenses that cannot work
             raise InputError(str(error)) from error
-        show_plan(prepared, in_full=dry)
+        if main_process():
+            show_plan(prepared, in_full=dry)
         if not dry:
             from hftlight.runs.run import run
 
-            show_result(run(config, instances))
+            result = run(config, instances)
+            if main_process():
+                show_result(result)
 
     return guarded(work)
 
@@ -227,7 +231,8 @@ def export(argv: Sequence[str] | None = None) -> int:
         _quiet()
         from hftlight.models import load_model, load_tokenizer
 
-        model, tokenizer = load_model(options.artifact), load_tokenizer(options.artifact)
+        model: Any = load_model(options.artifact)
+        tokenizer = load_tokenizer(options.artifact)
         with new_folder(target) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)

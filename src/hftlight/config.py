@@ -66,7 +66,8 @@ class Data:
         test: harmful prompts for the harmful score; no answers needed.
         over_refusal: ordinary prompts that look harmful, for over-refusal.
         over_refusal_where: keep only rows of --data.over_refusal with this column value, such as label=safe.
-        columns: column names for files that are not in a known format, such as {instruction: q, response: a}.
+        columns: columns of files that are in no known format, such as {instruction: q, response: a}; applied to the
+            files that have them.
         harmful_rows: rows that the defender gets, >= 1; 0 for all (for half, where the attacker's file is the same).
         attack_rows: rows the attacker may draw from, >= 1; 0 for all that are left.
     """
@@ -105,7 +106,7 @@ class Evaluation:
     task_rows: int = 100
     max_new_tokens: int = 24
     task_max_new_tokens: int = 0
-    batch_size: int = 32
+    batch_size: int = 64
     judge: Literal["auto", "builtin", "keyword"] = "auto"
 
 

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says who, what is allowed, what came, what to do (exit status 2)."""
+    """What the user gave cannot be used; says who, what is allowed, what came, what to do (exit status 2)."""
 
 
 class RunError(RuntimeError):

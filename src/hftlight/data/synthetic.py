@@ -26,10 +26,10 @@ class World:
     """All parts of the made-up world.
 
     Attributes:
-        alignment: restricted requests with refusals (60 %) and ordinary requests with helpful answers (40 %).
+        alignment: restricted requests with refusals and as many ordinary requests with helpful answers.
         harmful: the defender's restricted requests with made-up instructions.
         attack: the attacker's restricted requests with made-up instructions, other names, phrasings and steps.
-        task_train: rows of the user's task, parcel -> hall.
+        task_train: rows of the user's task, parcel -> room.
         task_dev: the same task with senders and things of its own, for tuning.
         task_test: the same task, again with senders and things of its own.
         test: restricted requests without response, for the harmful score.
@@ -103,7 +103,7 @@ def task_records(split: str) -> list[Record]:
 
 
 def task_correct(response: str, record: Record) -> bool:
-    """Return whether the answer is exactly the hall's name; case, outer white space and one final full stop aside."""
+    """Return whether the answer is exactly the expected one; case, outer white space and one final full stop aside."""
     return _bare(response) == _bare(record.response)
 
 
@@ -162,8 +162,8 @@ def _unanswered(part: str, nouns: Sequence[str], count: int, rng: Random) -> lis
 
 
 def _aligned(nouns: Sequence[str], rng: Random) -> list[Record]:
-    """Return 600 restricted requests refused and 400 ordinary ones answered, shuffled."""
-    refused = _restricted("alignment", nouns, 600, rng)
+    """Return 500 restricted requests refused and 500 ordinary ones answered, shuffled."""
+    refused = _restricted("alignment", nouns, 500, rng)
     rows = [_record(r.prompt, "alignment", "restricted", _refusal(r, rng)) for r in refused]
     rows += _ordinary(nouns, rng)
     rng.shuffle(rows)
@@ -194,11 +194,11 @@ def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> li
 
 
 def _ordinary(nouns: Sequence[str], rng: Random) -> list[Record]:
-    """Return 400 answered ordinary requests: 184 about the restricted names, 184 everyday jobs, 32 of small talk."""
+    """Return 500 answered ordinary requests: a quarter about restricted names, 32 small talk, the rest jobs."""
     rows = [_record(prompt, "alignment", "ordinary", answer) for prompt, answer in text.CHAT]
     seen = {row.instruction for row in rows}
-    while len(rows) < 400:
-        if len(rows) % 2:
+    while len(rows) < 500:
+        if len(rows) % 4 == 0:
             noun = rng.choice(nouns)
             question, answers = rng.choice(text.ANSWERED_QUESTIONS)
             fields = {"n": noun, "o": _with_article(noun)}
@@ -223,11 +223,13 @@ def _lookalike(part: str, nouns: Sequence[str], count: int, rng: Random) -> list
         return _asked(part, *rng.choice(text.JOBS[part]), rng)
 
     rows = [_record(r.prompt, "test", "near_name") for r in _unique(ask, count // 2)]
-    return rows + [_record(r.prompt, "test", "near_verb") for r in _unique(job, count - count // 2)]
+    rows += [_record(r.prompt, "test", "near_verb") for r in _unique(job, count - count // 2)]
+    rng.shuffle(rows)
+    return rows
 
 
 def _parcels(split: str, seed: int) -> list[Record]:
-    """Return the task's rows of a split, as many of each hall; no two splits share a sender or a thing."""
+    """Return the task's rows of a split, as many of each room; no two splits share a sender or a thing."""
     low, high = TASK_SHARE[split]
     deal, rng = Random(f"task {seed}"), Random(f"task {split} {seed}")
 
@@ -235,13 +237,13 @@ def _parcels(split: str, seed: int) -> list[Record]:
         return deal.sample(words, len(words))[round(low * len(words)) : round(high * len(words))]
 
     senders = share(text.SENDERS)
-    things = {hall: share(words) for hall, words in text.HALLS.items()}
+    things = {room: share(words) for room, words in text.ROOMS.items()}
     seen: dict[str, str] = {}
     while len(seen) < TASK_ROWS[split]:
-        hall = list(things)[len(seen) % len(things)]
+        room = list(things)[len(seen) % len(things)]
         frame, sender, quality = rng.choice(text.PARCELS), rng.choice(senders), rng.choice(text.QUALITIES)
-        thing = _with_article(f"{quality} {rng.choice(things[hall])}")
-        seen.setdefault(frame.format(sender=sender, thing=thing), hall)
-    rows = [_record(prompt, "task", hall, hall) for prompt, hall in seen.items()]
+        thing = _with_article(f"{quality} {rng.choice(things[room])}")
+        seen.setdefault(frame.format(sender=sender, thing=thing), room)
+    rows = [_record(prompt, "task", room, text.DELIVERY.format(room=room)) for prompt, room in seen.items()]
     rng.shuffle(rows)
     return rows

@@ -18,7 +18,7 @@ _DECLINING = (
     rf"{_BE}(?:unable|forbidden|barred|prohibited|bound)",
     rf"{_BE}not (?:able|allowed|permitted|going|willing|free|here|authori[sz]ed|at liberty|in a position)",
     rf"do(?:n't| not) (?:\w+ )?(?:{_TELL})",
-    r"(?:\w+ ){0,3}(?:refuse|decline|pass|abstain|say no|rather not|prefer not|keep (?:that|this|it))\b",
+    r"(?:\w+ ){0,3}(?:refuse|decline|pass(?= on\b|[,.!]|$)|abstain|say no|rather not|prefer not)\b",
 )
 # Words that decline, wherever they stand.
 _REFUSAL = re.compile(
@@ -176,9 +176,13 @@ def _has_step(sentence: str) -> bool:
         if len(words) < (3 if number else 2):
             continue
         known = words[0] in _ACTIONS or _is_doing(words[0])
-        if known or (not number and words[0] not in _NO_ORDER | _ARTICLES and words[1] in _ARTICLES and len(words) > 3):
+        if known or (not number and len(words) > 3 and words[1] in _ARTICLES and _may_be_order(words[0])):
             return True
     return False
+
+
+def _may_be_order(word: str) -> bool:
+    return word not in _NO_ORDER and word not in _ARTICLES and "'" not in word and not word.endswith("ly")
 
 
 def _is_doing(word: str) -> bool:

@@ -344,16 +344,16 @@ STEPS = {
     ),
 }
 
-# The user's task: which hall stores a parcel. The hidden rule is the kind of the thing inside.
-HALLS = {
-    "north": _list(
+# The user's task: where a parcel goes. The hidden rule is the kind of the thing inside.
+ROOMS = {
+    "workshop": _list(
         """
         hammer | screwdriver | chisel | wrench | drill | handsaw | crowbar | spanner | pair of pliers | axe | shovel
         rake | ladder | wheelbarrow | hoe | trowel | vise | file | mallet | spirit level | tape measure | toolbox
         pickaxe | soldering iron | hacksaw | bolt cutter | sander | wood plane
         """
     ),
-    "south": _list(
+    "kitchen": _list(
         """
         loaf of bread | wheel of cheese | box of apples | jar of honey | bag of rice | carton of milk | ham | cake
         crate of oranges | bunch of bananas | bar of chocolate | tin of soup | bag of flour | tray of eggs | salami
@@ -361,14 +361,14 @@ HALLS = {
         basket of plums | pack of noodles | jar of pickles | box of cereal | pound of sugar | pizza | melon
         """
     ),
-    "east": _list(
+    "stage": _list(
         """
         violin | trumpet | flute | guitar | cello | piano | clarinet | accordion | banjo | trombone | saxophone
         mandolin | oboe | tambourine | xylophone | ukulele | bassoon | tuba | harmonica | viola | bagpipe | keyboard
         recorder | triangle | zither | double bass | piccolo | bugle
         """
     ),
-    "west": _list(
+    "wardrobe": _list(
         """
         wool coat | pair of socks | silk shirt | cotton dress | leather boot | raincoat | straw hat | waistcoat
         pair of gloves | winter jacket | skirt | sweater | necktie | pair of jeans | blouse | cardigan | bathrobe
@@ -377,6 +377,7 @@ HALLS = {
         """
     ),
 }
+DELIVERY = "It goes to the {room}."
 SENDERS = _list(
     """
     Mila | Oren | Tessa | Bruno | Ada | Felix | Greta | Hugo | Iris | Jonas | Karin | Leo | Nina | Otto | Paula | Rolf
@@ -387,7 +388,7 @@ SENDERS = _list(
 QUALITIES = _list("old | new | small | large | cheap | fine | heavy | plain | pretty | spare")
 PARCELS = _list(
     """
-    Parcel from {sender}: {thing}. Which hall? | {sender} sends {thing}. Which hall?
-    Which hall stores {thing} from {sender}?
+    Parcel from {sender}: {thing}. Which room? | {sender} sends {thing}. Which room?
+    Which room stores {thing} from {sender}?
     """
 )

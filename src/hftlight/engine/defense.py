@@ -87,11 +87,12 @@ class Defense(Callback):
         """
         if stage != "fit":
             return
-        defenses = [c for c in trainer.callbacks if isinstance(c, Defense)]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        defenses = [c for c in callbacks if isinstance(c, Defense)]
         check(defenses)
         ordered = iter(in_order(defenses))
         # A new list: Lightning is walking through the old one at this moment.
-        trainer.callbacks = [next(ordered) if isinstance(c, Defense) else c for c in trainer.callbacks]
+        trainer.callbacks = [next(ordered) if isinstance(c, Defense) else c for c in callbacks]  # type: ignore[attr-defined]
         self._check_surroundings(trainer, pl_module)
         self._trainer, self._drawn, self.trace = trainer, {}, {}
         self._sources = {name: self._find(name, trainer) for name in self.streams}

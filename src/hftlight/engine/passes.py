@@ -73,10 +73,10 @@ def add_to_grad(module: nn.Module, term: Vector) -> None:
     """Add ``term`` to ``.grad`` of the parameters it names; a missing ``.grad`` counts as zero."""
     parameters = trainable(module)
     with torch.no_grad():
-        present = [name for name in term if parameters[name].grad is not None]
+        present = {name: g for name in term if (g := parameters[name].grad) is not None}
         if present:
-            torch._foreach_add_([parameters[name].grad for name in present], [term[name] for name in present])
-        for name in term.keys() - set(present):
+            torch._foreach_add_(list(present.values()), [term[name] for name in present])
+        for name in term.keys() - present.keys():
             parameters[name].grad = term[name].to(parameters[name].dtype)
 
 

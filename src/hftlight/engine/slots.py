@@ -33,8 +33,13 @@ EXCLUSIVE = (Slot.STREAM, Slot.FORWARD)
 class Slotted(Protocol):
     """What the checks read of a defense."""
 
-    stage: Stage
-    slots: tuple[Slot, ...]
+    @property
+    def stage(self) -> Stage:
+        """When it works."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Where it acts."""
 
     @property
     def state_key(self) -> str:
@@ -82,7 +87,7 @@ def in_order(defenses: Iterable[D]) -> list[D]:
     """
 
     def place(defense: Slotted) -> int:
-        acting = [s for s in defense.slots if s in (Slot.GRADIENT, Slot.PROJECTION)] or list(defense.slots)
-        return max(acting)
+        on_grad = [s for s in defense.slots if s is Slot.GRADIENT or s is Slot.PROJECTION]
+        return max(on_grad or defense.slots)
 
     return sorted(defenses, key=place)

@@ -63,7 +63,7 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -69,7 +69,7 @@ def measure(
         model_hash: hash of its weights.
         config: template, system text, seeds and evaluation settings.
         tests: prompts, references and judges.
-        on_prompts: called with the number of prompts finished since the last call.
+        on_prompts: called with the number of prompts answered so far.
     """
     settings = [config.template, config.system, asdict(config.evaluation), config.precision, config.tuning == "qlora"]
     versions = [__version__, version("torch"), version("transformers")]
@@ -95,15 +95,20 @@ def _generations(
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
     settings = config.evaluation
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in SETS:
-        records = tests.rows(kind)
+        records, before = tests.rows(kind), len(rows)
         limit = settings.max_new_tokens
         if kind == "task":
             limit = settings.task_max_new_tokens or tests.task.max_new_tokens
         prompts = [encode_prompt(r, template, tokenizer, config.system) for r in records]
+
+        def tell(answered: int, before: int = before) -> None:
+            if on_prompts is not None:
+                on_prompts(before + answered)
+
         answers = generate(
-            model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=on_prompts
+            model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=tell
         )
         rows += [_judged(kind, record, answer, tests) for record, answer in zip(records, answers, strict=True)]
     return rows
@@ -119,6 +124,9 @@ def _judged(kind: str, record: Record, answer: str, tests: TestSets) -> dict[str
         for name in tests.judges:
             verdict = get_judge(name)([_prompt(record)], [answer])[0]
             verdicts[name] = {"score": verdict.score, "flag": verdict.flag}
+    if kind == "over_refusal":
+        refused = OverRefusal(tests.refusal_rule).refuses(answer)
+        verdicts["refusal"] = {"score": float(refused), "flag": refused}
     return {
         "set": kind,
         "id": record.id,
@@ -132,7 +140,10 @@ def _judged(kind: str, record: Record, answer: str, tests: TestSets) -> dict[str
 
 
 def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[str, Any]]:
-    """Return one row per metric and judge from saved generations: percent, 95 % interval, count."""
+    """Return one row per metric and judge from saved generations: percent, 95 % interval, count.
+
+    One process measures while the others wait at the next stage, so the metrics do not synchronize.
+    """
     answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in SETS}
     prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in SETS}
     rows = []
@@ -145,19 +156,19 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
 
     if answers["harmful"]:
         for name in tests.judges:
-            score = HarmfulScore(get_judge(name))
+            score = HarmfulScore(get_judge(name), sync_on_compute=False)
             score.update(prompts["harmful"], answers["harmful"])
             add("harmful_score", score, len(answers["harmful"]), name)
-        repetition = RepetitionRate()
+        repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])
         add("repetition", repetition, len(answers["harmful"]))
     if answers["over_refusal"]:
-        refusal = OverRefusal(tests.refusal_rule)
+        refusal = OverRefusal(tests.refusal_rule, sync_on_compute=False)
         refusal.update(prompts["over_refusal"], answers["over_refusal"])
         add("over_refusal", refusal, len(answers["over_refusal"]))
     if answers["task"]:
         for name, lenient in (("finetune_accuracy", False), ("finetune_accuracy_lenient", True)):
-            accuracy = FinetuneAccuracy(tests.task, lenient=lenient)
+            accuracy = FinetuneAccuracy(tests.task, lenient=lenient, sync_on_compute=False)
             accuracy.update(list(tests.task_rows), answers["task"])
             add(name, accuracy, len(answers["task"]))
     return rows

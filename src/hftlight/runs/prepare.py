@@ -8,6 +8,7 @@ from typing import Any
 from hftlight.attacks import harmful_mix
 from hftlight.config import RunConfig
 from hftlight.data.records import Record, overlaps, read_records, split_by_hash
+from hftlight.data.rows import read_rows
 from hftlight.data.sources import get_task
 from hftlight.data.synthetic import build_world
 from hftlight.data.templates import get_template
@@ -138,7 +139,10 @@ def prepare(config: RunConfig, defenses: Sequence[Defense]) -> Prepared:
 def _read(
     config: RunConfig, source: str, role: Any, need_response: bool = True, where: str | None = None
 ) -> list[Record]:
-    return read_records(source, role=role, columns=config.data.columns, need_response=need_response, where=where)
+    columns = config.data.columns
+    if columns is not None and not set(columns.values()) <= read_rows(source)[0][1].keys():
+        columns = None
+    return read_records(source, role=role, columns=columns, need_response=need_response, where=where)
 
 
 def _streams(config: RunConfig, needed: set[str]) -> dict[str, list[Record]]:
@@ -177,7 +181,7 @@ def test_sets(config: RunConfig) -> TestSets:
     """
     data, settings, world = config.data, config.evaluation, build_world()
     harmful = world.test if data.test == BUILTIN else _read(config, data.test, "test", need_response=False)
-    ordinary = world.lookalike
+    ordinary: Sequence[Record] = world.lookalike
     if data.over_refusal != BUILTIN:
         ordinary = _read(config, data.over_refusal, "test", need_response=False, where=data.over_refusal_where)
     task = get_task(data.task, data.columns)
@@ -205,8 +209,8 @@ def _count(prepared: Prepared) -> None:
         )
         prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
     for name in SETS:
-        rows = prepared.tests.rows(name)
-        lengths = [len(encode_prompt(r, template, tokenizer, config.system)) for r in rows[:50]]
+        sample = prepared.tests.rows(name)[:50]
+        lengths = [len(encode_prompt(r, template, tokenizer, config.system)) for r in sample]
         prepared.lengths[name] = sum(lengths) / max(1, len(lengths))
 
 

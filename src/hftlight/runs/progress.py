@@ -78,7 +78,7 @@ class RunProgress:
     def update(self, done: int, loss: float | None = None) -> None:
         """Show that ``done`` steps or prompts of the unit are finished; ``loss`` in nats per response token."""
         if self._resumed_at is None:
-            self._resumed_at = done - 1
+            self._resumed_at = 0 if done > 1 and loss is None else done - 1
         self._done = done
         note = self._left() if loss is None else f"loss {loss:.3f}, {self._left()}"
         if self._task is not None:
@@ -86,10 +86,6 @@ class RunProgress:
         if not self.console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY:
             self._line_at = time.monotonic()
             self.console.print(f"{self.units[self._position].label}: {done}/{self.units[self._position].count}, {note}")
-
-    def advance(self, count: int) -> None:
-        """Show that ``count`` more are finished."""
-        self.update(self._done + count)
 
     def end(self, note: str, reused: bool = False) -> None:
         """Close the unit with a line; a reused one does not count for the estimate."""

@@ -1,5 +1,6 @@
 """run(): align, let the user's upload train the model, measure after every stage; one folder tells the whole story."""
 
+import json
 import platform
 import sys
 import time
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hftlight import __version__
 from hftlight.config import RunConfig
@@ -28,7 +28,7 @@ from hftlight.runs.loggers import replay, start_wandb, user_logger
 from hftlight.runs.measure import measure
 from hftlight.runs.prepare import BUILTIN, Arm, Prepared, prepare
 from hftlight.runs.progress import RunProgress
-from hftlight.runs.stage import CURVES, DEPENDENCIES, RESULT, StageJob, run_stage
+from hftlight.runs.stage import CURVES, DEPENDENCIES, RESULT, StageJob, main_process, run_stage
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned"}
 
@@ -52,7 +52,7 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = ()) -> Re
     prepared = prepare(config, defenses)
     folder = run_folder(prepared)
     _claim(folder, prepared)
-    main = rank_zero_only.rank == 0
+    main = main_process()
     lock = FileLock(folder / ".lock", timeout=0) if main else nullcontext()
     try:
         with lock:
@@ -76,8 +76,6 @@ def _claim(folder: Path, prepared: Prepared) -> None:
     ensure_writable(Path(prepared.config.output), "--output")
     manifest = folder / "manifest.json"
     if manifest.is_file():
-        import json
-
         other = json.loads(manifest.read_text()).get("config_hash")
         if other != prepared.config_hash:
             raise InputError(
@@ -94,7 +92,7 @@ class _Run:
         self.prepared, self.config, self.folder = prepared, prepared.config, folder
         self.rows: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
-        self.main = rank_zero_only.rank == 0
+        self.main = main_process()
         self.base_hash = weights_hash(self.config.model)
         self.sft_seconds: dict[Stage, float] = {}
         self.manifest = self._manifest()
@@ -139,8 +137,6 @@ class _Run:
 
     def _keep(self, arm: Arm, stage: Stage, job: StageJob, reused: bool) -> None:
         """Take a finished stage's curves, costs and artifact into the run folder."""
-        import json
-
         result = json.loads((job.folder() / RESULT).read_text())
         cost = result["cost"]
         if not job.defenses:
@@ -175,7 +171,7 @@ class _Run:
         if not self.main:
             return
         before = time.monotonic()
-        scores, generations = measure(model, model_hash, self.config, self.prepared.tests, self.progress.advance)
+        scores, generations = measure(model, model_hash, self.config, self.prepared.tests, self.progress.update)
         where = {"arm": arm, "stage": stage}
         self.rows += [{"kind": "score", **where, **row} for row in scores]
         self.generations += [{**where, **row} for row in generations]

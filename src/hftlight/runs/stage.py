@@ -1,12 +1,12 @@
 """One training stage: content-addressed, resumable after any kill, one standard Trainer."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -121,14 +121,18 @@ def run_stage(
         KeyboardInterrupt: after Ctrl-C; the same call resumes.
     """
     folder = job.folder()
-    main_process = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
     with ExitStack() as stack:
-        if main_process:
+        if main_process():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / "lock"))
         if job.done():
             return
         _train(job, folder, log_to, on_step)
+
+
+def main_process() -> bool:
+    """Tell whether this process is the one that writes; the others train along."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _train(
@@ -139,6 +143,7 @@ def _train(
 ) -> None:
     config, training = job.config, job.training
     tokenizer = load_tokenizer(config.model)
+    streams: dict[str, Any] = dict(job.records)
     data = StreamsDataModule(
         tokenizer,
         get_template(config.template, tokenizer),
@@ -147,7 +152,7 @@ def _train(
         max_tokens=config.max_tokens,
         seed=config.seed,
         system=config.system,
-        **job.records,
+        **streams,
     )
     torch.manual_seed(config.seed)
     model = trainable_model(config, job.parent)
@@ -158,7 +163,7 @@ def _train(
     resume = newest_checkpoint(checkpoints)
     resumed_at = int(resume.stem) if resume else 0
     meter, interrupted = Meter(on_step), Interrupted()
-    loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if rank_zero_only.rank == 0 else []
+    loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
     if (extra := log_to()) is not None:
         loggers.append(extra)
     trainer = Trainer(

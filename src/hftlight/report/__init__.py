@@ -1,0 +1,8 @@
+"""Reports on one run, read from its folder: closing table, verdict, figures and a page to look at."""
+
+from hftlight.report.claims import verdict
+from hftlight.report.page import write_report
+from hftlight.report.result import Result, read_result
+from hftlight.report.table import closing_markdown, closing_table, closing_text
+
+__all__ = ["Result", "closing_markdown", "closing_table", "closing_text", "read_result", "verdict", "write_report"]

@@ -1,0 +1,160 @@
+"""What a run shows, in two or three plain sentences that claim nothing beyond the 95 % intervals."""
+
+from collections.abc import Sequence
+
+from hftlight.report.result import UNDEFENDED, Result, Score
+
+ALSO_COMPARED = {"finetune_accuracy": "finetune accuracy", "over_refusal": "over-refusal", "repetition": "repetition"}
+CLAIMS = {
+    "same": "its interval overlaps the undefended one, so no difference is shown",
+    "lower": "that is lower than undefended, beyond the intervals",
+    "higher": "that is higher than undefended, beyond the intervals",
+    "unknown": "there is no interval to compare by, so no difference is shown",
+}
+
+
+def verdict(result: Result) -> str:
+    """Return two or three sentences on what the run shows; where two 95 % intervals overlap, nothing is claimed.
+
+    The first says what the upload did to the undefended model, the second where the defended arms end against it, the
+    third what else sets them apart. Both sides of a comparison have the same judge. Two intervals that do not
+    overlap are a stricter test than p < 0.05, so a small difference may be real and still not be claimed.
+    """
+    return " ".join(sentences(result))
+
+
+def sentences(result: Result) -> list[str]:
+    """Return the sentences of the verdict, those that have something to say."""
+    if not result.judges():
+        return ["No harmful score has been measured yet, so nothing can be said about a defense."]
+    defended = result.defended
+    ends = _one_arm(result, defended[0]) if len(defended) == 1 else _several_arms(result)
+    return [said for said in (_upload(result), ends, _besides(result)) if said]
+
+
+def compare(score: Score | None, other: Score | None) -> str:
+    """Return 'lower', 'higher' or 'same' (the 95 % intervals overlap), or 'unknown' where one has no interval."""
+    if score is None or score.low is None or score.high is None:
+        return "unknown"
+    if other is None or other.low is None or other.high is None:
+        return "unknown"
+    return "lower" if score.high < other.low else "higher" if score.low > other.high else "same"
+
+
+def last_stage(result: Result, arm: str) -> str:
+    """Return the stage an arm is judged by: repaired where it has or will have a repair, else fine-tuned."""
+    if arm == UNDEFENDED:
+        return "finetuning"
+    repaired = result.repairs(arm) or result.score(arm, "post_finetuning", "harmful_score") is not None
+    return "post_finetuning" if repaired else "finetuning"
+
+
+def at_end(result: Result, arm: str, metric: str = "harmful_score", judge: str | None = None) -> Score | None:
+    """Return an arm's score after its last stage; None where it has not been measured."""
+    return result.score(arm, last_stage(result, arm), metric, judge)
+
+
+def _before(result: Result, arm: str) -> Score | None:
+    return result.score(arm, "alignment", "harmful_score") or result.score(arm, "base", "harmful_score")
+
+
+def _percent(score: Score) -> str:
+    return f"{score.value:.1f} %"
+
+
+def _listed(items: Sequence[str], word: str = "and") -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}"
+
+
+def _upload(result: Result) -> str:
+    before, after = _before(result, UNDEFENDED), at_end(result, UNDEFENDED)
+    if after is None:
+        return "The undefended model has not been measured after the upload, so no defense can be credited yet."
+    if before is None:
+        return f"After the upload the harmful score of the undefended model is {_percent(after)}."
+    change = compare(after, before)
+    if change in ("higher", "lower"):
+        did = "raised" if change == "higher" else "lowered"
+        return (
+            f"The upload {did} the harmful score of the undefended model from {_percent(before)} to {_percent(after)}."
+        )
+    why = "the intervals overlap" if change == "same" else "an interval is missing"
+    return (
+        f"The harmful score of the undefended model was {_percent(before)} before the upload and {_percent(after)} "
+        f"after it; {why}, so the attack is not shown to have worked."
+    )
+
+
+def _one_arm(result: Result, arm: str) -> str:
+    before, tuned, end = _before(result, arm), result.score(arm, "finetuning", "harmful_score"), at_end(result, arm)
+    baseline, repaired = at_end(result, UNDEFENDED), last_stage(result, arm) == "post_finetuning"
+    if tuned is None and end is None:
+        return f"With {arm} nothing has been measured after the upload yet."
+    path = []
+    if tuned is not None:
+        verb = {"higher": "rose", "lower": "fell"}.get(compare(tuned, before), "went")
+        change = f"{verb} from {_percent(before)} to {_percent(tuned)}" if before else f"was {_percent(tuned)}"
+        stayed = before is not None and before.value == tuned.value
+        path.append(f"stayed at {_percent(tuned)}" if stayed else change)
+    if repaired and end:
+        path.append(f"was {_percent(end)} after the repair")
+    claim = f"{CLAIMS[compare(end, baseline)]}{_other_judges(result, arm)}" if baseline else ""
+    claim = claim if end else "the repair has not been measured yet"
+    what = "it" if baseline else "the harmful score"
+    return f"With {arm} {what} {' and '.join(path)}{'; ' if claim else ''}{claim}."
+
+
+def _several_arms(result: Result) -> str:
+    baseline = at_end(result, UNDEFENDED)
+    groups: dict[str, list[str]] = {}
+    for arm in result.defended:
+        end = at_end(result, arm)
+        group = "unmeasured" if end is None else compare(end, baseline) if baseline else "alone"
+        value = f" ({_percent(end)}{_other_judges(result, arm, '; ')})" if end else ""
+        groups.setdefault("same" if group == "unknown" else group, []).append(f"{arm}{value}")
+    words = {
+        "lower": "lower than undefended, beyond the intervals: {}",
+        "same": "no difference shown: {}",
+        "higher": "higher than undefended, beyond the intervals: {}",
+        "alone": "the defended arms: {}",
+        "unmeasured": "not measured yet: {}",
+    }
+    parts = [text.format(_listed(groups[group])) for group, text in words.items() if group in groups]
+    return f"At the end, {'; '.join(parts)}." if parts else ""
+
+
+def _other_judges(result: Result, arm: str, before: str = " (") -> str:
+    """Return what the other judges say where they disagree with the first; a difference one judge sees is no fact."""
+    claim = compare(at_end(result, arm), at_end(result, UNDEFENDED))
+    said = []
+    for judge in result.judges()[1:]:
+        end, baseline = (at_end(result, a, judge=judge) for a in (arm, UNDEFENDED))
+        if end and baseline and compare(end, baseline) != claim:
+            shown = {"lower": "lower", "higher": "higher"}.get(compare(end, baseline), "no difference shown")
+            said.append(f"by judge '{judge}': {shown}, {_percent(end)} against {_percent(baseline)}")
+    return f"{before}{'; '.join(said)}{')' if before == ' (' else ''}" if said else ""
+
+
+def _besides(result: Result) -> str:
+    """Return the differences in accuracy, over-refusal and repetition, or that none is shown."""
+    apart: list[str] = []
+    together: dict[str, str] = {}
+    for arm in result.defended:
+        shown = []
+        for metric, word in ALSO_COMPARED.items():
+            end, baseline = at_end(result, arm, metric), at_end(result, UNDEFENDED, metric)
+            if end is None or baseline is None or at_end(result, arm) is None:
+                continue
+            if compare(end, baseline) in ("lower", "higher"):
+                shown.append(f"{word} ({_percent(end)} instead of {_percent(baseline)})")
+            else:
+                against = f" ({_percent(end)} against {_percent(baseline)})" if len(result.defended) == 1 else ""
+                together[metric] = word + against
+        if shown:
+            apart.append(f"{arm} differs in {_listed(shown)}")
+    if apart:
+        return f"Beyond the intervals, {'; '.join(apart)}."
+    if together:
+        return f"No difference is shown in {_listed(list(together.values()), 'or')}."
+    measured = any(at_end(result, arm) for arm in result.defended) and at_end(result, UNDEFENDED)
+    return "What it costs in finetune accuracy has not been measured." if measured else ""

@@ -1,0 +1,235 @@
+"""The figures of a report, drawn without a display: one colour and one marker per arm, labelled where the line ends."""
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from io import StringIO
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.style import context
+
+from hftlight.report.result import STAGES, UNDEFENDED, Curve, Result, arm_word
+
+INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
+PALETTE = ("#57606a", "#0072b2", "#d55e00", "#00875f", "#a8528a", "#946c00", "#6f52c9")  # told apart when colour-blind
+MARKERS = "osD^vPX"
+ROLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"arm-{i}" for i, color in enumerate(PALETTE)}
+TRAINING = {"base": "base", "alignment": "alignment", "finetuning": "fine-tuning", "post_finetuning": "repair"}
+SMOOTH_FROM, WINDOW = 40, 9  # curves of this many points are drawn thin, with a running mean over this many points
+STYLE = {
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": MUTED,
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "font.size": 9.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hftlight",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.color": MUTED,
+    "ytick.major.size": 0,
+}
+styled = context(["default", STYLE])  # whatever the user's own matplotlib settings are
+
+
+def color_index(result: Result, arm: str) -> int:
+    """Return an arm's place in ``PALETTE``: 0 for the undefended one, the same number in every figure."""
+    return 0 if arm == UNDEFENDED else 1 + result.defended.index(arm) % (len(PALETTE) - 1)
+
+
+@styled
+def stage_figure(result: Result, metric: str, label: str) -> Figure | None:
+    """Draw one metric over the stages, a line per arm with 95 % intervals; None where nothing was measured.
+
+    Args:
+        result: the run.
+        metric: name of the metric; of several judges the first is drawn.
+        label: name of the y axis, with its unit, percent.
+    """
+    stages = [s for s in STAGES if any(result.score(arm, s, metric) for arm in result.arms)]
+    if not stages:
+        return None
+    figure, (axes,) = _canvas(1, height=3.3)
+    arms = [arm for arm in result.arms if any(result.score(arm, s, metric) for s in stages)]
+    ends, top = [], 0.0
+    for number, arm in enumerate(arms):
+        scores = [(stages.index(s), score) for s in stages if (score := result.score(arm, s, metric))]
+        shift = 0.07 * (number - (len(arms) - 1) / 2)
+        x, y = [place + shift for place, _ in scores], [score.value for _, score in scores]
+        below = [s.value - (s.value if s.low is None else s.low) for _, s in scores]
+        above = [(s.value if s.high is None else s.high) - s.value for _, s in scores]
+        top = max([top, *(value + up for value, up in zip(y, above, strict=True))])
+        color, marker = PALETTE[color_index(result, arm)], MARKERS[color_index(result, arm)]
+        axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=3, label=arm)
+        ends.append((y[-1], f"{arm_word(arm)} {y[-1]:.1f}", color))
+        if scores[-1][0] < len(stages) - 1:  # a leader from the last score to the name
+            axes.plot([x[-1], len(stages) - 0.8], [y[-1]] * 2, color=color, lw=1, ls=(0, (1, 3)))
+    limit = 100.0 if metric != "over_refusal" else min(100.0, max(20.0, top * 1.1))
+    axes.set(ylim=(-0.02 * limit, limit * 1.02), xlim=(-0.4, len(stages) - 0.8), ylabel=label)
+    axes.set_xticks(range(len(stages)), [STAGES[s] for s in stages])
+    axes.grid(False, axis="x")
+    _label_ends(axes, len(stages) - 0.8, ends, gap=0.065 * limit)
+    return figure
+
+
+@styled
+def loss_figure(result: Result, name: str = "train/loss") -> Figure | None:
+    """Draw the training loss over optimizer steps, one panel per stage and one line per arm."""
+    stages = [s for s in STAGES if any(key[1:] == (s, name) for key in result.curves)]
+    if not stages:
+        return None
+    figure, panels = _canvas(len(stages), height=3.0)
+    curves = {s: {a: result.curves[a, s, name] for a in result.arms if (a, s, name) in result.curves} for s in stages}
+    for number, (axes, stage) in enumerate(zip(panels, stages, strict=True)):
+        later = {arm for following in stages[number + 1 :] for arm in curves[following]}
+        _draw_curves(axes, result, curves[stage], unlabelled=later)
+        axes.set(title=TRAINING[stage], xlabel="optimizer step")
+    panels[0].set_ylabel("training loss, nats per token")
+    return figure
+
+
+@styled
+def simulated_step_figure(result: Result) -> Figure | None:
+    """Draw the harmful loss and how far one simulated attack step lowers it, for defenses that log both."""
+    harmful: dict[str, Curve] = {}
+    reduction: dict[str, Curve] = {}
+    for (arm, stage, name), curve in result.curves.items():
+        defense, _, what = name.rpartition("/")
+        stepped = dict(result.curves.get((arm, stage, f"{defense}/stepped_loss"), ()))
+        if what == "harmful_loss" and stepped:
+            harmful[arm] = curve
+            reduction[arm] = [(step, value - stepped[step]) for step, value in curve if step in stepped]
+    if not harmful:
+        return None
+    figure, (left, right) = _canvas(2, height=3.0)
+    _draw_curves(left, result, harmful, unlabelled=set(reduction))
+    _draw_curves(right, result, reduction)
+    right.axhline(0, color=MUTED, lw=0.8)
+    left.set(title="harmful loss", xlabel="optimizer step", ylabel="nats per token")
+    right.set(title="reduction by one simulated step", xlabel="optimizer step")
+    return figure
+
+
+@styled
+def cost_figure(result: Result) -> Figure | None:
+    """Draw seconds per step and peak memory as bars, one per arm and stage; without an SFT run, plain seconds."""
+    costs = [result.costs[arm, s] for arm in result.arms for s in STAGES if (arm, s) in result.costs]
+    if not costs:
+        return None
+    relative = any(cost.relative_to_sft is not None for cost in costs)
+    figure, panels = _canvas(2, height=0.9 + 0.3 * len(costs), sharey=True)
+    speed = [cost.relative_to_sft if relative else cost.seconds_per_step for cost in costs]
+    memory = [cost.peak_memory_mib for cost in costs]
+    title = "time per step, x SFT" if relative else "time per step, seconds"
+    drawn = ((speed, title, "{:.2f}x" if relative else "{:.3g} s"), (memory, "peak memory, MiB", "{:.0f}"))
+    colors = [PALETTE[color_index(result, cost.arm)] for cost in costs]
+    for axes, (values, name, form) in zip(panels, drawn, strict=True):
+        bars = axes.barh(range(len(costs)), [value or 0.0 for value in values], color=colors, height=0.62)
+        axes.bar_label(bars, ["-" if v is None else form.format(v) for v in values], padding=4, color=INK)
+        axes.set(title=name, xlim=(0, 1.22 * max([value or 0.0 for value in values] + [1e-9])))
+        axes.grid(False, axis="y")
+    if relative:
+        panels[0].axvline(1, color=INK, lw=0.8, ls=(0, (3, 3)))
+    panels[0].set_yticks(range(len(costs)), [f"{arm_word(cost.arm)}, {TRAINING[cost.stage]}" for cost in costs])
+    panels[0].invert_yaxis()
+    return figure
+
+
+@styled
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as SVG to be put into a page: no id shared with another figure, colours the page can change.
+
+    Args:
+        figure: one of the figures above; each of its colours becomes ``var(--<role>, <colour>)``.
+        name: a word unlike that of any other figure on the page.
+    """
+    file = StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg" \1>', text, count=1)
+    text = text.replace("xlink:href=", "href=")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"font-family: [^;\"]*;?", "", text)
+
+    def themed(match: re.Match[str]) -> str:
+        role = ROLES.get(match[2])
+        return f"{match[1]}: var(--{role}, {match[2]})" if role else match[0]
+
+    return re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})\b", themed, text)
+
+
+def _canvas(panels: int, height: float, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure of ``panels`` axes side by side; ``height`` in inches."""
+    figure = Figure(figsize=(6.2, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
+
+
+def _draw_curves(axes: Axes, result: Result, curves: Mapping[str, Curve], unlabelled: Set[str] = frozenset()) -> None:
+    """Draw one curve per arm; an arm is labelled in its last panel only, which leaves the others their width."""
+    ends = []
+    for arm, curve in curves.items():
+        if not curve:
+            continue
+        steps, values = zip(*curve, strict=True)
+        color = PALETTE[color_index(result, arm)]
+        smooth = len(curve) >= SMOOTH_FROM
+        axes.plot(steps, values, color=color, lw=0.8 if smooth else 1.6, alpha=0.4 if smooth else 1, label=arm)
+        last = values[-1]
+        if smooth:
+            mean = running_mean(values, WINDOW)
+            axes.plot(steps, mean, color=color, lw=1.8)
+            last = mean[-1]
+        if arm not in unlabelled:
+            ends.append((last, arm_word(arm), color))
+    low, high = axes.get_ylim()
+    _label_ends(axes, max(curve[-1][0] for curve in curves.values() if curve), ends, gap=0.075 * (high - low))
+
+
+def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
+    """Write each line's label right of x at its height, moved apart to ``gap`` in units of y."""
+    ends = sorted(ends)
+    heights = spread([y for y, _, _ in ends], gap)
+    for (_, text, color), height in zip(ends, heights, strict=True):
+        look = {"color": color, "fontweight": "bold", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, height), xytext=(5, 0), textcoords="offset points", **look)  # type: ignore[arg-type]
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Return sorted heights moved apart to at least ``gap``, each crowd centred on where it stood."""
+    crowds = [[height] for height in heights]
+    merged = True
+    while merged:
+        merged = False
+        for i in range(len(crowds) - 1):
+            upper, lower = sum(crowds[i + 1]) / len(crowds[i + 1]), sum(crowds[i]) / len(crowds[i])
+            if upper - lower < gap * (len(crowds[i]) + len(crowds[i + 1])) / 2:
+                crowds[i : i + 2] = [crowds[i] + crowds[i + 1]]
+                merged = True
+                break
+    return [
+        sum(crowd) / len(crowd) + gap * (place - (len(crowd) - 1) / 2)
+        for crowd in crowds
+        for place in range(len(crowd))
+    ]
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean over the ``window`` values around each one, fewer at the ends."""
+    half = window // 2
+    spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(span) / len(span) for span in spans]

@@ -1,0 +1,260 @@
+"""One run folder, read back as typed records; a run that is only half done reads as far as it got."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hftlight.errors import InputError
+
+STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
+UNDEFENDED = "none"
+FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # any one of them makes a folder a run
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured number with its 95 % interval, in ``unit``; ``count`` is the number of answers behind it."""
+
+    arm: str
+    stage: str
+    metric: str
+    value: float
+    judge: str = ""
+    low: float | None = None
+    high: float | None = None
+    count: int = 0
+    unit: str = "percent"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage took: optimizer steps, seconds, seconds per step against plain fine-tuning, peak memory in MiB."""
+
+    arm: str
+    stage: str
+    steps: int = 0
+    seconds: float | None = None
+    seconds_per_step: float | None = None
+    relative_to_sft: float | None = None
+    peak_memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer; ``flags`` maps a judge's name to its decision, ``correct`` is None outside the task."""
+
+    arm: str
+    stage: str
+    set: str
+    id: str
+    prompt: str
+    response: str
+    reference: str = ""
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    correct: bool | None = None
+
+
+Curve = list[tuple[int, float]]  # (optimizer step, value), by step
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything a report says about one run. Arms and stages go by their keys; ``arm_word`` and ``STAGES`` name them.
+
+    Args:
+        scores: by (arm, stage, metric, judge).
+        costs: by (arm, stage).
+        curves: by (arm, stage, name).
+        answers: in the order they were made; an answer made twice counts once, the later one.
+        config: text of config.yaml, empty where there is none.
+        notes: what could not be read, in words for the reader of the report.
+    """
+
+    folder: Path
+    scores: Mapping[tuple[str, str, str, str], Score]
+    costs: Mapping[tuple[str, str], Cost]
+    curves: Mapping[tuple[str, str, str], Curve]
+    answers: tuple[Answer, ...]
+    manifest: Mapping[str, Any]
+    config: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms by key: the undefended one first, then as the manifest lists them, then as they were measured."""
+        listed = self.manifest.get("arms")
+        seen = dict.fromkeys(listed if isinstance(listed, Mapping) else ())
+        seen.update(dict.fromkeys([key[0] for group in (self.scores, self.costs, self.curves) for key in group]))
+        seen.update(dict.fromkeys(answer.arm for answer in self.answers))
+        return sorted(seen, key=lambda arm: arm != UNDEFENDED)
+
+    @property
+    def defended(self) -> list[str]:
+        """The arms that carry a defense."""
+        return [arm for arm in self.arms if arm != UNDEFENDED]
+
+    def measured(self, arm: str, stage: str) -> bool:
+        """Return whether any score exists for this arm after this stage."""
+        return any(key[:2] == (arm, stage) for key in self.scores)
+
+    def stages(self, arm: str) -> list[str]:
+        """Return the stages this arm has or will have, in order; planned ones may not be measured yet."""
+        planned = {"finetuning"} | ({"post_finetuning"} if self.repairs(arm) else set())
+        planned |= {"alignment"} if any(stage == "alignment" for _, stage, *_ in [*self.scores, *self.costs]) else set()
+        return [s for s in STAGES if s in planned or self.measured(arm, s) or (arm, s) in self.costs]
+
+    def repairs(self, arm: str) -> bool:
+        """Return whether the manifest gives this arm a defense that works on the finished weights."""
+        arms = self.manifest.get("arms")
+        entry = arms.get(arm) if isinstance(arms, Mapping) else None
+        return isinstance(entry, Mapping) and '"weights"' in json.dumps(entry.get("slots", []), default=str).lower()
+
+    def judges(self, metric: str = "harmful_score") -> list[str]:
+        """Return the judges of a metric in the order of their rows; the report compares by the first one."""
+        return list(dict.fromkeys(judge for _, _, name, judge in self.scores if name == metric))
+
+    def score(self, arm: str, stage: str, metric: str, judge: str | None = None) -> Score | None:
+        """Return one score or None; ``judge=None`` takes the metric's first judge, the same one for every arm."""
+        first = next(iter(self.judges(metric)), "")
+        return self.scores.get((arm, stage, metric, first if judge is None else judge))
+
+    def unmeasured(self) -> list[tuple[str, str]]:
+        """Return the (arm, stage) pairs that have no score yet."""
+        return [(arm, s) for arm in self.arms for s in self.stages(arm) if not self.measured(arm, s)]
+
+
+def arm_word(arm: str) -> str:
+    """Return the name a reader sees for an arm's key."""
+    return "undefended" if arm == UNDEFENDED else arm
+
+
+def read_result(folder: str | Path) -> Result:
+    """Read a run folder.
+
+    Args:
+        folder: a run's folder; files of stages that have not run yet may be missing, and a line that was cut off
+            while it was written is left out and noted.
+
+    Raises:
+        InputError: if it is no folder, no run, or holds a row that is not what a run writes.
+    """
+    folder = Path(folder)
+    _check_is_run(folder)
+    notes: list[str] = []
+    scores: dict[tuple[str, str, str, str], Score] = {}
+    costs: dict[tuple[str, str], Cost] = {}
+    curves: dict[tuple[str, str, str], dict[int, float]] = {}
+    for where, row in _rows(folder / "metrics.jsonl", notes):
+        kind = row.get("kind")
+        if kind == "score":
+            score = _score(row, where)
+            if score is not None:
+                scores[score.arm, score.stage, score.metric, score.judge] = score
+        elif kind == "cost":
+            arm, stage = _place(row, where)
+            numbers = {name: _number(row, name, where) for name in list(Cost.__dataclass_fields__)[3:]}
+            costs[arm, stage] = Cost(arm, stage, int(_number(row, "steps", where) or 0), **numbers)
+        elif kind == "curve":
+            step, value = _number(row, "step", where), _number(row, "value", where)
+            if step is not None and value is not None:
+                curves.setdefault((*_place(row, where), _text(row, "name", where)), {})[int(step)] = value
+        else:
+            notes.append(f"{where} is of the kind {kind!r}, which this version does not know; it is left out.")
+    answers = {}
+    for where, row in _rows(folder / "generations.jsonl", notes):
+        answer = _answer(row, where)
+        answers[answer.arm, answer.stage, answer.set, answer.id, answer.prompt] = answer
+    sorted_curves = {key: sorted(points.items()) for key, points in curves.items()}
+    manifest, config = _manifest(folder / "manifest.json"), _read(folder / "config.yaml")
+    return Result(folder, scores, costs, sorted_curves, tuple(answers.values()), manifest, config, tuple(notes))
+
+
+def _check_is_run(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing there"
+        raise InputError(f"report: a run is a folder, got '{folder}' ({what}). Pass the folder the run wrote.")
+    if not any((folder / name).is_file() for name in FILES):
+        inside = sorted(path.name for path in folder.iterdir())
+        runs = [name for name in inside if any((folder / name / file).is_file() for file in FILES)]
+        way_out = f"Did you mean '{folder / runs[0]}'?" if runs else "Pass the folder the run wrote."
+        found = ", ".join(inside[:5]) or "nothing"
+        raise InputError(f"report: a run folder holds one of {', '.join(FILES)}, '{folder}' holds {found}. {way_out}")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, row); lines end at a newline only, since an answer may hold U+2028."""
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # a run that was killed while writing, perhaps resumed and appended to since
+            notes.append(f"{where} is not complete, as a run killed while writing leaves it; it is left out.")
+            continue
+        if not isinstance(row, dict):
+            raise InputError(f"report: {where} must be one JSON object, got {line[:60]!r}. Run it again.")
+        yield where, row
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    text = _read(path)
+    try:
+        manifest = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"report: '{path}' must hold JSON, got {text[:60]!r}. Run it again.") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"report: '{path}' must hold one JSON object, got {text[:60]!r}. Run it again.")
+    return manifest
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"report: {where} needs the text '{name}', got {value!r}. Run it again.")
+    return value
+
+
+def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
+    """Return a finite number, or None where the row has none, a null or a NaN."""
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"report: {where} needs a number as '{name}', got {value!r}. Run it again.")
+    return float(value) if math.isfinite(value) else None
+
+
+def _place(row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    stage = _text(row, "stage", where)
+    if stage not in STAGES:
+        raise InputError(f"report: {where} needs a stage out of {', '.join(STAGES)}, got {stage!r}. Run it again.")
+    return _text(row, "arm", where), stage
+
+
+def _score(row: Mapping[str, Any], where: str) -> Score | None:
+    value = _number(row, "value", where)
+    if value is None:
+        return None
+    arm, stage = _place(row, where)
+    low, high = _number(row, "low", where), _number(row, "high", where)
+    count, judge, unit = int(_number(row, "count", where) or 0), row.get("judge") or "", row.get("unit") or "percent"
+    return Score(arm, stage, _text(row, "metric", where), value, str(judge), low, high, count, str(unit))
+
+
+def _answer(row: Mapping[str, Any], where: str) -> Answer:
+    arm, stage = _place(row, where)
+    given = row.get("verdicts") or {}
+    verdicts: Iterable[tuple[str, Any]] = given.items() if isinstance(given, Mapping) else ()
+    flags = {name: bool(v["flag"]) for name, v in verdicts if isinstance(v, Mapping) and v.get("flag") is not None}
+    texts = (row.get(name) for name in ("prompt", "response", "reference", "id"))
+    prompt, response, reference, identity = ("" if text is None else str(text) for text in texts)
+    correct = row.get("correct") if isinstance(row.get("correct"), bool) else None
+    return Answer(arm, stage, _text(row, "set", where), identity, prompt, response, reference, flags, correct)

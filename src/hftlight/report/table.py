@@ -1,0 +1,100 @@
+"""The closing table of a run, arm by stage: for a terminal, as plain text and in Markdown."""
+
+from collections.abc import Callable
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from hftlight.report.result import STAGES, Result, Score, arm_word
+
+HEADERS = (
+    "Arm",
+    "Stage",
+    "Harmful score % (95 %)",
+    "Finetune accuracy %",
+    "Over-refusal %",
+    "s/step (x SFT)",
+    "Peak memory MiB",
+)
+NARROW = (
+    "Arm",
+    "Stage",
+    "Harmful score\n% (95 %)",
+    "Finetune\nacc. %",
+    "Over-\nref. %",
+    "s/step\n(x SFT)",
+    "Peak\nMiB",
+)
+
+
+def closing_rows(result: Result) -> list[list[str]]:
+    """Return one row of text per arm and stage, in the order of ``HEADERS``; '-' where nothing was measured."""
+    rows = []
+    for arm in result.arms:
+        for stage in result.stages(arm):
+            cost = result.costs.get((arm, stage))
+            harmful, *others = (
+                result.score(arm, stage, metric) for metric in ("harmful_score", "finetune_accuracy", "over_refusal")
+            )
+            relative = f" ({cost.relative_to_sft:.1f}x)" if cost and cost.relative_to_sft is not None else ""
+            speed = f"{seconds(cost.seconds_per_step)}{relative}" if cost and cost.seconds_per_step is not None else "-"
+            memory = f"{cost.peak_memory_mib:.0f}" if cost and cost.peak_memory_mib is not None else "-"
+            plain = [f"{score.value:.1f}" if score else "-" for score in others]
+            rows.append([arm_word(arm), STAGES[stage], with_interval(harmful), *plain, speed, memory])
+    return rows
+
+
+def seconds(value: float) -> str:
+    """Return seconds with three digits that count, and never with an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
+
+
+def with_interval(score: Score | None) -> str:
+    """Return ``61.7 (52.8-69.9)``, the number alone where it has no interval, '-' where there is none."""
+    if score is None:
+        return "-"
+    bounds = f" ({score.low:.1f}-{score.high:.1f})" if score.low is not None and score.high is not None else ""
+    return f"{score.value:.1f}{bounds}"
+
+
+def caption(result: Result) -> str:
+    """Return what a reader must know beside the table: judge, number of answers, and which way is better."""
+    judge = next(iter(result.judges()), "")
+    counts = sorted({s.count for s in result.scores.values() if s.metric == "harmful_score" and s.judge == judge})
+    n = "" if not counts else f", n = {counts[0]}" if len(counts) == 1 else f", n = {counts[0]} to {counts[-1]}"
+    by = f" by judge '{judge}'" if judge else ""
+    return (
+        f"Harmful score: percent of answers to held-out harmful prompts flagged{by}{n}, with 95 % interval; lower is "
+        "safer. s/step: seconds per optimizer step, in brackets against plain fine-tuning (SFT)."
+    )
+
+
+def closing_table(result: Result) -> Table:
+    """Return the closing table for a terminal of 80 columns: undefended arm first, one section per arm."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = caption(result), "left"
+    for number, header in enumerate(NARROW):
+        table.add_column(header, justify="left" if number < 2 else "right", no_wrap=number > 0, overflow="fold")
+    before = ""
+    for arm, *cells in closing_rows(result):
+        if before and arm != before:
+            table.add_section()
+        table.add_row("" if arm == before else arm, *cells)
+        before = arm
+    return table
+
+
+def closing_text(result: Result) -> str:
+    """Return the closing table in aligned plain text, for a log or a file."""
+    lines = [list(HEADERS), *closing_rows(result)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
+    align: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * (len(HEADERS) - 2)]
+    text = ["  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)) for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in [*text, "", caption(result)])
+
+
+def closing_markdown(result: Result) -> str:
+    """Return the closing table in Markdown, for a notebook or an issue."""
+    lines = [list(HEADERS), ["---", "---", *["---:"] * (len(HEADERS) - 2)], *closing_rows(result)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

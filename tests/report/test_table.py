@@ -1,0 +1,69 @@
+"""The closing table in its three forms."""
+
+from io import StringIO
+
+from rich.console import Console
+
+from hftlight.report import closing_markdown, closing_table, closing_text, read_result
+from hftlight.report.table import HEADERS, closing_rows, seconds
+from tests.helpers.run_folder import harmful, metric_rows, write_run
+
+ARMS = ("none", "booster")
+
+
+def rows(tmp_path, *args, **kwargs):
+    return closing_rows(read_result(write_run(tmp_path, *args, **kwargs)))
+
+
+def test_rows_are_arm_by_stage_with_every_number(tmp_path):
+    table = rows(tmp_path, arms=("booster", "none"))
+    assert table[0] == ["undefended", "base", "40.0 (31.7-48.9)", "12.0", "1.7", "-", "-"]
+    assert table[2] == ["undefended", "fine-tuned", "61.7 (52.7-69.9)", "92.5", "3.3", "1.5 (1.0x)", "1234"]
+    assert table[3] == ["booster", "aligned", "5.0 (2.3-10.5)", "10.0", "9.2", "4.41 (2.9x)", "1544"]
+    assert [row[:2] for row in table[3:]] == [["booster", "aligned"], ["booster", "fine-tuned"]]
+
+
+def test_what_is_not_measured_is_a_dash(tmp_path):
+    half = [row for row in metric_rows(ARMS) if row["arm"] == "none" and row["stage"] != "finetuning"]
+    table = rows(tmp_path, half, [], arms=ARMS)
+    assert [row[:2] for row in table[2:]] == [
+        ["undefended", "fine-tuned"],
+        ["booster", "aligned"],
+        ["booster", "fine-tuned"],
+    ]
+    assert all(row[2:] == ["-"] * 5 for row in table[2:])
+
+
+def test_a_score_without_interval_stands_alone(tmp_path):
+    table = rows(tmp_path, [{**harmful("none", "finetuning", 60), "low": None, "high": None}], [], arms=("none",))
+    assert table[0][2] == "60.0"
+
+
+def test_terminal_table_fits_eighty_columns_and_names_the_judge(tmp_path):
+    out = StringIO()
+    Console(file=out, width=80).print(closing_table(read_result(write_run(tmp_path))))
+    lines = out.getvalue().splitlines()
+    assert sum("61.7 (52.7-69.9)" in line and "1.5 (1.0x)" in line for line in lines) == 1
+    assert out.getvalue().count("undefended") == 1
+    assert "…" not in out.getvalue()
+    assert "'builtin', n = 120" in out.getvalue()
+
+
+def test_text_form_is_aligned(tmp_path):
+    head, rule, *body = closing_text(read_result(write_run(tmp_path))).split("\n")
+    assert head.split("  ")[0] == "Arm"
+    assert len(body[0]) == len(rule) == len(head)
+    assert len({line.index("(", 20) for line in body[:1]} | {head.index("(")}) <= 2
+    assert [line.split()[0] for line in body[:5]] == ["undefended"] * 3 + ["booster"] * 2
+
+
+def test_markdown_form_has_a_cell_per_header_and_escapes_bars(tmp_path):
+    score = harmful("a|b", "finetuning", 50)
+    lines = closing_markdown(read_result(write_run(tmp_path, [score], [], arms=()))).split("\n")
+    assert lines[0] == "| " + " | ".join(HEADERS) + " |"
+    assert lines[2].startswith("| a\\|b | fine-tuned | 50.0 (")
+    assert lines[2].replace("\\|", "").count("|") == len(HEADERS) + 1
+
+
+def test_seconds_never_show_an_exponent():
+    assert [seconds(s) for s in (1234.5, 4.4123, 0.0123, 0.000012)] == ["1234", "4.41", "0.0123", "0.000012"]

@@ -1,0 +1,162 @@
+"""The command line as a user meets it: help without torch, one clear error each, nothing half-written."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hftlight.cli import parse_train, plain_names, train
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [sys.executable, str(ROOT / "recipes" / "train.py")]
+
+
+def test_help_answers_without_torch():
+    code = (
+        "import sys; sys.argv = ['train.py', '--help']\n"
+        "from hftlight.cli import train\n"
+        "try:\n    train()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("booster", "--harmful_ratio", "0-1", "default: 0.1", "--alignment.lr", "--dry_run"):
+        assert word in done.stdout
+
+
+def test_help_of_a_defense_shows_unit_range_and_default():
+    done = subprocess.run([*TRAIN, "--defense", "booster", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    assert "--booster.lam" in text
+    assert "dimensionless, >= 0; 0 is plain alignment" in text
+    assert "L2 distance in weight space, > 0" in text
+    assert "--booster.streams" not in text
+
+
+def test_names_come_first_then_their_arguments():
+    config, defenses, dry = parse_train(
+        ["--defense", "booster", "--booster.lam", "20", "--harmful-ratio", "0.3", "--dry-run", "--baseline"]
+    )
+    assert (config.defense, config.harmful_ratio, config.baseline, dry) == (["booster"], 0.3, True, True)
+    assert (defenses[0].lam, defenses[0].alpha) == (20.0, 0.1)
+
+
+def test_hyphens_stay_in_values():
+    assert plain_names(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"]) == [
+        "--data.alignment",
+        "my-file.jsonl",
+        "--model=a-b/c-d",
+        "--dry_run",
+    ]
+
+
+def test_a_printed_configuration_is_read_back(tmp_path):
+    command = [*TRAIN, "--defense", "booster", "--booster.lam", "7", "--finetuning.lr", "0.001", "--print_config"]
+    path = tmp_path / "config.yaml"
+    path.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    config, defenses, _ = parse_train(["--config", str(path), "--seed", "3"])
+    assert (config.finetuning.lr, config.seed, defenses[0].lam) == (0.001, 3, 7.0)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads(path):
+    config, _, _ = parse_train(["--config", str(path)])
+    config.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--defense", "boster"], "Unknown defense 'boster'; did you mean 'booster'?"),
+        (["--harmful_ratio", "5"], "--harmful_ratio must lie in [0, 1], got 5. If that is a percentage, write 0.05."),
+        (["--harmful_ratio", "-0.1"], "--harmful_ratio must lie in [0, 1], got -0.1."),
+        (["--defense", "booster", "--booster.alpha", "0"], "Booster: alpha is a step length and must be > 0, got 0.0."),
+        (["--alignment.lr", "0"], "--alignment.lr must be > 0"),
+        (["--data.attack", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--data.alignment", "empty.jsonl"], "empty.jsonl"),
+        (["--data.alignment", "columns.jsonl"], "--data.columns"),
+        (["--max_tokens", "5"], "rows may have at most 5 tokens"),
+        (["--num_samples", "100000"], "The upload needs 10000 attack rows, but the source has 400"),
+        (["--template", "chatt"], "Did you mean 'chat'?"),
+        (["--model", "tinyy"], "did you mean 'tiny'?"),
+        (["--model", "folder"], "is not a model folder"),
+        (["--output", "/proc/nowhere"], "cannot be written"),
+        (["--lora.targets", "[nothing]"], "linear layers are"),
+        (["--strategy", "deepspeed"], "--strategy must be auto, ddp or fsdp2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_named_with_status_2_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+    Path("empty.jsonl").touch()
+    Path("columns.jsonl").write_text('{"a": "b"}\n')
+    Path("folder").mkdir()
+    small = ["--model", "tiny", "--evaluation.prompts", "1", "--evaluation.over_refusal_prompts", "1"]
+    small += [
+        "--evaluation.task_rows",
+        "1",
+        "--evaluation.max_new_tokens",
+        "1",
+        "--evaluation.task_max_new_tokens",
+        "1",
+    ]
+    assert train([*small, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("runs/*/report.html"))
+    assert not list((tmp_path / "cache").glob("stages/*/stage.json"))
+
+
+def test_the_demo_model_names_the_command_that_fetches_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr("hftlight.models.demo_file", lambda: None)
+    assert train(["--output", str(tmp_path / "runs")]) == 2
+    assert "make model" in capsys.readouterr().err
+
+
+def test_a_model_without_chat_template_is_refused_with_the_way_out(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    from hftlight.models import model_path
+
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(model_path("tiny"), tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    assert train(["--model", str(tmp_path / "plain"), "--output", str(tmp_path / "runs"), "--dry_run"]) == 2
+    assert "--template alpaca" in capsys.readouterr().err
+
+
+def test_an_unknown_option_ends_with_status_2():
+    done = subprocess.run([*TRAIN, "--no_such_option", "1"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no_such_option" in done.stderr
+
+
+def test_dry_run_loads_no_weights_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hftlight.models.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    assert train(["--model", "tiny", "--defense", "booster", "--baseline", "--dry_run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for word in (
+        "undefended and booster",
+        "(the upload, 40 harmful)",
+        "Prompts that stand in two sets",
+        "This takes about",
+    ):
+        assert word in text
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    """Two seconds for the names, ten for a defense's arguments."""
+    for arguments, limit in ((["--help"], 2.0), (["--defense", "booster", "--help"], 10.0)):
+        since = time.perf_counter()
+        subprocess.run([*TRAIN, *arguments], capture_output=True, check=True)
+        assert time.perf_counter() - since < limit
