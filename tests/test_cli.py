@@ -145,7 +145,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(tmp_path, monkeypatch, caps
     text = " ".join(capsys.readouterr().out.split())
     for word in (
         "undefended and booster",
-        "(the upload, 40 harmful)",
+        "(the upload, 38 harmful)",
         "Prompts that stand in two sets",
         "This takes about",
     ):

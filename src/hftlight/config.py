@@ -104,7 +104,7 @@ class Evaluation:
     prompts: int = 100
     over_refusal_prompts: int = 50
     task_rows: int = 100
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     task_max_new_tokens: int = 0
     batch_size: int = 64
     judge: Literal["auto", "builtin", "keyword"] = "auto"
@@ -151,7 +151,7 @@ class RunConfig:
     tuning: Literal["lora", "full", "qlora"] = "lora"
     adapter_protocol: Literal["merge", "continue"] = "merge"
     harmful_ratio: float = 0.1
-    num_samples: int = 400
+    num_samples: int = 384
     template: str = "chat"
     system: str | None = None
     max_tokens: int = 256
@@ -167,8 +167,8 @@ class RunConfig:
     upload_generations: bool = False
     output: str = "runs"
     name: str | None = None
-    alignment: Training = field(default_factory=Training)
-    finetuning: Training = field(default_factory=Training)
+    alignment: Training = field(default_factory=lambda: Training(steps=80, lr=2e-3))
+    finetuning: Training = field(default_factory=lambda: Training(steps=48, lr=1e-3))
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -54,7 +54,8 @@ class Prepared:
         arms: undefended first, where there is one.
         streams: rows by stream: alignment, harmful (if a defense asks), task (the upload).
         tests: what every model is measured on.
-        lengths: mean tokens per row, by stream and by test set.
+        lengths: mean tokens per row, by stream.
+        prompt_lengths: mean tokens per prompt, by test set.
         dropped: rows longer than the limit, by stream.
         overlaps: equal prompts by pair of sets.
         config_hash: name of everything that decides the result.
@@ -65,6 +66,7 @@ class Prepared:
     streams: dict[str, list[Record]]
     tests: TestSets
     lengths: dict[str, float] = field(default_factory=dict)
+    prompt_lengths: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     overlaps: dict[str, int] = field(default_factory=dict)
     config_hash: str = ""
@@ -82,7 +84,8 @@ class Prepared:
         limits = dict.fromkeys(SETS, self.config.evaluation.max_new_tokens)
         limits["task"] = self.config.evaluation.task_max_new_tokens or self.tests.task.max_new_tokens
         prompt_seconds = speed * sum(
-            len(self.tests.rows(n)) * (self.lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
+            len(self.tests.rows(n))
+            * (self.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
             for n in SETS
         )
         found = [Unit("base model: measuring", tests, prompt_seconds)]
@@ -211,7 +214,7 @@ def _count(prepared: Prepared) -> None:
     for name in SETS:
         sample = prepared.tests.rows(name)[:50]
         lengths = [len(encode_prompt(r, template, tokenizer, config.system)) for r in sample]
-        prepared.lengths[name] = sum(lengths) / max(1, len(lengths))
+        prepared.prompt_lengths[name] = sum(lengths) / max(1, len(lengths))
 
 
 def _parameters(config: RunConfig) -> float:

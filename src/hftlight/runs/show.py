@@ -49,7 +49,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         rows.add_row(label, str(len(records)), str(prepared.dropped[name]), f"{prepared.lengths[name]:.0f}")
     for name in SETS:
         label = f"test: {name.replace('_', '-')}"
-        rows.add_row(label, str(len(prepared.tests.rows(name))), "-", f"{prepared.lengths[name]:.0f} (prompt)")
+        rows.add_row(label, str(len(prepared.tests.rows(name))), "-", f"{prepared.prompt_lengths[name]:.0f} (prompt)")
     console.print(rows)
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
