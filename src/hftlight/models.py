@@ -180,7 +180,7 @@ TINY_VERSION = 1
 
 
 def make_tiny(folder: Path) -> None:
-    """Write the tiny model: a random two-layer Llama with a byte tokenizer, the same on every machine."""
+    """Write the tiny model: a random two-layer Llama from a fixed seed, with a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -222,6 +222,9 @@ def make_tiny(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     try:
         print(model_path(DEMO))
     except InputError as error:

