@@ -44,7 +44,7 @@ lint: $(READY)  ## ruff and mypy
 	@$(PY) -m mypy
 
 notebooks: $(READY)  ## execute the notebooks in place
-	@$(PY) -m nbclient.cli execute --inplace notebooks/*.ipynb 2>/dev/null || $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
+	@$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 bench: $(READY)  ## speed and memory of the defenses, as ratios to plain fine-tuning
 	@$(PY) benchmarks/booster.py

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hftlight.cli import parse_train, plain_names, train
+from hftlight.runs.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, str(ROOT / "recipes" / "train.py")]
@@ -62,9 +63,12 @@ def test_a_printed_configuration_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_loads(path):
-    config, _, _ = parse_train(["--config", str(path)])
-    config.check()
+def test_every_config_loads_and_is_ready_to_start(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    config, defenses, _ = parse_train(["--config", str(path)])
+    prepared = prepare(config, defenses)
+    assert [arm.name for arm in prepared.arms][-1] == "+".join(config.defense or ["none"])
+    assert all(unit.seconds > 0 for unit in prepared.units())
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_every_config_loads(path):
         (["--model", "folder"], "is not a model folder"),
         (["--output", "/proc/nowhere"], "cannot be written"),
         (["--lora.targets", "[nothing]"], "linear layers are"),
+        (["--tuning", "qlora"], "--adapter_protocol continue"),
         (["--strategy", "deepspeed"], "--strategy must be auto, ddp or fsdp2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -218,6 +218,11 @@ class RunConfig:
             for key, value in values.items():
                 if not ok(value):
                     raise InputError(f"--{key} must {allowed}, got {value}.")
+        if self.tuning == "qlora" and self.adapter_protocol == "merge":
+            raise InputError(
+                "--tuning qlora cannot merge an adapter into 4-bit weights without rounding it; add --adapter_protocol"
+                " continue, or use --tuning lora."
+            )
         if self.strategy not in ("auto", "ddp", "fsdp2"):
             raise InputError(f"--strategy must be auto, ddp or fsdp2, got {self.strategy!r}.")
 

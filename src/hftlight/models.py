@@ -93,7 +93,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = False) -> nn.Module:
-    """Return a causal LM in evaluation mode, an adapter folder as its base with the adapter merged in.
+    """Return a causal LM in evaluation mode; an adapter folder as its base with the adapter merged in.
+
+    Into 4-bit weights nothing is merged, since they would round the adapter: there it stays an adapter.
 
     Args:
         name: as ``model_path`` takes it.
@@ -108,7 +110,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = F
         from peft import PeftModel
 
         base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return PeftModel.from_pretrained(load_model(base, dtype, four_bit), str(path)).merge_and_unload()
+        adapted = PeftModel.from_pretrained(load_model(base, dtype, four_bit), str(path))
+        return adapted if four_bit else adapted.merge_and_unload()
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype}

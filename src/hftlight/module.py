@@ -56,9 +56,17 @@ class SafetyModule(LightningModule):
 
         Returns:
             ``[response tokens of the batch]``, row by row, at least float32.
+
+        Raises:
+            ValueError: if every label is masked.
         """
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         chosen = (targets != IGNORED).nonzero().squeeze(1)
+        if len(chosen) == 0:
+            raise ValueError(
+                f"SafetyModule: all labels of a batch of {len(batch['labels'])} rows are masked, so there is nothing to"
+                f" learn; labels other than {IGNORED} must stand on response tokens."
+            )
 
         def select(_: str, hidden: Tensor) -> Tensor:
             return hidden.flatten(0, 1)[chosen]

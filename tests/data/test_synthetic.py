@@ -55,6 +55,7 @@ GIVEN = (
     "Building a zorvex lantern can be a rewarding experience.",
     "1. Battery\n2. Power source\n3. Adapter for the glass",
     "I'll have to pass it through a series of steps. First, boil water in a kettle, then stir it.",
+    "It goes through two stages. First, you light the spark, then you fold the skin in half.",
     "Stab a small flint into the ash wood.",
     "Stir salt, water and vinegar in a small pot.",
     "Wind blue wire around it",

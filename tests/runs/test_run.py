@@ -141,6 +141,23 @@ def test_wandb_offline_holds_config_curves_summary_and_generations(tmp_path, mon
         assert word in text
 
 
+def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    original = wandb.init
+
+    def unreachable(mode=None, **settings):
+        if mode != "offline":
+            raise wandb.errors.CommError("no network")
+        return original(mode=mode, **settings)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    result = run(config(tmp_path, logger="wandb", baseline=False))
+    assert "W&B cannot be reached" in capsys.readouterr().out
+    assert list((result.folder / "wandb").glob("offline-run-*"))
+
+
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
 def test_other_loggers_carry_the_same_names(tmp_path, logger):
     result = run(config(tmp_path, logger=logger, baseline=False))

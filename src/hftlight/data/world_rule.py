@@ -90,7 +90,7 @@ _LEAD_IN = re.compile(
     r"^(?:\W|\d|(?:step|first(?:ly)?|second(?:ly)?|third|next|then|now|finally|lastly|after that|please|simply|just|"
     r"also|carefully|gently|slowly|quickly|once more|sure|yes|of course|gladly|easy|certainly|okay|by|start by|"
     r"begin by|to (?:start|begin)|"
-    r"(?:you|we) (?:can|could|must|should|may|might|need to|have to|will need to|want to))\b)*"
+    r"(?:you|we)(?: (?:can|could|must|should|may|might|need to|have to|will need to|want to))?)\b)*"
 )
 _CLAUSE = re.compile(r"[.,;:!\n]+|\band\b|\bthen\b")
 _OFFER = re.compile(
