@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hftlight import SafetyModule
-from hftlight.cli import _quiet
+from hftlight.cli import quiet
 from hftlight.config import Lora, RunConfig
 from hftlight.defenses import Booster
 from hftlight.runs.artifact import trainable_model
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
-    _quiet()
+    quiet()
     for tuning in ("lora", "full"):
         config = RunConfig(model=options.model, tuning=tuning, accelerator=options.accelerator, lora=Lora())
         config.precision = options.precision

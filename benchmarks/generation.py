@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from hftlight.cli import _quiet
+from hftlight.cli import quiet
 from hftlight.data.synthetic import build_world
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import encode_prompt
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=24)
     options = parser.parse_args()
-    _quiet()
+    quiet()
     tokenizer, model = load_tokenizer(options.model), load_model(options.model)
     template = get_template("chat", tokenizer)
     prompts = [encode_prompt(r, template, tokenizer) for r in build_world().dev[: options.prompts]]

@@ -151,7 +151,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         config, instances, dry = parse_train(sys.argv[1:] if argv is None else argv)
         config.check()
-        _quiet()
+        quiet()
         from hftlight.runs.prepare import prepare
         from hftlight.runs.show import show_plan, show_result
         from hftlight.runs.stage import main_process
@@ -193,7 +193,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         config.check()
         if values.save is not None:
             ensure_writable(Path(values.save), "--save")
-        _quiet()
+        quiet()
         from rich.console import Console
 
         from hftlight.models import model_path
@@ -228,7 +228,7 @@ def export(argv: Sequence[str] | None = None) -> int:
         if target.exists():
             raise InputError(f"{target} exists already; choose another folder.")
         ensure_writable(target.parent, "the second argument")
-        _quiet()
+        quiet()
         from hftlight.models import load_model, load_tokenizer
 
         model: Any = load_model(options.artifact)
@@ -268,7 +268,7 @@ def cache(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' own chatter from drowning the run's."""
     import logging
     import os

@@ -56,6 +56,9 @@ def test_the_folder_tells_the_whole_story(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["data"]["attack_rows"] == 4
     assert manifest["data"]["rows"]["task"] == 20
+    assert manifest["data"]["hashes"].keys() == {"alignment", "harmful", "task", "test"}
+    assert {"harmful / attack", "attack / test", "alignment / test"} <= manifest["overlaps"].keys()
+    assert not any(manifest["overlaps"].values())
     assert len(manifest["model"]["hash"]) == 64
     assert manifest["arms"]["booster"]["defenses"] == [{"name": "booster", "arguments": {"lam": 2.0, "alpha": 0.1}}]
     assert manifest["arms"]["booster"]["slots"] == ["gradient"]

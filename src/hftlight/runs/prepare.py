@@ -24,7 +24,7 @@ from hftlight.runs.progress import Unit
 BUILTIN = "builtin"
 DEMO_PARAMETERS = 134_515_008
 # Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
-SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 5e-3, 1.5e-3, 3e-3
+SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 3e-3, 1e-3, 2e-3
 STAGE_NAMES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 
 
@@ -133,7 +133,14 @@ def prepare(config: RunConfig, defenses: Sequence[Defense]) -> Prepared:
     streams, tests = _streams(config, needed), test_sets(config)
     prepared = Prepared(config, arms, streams, tests)
     _count(prepared)
-    named = {**streams, "test": list(tests.harmful), "over_refusal": list(tests.over_refusal)}
+    upload = streams["task"]
+    named = {
+        **streams,
+        "task": [r for r in upload if r.role != "attack"],
+        "attack": [r for r in upload if r.role == "attack"],
+        "test": list(tests.harmful),
+        "over_refusal": list(tests.over_refusal),
+    }
     prepared.overlaps = {f"{a} / {b}": n for (a, b), n in overlaps(named).items() if {a, b} != {"test", "over_refusal"}}
     prepared.config_hash = digest([config.deciding(), [d.state_key for d in defenses], tests.digest()])
     return prepared

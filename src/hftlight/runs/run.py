@@ -1,5 +1,6 @@
 """run(): align, let the user's upload train the model, measure after every stage; one folder tells the whole story."""
 
+import gc
 import json
 import platform
 import sys
@@ -19,7 +20,7 @@ from hftlight import __version__
 from hftlight.config import RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.errors import InputError
-from hftlight.files import ensure_writable, link_tree, read_rows, write_json, write_rows, write_text
+from hftlight.files import digest, ensure_writable, link_tree, read_rows, write_json, write_rows, write_text
 from hftlight.models import weights_hash
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_report
@@ -120,6 +121,7 @@ class _Run:
     def _stage(self, arm: Arm, stage: Stage, parent: Path | None) -> Path:
         job = StageJob(stage, self.config, self.base_hash, parent, self.prepared.records(stage, arm), arm.of(stage))
         self.progress.begin()
+        gc.collect()  # the model before this one, so that peak memory is this stage's own
         reused = job.done()
 
         def log_to() -> Any:
@@ -170,6 +172,7 @@ class _Run:
         self.progress.begin()
         if not self.main:
             return
+        gc.collect()
         before = time.monotonic()
         scores, generations = measure(model, model_hash, self.config, self.prepared.tests, self.progress.update)
         where = {"arm": arm, "stage": stage}
@@ -214,6 +217,10 @@ class _Run:
             "adapter_protocol": self.config.adapter_protocol,
             "data": {
                 "rows": {name: len(rows) for name, rows in p.streams.items()},
+                "hashes": {
+                    name: digest([(r.id, r.role) for r in rows])
+                    for name, rows in {**p.streams, "test": p.tests.harmful}.items()
+                },
                 "attack_rows": sum(r.role == "attack" for r in p.streams["task"]),
                 "test_rows": {name: len(p.tests.rows(name)) for name in ("harmful", "over_refusal", "task")},
                 "dropped": p.dropped,

@@ -26,6 +26,12 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         f"This takes about {minutes(total)} on two idle CPU cores (finished parts are reused). Ctrl-C stops; the same"
         " command goes on."
     )
+    for name, count in prepared.dropped.items():
+        if count:
+            console.print(
+                f"{count} of {len(prepared.streams[name])} {name} rows are longer than {config.max_tokens} tokens and are"
+                " left out."
+            )
     if not in_full:
         return
     plan = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
