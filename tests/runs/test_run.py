@@ -227,3 +227,12 @@ def test_the_command_line_runs_all_stages_on_two_processes(strategy, tmp_path):
         ("none", "base"),
         *((arm, stage) for arm in ("none", "booster") for stage in ("alignment", "finetuning")),
     }
+
+
+def test_four_bit_training_runs_and_loads_again(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install 'hftlight[qlora]')")
+    result = run(config(tmp_path, tuning="qlora", adapter_protocol="continue", baseline=False), [Booster()])
+    loaded = load_model(str(result.folder / "booster" / "finetuned"), four_bit=True)
+    kinds = {type(m).__name__ for m in loaded.modules()}
+    assert "Linear4bit" in kinds
+    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}

@@ -29,8 +29,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     for name, count in prepared.dropped.items():
         if count:
             console.print(
-                f"{count} of {len(prepared.streams[name])} {name} rows are longer than {config.max_tokens} tokens and are"
-                " left out."
+                f"{count} of {len(prepared.streams[name])} {name} rows are longer than {config.max_tokens} tokens and"
+                " are left out."
             )
     if not in_full:
         return
