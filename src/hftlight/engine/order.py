@@ -11,8 +11,11 @@ GROUP = 16  # batches that are sorted by length together: little padding, and ba
 def passes_order(lengths: Sequence[int], batch_size: int, seed: int, stream: str, epoch: int) -> list[list[int]]:
     """Return the batches of one pass over a stream, as lists of row numbers; every row appears once.
 
+    Grouping by length saves padding and has a price: rows of one kind that are longer than the rest, such as harmful
+    rows in an upload of short ones, meet in a batch more often than by chance. Constant lengths avoid that.
+
     Args:
-        lengths: length of each row, in any unit; rows of similar length are batched together. Constant lengths
+        lengths: length of each row, in any unit; rows of similar length are batched together; constant lengths
             give a plain shuffle.
         batch_size: rows per batch, >= 1; the last rows of a pass may make a smaller one.
         seed: the run's seed.
