@@ -19,15 +19,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, torch.Tensor):
-                self._known.add(value.untyped_storage()._cdata)
+                self._add(value.untyped_storage(), counts=False)
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._add(value.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _add(self, storage: torch.UntypedStorage, counts: bool = True) -> None:
+        key, size = storage._cdata, storage.nbytes() if counts else 0
         if key in self._known:
             return
         self._known.add(key)
