@@ -156,8 +156,8 @@ class RunConfig:
     system: str | None = None
     max_tokens: int = 256
     seed: int = 0
-    precision: str = "32-true"
-    accelerator: str = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     strategy: str = "auto"
     gradient_checkpointing: bool = False

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from hftlight.data.tokens import IGNORED
 from hftlight.engine.activations import hooked
-
-IGNORED = -100  # label of a token that is not trained on
 
 
 class SafetyModule(LightningModule):

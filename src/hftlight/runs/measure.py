@@ -15,7 +15,7 @@ from hftlight.data.templates import get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, OverRefusal, RepetitionRate
 from hftlight.evaluation.generate import generate
-from hftlight.evaluation.judges import get_judge
+from hftlight.evaluation.judges import Verdict, get_judge
 from hftlight.files import cache_dir, digest, read_rows, write_rows
 from hftlight.models import load_model, load_tokenizer, weights_hash
 
@@ -157,7 +157,8 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     if answers["harmful"]:
         for name in tests.judges:
             score = HarmfulScore(get_judge(name), sync_on_compute=False)
-            score.update(prompts["harmful"], answers["harmful"])
+            given = [Verdict(**g["verdicts"][name]) for g in generations if g["set"] == "harmful"]
+            score.update(prompts["harmful"], answers["harmful"], given)
             add("harmful_score", score, len(answers["harmful"]), name)
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])

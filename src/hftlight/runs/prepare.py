@@ -18,6 +18,7 @@ from hftlight.errors import InputError
 from hftlight.files import digest
 from hftlight.models import DEMO, TINY, load_tokenizer, model_path
 from hftlight.registry import name_of
+from hftlight.report.result import STAGES, arm_word
 from hftlight.runs.measure import SETS, TestSets
 from hftlight.runs.progress import Unit
 
@@ -25,7 +26,6 @@ BUILTIN = "builtin"
 DEMO_PARAMETERS = 134_515_008
 # Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
 SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 3e-3, 1e-3, 2e-3
-STAGE_NAMES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 
 
 @dataclass
@@ -89,7 +89,6 @@ class Prepared:
             for n in SETS
         )
         found = [Unit("base model: measuring", tests, prompt_seconds)]
-        shared: set[str] = set()
         for arm in self.arms:
             for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
                 training = self.config.alignment if stage is Stage.ALIGNMENT else self.config.finetuning
@@ -98,16 +97,10 @@ class Prepared:
                 for d in arm.of(stage):
                     side = sum(self.lengths[name] for name in d.streams) or self.lengths[main]
                     tokens += training.steps * training.batch_size * side * d.passes
-                label = f"{show_arm(arm.name)}: {STAGE_NAMES[stage.value]}"
+                label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
                 found.append(Unit(label, training.steps, speed * tokens * SECONDS_PER_TOKEN))
                 found.append(Unit(f"{label}, measuring", tests, prompt_seconds))
-                shared.add(label)
         return found
-
-
-def show_arm(name: str) -> str:
-    """Return an arm's name as people read it."""
-    return "undefended" if name == "none" else name
 
 
 def prepare(config: RunConfig, defenses: Sequence[Defense]) -> Prepared:

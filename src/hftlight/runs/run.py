@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,7 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = ()) -> Re
         InputError: if the configuration or a file cannot be used; nothing was written.
         RunError: if training left the finite numbers.
     """
-    config = config or RunConfig()
-    config.defense = [name_of(d) for d in defenses]
+    config = replace(config or RunConfig(), defense=[name_of(d) for d in defenses])
     prepared = prepare(config, defenses)
     folder = run_folder(prepared)
     _claim(folder, prepared)

@@ -8,7 +8,9 @@ from rich.table import Table
 
 from hftlight.engine import Stage
 from hftlight.report import Result, closing_table, verdict
-from hftlight.runs.prepare import SETS, STAGE_NAMES, Prepared, show_arm
+from hftlight.report.result import STAGES, arm_word
+from hftlight.runs.measure import SETS
+from hftlight.runs.prepare import Prepared
 from hftlight.runs.progress import minutes
 
 
@@ -17,7 +19,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     console = console or Console()
     config = prepared.config
     total = sum(unit.seconds for unit in prepared.units())
-    arms = " and ".join(show_arm(arm.name) for arm in prepared.arms)
+    arms = " and ".join(arm_word(arm.name) for arm in prepared.arms)
     console.print(
         f"[bold]{config.model}[/bold], {config.tuning}, seed {config.seed}: {arms};"
         f" upload of {config.num_samples} rows, p = {config.harmful_ratio:g}"
@@ -40,8 +42,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
             training = config.alignment if stage is Stage.ALIGNMENT else config.finetuning
             passes = training.accumulate + sum(d.passes for d in arm.of(stage))
             plan.add_row(
-                show_arm(arm.name),
-                STAGE_NAMES[stage.value],
+                arm_word(arm.name),
+                STAGES[stage.value],
                 str(training.steps),
                 str(training.batch_size * training.accumulate * config.devices),
                 f"{passes} forward + backward",
