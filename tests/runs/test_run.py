@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftlight import run
-from hftlight.config import Evaluation, Lora, RunConfig, Training
+from hftlight.config import Data, Evaluation, Lora, RunConfig, Training
 from hftlight.defenses import Booster
 from hftlight.errors import InputError
 from hftlight.files import read_rows
@@ -127,6 +127,17 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
     run(config(tmp_path, name="mine", baseline=False))
     with pytest.raises(InputError, match="holds a run of another configuration"):
         run(config(tmp_path, name="mine", baseline=False, seed=1))
+
+
+def test_a_file_that_changed_makes_another_configuration(tmp_path):
+    path = tmp_path / "alignment.jsonl"
+    line = '{{"prompt": "open zorvex {}", "response": "I cannot help with that."}}\n'
+    path.write_text("".join(line.format(i) for i in range(8)))
+    settings = config(tmp_path, name="mine", baseline=False, data=Data(alignment=str(path)))
+    run(settings)
+    path.write_text("".join(line.format(i) for i in range(9)))
+    with pytest.raises(InputError, match="holds a run of another configuration"):
+        run(settings)
 
 
 def test_p_zero_hides_nothing_and_needs_no_harmful_source(tmp_path):

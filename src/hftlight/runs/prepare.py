@@ -135,7 +135,8 @@ def prepare(config: RunConfig, defenses: Sequence[Defense]) -> Prepared:
         "over_refusal": list(tests.over_refusal),
     }
     prepared.overlaps = {f"{a} / {b}": n for (a, b), n in overlaps(named).items() if {a, b} != {"test", "over_refusal"}}
-    prepared.config_hash = digest([config.deciding(), [d.state_key for d in defenses], tests.digest()])
+    rows = {name: [r.id for r in records] for name, records in streams.items()}
+    prepared.config_hash = digest([config.deciding(), [d.state_key for d in defenses], rows, tests.digest()])
     return prepared
 
 
