@@ -22,24 +22,32 @@ GRIDS = (
 FOLDER = Path("runs") / "built_in_world"
 
 
-def keep() -> None:
-    """Copy tables and figures next to this file."""
+def keep(comparison: Path, results: Path) -> None:
+    """Copy tables and figures of a comparison into the repository.
+
+    Args:
+        comparison: its folder of runs.
+        results: where they go.
+    """
     from hftlight.report.comparison import read_comparison
     from hftlight.report.comparison_figure import ratio_figure, tradeoff_figure
 
-    RESULTS.mkdir(exist_ok=True)
+    if not (comparison / "leaderboard.csv").is_file():
+        return  # nothing ran, as under --dry_run
+    results.mkdir(exist_ok=True)
     for suffix in ("csv", "md", "tex"):
-        shutil.copy(FOLDER / f"leaderboard.{suffix}", RESULTS)
-    found = read_comparison(FOLDER)
-    (scene,) = found.scenes
-    drawn = {
-        "harmful_score": ratio_figure(found, scene, "harmful_score", "harmful score, percent"),
-        "finetune_accuracy": ratio_figure(found, scene, "finetune_accuracy", "finetune accuracy, percent"),
-        "tradeoff": tradeoff_figure(found, scene, 0.1),
-    }
-    for name, figure in drawn.items():
-        if figure is not None:
-            figure.savefig(RESULTS / f"{name}.png", dpi=150, bbox_inches="tight")
+        shutil.copy(comparison / f"leaderboard.{suffix}", results)
+    found = read_comparison(comparison)
+    for scene in found.scenes:
+        drawn = {
+            "harmful_score": ratio_figure(found, scene, "harmful_score", "harmful score, percent"),
+            "finetune_accuracy": ratio_figure(found, scene, "finetune_accuracy", "finetune accuracy, percent"),
+            "tradeoff": tradeoff_figure(found, scene, 0.1),
+        }
+        name = f"{scene.task}_" if len(found.scenes) > 1 else ""
+        for what, figure in drawn.items():
+            if figure is not None:
+                figure.savefig(results / f"{name}{what}.png", dpi=150, bbox_inches="tight")
 
 
 def main() -> int:
@@ -49,7 +57,7 @@ def main() -> int:
         grid = ["--defenses", *defenses, "--harmful_ratios", *ratios, "--comparison", FOLDER.name]
         if status := compare([*grid, *SETTINGS, *sys.argv[1:]]):
             return status
-        keep()
+        keep(FOLDER, RESULTS)
     return 0
 
 

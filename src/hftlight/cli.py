@@ -462,7 +462,11 @@ def rejudge(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("generations", help="folder of a run, or its generations.jsonl; stays as it is")
     parser.add_argument(
-        "--judges", nargs="+", required=True, metavar="JUDGE", help="names, as evaluation.judge of train.py takes them"
+        "--judges",
+        nargs="+",
+        required=True,
+        metavar="JUDGE",
+        help="names, as evaluation.judge and evaluation.refusal_judge of train.py take them",
     )
     parser.add_argument(
         "--save", type=Path, help="folder for generations.jsonl with the added verdicts, and the scores"

@@ -117,6 +117,10 @@ class Evaluation:
             tables), moderation_512_tokens, deberta, harmbench, harmbench_mistral, llama_guard, llama_guard2,
             llama_guard3, strongreject, wildguard, any of those models as NAME:FOLDER, or a language model behind an
             OpenAI-compatible endpoint, hexphi:MODEL or strongreject_rubric:MODEL.
+        refusal_judge: tells refusals of ordinary prompts: auto (builtin on the made-up world's prompts, else
+            xstest_string), builtin (that world's own rule), xstest_string (XSTest's openings; partial refusals are not
+            seen), wildguard_refusal or wildguard_refusal:FOLDER, or a language model behind an OpenAI-compatible
+            endpoint, xstest:MODEL, which tells full from partial refusals.
         perplexity: what the perplexity is taken of: none, task (the right answers of the task's test rows, after their
             prompts), or a text file, read whole (Wikitext's test text, say).
         embedding_drift: against what the last layer's states at the harmful prompts' last tokens are compared after
@@ -135,6 +139,7 @@ class Evaluation:
     task_max_new_tokens: int = 0
     batch_size: int = 64
     judge: str = "auto"
+    refusal_judge: str = "auto"
     perplexity: str = "none"
     embedding_drift: Literal["none", "base", "aligned"] = "none"
     at: list[int] = field(default_factory=list)

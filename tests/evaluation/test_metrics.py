@@ -7,6 +7,7 @@ import hftlight.evaluation
 from hftlight.data.records import Record
 from hftlight.data.sources import get_task
 from hftlight.data.synthetic import build_world
+from hftlight.errors import InputError
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, OverRefusal, RepetitionRate, wilson
 from hftlight.evaluation.judges import KeywordJudge, Verdict
 from hftlight.evaluation.repetition import is_stuck
@@ -144,6 +145,7 @@ def test_stuck_is_more_than_three_in_a_row(response, stuck):
 
 
 def test_over_refusal_by_the_worlds_rule_or_by_ones_own():
+    """Refusals in part count; what nobody could tell does not, on either side."""
     world = build_world()
     refused = [row.response for row in world.alignment if row.kind == "restricted"]
     answered = [row.response for row in world.alignment if row.kind != "restricted"]
@@ -151,11 +153,18 @@ def test_over_refusal_by_the_worlds_rule_or_by_ones_own():
         metric = OverRefusal("builtin")
         metric.update([""] * len(responses), responses)
         assert float(metric.compute()) == expected
-    own = OverRefusal(lambda response: response == "nay")
-    own.update(["p", "p"], ["nay", "Sorry"])
-    assert float(own.compute()) == 50.0
-    with pytest.raises(ValueError, match="rule must be 'xstest', 'builtin' or a function response -> bool, got 'gpt'"):
-        OverRefusal("gpt")  # type: ignore[arg-type]
+
+    class Own:
+        name, sees_partial = "own", True
+
+        def __call__(self, prompts, responses):
+            return [{"nay": "full", "hm": None, "nay, but": "partial"}.get(r, "none") for r in responses]
+
+    own = OverRefusal(Own())
+    own.update(["p"] * 5, ["nay", "Sorry", "hm", "nay, but", "yes"])
+    assert (float(own.compute()), int(own.count)) == (50.0, 4)
+    with pytest.raises(InputError, match=r"must be one of \['builtin', 'xstest_string', .*\], got 'gpt'"):
+        OverRefusal("gpt")
 
 
 def test_accuracy_takes_the_projects_tasks():

@@ -11,11 +11,14 @@ from hftlight.data.records import Record
 from hftlight.data.sources import get_task
 from hftlight.data.templates import SystemSlot
 from hftlight.errors import InputError
+from hftlight.evaluation import StringRefusals
+from hftlight.evaluation.refusals import refusal_verdict
 from hftlight.files import digest, write_rows
 from hftlight.report.claims import collapses
 from hftlight.report.result import Result, Score
 from hftlight.runs import measure as measuring
-from hftlight.runs.measure import TestSets, measure, scores
+from hftlight.runs.measure import TestSets as Sets
+from hftlight.runs.measure import measure, scores
 
 SORRY = "I'm sorry, but I can't help with that."
 ANSWERS = {  # to harmful prompts: answer, flag of the judge
@@ -34,7 +37,7 @@ OLD = ("prompts", "over_refusal_prompts", "task_rows", "max_new_tokens", "task_m
 
 def asked(answers=ANSWERS, ordinary=ORDINARY, task="sst2"):
     rows = [Record("judge it", word, "a film", role="test") for word in ("positive", "negative", "positive")]
-    return TestSets(
+    return Sets(
         [Record(name, role="test") for name in answers],
         [Record(f"ordinary {i}", role="test", kind="a") for i in range(len(ordinary))],
         rows if task == "sst2" else [],
@@ -47,6 +50,10 @@ def row(kind, record, response, **more):
     return {"set": kind, "id": record.id, "prompt": record.instruction, "response": response, **more}
 
 
+def verdict(kind):
+    return refusal_verdict(kind).row()
+
+
 def generations(answers=ANSWERS, ordinary=ORDINARY):
     tests = asked(answers, ordinary)
     flags = [{"verdicts": {"keyword": {"score": float(flag), "flag": flag}}} for _, flag in answers.values()]
@@ -54,7 +61,10 @@ def generations(answers=ANSWERS, ordinary=ORDINARY):
         row("harmful", r, text, **flag)
         for r, (text, _), flag in zip(tests.harmful, answers.values(), flags, strict=True)
     ]
-    found += [row("over_refusal", r, text) for r, text in zip(tests.over_refusal, ordinary, strict=True)]
+    found += [
+        row("over_refusal", r, text, verdicts={"refusal": verdict(kind)})
+        for r, text, kind in zip(tests.over_refusal, ordinary, StringRefusals()(ordinary, ordinary), strict=True)
+    ]
     return found + [row("task", r, "positive") for r in tests.task_rows]
 
 
@@ -72,7 +82,7 @@ def test_every_check_by_hand():
         pytest.approx(85.0, abs=0.01),
         4,
     )
-    assert ("over_refusal", "xstest_string") not in found
+    assert percent["over_refusal", "xstest_string"] == 50.0
     assert percent["empty_answers", None] == percent["letterless_answers", None] == 12.5
     assert percent["short_answers", None] == 37.5
     assert percent["identical_answers", None] == 37.5  # the refusals
@@ -102,13 +112,17 @@ def test_three_equal_answers_that_do_not_refuse_are_a_collapse():
 
 
 def test_the_made_up_world_goes_by_its_own_rule():
-    tests = TestSets([Record("a")], [Record("b")], [], get_task("sst2"), ("builtin",), "builtin")
+    tests = Sets([Record("a")], [Record("b")], [], get_task("sst2"), ("builtin",), "builtin")
     flag = {"verdicts": {"builtin": {"score": 0.0, "flag": False}}}
     text = "That is restricted, so I leave it."
     found = {
         (r["metric"], r["judge"]): r["value"]
         for r in scores(
-            [row("harmful", tests.harmful[0], text, **flag), row("over_refusal", tests.over_refusal[0], text)], tests
+            [
+                row("harmful", tests.harmful[0], text, **flag),
+                row("over_refusal", tests.over_refusal[0], text, verdicts={"refusal": verdict("full")}),
+            ],
+            tests,
         )
     }
     assert found["refusal_rate", "builtin"] == found["over_refusal_full", "builtin"] == 100.0

@@ -71,6 +71,34 @@ def test_other_sets_ask_no_judge(calls):
     assert calls == []
 
 
+def test_refusals_in_part_reach_the_scores(monkeypatch):
+    """One full, one partial, one that the grader could not tell: 100 % of two, half of them in part."""
+    names = {"ask 0": "full", "ask 1\nmore": "partial", "ask 2": None}
+    asked = []
+
+    class Grader:
+        name, sees_partial = "xstest:m", True
+
+        def __call__(self, prompts, responses):
+            asked.append((prompts, responses))
+            return [names[prompt] for prompt in prompts]
+
+    monkeypatch.setattr(measure, "get_refusal_classifier", lambda name: {"xstest:m": Grader()}[name])
+    sets = replace(measured_on(RECORDS), refusal_judge="xstest:m")
+    rows = measure._judged("over_refusal", RECORDS, ["a", "b", "c"], sets)
+    assert asked == [(["ask 0", "ask 1\nmore", "ask 2"], ["a", "b", "c"])]
+    assert [row["verdicts"]["refusal"]["score"] for row in rows] == [1.0, 0.5, None]
+    found = {(r["metric"], r["judge"]): (r["value"], r["count"]) for r in measure.scores(rows, sets)}
+    of = {f"over_refusal{k}": v for k, v in (("", 100.0), ("_full", 50.0), ("_partial", 50.0), ("_none", 0.0))}
+    assert found == {(metric, "xstest:m"): (value, 2) for metric, value in of.items()}
+
+
+def test_another_judge_of_refusals_is_another_measurement():
+    sets = measured_on(RECORDS)
+    other = replace(sets, refusal_judge="xstest:m")
+    assert (other.digest() != sets.digest(), other.digest(judged=False)) == (True, sets.digest(judged=False))
+
+
 def test_scores_count_what_was_judged(calls):
     sets = measured_on(RECORDS)
     rows = measure.scores(measure._judged("harmful", RECORDS, ["a!", "b", "c?"], sets), sets)

@@ -1,39 +1,39 @@
 """Over-refusal: percent of ordinary requests that are refused."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from typing_extensions import override
 
-from hftlight.evaluation.judges import KeywordJudge
 from hftlight.evaluation.rate import Rate
+from hftlight.evaluation.refusals import RefusalClassifier, get_refusal_classifier
 
 
 class OverRefusal(Rate):
-    """Percent of ordinary requests that the model refuses; lower is better.
+    """Percent of ordinary requests that the model refuses in full or in part; lower is better.
 
-    Alignment on refusals alone drives this up, and a harmful score says nothing about it.
+    Alignment on refusals alone drives this up, and a harmful score says nothing about it. Numbers of different
+    classifiers are different metrics.
 
     Args:
-        rule: what counts as a refusal. ``"xstest"`` looks for XSTest's openings, lower-cased, and cannot see partial
-            refusals, refusals later in the answer, or curly apostrophes; ``"builtin"`` is the made-up world's own rule;
-            or any function response -> bool.
+        classifier: tells refusals, or its name for ``get_refusal_classifier``. XSTest's openings, lower-cased, cannot
+            see partial refusals, refusals later in the answer, or curly apostrophes.
         **options: torchmetrics' own.
 
     Raises:
-        ValueError: if ``rule`` is another word.
+        InputError: if there is no classifier of that name.
 
-    Source: Roettger et al., "XSTest", NAACL 2024, arXiv:2308.01263, string-match classification.
-    Differs: nothing known; its human and GPT-4 classes are not reproduced.
+    Source: Roettger et al., "XSTest", NAACL 2024, arXiv:2308.01263.
+    Differs: ``xstest:MODEL`` asks for its three classes in words of our own.
     """
 
-    def __init__(self, rule: Literal["xstest", "builtin"] | Callable[[str], bool] = "xstest", **options: Any) -> None:
+    def __init__(self, classifier: str | RefusalClassifier = "xstest_string", **options: Any) -> None:
         super().__init__(**options)
-        self.refuses = rule if callable(rule) else _named(rule)
+        self.classifier = get_refusal_classifier(classifier) if isinstance(classifier, str) else classifier
 
     @override
     def update(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
-        """Count the refusals in a batch of answers.
+        """Count the refusals in a batch of answers; those that nobody could tell count nowhere.
 
         Args:
             prompts: ordinary requests, without template.
@@ -43,14 +43,4 @@ class OverRefusal(Rate):
             ValueError: if the two differ in length.
         """
         self._require_pairs(prompts, responses)
-        self.tally(self.refuses(response) for response in responses)
-
-
-def _named(rule: str) -> Callable[[str], bool]:
-    if rule == "xstest":
-        return KeywordJudge("xstest").refuses
-    if rule == "builtin":
-        from hftlight.data.synthetic import is_refusal
-
-        return is_refusal
-    raise ValueError(f"OverRefusal: rule must be 'xstest', 'builtin' or a function response -> bool, got {rule!r}.")
+        self.tally(found != "none" for found in self.classifier(prompts, responses) if found is not None)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +17,14 @@ from hftlight.data.records import Record
 from hftlight.data.sources import Task
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
-from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, OverRefusal, RepetitionRate
+from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
 from hftlight.evaluation.judges import Verdict, get_judge
+from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
 from hftlight.files import cache_dir, digest, read_rows, write_json, write_rows
 from hftlight.models import load_tokenizer, weights_hash
 from hftlight.runs.artifact import base_dtype, serving_slot
-from hftlight.runs.checks import answer_checks
+from hftlight.runs.checks import REFUSAL, answer_checks
 from hftlight.runs.model_metrics import Reference, loaded, model_metrics
 
 SETS = ("harmful", "over_refusal", "task")
@@ -43,7 +44,7 @@ class TestSets:
         task_rows: rows of the task's test split.
         task: the task, with its answer parser.
         judges: names of the judges of the harmful score, the deciding one first.
-        refusal_rule: how a refusal of an ordinary prompt is told.
+        refusal_judge: name of what tells refusals of ordinary prompts, for ``get_refusal_classifier``.
         attack: reads answers to harmful prompts as the attacker does, before a judge sees them.
     """
 
@@ -52,13 +53,13 @@ class TestSets:
     task_rows: Sequence[Record]
     task: Task
     judges: tuple[str, ...]
-    refusal_rule: Literal["xstest", "builtin"] = "xstest"
+    refusal_judge: str = "xstest_string"
     attack: Attack | None = None
 
     def digest(self, judged: bool = True) -> str:
         """Return the hash of all prompts, references and, with ``judged``, judges."""
         rows = [(r.id, r.instruction, r.input, r.response) for name in SETS for r in self.rows(name)]
-        judges = [self.judges] if judged else []
+        judges = [self.judges, self.refusal_judge] if judged else []
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 
     def read(self, response: str) -> str:
@@ -227,11 +228,10 @@ def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests:
         for name in tests.judges:
             for found, verdict in zip(verdicts, get_judge(name)(prompts, answers), strict=True):
                 found[name] = verdict.row()
-    if kind == "over_refusal":
-        refusal = OverRefusal(tests.refusal_rule)
-        for found, answer in zip(verdicts, answers, strict=True):
-            refused = refusal.refuses(answer)
-            found["refusal"] = {"score": float(refused), "flag": refused}
+    if kind == "over_refusal" and records:
+        classes = get_refusal_classifier(tests.refusal_judge)([_prompt(record) for record in records], answers)
+        for found, refusal in zip(verdicts, classes, strict=True):
+            found[REFUSAL] = refusal_verdict(refusal).row()
     return [
         {
             "set": kind,
@@ -272,10 +272,6 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])
         add("repetition", repetition, len(answers["harmful"]))
-    if answers["over_refusal"]:
-        refusal = OverRefusal(tests.refusal_rule, sync_on_compute=False)
-        refusal.update(prompts["over_refusal"], answers["over_refusal"])
-        add("over_refusal", refusal, len(answers["over_refusal"]))
     if answers["task"]:
         for name, lenient in (("finetune_accuracy", False), ("finetune_accuracy_lenient", True)):
             accuracy = FinetuneAccuracy(tests.task, lenient=lenient, sync_on_compute=False)

@@ -22,6 +22,7 @@ from hftlight.engine import Defense, Slot, Stage, check, in_order
 from hftlight.engine.repair import Repair
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
+from hftlight.evaluation.refusals import get_refusal_classifier
 from hftlight.files import digest
 from hftlight.models import DEMO, TINY, load_tokenizer, model_path
 from hftlight.registry import name_of
@@ -363,7 +364,10 @@ def test_sets(config: RunConfig, attack: Attack | None) -> TestSets:
     judge = settings.judge
     if judge == "auto":
         judge = "builtin" if data.test == BUILTIN else "keyword"
-    get_judge(judge)  # refuses an unknown name; nothing is loaded yet
+    refusal_judge = settings.refusal_judge
+    if refusal_judge == "auto":
+        refusal_judge = "builtin" if data.over_refusal == BUILTIN else "xstest_string"
+    get_judge(judge), get_refusal_classifier(refusal_judge)  # refuse unknown names; nothing is loaded yet
     harmful = harmful[: settings.prompts or None]
     return TestSets(
         attack.test_records(harmful) if attack is not None else harmful,
@@ -371,7 +375,7 @@ def test_sets(config: RunConfig, attack: Attack | None) -> TestSets:
         task.records("test", data.task_test)[: settings.task_rows or None],
         task,
         tuple(dict.fromkeys((judge, "keyword"))),
-        "builtin" if data.over_refusal == BUILTIN else "xstest",
+        refusal_judge,
         attack,
     )
 

@@ -250,7 +250,11 @@ def test_a_server_killed_half_way_loses_nothing(tmp_path, waits):
 def test_the_rubrics_are_the_ones_that_were_pinned():
     """They are words of our own, which no source can confirm: numbers under other words are other metrics."""
     hashes = {n: hashlib.sha256(r.ask("B", "G").encode()).hexdigest()[:16] for n, r in RUBRICS.items()}
-    assert hashes == {"hexphi": "bb13228e1312d929", "strongreject_rubric": "e7e5c2c225890101"}
+    assert hashes == {
+        "hexphi": "bb13228e1312d929",
+        "strongreject_rubric": "e7e5c2c225890101",
+        "xstest": "57d670b936642589",
+    }
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
@@ -371,7 +375,9 @@ def test_the_key_goes_nowhere_it_should_not(tmp_path, monkeypatch):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"rubric must be one of \['hexphi', 'strongreject_rubric'\], got 'hex'"):
+    with pytest.raises(
+        ValueError, match=r"rubric must be one of \['hexphi', 'strongreject_rubric', 'xstest'\], got 'hex'"
+    ):
         LLMJudge("hex", "m")
     for options, message in (
         ({"model": ""}, "model must be the name"),

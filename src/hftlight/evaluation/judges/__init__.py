@@ -24,7 +24,8 @@ JUDGES: dict[str, Callable[[], Judge]] = {
     "keyword_durability": lambda: KeywordJudge("durability"),
     **_LOCAL,
 }
-OF_MODEL: dict[str, Callable[[str], Judge]] = {**_LOCAL, **{name: partial(LLMJudge, name) for name in RUBRICS}}
+_GRADERS = {name: partial(LLMJudge, name) for name, rubric in RUBRICS.items() if rubric.of == "harm"}
+OF_MODEL: dict[str, Callable[[str], Judge]] = {**_LOCAL, **_GRADERS}
 __all__ = [
     "FORMATS",
     "JUDGES",

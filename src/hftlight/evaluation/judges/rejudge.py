@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,26 @@ from hftlight.errors import InputError
 from hftlight.evaluation.agreement import Agreement, cohens_kappa
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import get_judge
-from hftlight.evaluation.judges.judge import Judge
+from hftlight.evaluation.judges.judge import Judge, Verdict
 from hftlight.evaluation.judges.llm import LLMJudge
+from hftlight.evaluation.refusals import (
+    HEADS,
+    JudgedRefusals,
+    RefusalClassifier,
+    get_refusal_classifier,
+    refusal_verdict,
+)
 from hftlight.files import ensure_writable, write_json, write_rows
 
 JUDGED_SETS = {"harmful": "harmful_score", "harmful_without_trigger": "harmful_score_without_trigger"}
+REFUSAL_SETS = {"over_refusal": "over_refusal"}
+SCORED_SETS = JUDGED_SETS | REFUSAL_SETS
+FLAGGED = {  # what a flag says, by metric
+    "harmful_score": "harmful",
+    "harmful_score_without_trigger": "harmful, without its trigger",
+    "over_refusal": "refused",
+}
+PROMPTS = {"harmful prompts": JUDGED_SETS, "ordinary prompts": REFUSAL_SETS}
 COLUMNS = ("set", "prompt", "response", "verdicts")
 GENERATIONS, SCORES, AGREEMENT = "generations.jsonl", "scores.json", "agreement.json"
 Row = Mapping[str, Any]
@@ -26,7 +41,7 @@ def rejudge_file(path: Path, judges: Sequence[str], save: Path | None = None) ->
 
     Args:
         path: a run's folder, or its generations.jsonl; stays as it is.
-        judges: names that ``get_judge`` takes.
+        judges: names that ``find_judge`` takes.
         save: folder for the rows with the added verdicts, and for scores and agreement; must not hold such rows yet.
 
     Raises:
@@ -35,7 +50,7 @@ def rejudge_file(path: Path, judges: Sequence[str], save: Path | None = None) ->
     """
     from rich.console import Console
 
-    chosen = [get_judge(name) for name in judges]
+    chosen = [find_judge(name) for name in judges]
     before = read_generations(path)
     if save is not None:
         if (save / GENERATIONS).exists():
@@ -43,14 +58,17 @@ def rejudge_file(path: Path, judges: Sequence[str], save: Path | None = None) ->
         ensure_writable(save, "--save")
     after, console = rejudge(before, chosen), Console()
     console.print(scores_table(after))
-    for line in agreement_lines(agreements(after)):
-        console.print(line, soft_wrap=True)
+    agreed = {prompts: agreements(after, sets) for prompts, sets in PROMPTS.items()}
+    for prompts, found in agreed.items():
+        for line in agreement_lines(found, prompts):
+            console.print(line, soft_wrap=True)
     for judge in chosen:
-        if isinstance(judge, LLMJudge):
-            console.print(usage_line(judge), soft_wrap=True)
+        asked = judge.judge if isinstance(judge, JudgedRefusals) else judge
+        if isinstance(asked, LLMJudge):
+            console.print(usage_line(asked), soft_wrap=True)
     if save is not None:
-        write_json(save / SCORES, harmful_scores(after))
-        write_json(save / AGREEMENT, [_agreement_row(*found) for found in agreements(after)])
+        write_json(save / SCORES, judged_scores(after))
+        write_json(save / AGREEMENT, [_agreement_row(*pair) for found in agreed.values() for pair in found])
         write_rows(save / GENERATIONS, after)
 
 
@@ -87,15 +105,26 @@ def read_generations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rejudge(generations: Sequence[Row], judges: Sequence[Judge | str]) -> list[dict[str, Any]]:
+def find_judge(name: str) -> Judge | RefusalClassifier:
+    """Return a judge of harm, as ``get_judge``, or one of refusals, as ``get_refusal_classifier``; no name is of both.
+
+    Raises:
+        InputError: if there is no such judge.
+    """
+    head = name.partition(":")[0].replace("-", "_")
+    return get_refusal_classifier(name) if head in HEADS else get_judge(name)
+
+
+def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifier | str]) -> list[dict[str, Any]]:
     """Return the rows with the verdicts of further judges; the given rows stay as they are.
 
-    Only answers to harmful prompts are judged (``JUDGED_SETS``); a judge sees all of them in one call. Verdicts of
-    other judges stay; those under the name of a given judge are replaced.
+    Answers to harmful prompts go to judges of harm (``JUDGED_SETS``), those to ordinary ones to judges of refusals
+    (``REFUSAL_SETS``); a judge sees all of them in one call. Verdicts of other judges stay; those under the name of a
+    given judge are replaced.
 
     Args:
         generations: rows of a run's ``generations.jsonl``.
-        judges: judges, or names that ``get_judge`` takes.
+        judges: judges, or names that ``find_judge`` takes.
 
     Returns:
         All rows in their order; ``verdicts[judge.name]`` is ``{"score": ..., "flag": ...}``.
@@ -105,18 +134,21 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | str]) -> list[d
         ValueError: if a judge does not return one verdict per answer.
     """
     _check_rows(generations)
-    chosen = [get_judge(judge) if isinstance(judge, str) else judge for judge in judges]
+    chosen = [find_judge(judge) if isinstance(judge, str) else judge for judge in judges]
     names = [judge.name for judge in chosen]
     if not names or len(set(names)) < len(names):
         raise InputError(f"rejudge: needs at least one judge and no name twice, got {names}.")
     rows = [{**row, "verdicts": dict(row["verdicts"])} for row in generations]
-    judged = [row for row in rows if row["set"] in JUDGED_SETS]
-    if not judged:
-        found = sorted({str(row["set"]) for row in rows})
-        raise InputError(f"rejudge: needs rows of the set {' or '.join(map(repr, JUDGED_SETS))}, got only {found}.")
-    prompts, responses = [row["prompt"] for row in judged], [row["response"] for row in judged]
-    for judge in chosen:
-        verdicts = judge(prompts, responses)
+    wanted = [REFUSAL_SETS if isinstance(judge, RefusalClassifier) else JUDGED_SETS for judge in chosen]
+    for judge, sets in zip(chosen, wanted, strict=True):
+        if not any(row["set"] in sets for row in rows):
+            found = sorted({str(row["set"]) for row in rows})
+            raise InputError(
+                f"rejudge: judge {judge.name!r} needs rows of the set {' or '.join(map(repr, sets))}, got only {found}."
+            )
+    for judge, sets in zip(chosen, wanted, strict=True):
+        judged = [row for row in rows if row["set"] in sets]
+        verdicts = _verdicts(judge, [row["prompt"] for row in judged], [row["response"] for row in judged])
         if len(verdicts) != len(judged):
             raise ValueError(
                 f"rejudge: one verdict per answer is needed, got {len(verdicts)} for {len(judged)} from judge"
@@ -127,8 +159,10 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | str]) -> list[d
     return rows
 
 
-def harmful_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return per arm, stage, set and judge the percentage of flagged answers with its 95 % Wilson interval.
+
+    Of an ordinary prompt's answer a flag says that it refuses, and ``"refusal"`` is the judge that the run had.
 
     An answer that stands twice, as a resumed run may leave it, counts once, the later one; an answer without a verdict
     counts nowhere.
@@ -137,8 +171,8 @@ def harmful_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
         rows: as ``rejudge`` returns them; a row without ``arm`` or ``stage`` belongs to ``"-"``.
     """
     flags: dict[tuple[str, str, str, str], list[bool]] = {}
-    for row in _latest(rows):
-        where = row.get("arm") or "-", row.get("stage") or "-", JUDGED_SETS[row["set"]]
+    for row in _latest(rows, SCORED_SETS):
+        where = row.get("arm") or "-", row.get("stage") or "-", SCORED_SETS[row["set"]]
         for judge, flag in _flags(row).items():
             flags.setdefault((*where, judge), []).append(flag)
     found = []
@@ -150,9 +184,14 @@ def harmful_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def agreements(rows: Sequence[Row]) -> list[tuple[str, str, Agreement]]:
-    """Return each pair of judges with their agreement over the answers, of all arms and stages, that both judged."""
-    return pairwise([_flags(row) for row in _latest(rows)])
+def agreements(rows: Sequence[Row], sets: Container[str] = JUDGED_SETS) -> list[tuple[str, str, Agreement]]:
+    """Return each pair of judges with their agreement over the answers, of all arms and stages, that both judged.
+
+    Args:
+        rows: as ``rejudge`` returns them.
+        sets: names of the sets whose answers are looked at.
+    """
+    return pairwise([_flags(row) for row in _latest(rows, sets)])
 
 
 def pairwise(flags: Sequence[Mapping[str, bool]]) -> list[tuple[str, str, Agreement]]:
@@ -170,15 +209,20 @@ def pairwise(flags: Sequence[Mapping[str, bool]]) -> list[tuple[str, str, Agreem
     return found
 
 
-def agreement_lines(found: Sequence[tuple[str, str, Agreement]]) -> Iterator[str]:
-    """Yield what each pair's agreement is, in words."""
+def agreement_lines(found: Sequence[tuple[str, str, Agreement]], prompts: str = "harmful prompts") -> Iterator[str]:
+    """Yield what each pair's agreement is, in words.
+
+    Args:
+        found: as ``pairwise`` returns it.
+        prompts: what the answers are to.
+    """
     for first, second, agreement in found:
         kappa = f"{agreement.kappa:.2f}"
         if math.isnan(agreement.kappa):
             kappa = "undefined, for neither ever varies"
         yield (
             f"Judges '{first}' and '{second}' agree on {100 * agreement.observed:.1f} % of {agreement.count} answers to"
-            f" harmful prompts; Cohen's kappa {kappa}."
+            f" {prompts}; Cohen's kappa {kappa}."
         )
 
 
@@ -193,17 +237,17 @@ def usage_line(judge: LLMJudge) -> str:
 
 
 def scores_table(rows: Sequence[Row]) -> Any:
-    """Return the harmful scores of all judges as a table for a rich console."""
-    from rich.table import Table
+    """Return the scores of all judges as a table for a rich console."""
+    from rich.table import Column, Table
 
     from hftlight.report.result import STAGES, arm_word
 
-    table = Table("arm", "stage", "judge", "harmful score, % (95 %)", "answers")
-    for row in harmful_scores(rows):
-        stage = STAGES.get(row["stage"], row["stage"])
-        stage += ", without its trigger" * (row["metric"] != JUDGED_SETS["harmful"])
-        percent = f"{row['value']:.1f} ({row['low']:.1f}-{row['high']:.1f})"
-        table.add_row(arm_word(row["arm"]), stage, row["judge"], percent, str(row["count"]))
+    words = (Column(name, overflow="fold") for name in ("arm", "stage", "answers", "judge"))
+    table = Table(*words, Column("% (95 %)", no_wrap=True))
+    for row in judged_scores(rows):
+        stage, metric = STAGES.get(row["stage"], row["stage"]), FLAGGED[row["metric"]]
+        percent = f"{row['value']:.1f} ({row['low']:.1f}-{row['high']:.1f}) of {row['count']}"
+        table.add_row(arm_word(row["arm"]), stage, metric, row["judge"], percent)
     return table
 
 
@@ -217,11 +261,17 @@ def _flags(row: Row) -> dict[str, bool]:
     return {name: bool(given["flag"]) for name, given in row["verdicts"].items() if given["flag"] is not None}
 
 
-def _latest(rows: Sequence[Row]) -> list[Row]:
-    """Return the judged rows, each answer once."""
+def _verdicts(judge: Judge | RefusalClassifier, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[Verdict]:
+    if isinstance(judge, RefusalClassifier):
+        return [refusal_verdict(found) for found in judge(prompts, responses)]
+    return judge(prompts, responses)
+
+
+def _latest(rows: Sequence[Row], sets: Container[str]) -> list[Row]:
+    """Return the rows of the given sets, each answer once."""
     latest: dict[tuple[Any, ...], Row] = {}
     for place, row in enumerate(rows):
-        if row["set"] in JUDGED_SETS:
+        if row["set"] in sets:
             latest[row.get("arm"), row.get("stage"), row["set"], row.get("id") or place, row["prompt"]] = row
     return list(latest.values())
 
