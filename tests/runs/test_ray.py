@@ -99,6 +99,25 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
     assert results(folder) == results(tmp_path / "processes")
 
 
+def crash(spec):
+    """Be a cell whose process dies each time."""
+    folder = Path(spec["config"]["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "tries", "a") as file:
+        file.write("x")
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_cell_whose_process_always_dies_is_reported(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_cell", crash)
+    monkeypatch.setattr(sweep, "LOST", 2)
+    outcome = compare(config(tmp_path), Grid(("none",)), tmp_path / "c", backend="ray", retries=0)
+    (error,) = outcome.values()
+    assert "worker died" in error
+    assert next(tmp_path.glob("c/**/tries")).read_text() == "xxx"
+
+
 def parents(pid):
     import psutil
 

@@ -30,6 +30,7 @@ SHARED = 3  # pieces of a run that cells with one aligned model share: base meas
 DEFAULT_ATTACK = "harmful_mix"
 CELLS, GRID, ERROR, LOG, STARTED = "cells", "grid.json", "error.txt", "log.txt", "started.json"
 LOCK_WAIT = 30.0  # seconds for which a process that is about to end may still hold a cell's lock
+LOST = 10  # nodes or processes that one attempt at a cell may lose on a Ray cluster
 RAY_PORT = 6379  # where ``ray start --head`` listens
 Backend = Literal["processes", "ray"]
 
@@ -182,8 +183,8 @@ def compare(
         jobs: cells at one time, >= 1; each gets its share of the cores.
         retries: how often a failed cell is tried again, >= 0.
         backend: ``"processes"`` on this machine, or ``"ray"`` on the Ray cluster at ``RAY_ADDRESS`` (this machine's
-            own without it), whose nodes all see ``folder``. A cell whose node dies goes on on another one, however
-            often that happens; ``HFTLIGHT_*`` variables of this process hold on all nodes.
+            own without it), whose nodes all see ``folder``. A cell whose node or process dies goes on on another one,
+            ``LOST`` times before that counts as a failure; ``HFTLIGHT_*`` variables of this process hold on all nodes.
         on_cell: called with a cell and ``"started"``, ``"done"`` or its error; ``"started"`` again on another node.
 
     Raises:
@@ -493,7 +494,7 @@ def _with_ray(specs: Mapping[Cell, Mapping[str, Any]], starts: _Starts) -> Itera
     try:
         for cell, spec in specs.items():
             share = _share(spec)
-            reference = remote.options(max_retries=-1, runtime_env={"env_vars": _shared_variables()}, **share)
+            reference = remote.options(max_retries=LOST, runtime_env={"env_vars": _shared_variables()}, **share)
             waiting[reference.remote({**spec, "threads": share["num_cpus"]})] = cell
         while waiting:
             ended, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
