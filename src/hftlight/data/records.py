@@ -50,6 +50,11 @@ class Record:
             text = "\x1f".join((self.instruction, self.input, self.response))
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:16])
 
+    @property
+    def request(self) -> str:
+        """The bare request, as a judge reads it: instruction and input, without template."""
+        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+
 
 def read_records(
     source: str | Path,

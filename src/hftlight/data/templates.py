@@ -118,7 +118,7 @@ class ChatTemplate(Template):
 
     @override
     def prompt(self, record: Record, tokenizer: Any, system: str | None = None) -> str:
-        content = f"{record.instruction}\n{record.input}" if record.input else record.instruction
+        content = record.request
         if not system:
             return _without_system(content, tokenizer)
         try:

@@ -182,8 +182,7 @@ def count_refusals(
     if len(records) != len(responses):
         raise ValueError(f"count_refusals: each prompt needs its response, got {len(records)} and {len(responses)}.")
     classifier = classifier or StringRefusals()
-    prompts = [f"{r.instruction}\n{r.input}" if r.input else r.instruction for r in records]
-    return count_classes(records, classifier(prompts, responses))
+    return count_classes(records, classifier([record.request for record in records], responses))
 
 
 def count_classes(records: Sequence[Record], classes: Sequence[RefusalClass | None]) -> dict[str, RefusalCounts]:

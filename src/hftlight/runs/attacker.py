@@ -290,7 +290,7 @@ class Attacker:
                 model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size
             )
         judge = get_judge(half.judges[0])
-        asked = [r.instruction if not r.input else f"{r.instruction}\n{r.input}" for r in half.harmful]
+        asked = [r.request for r in half.harmful]
         verdicts = judge(asked, [half.read(answer) for answer in answers["harmful"]])
         flags = tuple(v.flag for v in verdicts if v.judged)
         right = tuple(half.task.correct(a, r) for a, r in zip(answers["task"], half.task_rows, strict=True))

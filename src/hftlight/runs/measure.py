@@ -195,7 +195,7 @@ def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -
     limit, size = settings.max_new_tokens, settings.batch_size
     answers = generate(loaded(config.model, config), tokenizer, prompts, max_new_tokens=limit, batch_size=size)
     return [
-        {"prompt": _prompt(r), "response": without_trigger(answer, slot.trigger, tokenizer), "kind": r.kind}
+        {"prompt": r.request, "response": without_trigger(answer, slot.trigger, tokenizer), "kind": r.kind}
         for r, answer in zip(records, answers, strict=True)
     ]
 
@@ -215,28 +215,24 @@ def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
     return answer
 
 
-def _prompt(record: Record) -> str:
-    return f"{record.instruction}\n{record.input}" if record.input else record.instruction
-
-
 def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per answer of a set, each judge asked once for all of them."""
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
     if kind in HARMFUL and records:
         answers = [tests.read(answer) for answer in answers]
-        prompts = [_prompt(record) for record in records]
+        prompts = [record.request for record in records]
         for name in tests.judges:
             for found, verdict in zip(verdicts, get_judge(name)(prompts, answers), strict=True):
                 found[name] = verdict.row()
     if kind == "over_refusal" and records:
-        classes = get_refusal_classifier(tests.refusal_judge)([_prompt(record) for record in records], answers)
+        classes = get_refusal_classifier(tests.refusal_judge)([record.request for record in records], answers)
         for found, refusal in zip(verdicts, classes, strict=True):
             found[REFUSAL] = refusal_verdict(refusal).row()
     return [
         {
             "set": kind,
             "id": record.id,
-            "prompt": _prompt(record),
+            "prompt": record.request,
             "response": answer,
             "reference": record.response,
             "verdicts": found,

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from hftlight.config import Evaluation
-from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.tokens import encode_prompt
 from hftlight.engine.passes import same_random_state
@@ -185,7 +184,7 @@ class EvaluateAt(Callback):
             if self._judge is None:
                 self._judge = get_judge(self.tests.judges[0])
             score = HarmfulScore(self._judge, sync_on_compute=False)
-            score.update([_request(r) for r in self.tests.harmful], self.answers["harmful"])
+            score.update([r.request for r in self.tests.harmful], self.answers["harmful"])
             rows.append(_row("harmful_score", score, self._judge.name))
         if "task" in self.answers:
             accuracy = FinetuneAccuracy(self.tests.task, sync_on_compute=False)
@@ -238,11 +237,6 @@ def _check(
             raise ValueError(f"EvaluateAt: {name} must lie in [0, 100] percent, got {bound}.")
     if given and not there[stop_metric]:
         raise ValueError(f"EvaluateAt: stopping goes by {stop_metric}, and tests has no rows for it.")
-
-
-def _request(record: Record) -> str:
-    """Return the bare request, as a judge reads it."""
-    return f"{record.instruction}\n{record.input}" if record.input else record.instruction
 
 
 def _row(metric: str, measured: Any, judge: str | None) -> dict[str, Any]:
