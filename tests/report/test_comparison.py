@@ -149,6 +149,20 @@ def test_a_narrow_terminal_cuts_no_number(tmp_path):
     assert "…" not in out.getvalue()
 
 
+def test_a_narrow_terminal_keeps_tasks_and_defenses_beside_intervals(tmp_path):
+    """One seed's numbers are the widest; both names and both ends of the interval stay whole."""
+    found = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,)))
+    out = StringIO()
+    Console(file=out, width=80).print(leaderboard_table(found))
+    place = Place("booster", "builtin", 0.1)
+    score = cell_text(found.spread(place, "harmful_score")).split(" ")
+    lines = out.getvalue().splitlines()
+    (row,) = (number for number, line in enumerate(lines) if "booster" in line)
+    assert lines[row].split()[:4] == ["builtin", "0.1", "booster", score[0]]
+    assert lines[row + 1].split()[0] == score[1]
+    assert max(map(len, lines)) <= 80
+
+
 def test_all_files_are_written(tmp_path):
     found = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,)))
     assert [p.name for p in write_leaderboard(found)] == ["leaderboard.csv", "leaderboard.md", "leaderboard.tex"]

@@ -81,14 +81,15 @@ def leaderboard_table(comparison: Comparison) -> Table:
     metrics = comparison.metrics
     table = Table(box=SIMPLE_HEAD, caption=caption(comparison), caption_justify="left")
     for name in ("Task", "p", "Defense", *(_narrow(HEADS[m]) for m in metrics), "Time\nx"):
-        text = name in ("Task", "Defense")  # what gives way where the terminal is narrow; numbers are never cut
-        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        least = {"Task": 7, "Defense": 10}.get(name)  # these give way in a narrow terminal; numbers are never cut
+        text = least is not None
+        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=least)
     for scene in comparison.scenes:
         for ratio in comparison.ratios(scene):
             column = comparison.column(scene, ratio)
             best = {m: comparison.best(column, m) for m in metrics}
             for place in column:
-                texts = {m: cell_text(comparison.spread(place, m)) for m in metrics}
+                texts = {m: cell_text(comparison.spread(place, m)).replace(" (", "\n(") for m in metrics}
                 cells = [f"[bold]{text}[/bold]" if best[m] == place else text for m, text in texts.items()]
                 time = comparison.seconds(place)
                 end = "-" if time is None else f"{time.mean:.2f}"
