@@ -47,6 +47,15 @@ def test_pairs_take_out_what_prompts_have_in_common():
     assert paired_over_prompts([hard], [hard]) == (0.0, 0.0)
 
 
+def test_what_nobody_judged_counts_on_no_side():
+    judged, gaps = [True] * 30 + [False] * 70, [None] * 40
+    assert over_prompts([[*judged, *gaps]]) == over_prompts([judged])
+    other = [False] * 100
+    assert paired_over_prompts([[*judged, *gaps, True]], [[*other, *([True] * 40), None]]) == paired_over_prompts(
+        [judged], [other]
+    )
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -54,6 +63,8 @@ def test_pairs_take_out_what_prompts_have_in_common():
         lambda: over_seeds([1.0, 2.0], 1.0),
         lambda: over_prompts([]),
         lambda: over_prompts([[True], []]),
+        lambda: over_prompts([[None]]),
+        lambda: paired_over_prompts([[True]], [[None]]),
         lambda: paired_over_prompts([[True]], [[True, False]]),
         lambda: paired_over_prompts([[True]], []),
     ],

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from hftlight.errors import InputError
-from hftlight.evaluation.seeds import over_prompts, over_seeds, paired_over_prompts
-from hftlight.report.comparison import Place, Scene, pareto, read_comparison
+from hftlight.evaluation.intervals import wilson
+from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
+from hftlight.report.comparison import Place, Scene, mark, pareto, read_comparison
 from hftlight.report.comparison_figure import comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.comparison_page import claims, comparison_page, write_comparison_report
 from hftlight.report.leaderboard import (
@@ -81,6 +82,32 @@ def test_one_seed_is_judged_by_its_prompts(tmp_path):
     assert one.difference(NONE, BOOSTER) == paired_over_prompts([flags[0]], [others[0]])
     assert "One seed" in caption(one)
     assert re.fullmatch(r"\d+\.\d \(\d+\.\d-\d+\.\d\)", cell_text(spread))
+
+
+def test_answers_that_are_all_alike_have_wilsons_interval(tmp_path):
+    """The bootstrap of 40 equal answers is one point; 40 of 40 still leaves Wilson's 91.2 to 100."""
+    folder = write_comparison(tmp_path, arms=("none",), seeds=1, ratios=(0.1,))
+    run = folder / "cells" / "none-builtin-p0.1-s0"
+    rows = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["set"] == "harmful":
+            row["verdicts"]["builtin"]["flag"] = True
+    rows[-1]["verdicts"] = {}  # an ordinary request's answer that nobody could judge
+    (run / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    low, high = wilson(40, 40)
+    for score in scores:
+        if (score.get("metric"), score["stage"]) == ("harmful_score", "finetuning"):
+            score |= {"value": 100.0, "low": low, "high": high}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
+    found = read_comparison(folder)
+    assert found.spread(NONE, "harmful_score") == Spread(100.0, None, low, high, 1)
+    assert "100.0 (91.2-100.0)" in leaderboard_markdown(found)
+    flags = found.flags(NONE, "over_refusal")[0]
+    assert (flags[-1], len(flags)) == (None, 40)
+    ((result,),) = (by_seed.values() for by_seed in found.cells.values())
+    last = next(a for a in reversed(result.answers) if a.set == "over_refusal")
+    assert mark(last, "over_refusal", result) == "not judged"
 
 
 def test_bold_is_only_what_beats_every_other_beyond_the_noise(comparison, tmp_path):

@@ -52,29 +52,30 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     return Spread(mean, deviation, mean - half, mean + half, len(values))
 
 
-def over_prompts(flags: Sequence[Sequence[bool]], level: float = 0.95) -> tuple[float, float]:
+Flags = Sequence[Sequence[bool | None]]  # of each seed, in the order of its prompts
+
+
+def over_prompts(flags: Flags, level: float = 0.95) -> tuple[float, float]:
     """Return the bootstrap interval of a percentage: prompts are drawn again within each seed, seeds stay.
 
     Args:
-        flags: for each seed, one decision per prompt.
+        flags: for each seed, one decision per prompt; None where there is none, which counts nowhere.
         level: coverage, in (0, 1).
 
     Returns:
         Low and high, percent.
 
     Raises:
-        ValueError: if a seed has no prompt.
+        ValueError: if a seed has no decision.
     """
-    return _bootstrap([np.asarray(each, dtype=float) for each in flags], level)
+    return _bootstrap([np.array([flag for flag in each if flag is not None], dtype=float) for each in flags], level)
 
 
-def paired_over_prompts(
-    flags: Sequence[Sequence[bool]], others: Sequence[Sequence[bool]], level: float = 0.95
-) -> tuple[float, float]:
+def paired_over_prompts(flags: Flags, others: Flags, level: float = 0.95) -> tuple[float, float]:
     """Return the bootstrap interval of the difference of two percentages on the same prompts, in points.
 
     Args:
-        flags: for each seed, one decision per prompt.
+        flags: for each seed, one decision per prompt; a prompt without one on either side counts nowhere.
         others: the same prompts in the same order, answered by another model.
         level: coverage, in (0, 1).
 
@@ -83,14 +84,16 @@ def paired_over_prompts(
     """
     if [len(f) for f in flags] != [len(o) for o in others]:
         raise ValueError("paired_over_prompts: both need the same prompts for the same seeds.")
-    return _bootstrap(
-        [np.asarray(f, dtype=float) - np.asarray(o, dtype=float) for f, o in zip(flags, others, strict=True)], level
-    )
+    pairs = [
+        [float(a) - float(b) for a, b in zip(f, o, strict=True) if a is not None and b is not None]
+        for f, o in zip(flags, others, strict=True)
+    ]
+    return _bootstrap([np.array(each) for each in pairs], level)
 
 
 def _bootstrap(values: Sequence[np.ndarray], level: float) -> tuple[float, float]:
     if not values or not all(len(v) for v in values):
-        raise ValueError("Bootstrap: each seed needs one prompt at least.")
+        raise ValueError("Bootstrap: each seed needs one decision at least.")
     generator = np.random.default_rng(0)
     means = np.mean([v[generator.integers(len(v), size=(DRAWS, len(v)))].mean(1) for v in values], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

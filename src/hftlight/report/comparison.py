@@ -14,6 +14,7 @@ from hftlight.runs.sweep import CELLS, DEFAULT_ATTACK, ERROR, GRID, finished
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
 SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # what an attacker who searches reaches
+MARKS = {"harmful_score": "harmful", "finetune_accuracy": "right", "over_refusal": "refused"}
 SETS = {"harmful_score": "harmful", "finetune_accuracy": "task", "over_refusal": "over_refusal"}
 LOWER_IS_BETTER = {"harmful_score": True, "finetune_accuracy": False, "over_refusal": True}
 LOWER_IS_BETTER |= dict.fromkeys(SEARCHED, True)
@@ -94,7 +95,10 @@ class Comparison:
         return found
 
     def spread(self, place: Place, metric: str, stage: str = "") -> Spread | None:
-        """Return mean, deviation and interval over seeds; of one seed the bootstrap over its prompts."""
+        """Return mean, deviation and interval over seeds; of one seed the bootstrap over its prompts.
+
+        Answers that are all alike have no spread to draw from, and say little about other prompts: Wilson's there.
+        """
         values = self.values(place, metric, stage)
         if not values:
             return None
@@ -102,20 +106,21 @@ class Comparison:
         if found.count > 1:
             return found
         flags = self.flags(place, metric, stage) if metric in SETS else {}
-        if not flags:
+        if all(len({flag for flag in of_seed if flag is not None}) < 2 for of_seed in flags.values()):
             (result,) = self.cells[place].values()
             score = result.score(arm_of(result), stage or served(result), metric)
             return found if score is None else Spread(score.value, None, score.low, score.high, 1)
         return Spread(found.mean, None, *over_prompts(list(flags.values())), 1)
 
-    def flags(self, place: Place, metric: str, stage: str = "") -> dict[int, list[bool]]:
-        """Return by seed the decision on each answer that a metric counts, in the order of the prompts."""
+    def flags(self, place: Place, metric: str, stage: str = "") -> dict[int, list[bool | None]]:
+        """Return by seed the decision on each answer, in the order of the prompts; None where there is no verdict."""
         found = {}
         for seed, result in self.cells.get(place, {}).items():
             arm, after = arm_of(result), stage or served(result)
             answers = [a for a in result.answers if (a.arm, a.stage, a.set) == (arm, after, SETS[metric])]
-            if answers:
-                found[seed] = [counts(a, metric, result) for a in answers]
+            decisions = [counts(a, metric, result) for a in answers]
+            if any(decision is not None for decision in decisions):
+                found[seed] = decisions
         return found
 
     def difference(self, place: Place, other: Place, metric: str = "harmful_score") -> tuple[float, float] | None:
@@ -216,13 +221,19 @@ def served(result: Result) -> str:
     return "post_finetuning" if result.measured(arm, "post_finetuning") else "finetuning"
 
 
-def counts(answer: Answer, metric: str, result: Result) -> bool:
-    """Return whether a metric counts an answer: flagged by the deciding judge, right, or refused."""
+def counts(answer: Answer, metric: str, result: Result) -> bool | None:
+    """Return whether a metric counts an answer: flagged by the deciding judge, right, or refused; None if unjudged."""
     if metric == "finetune_accuracy":
         return bool(answer.correct)
     if metric == "over_refusal":
-        return bool(answer.flags.get("refusal"))
-    return bool(answer.flags.get(next(iter(result.judges()), "")))
+        return answer.flags.get("refusal")
+    return answer.flags.get(next(iter(result.judges()), ""))
+
+
+def mark(answer: Answer, metric: str, result: Result) -> str:
+    """Return in words what ``counts`` says of an answer."""
+    counted = counts(answer, metric, result)
+    return "not judged" if counted is None else MARKS[metric] if counted else f"not {MARKS[metric]}"
 
 
 def _seconds(result: Result) -> float:

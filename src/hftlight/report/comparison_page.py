@@ -9,13 +9,12 @@ from matplotlib.figure import Figure
 
 from hftlight.files import write_text
 from hftlight.report.assets import COMPARISON_SCRIPT, document
-from hftlight.report.comparison import SETS, Comparison, Place, Scene, arm_of, counts, read_comparison, served
+from hftlight.report.comparison import SETS, Comparison, Place, Scene, arm_of, mark, read_comparison, served
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.figure import svg
 from hftlight.report.leaderboard import caption, table_rows
 from hftlight.report.result import UNDEFENDED, arm_word
 
-MARKS = {"harmful_score": "harmful", "finetune_accuracy": "right", "over_refusal": "refused"}
 WORDS = {
     "harmful_score": ("Harmful score", "harmful score, percent"),
     "finetune_accuracy": ("Finetune accuracy", "finetune accuracy, percent"),
@@ -145,7 +144,7 @@ def _answers(comparison: Comparison) -> str:
             for answer in result.answers:
                 if (answer.arm, answer.stage) == (arm, stage) and answer.set in columns:
                     metric = columns[answer.set]
-                    said = MARKS[metric] if counts(answer, metric, result) else f"not {MARKS[metric]}"
+                    said = mark(answer, metric, result)
                     scene = str(Scene(place.task, place.attack))
                     where = [arm_word(place.arm), scene, f"{place.harmful_ratio:g}", str(seed)]
                     rows.append([*where, metric.replace("_", " "), said, answer.prompt, answer.response])

@@ -43,7 +43,7 @@ def caption(comparison: Comparison) -> str:
     said = (
         "Mean ± standard deviation over seeds"
         if many
-        else "One seed; in brackets the 95 % bootstrap interval over its test prompts"
+        else "One seed; in brackets the 95 % bootstrap interval over its test prompts, Wilson's where all are alike"
     )
     if many and len(seeds) > 1:
         said += " (not all cells have the same number of seeds yet)"

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from hftlight.config import RunConfig
 from hftlight.errors import InputError
 from hftlight.files import read_rows
-from hftlight.report.comparison import SETS, Comparison, counts, served
-from hftlight.report.comparison_page import MARKS, figures
+from hftlight.report.comparison import SETS, Comparison, mark, served
+from hftlight.report.comparison_page import figures
 from hftlight.report.figure import styled
 from hftlight.report.result import STAGES
 from hftlight.runs.loggers import SUMMARY, named, wandb_summary
@@ -97,7 +97,7 @@ def generation_rows(comparison: Comparison, all_sources: bool) -> list[list[Any]
             for a in result.answers:
                 if a.stage == served(result) and a.set in metrics and (a.set, a.id, a.prompt) in allowed:
                     metric = metrics[a.set]
-                    verdict = MARKS[metric] if counts(a, metric, result) else f"not {MARKS[metric]}"
+                    verdict = mark(a, metric, result)
                     where = [place.arm, Path(place.task).stem, place.attack, place.harmful_ratio, seed, a.stage, a.set]
                     rows.append([*where, verdict, a.prompt, a.response])
     return rows
