@@ -271,6 +271,52 @@ def test_cells_in_other_processes_say_that_they_start(tmp_path):
     assert told.index(("lisa", "started")) < told.index(("lisa", "done"))
 
 
+def die_or_not(spec):
+    """Be a cell that says that it starts: ``lisa`` kills its process while ``none`` is at work for the first time."""
+    cells = Path(spec["config"]["output"])
+    folder = cells / spec["config"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tries").open("a") as file:
+        file.write("x")
+    (folder / STARTED).write_text("{}")
+    if spec["config"]["defense"] == ["lisa"]:
+        while not any(cells.glob("none-*/tries")):
+            time.sleep(0.05)
+        os._exit(1)
+    if not spec["config"]["defense"] and (folder / "tries").read_text() == "x":
+        time.sleep(60)
+    return ""
+
+
+def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch):
+    """Of two at work one dies; both are tried again one by one, and those behind them are run once."""
+    monkeypatch.setattr(sweep, "run_cell", die_or_not)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    folder, told = tmp_path / "c", []
+    grid = Grid(("none", "lisa", "ewc", "kl"), (0.1,))
+    outcome = compare(
+        config(tmp_path), grid, folder, jobs=2, retries=0, on_cell=lambda cell, what: told.append((cell.arm, what))
+    )
+    said = {cell.arm: what for cell, what in outcome.items()}
+    assert {arm for arm, what in said.items() if what == "done"} == {"none", "ewc", "kl"}
+    assert "terminated abruptly" in said["lisa"]
+    tries = {arm: (folder / CELLS / f"{arm}-builtin-p0.1-s0" / "tries").read_text() for arm in said}
+    assert tries == {"none": "xx", "lisa": "xx", "ewc": "x", "kl": "x"}
+    assert [what for arm, what in told if arm == "ewc"] == ["started", "done"]
+
+
+def never(spec):
+    """Be a cell whose process dies before it can say that it starts."""
+    os._exit(1)
+
+
+def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_cell", never)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    outcome = compare(config(tmp_path), Grid(("none", "lisa"), (0.1,)), tmp_path / "c", jobs=2, retries=0)
+    assert all("terminated abruptly" in what for what in outcome.values())
+
+
 def test_a_cell_keeps_what_a_searching_attacker_may_choose(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("hftlight.runs.run.run", lambda config, *_: seen.append(config.search))

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -439,19 +440,42 @@ class _Starts:
 
 
 def _with_processes(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts) -> Iterator[tuple[Cell, str]]:
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    """Run the cells in processes of this machine.
+
+    A process that dies (out of memory, say) takes its pool with it. Cells that had not begun then go to a new pool, and
+    those that had are tried again one at a time, so that only a cell whose own process dies fails.
+    """
+    left, alone = dict(specs), {}
+    with _environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))):
+        while left:
+            before, waiting, error = starts.known.copy(), left, ""
+            left = {}
+            for cell, error, died in _in_pool(waiting, jobs, starts):
+                if not died:
+                    yield cell, error
+                elif starts.known[cell] != before[cell]:
+                    alone[cell] = specs[cell]
+                else:
+                    left[cell] = specs[cell]
+            if len(left) == len(waiting):  # not one of them could even begin
+                yield from ((cell, error) for cell in left)
+                break
+        for cell, spec in alone.items():
+            yield from ((cell, error) for _, error, _ in _in_pool({cell: spec}, 1, starts))
+
+
+def _in_pool(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts) -> Iterator[tuple[Cell, str, bool]]:
+    """Yield each cell with its error, or with nothing, and whether the pool broke before the cell had ended."""
     settings: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
-    with (
-        _environment(OMP_NUM_THREADS=threads),
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **settings) as pool,
-    ):
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **settings) as pool:
         futures: dict[Future[str], Cell] = {pool.submit(run_cell, spec): cell for cell, spec in specs.items()}
         while futures:
             ended, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
             starts.look()
             for future in ended:
                 error = future.exception()
-                yield futures.pop(future), _in_one_line(error) if error is not None else future.result()
+                said = _in_one_line(error) if error is not None else future.result()
+                yield futures.pop(future), said, isinstance(error, BrokenProcessPool)
 
 
 def _end_with(parent: int) -> None:
