@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hftlight import run
 from hftlight.attacks import HarmfulMix
-from hftlight.config import Lora, Search
+from hftlight.config import Evaluation, Lora, Search
 from hftlight.data.records import prompt_key
 from hftlight.defenses import Antidote, Lisa, SafeLoRA
 from hftlight.errors import InputError
@@ -218,6 +218,8 @@ def test_numbers_out_of_range_are_refused(trials, eps, made, tmp_path):
         ({"attacker": "search:0"}, "search:N"),
         ({"attacker": "search"}, "search:N"),
         ({"attacker": "grid:3"}, "search:N"),
+        ({"evaluation": Evaluation(prompts=1, task_rows=4)}, "2 rows of the task at least, got 1 and 4"),
+        ({"evaluation": Evaluation(prompts=6, task_rows=1)}, "got 6 and 1. Raise --evaluation.prompts"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_anything_runs(changes, said, tmp_path):

@@ -210,6 +210,12 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in d.streams}
     streams, tests = streams_of(config, needed, attack), test_sets(config, attack)
+    if config.trials and (len(tests.harmful) < 2 or len(tests.task_rows) < 2):
+        raise InputError(
+            "--attacker search chooses settings on one half of the test prompts and reports on the other, so it needs 2"
+            f" harmful prompts and 2 rows of the task at least, got {len(tests.harmful)} and {len(tests.task_rows)}."
+            " Raise --evaluation.prompts and --evaluation.task_rows."
+        )
     prepared = Prepared(config, given, attack, arms, streams, tests)
     if isinstance(attack, BenignSelection) and attack.scores is None:
         prepared.choosing = _choosing(config, attack)
