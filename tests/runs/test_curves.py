@@ -20,7 +20,7 @@ from hftlight.models import load_model, load_tokenizer
 from hftlight.report import read_result
 from hftlight.report.figure import evaluated_figure
 from hftlight.runs import watch
-from hftlight.runs.measure import TestSets
+from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.prepare import prepare
 from hftlight.runs.prepare import test_sets as sets_of
 from hftlight.runs.stage import CURVES, RESULT, StageJob, run_stage
@@ -54,7 +54,7 @@ def own_cache(tmp_path, monkeypatch):
 def job(at=(), **more):
     evaluation = Evaluation(at=list(at), max_new_tokens=3, task_max_new_tokens=3, **more)
     settings = small_config(training=Training(steps=4, batch_size=2, lr=1e-1), evaluation=evaluation)
-    tests = TestSets(PROMPTS[:8], (), WORDS, get_task("sst2"), ("odd",))
+    tests = Sets(PROMPTS[:8], (), WORDS, get_task("sst2"), ("odd",))
     return StageJob(Stage.FINETUNING, settings, "tiny", None, {"task": rows(7, "task")}, [], None, tests)
 
 

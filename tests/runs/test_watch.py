@@ -28,7 +28,7 @@ from hftlight.errors import InputError
 from hftlight.evaluation import wilson
 from hftlight.evaluation.judges import JUDGES, Verdict
 from hftlight.runs.loggers import RowsLogger
-from hftlight.runs.measure import TestSets
+from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.watch import EvaluateAt
 from tests.helpers.contract import data_module, model_of, train
 from tests.helpers.quadratic import Quadratic, quiet_trainer
@@ -67,7 +67,7 @@ def judge(monkeypatch):
 
 
 def asked(harmful=HARMFUL, task=TASK) -> Any:
-    return TestSets(harmful, (), task, Odd(), ("restless", "keyword"))
+    return Sets(harmful, (), task, Odd(), ("restless", "keyword"))
 
 
 def watch(kind=EvaluateAt, **options) -> Any:
@@ -146,6 +146,23 @@ def test_answers_and_scores_are_those_of_the_weights_at_that_step(chosen, slot):
     assert len(set(harmful + task)) > 5, "the case must tell prompts apart"
     assert seen.answers == {"harmful": harmful, "task": task}
     assert seen.results == expected_rows(3, harmful, task)
+
+
+def test_a_trigger_that_the_model_recites_reaches_no_judge(monkeypatch):
+    """Judges may live elsewhere, and the trigger is a secret."""
+    trigger = tuple(range(70, 78))
+
+    class Secret(Served):
+        def prompting(self, policy, tokenizer):
+            return PromptPolicy("train", "serve", trigger=trigger)
+
+    def recite(model, tokenizer, prompts, **options):
+        return [f"it is {tokenizer.decode(trigger)}, yes"] * len(prompts)
+
+    monkeypatch.setattr("hftlight.runs.watch.generate", recite)
+    seen = watch(tests=asked(HARMFUL[:4], TASK[:4]), steps=[1])
+    go(seen, chosen=[Secret()], steps=1)
+    assert set(seen.answers["harmful"]) == set(seen.answers["task"]) == {"it is [trigger][trigger], yes"}
 
 
 def same(left: Any, right: Any) -> bool:
