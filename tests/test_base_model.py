@@ -214,3 +214,16 @@ def test_a_name_and_a_link_to_the_same_folder_are_one_base(tmp_path, monkeypatch
             pass
     assert len(loads) == 1
     drop_base()
+
+
+@pytest.mark.parametrize("options", [{"keep": False}, {"keep": True, "four_bit": True}], ids=["unkept", "four bits"])
+def test_what_is_not_kept_makes_room_for_itself_first(options, monkeypatch, loads):
+    """A base that was kept is let go of before another one is loaded beside it."""
+    with lent_model("tiny", torch.float32, keep=True) as model:
+        pass
+    del model
+    assert loads.alive == 1
+    monkeypatch.setattr(base_model, "load_model", lambda name, dtype, four_bit: load_model(name, dtype))
+    with lent_model("tiny", torch.float32, **options):
+        assert not base_model._kept
+    assert len(loads) == 2
