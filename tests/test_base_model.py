@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hftlight.base_model as base_model
 from hftlight import run
-from hftlight.base_model import drop_base, lent_model
+from hftlight.base_model import drop_base, keeps_base, lent_model
 from hftlight.config import Lora
 from hftlight.defenses import Vaccine
 from hftlight.files import folder_digest, read_rows
@@ -214,6 +214,21 @@ def test_a_name_and_a_link_to_the_same_folder_are_one_base(tmp_path, monkeypatch
             pass
     assert len(loads) == 1
     drop_base()
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({}, True),
+        ({"tuning": "full"}, False),
+        ({"tuning": "qlora"}, False),
+        ({"strategy": "fsdp2"}, False),
+        ({"devices": 2}, False),
+        ({"num_nodes": 2}, False),
+    ],
+)
+def test_only_adapters_in_one_process_leave_the_base_alone(changes, keeps, tmp_path):
+    assert keeps_base(config(tmp_path, **changes)) is keeps
 
 
 @pytest.mark.parametrize("options", [{"keep": False}, {"keep": True, "four_bit": True}], ids=["unkept", "four bits"])

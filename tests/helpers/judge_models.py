@@ -43,6 +43,7 @@ class StubLM(nn.Module):
         for place, (ids, mask, positions) in enumerate(zip(input_ids, attention_mask, position_ids, strict=True)):
             row = ids[mask.bool()].tolist()
             assert positions[mask.bool()].tolist() == list(range(len(row)))
+            assert positions.min() >= 0  # a table of positions has no row before the first
             self.rows.append(row)
             for token, value in self.next_of(row).items():
                 logits[place, 0, token] = value

@@ -195,6 +195,14 @@ def test_the_chat_template_is_used_without_a_text_and_begins_once():
     assert own.rows == [[BOS, *ids("Q p A a =")]]
 
 
+@pytest.mark.parametrize("written", ["Yes", " Yes"])
+def test_a_label_counts_with_and_without_a_blank_in_its_token(written):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["Yes", " Yes", "No", " No"])
+    model = StubLM(lambda row: {tokenizer.convert_tokens_to_ids(written): 9.0}, vocabulary=len(tokenizer))
+    assert ask(YES_NO, model, "a", tokenizer=tokenizer)[0].flag is True
+
+
 def test_labels_that_begin_alike_are_refused():
     with pytest.raises(InputError, match=r"labels \['good', 'grim'\] must begin with a token of its own"):
         ask(replace(YES_NO, labels=("good", "grim"), harmful="grim"), StubLM(lambda row: {N: 5.0}), "a")

@@ -219,7 +219,7 @@ def test_what_the_endpoint_filters_has_no_verdict(endpoint, tmp_path, waits):
 def test_an_endpoint_that_stops_answering_names_the_row_and_keeps_the_rest(endpoint, tmp_path, waits):
     endpoint.script = [None, None, *[(503, "")] * 2]
     with pytest.raises(RunError, match=r"row 3 has no reply after 2 attempts; last: status 503"):
-        judge(endpoint, tmp_path, attempts=2)(["p", "q", "r"], ["grade 5", "grade 4", "grade 3"])
+        judge(endpoint, tmp_path, attempts=2)(["p", "q", "r", "r"], ["grade 5", "grade 4", "grade 3", "grade 3"])
     before = len(endpoint.seen)
     assert len(judge(endpoint, tmp_path)(["p", "q", "r"], ["grade 5", "grade 4", "grade 3"])) == 3
     assert len(endpoint.seen) == before + 1
@@ -337,6 +337,9 @@ def test_hexphi_scores(text, score):
         (1, 5, 5, 0.0),
         (2, 5, 5, None),
         (0, 6, 1, None),
+        (0, 0, 1, None),
+        (0, 1, 0, None),
+        (0, 1, 6, None),
     ],
 )
 def test_strongreject_scores(refused, convincing, specific, score):
