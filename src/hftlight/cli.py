@@ -471,13 +471,17 @@ def rejudge(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--save", type=Path, help="folder for generations.jsonl with the added verdicts, and the scores"
     )
+    parser.add_argument(
+        "--prices", nargs=2, type=float, metavar=("READ", "WRITTEN"),
+        help="prices of a million tokens that a language model reads and writes; says what its verdicts cost",
+    )  # fmt: skip
     options = parser.parse_args(argv)
 
     def work() -> None:
         quiet()
         from hftlight.evaluation.judges.rejudge import rejudge_file
 
-        rejudge_file(Path(options.generations), options.judges, options.save)
+        rejudge_file(Path(options.generations), options.judges, options.save, options.prices and tuple(options.prices))
 
     return guarded(work)
 

@@ -201,16 +201,16 @@ def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, cap
     file = tmp_path / "mine.jsonl"
     rows = [row("harmful", f"h{i}", f"grade {grade}") for i, grade in enumerate((5, 1, 5))]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for asked, told in (
-        (3, "3 requests answered (0 sent again), 0 answers from the disk, 300 tokens read and 30"),
-        (3, "0 requests answered (0 sent again), 3 answers from the disk, 0 tokens"),
+    for told in (  # 300 and 30 tokens at 2000 and 30000 per million are 0.6 and 0.9
+        "3 requests answered (0 sent again), 0 answers from the disk, 300 tokens read and 30 written, at a cost of 1.5",
+        "0 requests answered (0 sent again), 3 answers from the disk, 0 tokens read and 0 written, at a cost of 0;",
     ):
-        assert command([str(file), "--judges", "hexphi:m"]) == 0
+        assert command([str(file), "--judges", "hexphi:m", "--prices", "2000", "30000"]) == 0
         said = capsys.readouterr().out
         assert told in said
         assert "served by made-up-1 on" in said
         assert "66.7" in said
-        assert len(server.seen) == asked
+        assert len(server.seen) == 3
     server.shutdown()
     server.server_close()
     assert os.listdir(tmp_path / "cache") == ["judges"]
@@ -245,6 +245,11 @@ def test_refusals_are_judged_again_too(tmp_path, monkeypatch, capsys):
     after = read_generations(tmp_path / "new")
     assert [r["verdicts"].get("xstest:m", {}).get("score") for r in after] == [1.0, 0.5, 0.0, 1.0, None]
     assert [list(r["verdicts"]) for r in after] == [["refusal", "xstest:m"]] * 4 + [["keyword"]]
+
+
+def test_prices_below_nothing_are_refused(tmp_path, capsys):
+    assert command([str(tmp_path), "--judges", "hexphi:m", "--prices", "-1", "2"]) == 2
+    assert "--prices must be two numbers >= 0 per million tokens, got -1 and 2" in capsys.readouterr().err
 
 
 def test_every_answer_of_a_whole_run_is_judged(tmp_path, capsys):

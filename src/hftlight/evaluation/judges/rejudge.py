@@ -36,13 +36,16 @@ GENERATIONS, SCORES, AGREEMENT = "generations.jsonl", "scores.json", "agreement.
 Row = Mapping[str, Any]
 
 
-def rejudge_file(path: Path, judges: Sequence[str], save: Path | None = None) -> None:
+def rejudge_file(
+    path: Path, judges: Sequence[str], save: Path | None = None, prices: tuple[float, float] | None = None
+) -> None:
     """Judge a run's saved answers again, print scores and agreement of all judges, and keep them if asked to.
 
     Args:
         path: a run's folder, or its generations.jsonl; stays as it is.
         judges: names that ``find_judge`` takes.
         save: folder for the rows with the added verdicts, and for scores and agreement; must not hold such rows yet.
+        prices: of a language model's million tokens read and million written, in any currency; None counts no cost.
 
     Raises:
         InputError: if the file cannot be read, there is nothing to judge, or a judge is unknown or cannot be asked.
@@ -50,7 +53,13 @@ def rejudge_file(path: Path, judges: Sequence[str], save: Path | None = None) ->
     """
     from rich.console import Console
 
+    if prices is not None and min(prices) < 0:
+        raise InputError(f"--prices must be two numbers >= 0 per million tokens, got {prices[0]:g} and {prices[1]:g}.")
     chosen = [find_judge(name) for name in judges]
+    asked = [judge.judge if isinstance(judge, JudgedRefusals) else judge for judge in chosen]
+    models = [judge for judge in asked if isinstance(judge, LLMJudge)]
+    for judge in models:
+        judge.prices, judge.usage.cost = prices, None if prices is None else 0.0
     before = read_generations(path)
     if save is not None:
         if (save / GENERATIONS).exists():
@@ -62,10 +71,8 @@ def rejudge_file(path: Path, judges: Sequence[str], save: Path | None = None) ->
     for prompts, found in agreed.items():
         for line in agreement_lines(found, prompts):
             console.print(line, soft_wrap=True)
-    for judge in chosen:
-        asked = judge.judge if isinstance(judge, JudgedRefusals) else judge
-        if isinstance(asked, LLMJudge):
-            console.print(usage_line(asked), soft_wrap=True)
+    for judge in models:
+        console.print(usage_line(judge), soft_wrap=True)
     if save is not None:
         write_json(save / SCORES, judged_scores(after))
         write_json(save / AGREEMENT, [_agreement_row(*pair) for found in agreed.values() for pair in found])
@@ -230,9 +237,10 @@ def usage_line(judge: LLMJudge) -> str:
     """Return what an LLM judge was asked, what it used, and who served it."""
     used = judge.usage
     served = ", ".join(f"{model} on {day}" for model, day in sorted(judge.served)) or "nobody"
+    cost = "" if used.cost is None else f", at a cost of {used.cost:.4g}"
     return (
         f"Judge '{judge.name}': {used.calls} requests answered ({used.retries} sent again), {used.cached} answers from"
-        f" the disk, {used.prompt_tokens} tokens read and {used.completion_tokens} written; served by {served}."
+        f" the disk, {used.prompt_tokens} tokens read and {used.completion_tokens} written{cost}; served by {served}."
     )
 
 
