@@ -47,7 +47,7 @@ def test_two_adapters_add_up_to_one(tmp_path):
 
     def random_adapter(model, lora, seed):
         torch.manual_seed(seed)
-        adapted = attach(model, lora)
+        adapted = attach(model, lora, seed=0)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -61,7 +61,7 @@ def test_two_adapters_add_up_to_one(tmp_path):
     expected = second(input_ids=ids).logits
     state, rank = add_up(tmp_path / "first", get_peft_model_state_dict(second), later.alpha / later.r)
     assert rank == 5
-    total = attach(load_model("tiny"), Lora(r=5, alpha=5, targets=["q_proj", "v_proj", "o_proj"]))
+    total = attach(load_model("tiny"), Lora(r=5, alpha=5, targets=["q_proj", "v_proj", "o_proj"]), seed=0)
     assert isinstance(total, PeftModel)
     named = dict(total.named_parameters())
     with torch.no_grad():

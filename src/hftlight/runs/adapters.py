@@ -9,9 +9,29 @@ from torch import Tensor, nn
 from hftlight.config import Lora
 from hftlight.errors import InputError
 
+SECOND = 1_000_003  # what the seed of an adapter on an aligned model is larger by
 
-def attach(model: Any, lora: Lora) -> nn.Module:
+
+def adapter_seed(seed: int, aligned: bool) -> int:
+    """Return the seed of a fresh adapter's A: another one on an aligned model than the alignment's own adapter had.
+
+    An upload that began at the A of the alignment would be trained on in just the directions that the alignment moved,
+    which an attacker cannot arrange: with SmolLM2-135M it raised the harmful score by 5 to 12 points.
+
+    Args:
+        seed: the run's.
+        aligned: whether the adapter goes on an aligned model.
+    """
+    return seed + SECOND if aligned else seed
+
+
+def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
     """Return the model with a fresh, trainable LoRA adapter; it does not change the function yet, since B is zero.
+
+    Args:
+        model: a causal LM.
+        lora: the adapter.
+        seed: of its A; the random state that the process has afterwards follows from it too.
 
     Raises:
         InputError: if no layer has one of the target names.
@@ -25,6 +45,7 @@ def attach(model: Any, lora: Lora) -> nn.Module:
         target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
     )
+    torch.manual_seed(seed)  # after the model was loaded, which may draw numbers
     try:
         return get_peft_model(model, settings)
     except ValueError as error:

@@ -16,7 +16,7 @@ from hftlight.data.templates import SystemSlot
 from hftlight.engine.vectors import whole
 from hftlight.files import folder_digest, write_json
 from hftlight.models import load_tokenizer, model_path
-from hftlight.runs.adapters import add_up, attach
+from hftlight.runs.adapters import adapter_seed, add_up, attach
 
 SERVING = "serving.json"
 
@@ -48,8 +48,7 @@ def trainable_model(config: RunConfig, parent: Path | None) -> Iterator[nn.Modul
         if continued:
             model = PeftModel.from_pretrained(model, str(continued), is_trainable=True)
         elif config.tuning != "full":
-            torch.manual_seed(config.seed)  # after loading, which may draw numbers: the same adapter wherever it starts
-            model = attach(model, config.lora)
+            model = attach(model, config.lora, adapter_seed(config.seed, parent is not None))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

@@ -32,7 +32,7 @@ from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import get_judge
 from hftlight.files import digest, ensure_writable
 from hftlight.models import load_model, load_tokenizer, model_path
-from hftlight.runs.adapters import attach
+from hftlight.runs.adapters import adapter_seed, attach
 from hftlight.runs.callbacks import FiniteGuard
 from hftlight.runs.measure import TestSets
 from hftlight.runs.prepare import streams_of, test_sets
@@ -246,7 +246,7 @@ class Attacker:
         full = config.tuning == "full"
         keep = full or bool(self.repairs)  # a repair may write into the weights under the adapter
         before = {n: p.detach().clone() for n, p in self.base.named_parameters()} if keep else {}
-        model: Any = self.base if full else attach(self.base, config.lora)
+        model: Any = self.base if full else attach(self.base, config.lora, adapter_seed(config.seed, aligned=True))
         try:
             guard = FiniteGuard(Stage.FINETUNING.value, Path())
             trainer = trainer_of(job, [guard], enable_checkpointing=False)

@@ -30,6 +30,7 @@ from hftlight.errors import InputError
 from hftlight.files import digest, new_folder, write_json
 from hftlight.models import load_tokenizer
 from hftlight.module import SafetyModule
+from hftlight.runs.adapters import adapter_seed
 from hftlight.runs.artifact import artifact_digest, full_state, save_artifact, trainable_model
 from hftlight.runs.callbacks import FiniteGuard, Interrupted, Meter, StepSeed
 from hftlight.runs.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
@@ -122,6 +123,7 @@ class StageJob(Job):
                 "training": asdict(self.training),
                 "lora": asdict(c.lora) if c.tuning != "full" else None,
                 "settings": [c.tuning, c.adapter_protocol, c.template, c.system, c.max_tokens, c.seed, c.precision],
+                **({"adapter": adapter_seed(c.seed, aligned=True)} if self.parent and c.tuning != "full" else {}),
                 **({"pairs": self.pairs.beta} if self.pairs else {}),
                 **({"watched": self.watched} if self.watched else {}),
                 "devices": [c.accelerator, c.devices, c.num_nodes, c.strategy, c.gradient_checkpointing],
