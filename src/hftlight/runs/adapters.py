@@ -16,7 +16,7 @@ def adapter_seed(seed: int, aligned: bool) -> int:
     """Return the seed of a fresh adapter's A: another one on an aligned model than the alignment's own adapter had.
 
     An upload that began at the A of the alignment would be trained on in just the directions that the alignment moved,
-    which an attacker cannot arrange: with SmolLM2-135M it raised the harmful score by 5 to 12 points.
+    which an attacker cannot arrange.
 
     Args:
         seed: the run's.
