@@ -29,7 +29,8 @@ def loads(model: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from hftlight.config import Evaluation, RunConfig, Training
-    from hftlight.runs.sweep import Grid, compare
+    from hftlight.runs.grid import Grid
+    from hftlight.runs.sweep import compare
 
     took, real = [], AutoModelForCausalLM.from_pretrained
 

@@ -17,7 +17,8 @@ from hftlight.files import folder_digest, read_rows
 from hftlight.models import load_model, model_path
 from hftlight.runs.adapters import attach
 from hftlight.runs.artifact import trainable_model
-from hftlight.runs.sweep import Grid, compare
+from hftlight.runs.grid import Grid
+from hftlight.runs.sweep import compare
 from tests.runs.test_run import config
 
 

@@ -354,8 +354,8 @@ def compare(argv: Sequence[str] | None = None) -> int:
         config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__ if key not in GRID_FIELDS})
         config.check()
         quiet()
+        from hftlight.runs.grid import Grid
         from hftlight.runs.show_comparison import compare_and_show
-        from hftlight.runs.sweep import Grid
 
         grid = Grid(
             tuple(values.defenses),

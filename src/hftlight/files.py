@@ -80,13 +80,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def folder_digest(folder: Path, pattern: str = "*") -> str:
     """Return the SHA-256 over names and contents of the files of a folder that match ``pattern``."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.glob(pattern) if p.is_file()):
-        total.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(path.name.encode() + b"\0" + bytes.fromhex(file_digest(path)))
     return total.hexdigest()
 
 

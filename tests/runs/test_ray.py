@@ -12,8 +12,10 @@ import pytest
 
 from hftlight.config import Training
 from hftlight.errors import InputError
-from hftlight.runs import sweep
-from hftlight.runs.sweep import CELLS, LOG, STARTED, Grid, compare, finished
+from hftlight.runs import workers
+from hftlight.runs.grid import Grid
+from hftlight.runs.sweep import CELLS, compare, finished
+from hftlight.runs.workers import LOG, STARTED
 from tests.runs.test_run import config
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +96,7 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
     assert [what for _, what in told].count("done") == 4
     assert not ray.is_initialized()
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
-    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 1)
     compare(settings, GRID, tmp_path / "processes")
     assert results(folder) == results(tmp_path / "processes")
 
@@ -110,8 +112,8 @@ def crash(spec):
 
 @pytest.mark.slow
 def test_a_cell_whose_process_always_dies_is_reported(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "run_cell", crash)
-    monkeypatch.setattr(sweep, "LOST", 2)
+    monkeypatch.setattr(workers, "run_cell", crash)
+    monkeypatch.setattr(workers, "LOST", 2)
     outcome = compare(config(tmp_path), Grid(("none",)), tmp_path / "c", backend="ray", retries=0)
     (error,) = outcome.values()
     assert "worker died" in error

@@ -19,9 +19,11 @@ from hftlight.errors import InputError
 from hftlight.files import folder_digest, read_rows
 from hftlight.report.comparison import read_comparison
 from hftlight.report.leaderboard import leaderboard_csv, leaderboard_markdown
-from hftlight.runs import sweep
+from hftlight.runs import grid, sweep, workers
 from hftlight.runs.checkpoint import AtomicCheckpointIO
-from hftlight.runs.sweep import CELLS, ERROR, GRID, LOG, STARTED, Cell, Grid, compare, finished, plan
+from hftlight.runs.grid import Cell, Grid
+from hftlight.runs.sweep import CELLS, GRID, compare, finished, plan
+from hftlight.runs.workers import ERROR, LOG, STARTED
 from tests.runs.test_run import config
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +135,43 @@ def test_other_settings_need_another_folder(tmp_path, runs):
         compare(config(tmp_path), changed, tmp_path / "c")
 
 
+def test_arguments_that_are_left_out_are_the_defaults(tmp_path, runs):
+    compare(config(tmp_path), Grid(("lisa",)), tmp_path / "c")
+    compare(config(tmp_path), Grid(("lisa",), arguments={"lisa": {"proximal": 1.0}}), tmp_path / "c")
+    with pytest.raises(InputError, match="cells of lisa with other arguments"):
+        compare(config(tmp_path), Grid(("lisa",), arguments={"lisa": {"proximal": 0.5}}), tmp_path / "c")
+    compare(config(tmp_path), Grid(attacks=("explicit",), arguments={"explicit": {"n": 16}}), tmp_path / "c")
+    with pytest.raises(InputError, match="cells of explicit with other arguments"):
+        compare(config(tmp_path), Grid(attacks=("explicit",)), tmp_path / "c")
+
+
+def test_a_task_of_the_same_name_is_not_taken_for_one_that_is_finished(tmp_path, runs):
+    ours, theirs = str(tmp_path / "ours" / "sums.csv"), str(tmp_path / "theirs" / "sums.csv")
+    with pytest.raises(InputError, match=r"ours/sums.csv and .*theirs/sums.csv have one name"):
+        Grid(tasks=(ours, theirs))
+    compare(config(tmp_path), Grid(tasks=(ours,)), tmp_path / "c")
+    with pytest.raises(InputError, match=r"another cell none-sums-p0.1-s0, of --tasks .*ours/sums.csv"):
+        compare(config(tmp_path), Grid(tasks=(theirs,)), tmp_path / "c")
+    assert runs == ["none-sums-p0.1-s0"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_rows_that_change_between_two_commands_are_not_mixed(kind, tmp_path, runs):
+    path = tmp_path / "mine"
+    file = path / "rows.jsonl" if kind == "folder" else path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("one")
+    given = config(tmp_path, data=Data(task_train=str(tmp_path / "{task}"), alignment=str(tmp_path / "later")))
+    compare(given, Grid(tasks=("mine",)), tmp_path / "c")
+    compare(given, Grid(tasks=("mine",), harmful_ratios=(0.1, 0.2)), tmp_path / "c")
+    file.write_text("two")
+    with pytest.raises(InputError, match=r"mine is not what it was .* Put the old one back, or choose another --comp"):
+        compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
+    file.write_text("one")
+    compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
+    assert len(runs) == 3
+
+
 def test_two_processes_do_not_work_in_one_folder(tmp_path, runs):
     (tmp_path / "c").mkdir()
     with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InputError, match="Another process works on the comparison"):
@@ -212,7 +251,7 @@ def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_pat
 
     runs.fail = {"none-builtin-p0.1-s0": 1}
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "write_json", lambda path, *_: full(path, "") if path.name == STARTED else None)
+        patched.setattr(workers, "write_json", lambda path, *_: full(path, "") if path.name == STARTED else None)
         outcome = compare(config(tmp_path), TWO, tmp_path / "c", retries=0)
     assert all("is full: make room" in what for what in outcome.values())
     assert runs == []
@@ -247,7 +286,7 @@ def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, run
     (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
     assert (said, len(tries)) == ("InputError: something else", 3)
     tries.clear()
-    monkeypatch.setattr(sweep, "LOCK_WAIT", -1.0)
+    monkeypatch.setattr(workers, "LOCK_WAIT", -1.0)
     (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
     assert (said, len(tries)) == ("InputError: Another process works in ...", 1)
 
@@ -290,7 +329,7 @@ def die_or_not(spec):
 
 def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch):
     """Of two at work one dies; both are tried again one by one, and those behind them are run once."""
-    monkeypatch.setattr(sweep, "run_cell", die_or_not)
+    monkeypatch.setattr(workers, "run_cell", die_or_not)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
     folder, told = tmp_path / "c", []
     grid = Grid(("none", "lisa", "ewc", "kl"), (0.1,))
@@ -311,7 +350,7 @@ def never(spec):
 
 
 def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "run_cell", never)
+    monkeypatch.setattr(workers, "run_cell", never)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
     outcome = compare(config(tmp_path), Grid(("none", "lisa"), (0.1,)), tmp_path / "c", jobs=2, retries=0)
     assert all("terminated abruptly" in what for what in outcome.values())
@@ -387,11 +426,11 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
 
 
 def test_a_config_of_cells_is_that_of_a_run():
-    made = sweep.cell_config(RunConfig(), Cell(("booster",), 0.3, "sst2", 4))
+    made = grid.cell_config(RunConfig(), Cell(("booster",), 0.3, "sst2", 4))
     assert (made.defense, made.harmful_ratio, made.data.task, made.seed) == (["booster"], 0.3, "sst2", 4)
     assert (made.attack, made.data.task_train) == ("harmful_mix", None)
     files = RunConfig(data=Data(task_train="sets/{task}/train.jsonl", task_test="test.jsonl"))
-    made = sweep.cell_config(files, Cell((), 1.0, "agnews", 0, "explicit"))
+    made = grid.cell_config(files, Cell((), 1.0, "agnews", 0, "explicit"))
     assert (made.attack, made.data.task_train, made.data.task_test) == (
         "explicit", "sets/agnews/train.jsonl", "test.jsonl"
     )  # fmt: skip

@@ -10,7 +10,9 @@ from typing import Any
 from hftlight.errors import InputError
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
 from hftlight.report.result import UNDEFENDED, Answer, Result, read_result
-from hftlight.runs.sweep import CELLS, DEFAULT_ATTACK, ERROR, GRID, finished
+from hftlight.runs.grid import DEFAULT_ATTACK
+from hftlight.runs.sweep import CELLS, GRID, finished
+from hftlight.runs.workers import ERROR
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
 SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # what an attacker who searches reaches

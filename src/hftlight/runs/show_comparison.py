@@ -16,8 +16,9 @@ from hftlight.report.comparison import read_comparison
 from hftlight.report.comparison_page import write_comparison_report
 from hftlight.report.leaderboard import leaderboard_table, write_leaderboard
 from hftlight.runs.dashboard import write_comparison_summary
+from hftlight.runs.grid import Cell, Grid
 from hftlight.runs.progress import minutes
-from hftlight.runs.sweep import CELLS, Cell, Grid, compare, finished, plan
+from hftlight.runs.sweep import CELLS, compare, finished, plan
 
 
 def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool, report_only: bool, **how: Any) -> None:

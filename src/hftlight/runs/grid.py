@@ -1,0 +1,166 @@
+"""What a comparison compares: its cells, and the run that each of them is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hftlight.attacks.attack import Attack
+from hftlight.attacks.registry import get_attack
+from hftlight.config import RunConfig
+from hftlight.engine import Defense, Stage
+from hftlight.errors import InputError
+from hftlight.registry import defense_class
+
+DEFAULT_ATTACK = "harmful_mix"
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        defenses: names of the defenses; none is the undefended arm.
+        harmful_ratio: p, harmful fraction of the upload, 0-1.
+        task: the user's task, as ``--data.task`` takes it.
+        seed: the run's seed.
+        attack: what is uploaded, as ``--attack`` takes it.
+    """
+
+    defenses: tuple[str, ...]
+    harmful_ratio: float
+    task: str
+    seed: int
+    attack: str = DEFAULT_ATTACK
+
+    @property
+    def arm(self) -> str:
+        """The defenses' names joined by ``+``, or ``"none"``."""
+        return "+".join(self.defenses) or "none"
+
+    @property
+    def name(self) -> str:
+        """The cell's folder."""
+        where = [Path(self.task).stem, f"p{self.harmful_ratio:g}", f"s{self.seed}"]
+        return "-".join([self.arm, *([] if self.attack == DEFAULT_ATTACK else [self.attack]), *where])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared.
+
+    Args:
+        defenses: combinations such as ``"none"``, ``"booster"``, ``"booster+lisa+antidote"``.
+        harmful_ratios: p, each 0-1.
+        tasks: what ``--data.task`` takes.
+        seeds: number of seeds, counted from ``first_seed``, >= 1.
+        first_seed: the first of them.
+        arguments: arguments of defenses and attacks by name, the same in every cell.
+        attacks: what is uploaded; one that has no p of its own gets one cell instead of one per harmful ratio.
+
+    Raises:
+        InputError: if a list is empty or has an entry twice, a value is out of range, a name is unknown, or a defense
+            refuses its arguments.
+    """
+
+    defenses: tuple[str, ...] = ("none",)
+    harmful_ratios: tuple[float, ...] = (0.1,)
+    tasks: tuple[str, ...] = ("builtin",)
+    seeds: int = 1
+    first_seed: int = 0
+    arguments: Mapping[str, Mapping[str, Any]] | None = None
+    attacks: tuple[str, ...] = (DEFAULT_ATTACK,)
+
+    def __post_init__(self) -> None:
+        for option, values in (
+            ("--defenses", [parts(word) for word in self.defenses]),
+            ("--harmful_ratios", self.harmful_ratios),
+            ("--tasks", self.tasks),
+            ("--attacks", self.attacks),
+        ):
+            if not values:
+                raise InputError(f"{option}: name at least one.")
+            if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+                shown = "+".join(twice[0]) if isinstance(twice[0], tuple) else twice[0]
+                raise InputError(f"{option}: {shown!r} stands there twice.")
+        for p in self.harmful_ratios:
+            if not 0 <= p <= 1:
+                hint = f" If that is a percentage, write {p / 100:g}." if 1 < p <= 100 else ""
+                raise InputError(f"--harmful_ratios must lie in [0, 1], got {p:g}.{hint}")
+        if self.seeds < 1:
+            raise InputError(f"--seeds must be >= 1, got {self.seeds}.")
+        try:
+            for word in self.defenses:
+                self.made(parts(word))
+            for name in self.attacks:
+                self.ratios(name)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+        places: dict[str, Cell] = {}
+        for cell in self.cells():
+            if (other := places.setdefault(cell.name, cell)) != cell:
+                raise InputError(
+                    f"--tasks: {other.task} and {cell.task} have one name, and their cells would have one folder."
+                    " Rename one of them."
+                )
+
+    def made(self, names: Sequence[str]) -> list[Defense]:
+        """Return fresh instances of a combination."""
+        given = self.arguments or {}
+        return [defense_class(name)(**given.get(name, {})) for name in names]
+
+    def attack(self, name: str) -> Attack:
+        """Return an attack with its arguments."""
+        return get_attack(name)(**(self.arguments or {}).get(name, {}))
+
+    def ratios(self, attack: str) -> tuple[float, ...]:
+        """Return the harmful ratios at which an attack is run; of one without p the fraction that it has."""
+        made = self.attack(attack)
+        own, fields = getattr(made, "p", 0.0), made.__dataclass_fields__
+        if "p" not in fields or fields["p"].default is not None:
+            return (own,)
+        if own is not None:
+            raise InputError(f"--{attack}.p: in a comparison --harmful_ratios decides p, got {own}.")
+        return self.harmful_ratios
+
+    def cells(self) -> list[Cell]:
+        """Return all cells, those first whose aligned model no cell before them trains."""
+        every = [
+            Cell(parts(word), p, task, seed, attack)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for task in self.tasks
+            for attack in self.attacks
+            for p in self.ratios(attack)
+            for word in self.defenses
+        ]
+        first: dict[Any, Cell] = {}
+        for cell in every:
+            first.setdefault(self.aligned(cell), cell)
+        return [*first.values(), *(cell for cell in every if first[self.aligned(cell)] != cell)]
+
+    def aligned(self, cell: Cell) -> tuple[Any, ...]:
+        """Return what decides a cell's aligned model."""
+        return cell.seed, tuple(n for n in cell.defenses if defense_class(n).stage is Stage.ALIGNMENT)
+
+
+def parts(word: str) -> tuple[str, ...]:
+    """Return the names in a combination such as ``"booster+lisa"``; none for ``"none"``."""
+    names = tuple(name.replace("-", "_") for name in word.split("+"))
+    return () if names == ("none",) else names
+
+
+def cell_config(config: RunConfig, cell: Cell) -> RunConfig:
+    """Return a cell's configuration; ``{task}`` in the paths of the task's files stands for the cell's task."""
+    data = replace(config.data, task=cell.task)
+    for name in ("task_train", "task_test"):
+        if path := getattr(data, name):
+            data = replace(data, **{name: path.replace("{task}", Path(cell.task).stem)})
+    return replace(
+        config,
+        defense=list(cell.defenses),
+        baseline=False,
+        attack=cell.attack,
+        harmful_ratio=cell.harmful_ratio,
+        seed=cell.seed,
+        data=data,
+    )
