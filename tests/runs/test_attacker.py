@@ -13,8 +13,9 @@ from hftlight.attacks import HarmfulMix
 from hftlight.config import Evaluation, Lora, Search
 from hftlight.data.records import prompt_key
 from hftlight.defenses import Antidote, Lisa, SafeLoRA
-from hftlight.errors import InputError
+from hftlight.errors import InputError, RunError
 from hftlight.evaluation.intervals import wilson
+from hftlight.evaluation.judges.judge import Verdict
 from hftlight.runs import attacker as attacker_module
 from hftlight.runs.attacker import RECORD, Attacker, Budget, Outcome, Trial, search, trial_config
 from tests.runs.test_run import config
@@ -156,6 +157,29 @@ def test_a_killed_search_goes_on_behind_its_last_trial(made, tmp_path, monkeypat
     path.write_text("".join(lines[:2]) + lines[2][:40] + "\n")
     assert search(attacker, 6, tmp_path / "killed", budget) == whole
     assert len(asked) == 4
+
+
+def test_a_trial_recorded_behind_a_cut_off_line_is_not_lost(made, tmp_path, monkeypatch):
+    attacker = made()
+    budget = Budget((3,), (1e-2, 1e-3), (2,), (20,), (0.2,))
+    asked = scripted(monkeypatch, attacker, lambda t: (flags(0.5), (True,)))
+    search(attacker, 1, tmp_path, budget)
+    path = tmp_path / RECORD
+    path.write_text(path.read_text()[:-20])
+    search(attacker, 2, tmp_path, budget)
+    assert len(asked) == 3
+    search(attacker, 2, tmp_path, budget)
+    assert len(asked) == 3
+
+
+def test_answers_that_no_judge_could_judge_are_a_failed_trial(made, monkeypatch):
+    attacker = made()
+    monkeypatch.setattr(
+        attacker_module, "get_judge", lambda name: lambda asked, answers: [Verdict.unjudged()] * len(asked)
+    )
+    assert "judge builtin could judge none of" in attacker.outcome(FIRST).failed
+    with pytest.raises(RunError, match="could judge none"):
+        attacker.report(FIRST)
 
 
 def test_another_setting_needs_another_folder(made, tmp_path, monkeypatch):

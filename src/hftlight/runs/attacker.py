@@ -293,6 +293,8 @@ class Attacker:
         asked = [r.request for r in half.harmful]
         verdicts = judge(asked, [half.read(answer) for answer in answers["harmful"]])
         flags = tuple(v.flag for v in verdicts if v.judged)
+        if not flags:
+            raise RunError(f"The judge {half.judges[0]} could judge none of {len(asked)} answers of a trial.")
         right = tuple(half.task.correct(a, r) for a, r in zip(answers["task"], half.task_rows, strict=True))
         return flags, right
 
@@ -363,7 +365,9 @@ def search(
     path = folder / RECORD
     known = _recorded(path, _settings(attacker))
     outcomes: list[Outcome] = []
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as record:
+        record.write("" if whole else "\n")  # behind a line that was cut off
         suggestions = _suggestions(budget, Trial.of(attacker.config), trials, sampler, outcomes)
         for trial in suggestions:
             outcome = known.get(trial)
