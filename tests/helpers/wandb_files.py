@@ -15,9 +15,10 @@ BLOCK, HEADER = 32768, 7
 
 @dataclass
 class OfflineRun:
-    """One offline run: how it was named, its configuration, history and summary."""
+    """One offline run: how it was named and how it ended, its configuration, history and summary."""
 
     folder: Path
+    state: str = "crashed"
     group: str = ""
     job_type: str = ""
     name: str = ""
@@ -79,7 +80,7 @@ def read_offline(folder: Path, patience: float = 20.0) -> list[OfflineRun]:
 
 def _read(path: Path) -> tuple[OfflineRun, bool]:
     """Return a run as far as it was written, and whether that is all of it."""
-    run, ended = OfflineRun(path.parent), False
+    run = OfflineRun(path.parent)
     for data in _records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -92,5 +93,6 @@ def _read(path: Path) -> tuple[OfflineRun, bool]:
             run.history.append(_items(record.history.item))
         elif kind == "summary":
             run.summary |= _items(record.summary.update)
-        ended = ended or kind == "exit"
-    return run, ended
+        elif kind == "exit":
+            run.state = "failed" if record.exit.exit_code else "finished"
+    return run, run.state != "crashed"

@@ -133,8 +133,9 @@ def specification(comparison: Comparison) -> dict[str, Any]:
     groupby = [f"config.{key}" for key in ("comparison", "arm", "stage")] + [
         key for key, count in several.items() if count > 1
     ]
-    runs = {"config.comparison": [whole], "config.stage": [stage for stage in STAGES if stage in stages]}
-    summary = {"config.comparison": [whole], "config.stage": [SUMMARY]}
+    ended = {"State": ["finished"], "config.comparison": [whole]}  # a killed stage begins a new run, with all it had
+    runs = {**ended, "config.stage": [stage for stage in STAGES if stage in stages]}
+    summary = {**ended, "config.stage": [SUMMARY]}
     scores = sorted(name for name in found if name.startswith("eval/") and not name.endswith(("_low", "_high")))
     task = [name for name in scores if "finetune_accuracy" in name]
     safety = sorted((n for n in scores if n not in task), key=lambda n: (n != "eval/harmful_score", n))
@@ -223,7 +224,10 @@ def report_of(spec: Mapping[str, Any], entity: str) -> Any:
 
     blocks: list[Any] = []
     for section in spec["sections"]:
-        filters = [expr.Config(k.removeprefix("config.")).isin(v) for k, v in section["filters"].items()]
+        filters = [
+            (expr.Config(k.removeprefix("config.")) if k.startswith("config.") else expr.Metric(k)).isin(v)
+            for k, v in section["filters"].items()
+        ]
         runs = wr.Runset(entity, spec["project"], filters=filters, groupby=list(section["groupby"]))
         panels = [panel(p) for p in section["panels"]]
         blocks += [wr.H2(section["name"]), wr.PanelGrid(runsets=[runs], panels=panels)]
