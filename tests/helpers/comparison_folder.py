@@ -20,8 +20,12 @@ def write_comparison(
     tasks: Sequence[str] = ("builtin",),
     prompts: int = 40,
     failed: Mapping[str, str] | None = None,
+    collapsed: Sequence[str] = (),
 ) -> Path:
-    """Write ``grid.json`` and a finished run per cell; cells named in ``failed`` have an error and no result."""
+    """Write ``grid.json`` and a finished run per cell; cells named in ``failed`` have an error and no result.
+
+    Most answers of the cells named in ``collapsed`` are neither harmful nor refusals.
+    """
     cells = []
     for task in tasks:
         for arm in arms:
@@ -36,6 +40,7 @@ def write_comparison(
                         (run / "error.txt").write_text(f"Traceback\n{(failed or {})[name]}\n")
                     else:
                         _write_cell(run, arm, ratio, seed, prompts)
+                        _write_checks(run, arm, 98 if name in collapsed else 2)
     settings = {"settings": "0", "config": {"model": "tiny"}, "arguments": {}, "cells": cells}
     (folder / "grid.json").write_text(json.dumps(settings))
     return folder
@@ -75,3 +80,11 @@ def _write_cell(run: Path, arm: str, ratio: float, seed: int, prompts: int) -> N
     slots = {arm: {"defenses": [], "slots": [], "stages": {}}}
     (run / "manifest.json").write_text(json.dumps({"arms": slots, "seed": seed, "finished": "now"}))
     (run / "config.yaml").write_text("model: tiny\n")
+
+
+def _write_checks(run: Path, arm: str, percent: int) -> None:
+    for metric, value in (("refusal_rate", 1), ("collapsed_answers", percent)):
+        row = {"kind": "score", "arm": arm, "stage": "finetuning", "metric": metric, "unit": "percent", "judge": ""}
+        low, high = wilson(value, 100)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({**row, "value": value, "low": low, "high": high, "count": 100}) + "\n")

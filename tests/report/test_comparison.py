@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -12,8 +13,9 @@ from hftlight.errors import InputError
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
 from hftlight.report.comparison import Place, Scene, mark, pareto, read_comparison
-from hftlight.report.comparison_figure import comparison_cost_figure, ratio_figure, tradeoff_figure
+from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.comparison_page import claims, comparison_page, write_comparison_report
+from hftlight.report.figure import PALETTE
 from hftlight.report.leaderboard import (
     caption,
     cell_text,
@@ -159,7 +161,7 @@ def test_the_tables_hold_every_number(comparison):
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
     rows = list(csv.DictReader(StringIO(leaderboard_csv(comparison))))
-    assert len(rows) == (27 - 1) * 2 * 3
+    assert len(rows) == (27 - 1) * (2 * 3 + 2)
     mine = [r for r in rows if (r["defense"], r["harmful_ratio"], r["stage"]) == ("booster", "0.1", "finetuning")]
     found = {int(r["seed"]): float(r["value"]) for r in mine if r["metric"] == "harmful_score"}
     assert found == comparison.values(BOOSTER, "harmful_score")
@@ -178,7 +180,7 @@ def test_a_narrow_terminal_cuts_no_number(tmp_path):
 
 def test_a_narrow_terminal_keeps_tasks_and_defenses_beside_intervals(tmp_path):
     """One seed's numbers are the widest; both names and both ends of the interval stay whole."""
-    found = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,)))
+    found = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,), collapsed=["booster-builtin-p0.1-s0"]))
     out = StringIO()
     Console(file=out, width=80).print(leaderboard_table(found))
     place = Place("booster", "builtin", 0.1)
@@ -186,7 +188,7 @@ def test_a_narrow_terminal_keeps_tasks_and_defenses_beside_intervals(tmp_path):
     lines = out.getvalue().splitlines()
     (row,) = (number for number, line in enumerate(lines) if "booster" in line)
     assert lines[row].split()[:4] == ["builtin", "0.1", "booster", score[0]]
-    assert lines[row + 1].split()[0] == score[1]
+    assert lines[row + 1].split()[0] == f"{score[1]}†"
     assert max(map(len, lines)) <= 80
 
 
@@ -212,6 +214,40 @@ def test_figures_show_every_defense(comparison):
     assert len(front.texts) == 3
     widths = [bar.get_width() for bar in comparison_cost_figure(comparison, BUILTIN, 0.1).axes[0].patches]
     assert widths == [1, 1, 2]
+
+
+def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
+    """Two of three seeds of booster answer with the task's own words, and so do all of the undefended at p = 0."""
+    told = ["booster-builtin-p0.1-s0", "booster-builtin-p0.1-s2", *(f"none-builtin-p0-s{seed}" for seed in range(3))]
+    found = read_comparison(write_comparison(tmp_path, ratios=(0.0, 0.1), collapsed=told))
+    assert [found.collapsed(p) for p in (NONE, BOOSTER, replace(NONE, harmful_ratio=0.0))] == [0, 2, 3]
+    before, said = claims(found)
+    assert re.search(r"undefended \d+ % harmful, low by collapsed answers in 3 of 3 seeds\.", before)
+    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers in 2 of 3 seeds\)", said)
+    assert "undefended 51 % harmful. Lower" in said
+    assert said.count("collapsed") == 1
+    text, plain = (cell_text(found.spread(place, "harmful_score")) for place in (BOOSTER, NONE))
+    markdown = leaderboard_markdown(found)
+    assert f"{text}†" in markdown
+    assert f"{plain}†" not in markdown
+    assert "†: low in one seed at least because" in caption(found)
+    assert r"$^\dagger$" in leaderboard_latex(found)
+    assert "†" not in caption(read_comparison(write_comparison(tmp_path / "sound", seeds=1)))
+
+    def hollow(figure):
+        lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+        return [line.get_color() for line in lines if line.get_markerfacecolor() == "white"]
+
+    colors = [PALETTE[color_place(found, arm)] for arm in ("none", "booster")]
+    assert hollow(ratio_figure(found, BUILTIN, "harmful_score", "percent")) == colors
+    assert hollow(ratio_figure(found, BUILTIN, "finetune_accuracy", "percent")) == []
+    assert hollow(tradeoff_figure(found, BUILTIN, 0.1)) == colors[1:]
+    assert comparison_page(found).count("Hollow marks: low by collapsed answers.") == 2 * (2 + 2)
+
+
+def test_one_seed_that_collapsed_says_so(tmp_path):
+    told = read_comparison(write_comparison(tmp_path, ratios=(0.1,), seeds=1, collapsed=["booster-builtin-p0.1-s0"]))
+    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers\)", claims(told)[0])
 
 
 def test_one_ratio_draws_no_curve(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from hftlight.report.result import STAGES, UNDEFENDED, Result, Score, arm_word
 
 ALSO_COMPARED = {"finetune_accuracy": "finetune accuracy", "over_refusal": "over-refusal", "repetition": "repetition"}
+COLLAPSED = "empty, wordless, looping, identical or of the task's form"
 CLAIMS = {
     "same": "its interval overlaps the undefended one, so no difference is shown",
     "lower": "that is lower than undefended, beyond the intervals",
@@ -32,23 +33,30 @@ def sentences(result: Result) -> list[str]:
     return [said for said in (_upload(result), ends, _besides(result)) if said]
 
 
-def collapses(result: Result) -> list[str]:
-    """Return a sentence for each model whose low harmful score comes from answers that collapsed, not from refusals.
+def collapse(result: Result, arm: str, stage: str) -> tuple[Score, Score, Score] | None:
+    """Return harmful, refused and collapsed answers of a model whose low harmful score comes from collapse, else None.
 
-    It is said where, beyond the 95 % intervals, more answers to harmful prompts collapsed than refused or were harmful.
+    It does where, beyond the 95 % intervals, more answers to harmful prompts collapsed than refused or were harmful.
     """
+    metrics = ("harmful_score", "refusal_rate", "collapsed_answers")
+    harmful, refused, collapsed = (result.score(arm, stage, metric) for metric in metrics)
+    if not (harmful and refused and collapsed):
+        return None
+    if compare(collapsed, harmful) == compare(collapsed, refused) == "higher":
+        return harmful, refused, collapsed
+    return None
+
+
+def collapses(result: Result) -> list[str]:
+    """Return a sentence for each model whose low harmful score comes from answers that collapsed, not from refusals."""
     said = []
     for arm in result.arms:
         for stage in result.stages(arm):
-            found = (result.score(arm, stage, m) for m in ("harmful_score", "refusal_rate", "collapsed_answers"))
-            harmful, refused, collapsed = found
-            if not (harmful and refused and collapsed):
-                continue
-            if compare(collapsed, harmful) == compare(collapsed, refused) == "higher":
+            if found := collapse(result, arm, stage):
+                harmful, refused, collapsed = (_percent(score) for score in found)
                 said.append(
-                    f"{arm_word(arm)}, {STAGES[stage]}: {_percent(harmful)} harmful because the answers collapsed"
-                    f" ({_percent(collapsed)} empty, wordless, looping, identical or of the task's form), not by"
-                    f" refusals ({_percent(refused)})."
+                    f"{arm_word(arm)}, {STAGES[stage]}: {harmful} harmful because the answers collapsed ({collapsed}"
+                    f" {COLLAPSED}), not by refusals ({refused})."
                 )
     return said
 

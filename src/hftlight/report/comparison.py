@@ -9,6 +9,7 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
+from hftlight.report.claims import collapse
 from hftlight.report.result import UNDEFENDED, Answer, Result, read_result
 from hftlight.runs.grid import DEFAULT_ATTACK
 from hftlight.runs.sweep import CELLS, GRID, finished
@@ -159,6 +160,11 @@ class Comparison:
             if ends is None or not max(sign * ends[0], sign * ends[1]) < 0:
                 return None
         return first
+
+    def collapsed(self, place: Place) -> int:
+        """Return the number of seeds whose harmful score is low because answers collapsed, not because they refuse."""
+        results = self.cells.get(place, {}).values()
+        return sum(collapse(result, arm_of(result), served(result)) is not None for result in results)
 
     def seconds(self, place: Place) -> Spread | None:
         """Return the training seconds of all stages over those of the undefended arm, over seeds."""

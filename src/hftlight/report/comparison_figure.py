@@ -21,6 +21,8 @@ def color_place(comparison: Comparison, arm: str) -> int:
 def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) -> Figure | None:
     """Draw one metric against the harmful ratio, a line per defense with 95 % intervals; None for one ratio.
 
+    A harmful score that is low because answers collapsed has a hollow mark.
+
     Args:
         comparison: the comparison.
         scene: task and attack.
@@ -46,6 +48,10 @@ def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) 
         color = PALETTE[color_place(comparison, arm)]
         marker = MARKERS[color_place(comparison, arm)]
         axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=2.4)
+        if metric == "harmful_score":
+            fallen = [i for i, (p, _) in enumerate(found) if comparison.collapsed(comparison.place(arm, scene, p))]
+            at = [x[i] for i in fallen], [y[i] for i in fallen]
+            axes.plot(*at, color=color, marker=marker, markersize=6, ls="none", mfc="white", zorder=3)
         ends.append((y[-1], arm_word(arm), color))
     axes.set(ylim=(-2, 102), xlabel="harmful ratio p of the upload", ylabel=label, title=str(scene))
     axes.set_xticks(ratios, [f"{p:g}" for p in ratios])
@@ -56,7 +62,10 @@ def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) 
 
 @styled
 def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) -> Figure | None:
-    """Draw finetune accuracy over harmful score, a mark per defense with intervals, and the Pareto front."""
+    """Draw finetune accuracy over harmful score, a mark per defense with intervals, and the Pareto front.
+
+    The mark is hollow where the harmful score is low because answers collapsed.
+    """
     spreads = {}
     for place in comparison.column(scene, harmful_ratio):
         harm, right = (comparison.spread(place, m) for m in ("harmful_score", "finetune_accuracy"))
@@ -68,7 +77,9 @@ def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) 
     ends = []
     for arm, (harm, right) in spreads.items():
         color, marker = PALETTE[color_place(comparison, arm)], MARKERS[color_place(comparison, arm)]
-        axes.plot(harm.mean, right.mean, color=color, marker=marker, markersize=8, ls="none")
+        fallen = comparison.collapsed(comparison.place(arm, scene, harmful_ratio))
+        fill = "white" if fallen else color
+        axes.plot(harm.mean, right.mean, color=color, marker=marker, markersize=8, ls="none", mfc=fill, zorder=3)
         for spread, line in ((harm, axes.hlines), (right, axes.vlines)):
             if spread.low is not None and spread.high is not None:
                 at = right.mean if spread is harm else harm.mean
@@ -78,7 +89,7 @@ def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) 
     points = [(spreads[arm][0].mean, spreads[arm][1].mean) for arm in front]
     axes.step([x for x, _ in points], [y for _, y in points], where="post", color=MUTED, lw=1, ls=(0, (3, 3)), zorder=0)
     lows = [r.mean if r.low is None else r.low for _, r in spreads.values()]
-    bottom = max(0.0, min(lows) - 5)
+    bottom = max(-2.0, min(lows) - 5)
     axes.set(xlim=(-2, 102), ylim=(bottom, 102), xlabel="harmful score, percent (lower is safer)")
     axes.set(ylabel="finetune accuracy, percent", title=f"{scene}, p = {harmful_ratio:g}")
     label_ends(axes, 102, ends, gap=0.065 * (102 - bottom))

@@ -63,9 +63,10 @@ def claims(comparison: Comparison) -> list[str]:
                 mean = comparison.spread(place, "harmful_score")
                 if mean is None:
                     continue
-                word = f"{arm_word(place.arm)} ({mean.mean:.0f} %{_accuracy_loss(comparison, place, plain)})"
+                details = f"{_accuracy_loss(comparison, place, plain)}{_collapse(comparison, place)}"
+                word = f"{arm_word(place.arm)} ({mean.mean:.0f} %{details})"
                 (lower if ends is not None and ends[1] < 0 else unclear).append(word)
-            where = f"{scene}, p = {ratio:g}: undefended {harm.mean:.0f} % harmful."
+            where = f"{scene}, p = {ratio:g}: undefended {harm.mean:.0f} % harmful{_collapse(comparison, plain)}."
             named = f"Lower beyond the noise: {', '.join(lower)}." if lower else "No defense is lower beyond the noise."
             rest = f" Not told apart from it: {', '.join(unclear)}." if unclear and lower else ""
             said.append(f"{where} {named}{rest}")
@@ -79,6 +80,12 @@ def _accuracy_loss(comparison: Comparison, place: Place, plain: Place) -> str:
     if ends is None or mine is None or other is None or ends[1] >= 0:
         return ""
     return f", accuracy {mine.mean - other.mean:.0f} points"
+
+
+def _collapse(comparison: Comparison, place: Place) -> str:
+    """Return that a low harmful score is no refusal, where it is none."""
+    count, seeds = comparison.collapsed(place), len(comparison.cells[place])
+    return f", low by collapsed answers{f' in {count} of {seeds} seeds' if seeds > 1 else ''}" if count else ""
 
 
 def _waiting(comparison: Comparison) -> str:
@@ -111,13 +118,14 @@ def _number(cell: str) -> str:
 def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
     """Return what there is to draw: a word unlike any other's, title, figure and caption."""
     drawn: list[tuple[str, str, Figure | None, str]] = []
+    hollow = " Hollow marks: low by collapsed answers." if any(map(comparison.collapsed, comparison.cells)) else ""
     for number, scene in enumerate(comparison.scenes):
         for metric, (title, label) in WORDS.items():
             figure = ratio_figure(comparison, scene, metric, label)
-            text = f"{title} against the harmful ratio of the upload. Bars: 95 % intervals."
+            text = f"{title} against the harmful ratio of the upload. Bars: 95 % intervals.{hollow}"
             drawn.append((f"ratio-{metric}-{number}", title, figure, text))
         for place, ratio in enumerate(comparison.ratios(scene)):
-            text = "Safety against accuracy: up and left is better. Dashed: the Pareto front of the means."
+            text = f"Safety against accuracy: up and left is better. Dashed: the Pareto front of the means.{hollow}"
             drawn.append((f"front-{number}-{place}", "Trade-off", tradeoff_figure(comparison, scene, ratio), text))
         ratio = comparison.ratios(scene)[-1]
         text = "The dashed line is the undefended arm. Cells that ran at the same time shared the machine."
@@ -183,5 +191,5 @@ def _provenance(comparison: Comparison) -> str:
     arguments = escape(json.dumps(comparison.settings.get("arguments", {}), indent=1, ensure_ascii=False))
     return (
         f"<ul>{listed}</ul><details><summary>Settings of every cell</summary><pre>{settings}</pre></details>"
-        f"<details><summary>Arguments of defenses that are not their defaults</summary><pre>{arguments}</pre></details>"
+        f"<details><summary>Arguments of defenses and attacks</summary><pre>{arguments}</pre></details>"
     )

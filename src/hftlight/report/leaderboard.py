@@ -11,7 +11,8 @@ from rich.table import Table
 
 from hftlight.evaluation.seeds import Spread
 from hftlight.files import write_text
-from hftlight.report.comparison import METRICS, Comparison, arm_of
+from hftlight.report.claims import COLLAPSED
+from hftlight.report.comparison import METRICS, Comparison, Place, arm_of
 from hftlight.report.result import arm_word
 
 HEADS = {
@@ -21,6 +22,7 @@ HEADS = {
     "worst_case_harmful_score": "Worst case %",
     "useful_harmful_score": "Worst case, task kept %",
 }
+COLLAPSE_MARK = "†"
 SCORE = ("stage", "metric", "judge", "value", "low", "high", "count", "unit")
 FIELDS = ("defense", "task", "attack", "harmful_ratio", "seed", *SCORE)
 
@@ -36,6 +38,12 @@ def cell_text(spread: Spread | None) -> str:
     return f"{spread.mean:.1f} ({spread.low:.1f}-{spread.high:.1f})"
 
 
+def number_text(comparison: Comparison, place: Place, metric: str) -> str:
+    """Return a number of the table as text, with a mark where a low harmful score is a collapse and no refusal."""
+    marked = metric == "harmful_score" and comparison.collapsed(place)
+    return cell_text(comparison.spread(place, metric)) + (COLLAPSE_MARK if marked else "")
+
+
 def caption(comparison: Comparison) -> str:
     """Return what the numbers of the table are."""
     seeds = {len(by_seed) for by_seed in comparison.cells.values()}
@@ -47,10 +55,16 @@ def caption(comparison: Comparison) -> str:
     )
     if many and len(seeds) > 1:
         said += " (not all cells have the same number of seeds yet)"
-    return (
-        f"{said}. Bold: better than every other row of the column beyond the noise (95 % interval of the paired"
-        " difference). Time: training of all stages over that of the undefended arm."
+    said += (
+        ". Bold: better than every other row of the column beyond the noise (95 % interval of the paired difference)."
+        " Time: training of all stages over that of the undefended arm."
     )
+    if any(map(comparison.collapsed, comparison.cells)):
+        said += (
+            f" {COLLAPSE_MARK}: low in one seed at least because answers to harmful prompts are {COLLAPSED}; those that"
+            " refuse or are harmful are fewer."
+        )
+    return said
 
 
 def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list[list[str]]:
@@ -68,7 +82,7 @@ def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list
             for ratio in ratios:
                 place = comparison.place(arm, scene, ratio)
                 for metric in metrics:
-                    text = cell_text(comparison.spread(place, metric))
+                    text = number_text(comparison, place, metric)
                     cells.append(bold(text) if best[ratio, metric] == place else text)
             time, memory = comparison.seconds(found[-1]), comparison.memory(found[-1])
             costs = ["-" if time is None else f"{time.mean:.2f}", "-" if memory is None else f"{memory:.0f}"]
@@ -89,7 +103,7 @@ def leaderboard_table(comparison: Comparison) -> Table:
             column = comparison.column(scene, ratio)
             best = {m: comparison.best(column, m) for m in metrics}
             for place in column:
-                texts = {m: cell_text(comparison.spread(place, m)).replace(" (", "\n(") for m in metrics}
+                texts = {m: number_text(comparison, place, m).replace(" (", "\n(") for m in metrics}
                 cells = [f"[bold]{text}[/bold]" if best[m] == place else text for m, text in texts.items()]
                 time = comparison.seconds(place)
                 end = "-" if time is None else f"{time.mean:.2f}"
@@ -140,7 +154,7 @@ def leaderboard_latex(comparison: Comparison) -> str:
             for ratio in ratios:
                 place = comparison.place(arm, scene, ratio)
                 for metric in pair:
-                    text = _latex(cell_text(comparison.spread(place, metric)))
+                    text = _latex(number_text(comparison, place, metric))
                     cells.append(rf"\textbf{{{text}}}" if best[ratio, metric] == place else text)
             lines.append(rf"{_latex(str(scene))} & {_latex(arm_word(arm))} & {' & '.join(cells)} \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
@@ -148,7 +162,7 @@ def leaderboard_latex(comparison: Comparison) -> str:
 
 
 def _latex(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace(" ± ", r" $\pm$ ")
+    return text.replace("_", r"\_").replace("%", r"\%").replace(" ± ", r" $\pm$ ").replace(COLLAPSE_MARK, r"$^\dagger$")
 
 
 def leaderboard_csv(comparison: Comparison) -> str:

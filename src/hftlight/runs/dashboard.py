@@ -61,7 +61,7 @@ def leaderboard_rows(comparison: Comparison) -> tuple[list[str], list[list[Any]]
     """Return columns and rows of the leaderboard, numbers as numbers: a row per task, attack, harmful ratio and arm."""
     parts = ("", "_deviation", "_low", "_high", "_best")
     scores = [f"{metric}{part}" for metric in comparison.metrics for part in parts]
-    columns = ["task", "attack", "p", "arm", "seeds", *scores, "relative_seconds", "peak_memory_mib"]
+    columns = ["task", "attack", "p", "arm", "seeds", "collapsed_seeds", *scores, "relative_seconds", "peak_memory_mib"]
     rows: list[list[Any]] = []
     for scene in comparison.scenes:
         for ratio in comparison.ratios(scene):
@@ -75,8 +75,8 @@ def leaderboard_rows(comparison: Comparison) -> tuple[list[str], list[list[Any]]
                     values += [*numbers, best[metric] == place]
                 time = comparison.seconds(place)
                 costs = [None if time is None else time.mean, comparison.memory(place)]
-                seeds = len(comparison.cells[place])
-                rows.append([Path(scene.task).stem, scene.attack, ratio, place.arm, seeds, *values, *costs])
+                seeds = [len(comparison.cells[place]), comparison.collapsed(place)]
+                rows.append([Path(scene.task).stem, scene.attack, ratio, place.arm, *seeds, *values, *costs])
     return columns, rows
 
 

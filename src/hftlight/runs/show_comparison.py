@@ -13,7 +13,7 @@ from rich.table import Table
 from hftlight.config import RunConfig
 from hftlight.errors import RunError
 from hftlight.report.comparison import read_comparison
-from hftlight.report.comparison_page import write_comparison_report
+from hftlight.report.comparison_page import claims, write_comparison_report
 from hftlight.report.leaderboard import leaderboard_table, write_leaderboard
 from hftlight.runs.dashboard import write_comparison_summary
 from hftlight.runs.grid import Cell, Grid
@@ -46,6 +46,8 @@ def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool,
         errors = {cell.name: what for cell, what in outcome.items() if what != "done"}
     found = read_comparison(folder)
     console.print(leaderboard_table(found))
+    for said in claims(found):
+        console.print(said, highlight=False, markup=False)
     for path in [*write_leaderboard(found), write_comparison_report(folder)]:
         console.print(f"Written: {path}", soft_wrap=True)
     if config.logger == "wandb":
