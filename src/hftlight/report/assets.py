@@ -32,6 +32,7 @@ h3 { font-size: 1rem; margin: 0 0 .5rem; }
 .verdict { font-size: 1.4rem; line-height: 1.4; margin: 1.8rem 0 1rem; max-width: 68rem; }
 .verdict p { margin: 0 0 .5rem; text-wrap: pretty; }
 .verdict p:nth-child(3) { font-size: 1.1rem; color: var(--muted); }
+.claims p:nth-child(n) { font-size: 1.15rem; color: inherit; }
 .muted, .caption, small, figcaption { color: var(--muted); }
 .note { background: var(--note-back); padding: .6rem .9rem; border-radius: 6px; margin: .8rem 0; }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; margin: 0; color: var(--muted); }

@@ -41,7 +41,7 @@ def comparison_page(comparison: Comparison) -> str:
         "How it was made": _provenance(comparison),
     }
     verdict = "".join(f"<p>{escape(said)}</p>".replace(" %", "&nbsp;%") for said in claims(comparison))
-    head = f"<div class='verdict'>{verdict}</div>{_waiting(comparison)}"
+    head = f"<div class='verdict claims'>{verdict}</div>{_waiting(comparison)}"
     return document(comparison.folder.resolve().name, sections, head, COMPARISON_SCRIPT)
 
 
