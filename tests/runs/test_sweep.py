@@ -172,6 +172,21 @@ def test_rows_that_change_between_two_commands_are_not_mixed(kind, tmp_path, run
     assert len(runs) == 3
 
 
+def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path, runs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("one")
+    for name in ("builtin", "drop"):  # folders that are called like a built-in set and like an argument of Lisa
+        Path(name).mkdir()
+    grid = Grid(("lisa",), attacks=("identity_shift",), arguments={"identity_shift": {"chats": "mine.jsonl"}})
+    compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
+    for name in ("builtin", "drop"):
+        (Path(name) / "file").write_text("new")
+    compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
+    Path("mine.jsonl").write_text("two")
+    with pytest.raises(InputError, match=r"^mine.jsonl is not what it was"):
+        compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
+
+
 def test_two_processes_do_not_work_in_one_folder(tmp_path, runs):
     (tmp_path / "c").mkdir()
     with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InputError, match="Another process works on the comparison"):

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hftlight.config import RunConfig
+from hftlight.data.sources import TASKS
 from hftlight.errors import InputError
 from hftlight.files import digest, ensure_writable, file_digest, folder_digest, write_json
 from hftlight.runs.grid import Cell, Grid, cell_config
@@ -18,6 +19,7 @@ from hftlight.runs.workers import Backend, work
 
 SHARED = 3  # pieces of a run that cells with one aligned model share: base measured, alignment, aligned measured
 CELLS, GRID = "cells", "grid.json"
+ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
 
 
 def compare(
@@ -139,10 +141,12 @@ def _arguments(grid: Grid) -> dict[str, dict[str, Any]]:
 
 def _files(config: RunConfig, grid: Grid) -> dict[str, str]:
     """Return the SHA-256 of each file or folder of rows that a cell reads."""
-    read = [asdict(cell_config(config, cell).data) for cell in grid.cells()] + list(_arguments(grid).values())
-    paths = {value: Path(value) for values in read for value in values.values() if isinstance(value, str) and value}
+    read = [asdict(cell_config(config, cell).data) for cell in grid.cells()]
+    read += [{name: getattr(grid.attack(attack), name, None) for name in ATTACK_FILES} for attack in grid.attacks]
+    named = {value for values in read for value in values.values() if isinstance(value, str)} - {*TASKS, ""}
+    paths = {name: Path(name).expanduser() for name in sorted(named)}
     found = {name: file_digest(path) for name, path in paths.items() if path.is_file()}
-    return found | {name: folder_digest(path) for name, path in paths.items() if path.is_dir()}
+    return found | {name: folder_digest(path, "**/*") for name, path in paths.items() if path.is_dir()}
 
 
 def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, float]:
