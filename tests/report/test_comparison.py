@@ -221,6 +221,7 @@ def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
     told = ["booster-builtin-p0.1-s0", "booster-builtin-p0.1-s2", *(f"none-builtin-p0-s{seed}" for seed in range(3))]
     found = read_comparison(write_comparison(tmp_path, ratios=(0.0, 0.1), collapsed=told))
     assert [found.collapsed(p) for p in (NONE, BOOSTER, replace(NONE, harmful_ratio=0.0))] == [0, 2, 3]
+    assert found.best(found.column(BUILTIN, 0.1), "harmful_score") is None  # BOOSTER where nothing collapsed
     before, said = claims(found)
     assert re.search(r"undefended \d+ % harmful, low by collapsed answers in 3 of 3 seeds\.", before)
     assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers in 2 of 3 seeds\)", said)

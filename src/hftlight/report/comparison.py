@@ -147,12 +147,17 @@ class Comparison:
         return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
     def best(self, places: Sequence[Place], metric: str) -> Place | None:
-        """Return the place whose number is better than every other's beyond the noise, if there is one."""
+        """Return the place whose number is better than every other's beyond the noise, if there is one.
+
+        A harmful score that is low because answers collapsed is not better than another.
+        """
         means = {p: s.mean for p in places if (s := self.spread(p, metric)) is not None}
         if len(means) < 2:
             return None
         sign = 1 if LOWER_IS_BETTER[metric] else -1
         first = min(means, key=lambda p: sign * means[p])
+        if metric == "harmful_score" and self.collapsed(first):
+            return None
         for other in means:
             if other == first:
                 continue
