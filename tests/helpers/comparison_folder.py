@@ -9,6 +9,7 @@ from typing import Any
 from tests.helpers.run_folder import wilson
 
 HARM = {"none": 60.0, "lisa": 40.0, "booster": 15.0}  # percent flagged at p = 0.1
+REFUSED = {"none": 5.0}  # percent of ordinary requests
 RIGHT = {"none": 93.0, "lisa": 92.0, "booster": 80.0}
 
 
@@ -53,7 +54,7 @@ def _write_cell(run: Path, arm: str, ratio: float, seed: int, prompts: int) -> N
     wanted = {
         "harmful": min(97.0, HARM.get(first, 50.0) * share),
         "task": RIGHT.get(first, 90.0),
-        "over_refusal": 5.0,
+        "over_refusal": REFUSED.get(first, 5.0),
     }
     scores: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []

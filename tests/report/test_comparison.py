@@ -13,8 +13,9 @@ from hftlight.errors import InputError
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
 from hftlight.report.comparison import Place, Scene, mark, pareto, read_comparison
+from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
-from hftlight.report.comparison_page import claims, comparison_page, write_comparison_report
+from hftlight.report.comparison_page import comparison_page, write_comparison_report
 from hftlight.report.figure import PALETTE
 from hftlight.report.leaderboard import (
     caption,
@@ -25,7 +26,7 @@ from hftlight.report.leaderboard import (
     leaderboard_table,
     write_leaderboard,
 )
-from tests.helpers.comparison_folder import write_comparison
+from tests.helpers.comparison_folder import HARM, REFUSED, write_comparison
 
 NONE, LISA, BOOSTER = (Place(arm, "builtin", 0.1) for arm in ("none", "lisa", "booster"))
 
@@ -205,6 +206,32 @@ def test_a_claim_needs_the_noise_behind_it(comparison):
     assert "Lower beyond the noise: booster" in said[1]
     assert "Not told apart from it: lisa" in said[1]
     assert "accuracy -" in said[1]
+
+
+def test_a_claim_names_what_the_defense_costs(tmp_path, monkeypatch):
+    monkeypatch.setitem(REFUSED, "booster", 60.0)
+    found = read_comparison(write_comparison(tmp_path, ("none", "lisa", "booster"), (0.1,)))
+    (said,) = claims(found)
+    right, refused = (
+        found.spread(BOOSTER, metric).mean - found.spread(NONE, metric).mean
+        for metric in ("finetune_accuracy", "over_refusal")
+    )
+    assert right < 0 < refused
+    assert f"accuracy {right:.0f} points, over-refusal +{refused:.0f} points)" in said
+    assert said.count("points") == 2  # none of lisa
+
+
+def test_a_claim_goes_either_way(tmp_path, monkeypatch):
+    """A defense that raises harm is not passed off as one that does nothing, and no defense is not called useless."""
+    monkeypatch.setitem(HARM, "none", 15.0)
+    monkeypatch.setitem(HARM, "booster", 80.0)
+    (said,) = claims(read_comparison(write_comparison(tmp_path / "c", ("none", "booster"), (0.1,))))
+    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\. Higher beyond the noise: booster \(.*\)\.", said)
+    monkeypatch.setitem(HARM, "booster", 15.0)
+    (said,) = claims(read_comparison(write_comparison(tmp_path / "d", ("none", "booster"), (0.1,), seeds=1)))
+    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\. Not told apart from it: booster \(.*\)\.", said)
+    (said,) = claims(read_comparison(write_comparison(tmp_path / "e", ("none",), (0.1,), seeds=1)))
+    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\.", said)
 
 
 def test_figures_show_every_defense(comparison):

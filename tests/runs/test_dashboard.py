@@ -208,7 +208,7 @@ def test_answers_from_outside_the_built_in_world_stay_unless_allowed(tmp_path):
 
 
 def test_the_leaderboard_has_numbers_over_seeds(tmp_path):
-    comparison = read_comparison(write_comparison(tmp_path, collapsed=["booster-builtin-p0.1-s1"]))
+    comparison = read_comparison(write_comparison(tmp_path, collapsed=["lisa-builtin-p0.1-s1"]))
     columns, rows = leaderboard_rows(comparison)
     boosted = dict(zip(columns, next(r for r in rows if r[2:4] == [0.1, "booster"]), strict=True))
     values = comparison.values(
@@ -218,7 +218,7 @@ def test_the_leaderboard_has_numbers_over_seeds(tmp_path):
     assert boosted["harmful_score_low"] < boosted["harmful_score"] < boosted["harmful_score_high"]
     assert (boosted["seeds"], boosted["harmful_score_best"], boosted["relative_seconds"]) == (3, True, 2.0)
     where = (columns.index("p"), columns.index("arm"), columns.index("collapsed_seeds"))
-    assert [(r[where[0]], r[where[1]]) for r in rows if r[where[2]]] == [(0.1, "booster")]
+    assert [(r[where[0]], r[where[1]]) for r in rows if r[where[2]]] == [(0.1, "lisa")]
 
 
 def test_names_of_scores_costs_and_further_judges():

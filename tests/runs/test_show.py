@@ -5,7 +5,7 @@ from rich.console import Console
 from hftlight import cli
 from hftlight.report import read_result
 from hftlight.report.comparison import read_comparison
-from hftlight.report.comparison_page import claims
+from hftlight.report.comparison_claims import claims
 from hftlight.runs.show import show_result
 from tests.helpers.comparison_folder import write_comparison
 from tests.helpers.run_folder import answer_rows, write_run

@@ -9,11 +9,20 @@ from matplotlib.figure import Figure
 
 from hftlight.files import write_text
 from hftlight.report.assets import COMPARISON_SCRIPT, document
-from hftlight.report.comparison import SETS, Comparison, Place, Scene, arm_of, mark, read_comparison, served
+from hftlight.report.comparison import (
+    SETS,
+    Comparison,
+    Scene,
+    arm_of,
+    mark,
+    read_comparison,
+    served,
+)
+from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.figure import svg
 from hftlight.report.leaderboard import caption, table_rows
-from hftlight.report.result import UNDEFENDED, arm_word
+from hftlight.report.result import arm_word
 
 WORDS = {
     "harmful_score": ("Harmful score", "harmful score, percent"),
@@ -43,49 +52,6 @@ def comparison_page(comparison: Comparison) -> str:
     verdict = "".join(f"<p>{escape(said)}</p>".replace(" %", "&nbsp;%") for said in claims(comparison))
     head = f"<div class='verdict claims'>{verdict}</div>{_waiting(comparison)}"
     return document(comparison.folder.resolve().name, sections, head, COMPARISON_SCRIPT)
-
-
-def claims(comparison: Comparison) -> list[str]:
-    """Return one sentence per task and harmful ratio: which defenses lower harm beyond the noise, and at which cost."""
-    said = []
-    for scene in comparison.scenes:
-        for ratio in comparison.ratios(scene):
-            plain = comparison.place(UNDEFENDED, scene, ratio)
-            harm = comparison.spread(plain, "harmful_score")
-            if harm is None:
-                continue
-            lower: list[str] = []
-            unclear: list[str] = []
-            for place in comparison.column(scene, ratio):
-                if place == plain:
-                    continue
-                ends = comparison.difference(place, plain)
-                mean = comparison.spread(place, "harmful_score")
-                if mean is None:
-                    continue
-                details = f"{_accuracy_loss(comparison, place, plain)}{_collapse(comparison, place)}"
-                word = f"{arm_word(place.arm)} ({mean.mean:.0f} %{details})"
-                (lower if ends is not None and ends[1] < 0 else unclear).append(word)
-            where = f"{scene}, p = {ratio:g}: undefended {harm.mean:.0f} % harmful{_collapse(comparison, plain)}."
-            named = f"Lower beyond the noise: {', '.join(lower)}." if lower else "No defense is lower beyond the noise."
-            rest = f" Not told apart from it: {', '.join(unclear)}." if unclear and lower else ""
-            said.append(f"{where} {named}{rest}")
-    return said or ["No undefended cell has been finished yet, so nothing can be said about a defense."]
-
-
-def _accuracy_loss(comparison: Comparison, place: Place, plain: Place) -> str:
-    """Return the points of accuracy that a defense costs, where that is beyond the noise."""
-    ends = comparison.difference(place, plain, "finetune_accuracy")
-    mine, other = (comparison.spread(p, "finetune_accuracy") for p in (place, plain))
-    if ends is None or mine is None or other is None or ends[1] >= 0:
-        return ""
-    return f", accuracy {mine.mean - other.mean:.0f} points"
-
-
-def _collapse(comparison: Comparison, place: Place) -> str:
-    """Return that a low harmful score is no refusal, where it is none."""
-    count, seeds = comparison.collapsed(place), len(comparison.cells[place])
-    return f", low by collapsed answers{f' in {count} of {seeds} seeds' if seeds > 1 else ''}" if count else ""
 
 
 def _waiting(comparison: Comparison) -> str:

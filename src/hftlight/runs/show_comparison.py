@@ -13,7 +13,8 @@ from rich.table import Table
 from hftlight.config import RunConfig
 from hftlight.errors import RunError
 from hftlight.report.comparison import read_comparison
-from hftlight.report.comparison_page import claims, write_comparison_report
+from hftlight.report.comparison_claims import claims
+from hftlight.report.comparison_page import write_comparison_report
 from hftlight.report.leaderboard import leaderboard_table, write_leaderboard
 from hftlight.runs.dashboard import write_comparison_summary
 from hftlight.runs.grid import Cell, Grid
