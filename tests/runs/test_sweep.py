@@ -172,6 +172,15 @@ def test_rows_that_change_between_two_commands_are_not_mixed(kind, tmp_path, run
     assert len(runs) == 3
 
 
+def test_rows_that_were_refused_may_be_mended(tmp_path):
+    path = tmp_path / "task.csv"
+    path.write_text("instruction,output\nOne?,1\n")
+    with pytest.raises(InputError, match="needs 18 task rows"):
+        compare(config(tmp_path), Grid(tasks=(str(path),)), tmp_path / "c")
+    path.write_text("instruction,output\n" + "".join(f"What is {i}?,{i}\n" for i in range(60)))
+    assert set(compare(config(tmp_path), Grid(tasks=(str(path),)), tmp_path / "c").values()) == {"done"}
+
+
 def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path, runs, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text("one")

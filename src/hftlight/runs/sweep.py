@@ -59,9 +59,10 @@ def compare(
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         with lock:
-            _claim(folder, config, grid)
+            claim = _claim(folder, config, grid)
             waiting = [c for c in cells if not finished(folder / CELLS / c.name)]
-            plan(config, grid, waiting)
+            plan(config, grid, waiting)  # before the claim is written, so that what was refused may be changed
+            write_json(folder / GRID, claim)
             jobs_of = {cell: _spec(config, grid, cell, folder, jobs) for cell in waiting}
             outcome = dict.fromkeys(cells, "done")
             for attempt in range(1 + retries):
@@ -96,8 +97,8 @@ def comparison_of(run: Path) -> Path | None:
     return folder if run.resolve().parent.name == CELLS and (folder / GRID).is_file() else None
 
 
-def _claim(folder: Path, config: RunConfig, grid: Grid) -> None:
-    """Refuse a folder that belongs to another configuration, and write down this one's."""
+def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
+    """Refuse a folder that belongs to another configuration, and return what it belongs to from now on."""
     varied = ("seed", "harmful_ratio", "defense", "baseline", "attack")
     values = {k: v for k, v in config.deciding().items() if k not in varied}
     values["data"] = {k: v for k, v in values["data"].items() if k != "task"}
@@ -130,7 +131,7 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> None:
         )
     for kind in ("arguments", "files", "cells"):
         mine[kind] = known[kind] | mine[kind]
-    write_json(path, {**mine, "cells": [*mine["cells"].values()]})
+    return {**mine, "cells": [*mine["cells"].values()]}
 
 
 def _arguments(grid: Grid) -> dict[str, dict[str, Any]]:
