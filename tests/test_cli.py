@@ -230,6 +230,7 @@ def test_a_preset_on_the_command_line_is_the_published_protocol(name):
     assert type(attack) is type(preset.attack)
     assert attack.resolved(config).counts() == preset.attack.resolved(preset.config()).counts()
     assert {option: option_of(applied, option) for option in preset.published()} == preset.published()
+    assert "data.attack" not in preset.published()  # no protocol was published on the built-in rows
 
 
 def test_an_option_after_a_preset_wins():

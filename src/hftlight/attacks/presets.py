@@ -64,9 +64,9 @@ class Preset:
         return {**own, **self.overrides, "attack": self.attack.name}
 
     def published(self) -> dict[str, Any]:
-        """Return the options of a run by dotted name, epochs as steps."""
-        config = self.config()
-        return {**self.attack.resolved(config).settings(), **self.overrides}
+        """Return the options of a run by dotted name, epochs as steps; where harmful rows come from is the user's."""
+        values = {**self.attack.resolved(self.config()).settings(), **self.overrides}
+        return {option: value for option, value in values.items() if option != FIELDS["source"]}
 
     def describe(self) -> dict[str, Any]:
         """Return every value and note."""
