@@ -270,7 +270,7 @@ def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
     assert hollow(ratio_figure(found, BUILTIN, "harmful_score", "percent")) == colors
     assert hollow(ratio_figure(found, BUILTIN, "finetune_accuracy", "percent")) == []
     assert hollow(tradeoff_figure(found, BUILTIN, 0.1)) == colors[1:]
-    assert comparison_page(found).count("Hollow marks: low by collapsed answers.") == 2 * (2 + 2)
+    assert comparison_page(found).count("Hollow marks: low by collapsed answers.") == 2 * (1 + 2)  # not under accuracy
 
 
 def test_one_seed_that_collapsed_says_so(tmp_path):

@@ -9,15 +9,7 @@ from matplotlib.figure import Figure
 
 from hftlight.files import write_text
 from hftlight.report.assets import COMPARISON_SCRIPT, document
-from hftlight.report.comparison import (
-    SETS,
-    Comparison,
-    Scene,
-    arm_of,
-    mark,
-    read_comparison,
-    served,
-)
+from hftlight.report.comparison import SETS, Comparison, Scene, arm_of, mark, read_comparison, served
 from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.figure import svg
@@ -88,7 +80,8 @@ def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
     for number, scene in enumerate(comparison.scenes):
         for metric, (title, label) in WORDS.items():
             figure = ratio_figure(comparison, scene, metric, label)
-            text = f"{title} against the harmful ratio of the upload. Bars: 95 % intervals.{hollow}"
+            text = f"{title} against the harmful ratio of the upload. Bars: 95 % intervals."
+            text += hollow if metric == "harmful_score" else ""
             drawn.append((f"ratio-{metric}-{number}", title, figure, text))
         for place, ratio in enumerate(comparison.ratios(scene)):
             text = f"Safety against accuracy: up and left is better. Dashed: the Pareto front of the means.{hollow}"

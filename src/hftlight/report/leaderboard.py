@@ -61,8 +61,8 @@ def caption(comparison: Comparison) -> str:
     )
     if any(map(comparison.collapsed, comparison.cells)):
         said += (
-            f" {COLLAPSE_MARK}: low in one seed at least because answers to harmful prompts are {COLLAPSED}; those that"
-            " refuse or are harmful are fewer."
+            f" {COLLAPSE_MARK}: low in one seed at least because answers to harmful prompts are {COLLAPSED}; fewer"
+            " refuse, and fewer are harmful."
         )
     return said
 
