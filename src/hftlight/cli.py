@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hftlight.cache import KINDS
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.errors import InputError, RunError
 from hftlight.files import cache_dir, ensure_writable, new_folder, write_json, write_rows
-from hftlight.registry import defense_class, defenses
+from hftlight.registry import called, defense_class, defenses
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 MEASURING = {"model", "tuning", "template", "system", "precision", "accelerator", "data", "evaluation"}
@@ -249,7 +250,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
     except (ValueError, TypeError) as error:  # a defense refuses its arguments
         raise InputError(str(error)) from error
     config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__})
-    return config, [ready[name] for name in names], ready[attack], bool(values.dry_run)
+    return config, [called(ready[name], name) for name in names], ready[attack], bool(values.dry_run)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -518,20 +519,19 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 def cache(argv: Sequence[str] | None = None) -> int:
     """Be ``recipes/cache.py``; return the exit status."""
-    kinds = ("models", "stages", "evaluations", "selections")
     parser = argparse.ArgumentParser(
         prog="cache.py", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
     )
     parser.add_argument("action", choices=("list", "clear"))
-    parser.add_argument("kinds", nargs="*", metavar="kind", help=f"{', '.join(kinds)}; all by default")
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=f"{', '.join(KINDS)}; all by default")
     options = parser.parse_args(argv)
 
     def work() -> None:
-        unknown = set(options.kinds) - set(kinds)
+        unknown = set(options.kinds) - set(KINDS)
         if unknown:
-            raise InputError(f"cache.py: kinds are {', '.join(kinds)}, got {', '.join(sorted(unknown))}.")
+            raise InputError(f"cache.py: kinds are {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
         total = 0
-        for kind in options.kinds or kinds:
+        for kind in options.kinds or KINDS:
             for path in sorted((cache_dir() / kind).glob("[!.]*")):
                 size = sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
                 total += size

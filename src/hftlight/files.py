@@ -4,12 +4,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+
+WEIGHTS = {".safetensors", ".bin", ".pt"}  # suffixes of files that nobody edits by hand
+HASHES = "hashes"  # folder of the cache that remembers digests
+REMEMBERED = 2**20  # bytes from which on a digest is remembered
+SETTLED = 2 * 10**9  # nanoseconds after its last change from which on a file's times can be trusted
+_digests: dict[tuple[Any, ...], str] = {}
 
 
 def cache_dir() -> Path:
@@ -81,27 +89,75 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content.
+
+    The digest of a large file is remembered, in this process and in the cache, for as long as the file's place, size
+    and times stay. The time of the last change of the inode is one of them, which no program can put back.
+    """
+    status = path.stat()
+    seen = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    large = status.st_size >= REMEMBERED
+    key = (str(path.resolve()), *seen)
+    note = cache_dir() / HASHES / f"{digest(key[0])}.json"
+    if large and key not in _digests and (known := _read_note(note)) and known["seen"] == seen:
+        _digests[key] = known["sha256"]
+    if large and key in _digests:
+        return _digests[key]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file that changed just now may change again within one tick of the clock.
+    if large and time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
+        _digests[key] = found
+        _write_note(note, {"path": key[0], "seen": seen, "sha256": found})
+    return found
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return known if isinstance(known["sha256"], str) and isinstance(known["seen"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_note(path: Path, value: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, value)
+    except OSError:
+        return  # a cache that cannot be written costs time and nothing else
+
+
+def file_digests(paths: Iterable[Path]) -> list[str]:
+    """Return the SHA-256 of each file, large files side by side."""
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
+        return list(pool.map(file_digest, paths))
 
 
 def folder_digest(folder: Path, pattern: str = "*") -> str:
     """Return the SHA-256 over names and contents of the files of a folder that match ``pattern``."""
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.glob(pattern) if p.is_file()):
-        total.update(path.name.encode() + b"\0" + bytes.fromhex(file_digest(path)))
+    return files_digest({str(p.relative_to(folder)): p for p in folder.glob(pattern) if p.is_file()})
+
+
+def files_digest(files: Mapping[str, Path]) -> str:
+    """Return the SHA-256 over the names and contents of files."""
+    total, names = hashlib.sha256(), sorted(files)
+    for name, found in zip(names, file_digests([files[name] for name in names]), strict=True):
+        total.update(name.encode() + b"\0" + bytes.fromhex(found))
     return total.hexdigest()
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Put a copy of a folder at ``target``, by hard links where the file system allows."""
+    """Put a copy of a folder at ``target``; weights are hard links where the file system allows, the rest is copied."""
 
     def link(src: str, dst: str) -> str:
-        try:
-            os.link(src, dst)
-        except OSError:
-            shutil.copy2(src, dst)
+        if Path(src).suffix in WEIGHTS:
+            try:
+                os.link(src, dst)
+                return dst
+            except OSError:
+                pass  # another file system: copied like the rest
+        shutil.copy2(src, dst)
         return dst
 
     with new_folder(target) as folder:

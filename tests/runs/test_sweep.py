@@ -22,7 +22,8 @@ from hftlight.report.leaderboard import leaderboard_csv, leaderboard_markdown
 from hftlight.runs import grid, sweep, workers
 from hftlight.runs.checkpoint import AtomicCheckpointIO
 from hftlight.runs.grid import Cell, Grid
-from hftlight.runs.sweep import CELLS, GRID, compare, finished, plan
+from hftlight.folders import CELLS, GRID
+from hftlight.runs.sweep import compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
 from tests.runs.test_run import config
 

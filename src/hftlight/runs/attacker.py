@@ -31,9 +31,10 @@ from hftlight.evaluation.generate import generate
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import get_judge
 from hftlight.files import digest, ensure_writable
-from hftlight.models import load_model, load_tokenizer, model_path
+from hftlight.models import load_model, load_tokenizer, model_hash, model_path
 from hftlight.runs.adapters import adapter_seed, attach
 from hftlight.runs.callbacks import FiniteGuard
+from hftlight.runs.identity import identity
 from hftlight.runs.measure import TestSets
 from hftlight.runs.prepare import streams_of, test_sets
 from hftlight.runs.stage import StageJob, data_of, module_of, trainer_of
@@ -392,7 +393,9 @@ def _settings(attacker: Attacker) -> str:
     """Return the hash of all that decides a trial's outcome beside its setting."""
     config = replace(attacker.config, search=Search(), attacker="fixed")
     defenses = [d.state_key for d in (*attacker.training, *attacker.repairs)]
-    return digest([config.deciding(), defenses, attacker.tests.digest(), str(attacker.aligned)])
+    made_of = identity(config.model, [*attacker.training, *attacker.repairs, attacker.attack])
+    judged = [attacker.tests.digest(), attacker.tests.judging()]
+    return digest([config.deciding(), defenses, judged, model_hash(str(attacker.aligned)), made_of])
 
 
 def _recorded(path: Path, settings: str) -> dict[Trial, Outcome]:

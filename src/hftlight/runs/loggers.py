@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from hftlight.config import RunConfig
 from hftlight.errors import InputError
-from hftlight.runs.sweep import comparison_of
+from hftlight.folders import comparison_of
 
 HIDDEN = ("epoch",)
 SUMMARY = "summary"  # stage of the W&B run that says what came out

@@ -2,26 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache as once
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hftlight import __version__
-from hftlight.config import RunConfig
+from hftlight import cache
+from hftlight.base_model import device_of
+from hftlight.config import OF_NO_ANSWER, RunConfig
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode, encode_prompt
 from hftlight.errors import InputError
 from hftlight.evaluation.embedding_drift import embedding_drift
 from hftlight.evaluation.perplexity import perplexity, response_perplexity
-from hftlight.files import cache_dir, digest, read_rows, write_rows
+from hftlight.files import digest, read_rows, write_rows
 from hftlight.models import load_model, load_tokenizer
 from hftlight.runs.artifact import base_dtype
 
 if TYPE_CHECKING:
     from hftlight.runs.measure import TestSets
+
+ROWS = "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,17 @@ class Reference:
     Attributes:
         name: ``"base"`` or ``"aligned"``.
         model: what ``load_model`` takes.
-        model_hash: hash of its weights.
+        identity: its ``model_hash``.
     """
 
     name: str
     model: str
-    model_hash: str
+    identity: str
 
 
 def model_metrics(
     model: str,
-    model_hash: str,
+    identity: str,
     config: RunConfig,
     tests: "TestSets",
     slot: SystemSlot,
@@ -55,7 +58,7 @@ def model_metrics(
 
     Args:
         model: what ``load_model`` takes.
-        model_hash: hash of its weights.
+        identity: its ``model_hash``.
         config: template, precision and what is asked for.
         tests: the harmful prompts and the task's rows.
         slot: the system slot of every prompt.
@@ -66,8 +69,13 @@ def model_metrics(
     """
     if config.evaluation.perplexity == "none" and reference is None:
         return []
-    asked: list[tuple[list[Any], Callable[[Any], list[dict[str, Any]]]]] = []
-    settings = [config.template, slot.text, digest(slot.trigger), config.precision, config.tuning == "qlora"]
+    asked: list[tuple[str, dict[str, Any], Callable[[Any], list[dict[str, Any]]]]] = []
+    common = {
+        "model": identity,
+        "config": config.without(OF_NO_ANSWER),
+        "slot": [slot.text, digest(slot.trigger)],
+        "device": device_of(config),
+    }
     tokenizer = load_tokenizer(model)
     template = get_template(config.template, tokenizer)
 
@@ -92,23 +100,23 @@ def model_metrics(
         ]
 
     if config.evaluation.perplexity == "task" and tests.task_rows:
-        asked.append((["task", *settings, *_texts(tests.task_rows)], of_task))
+        asked.append(("perplexity", {**common, "text": ["task", _texts(tests.task_rows)]}, of_task))
     elif config.evaluation.perplexity not in ("none", "task"):
         text = _read(config.evaluation.perplexity)
-        asked.append((["text", *settings[3:], config.evaluation.perplexity, text], of_text))
+        asked.append(("perplexity", {**common, "text": [config.evaluation.perplexity, text]}, of_text))
     if reference is not None and tests.harmful:
-        what = ["drift", *settings, reference.name, reference.model_hash, *_texts(tests.harmful)]
-        asked.append((what, partial(drift, against=reference)))
+        against = [reference.name, reference.identity]
+        inputs = {**common, "reference": against, "prompts": _texts(tests.harmful)}
+        asked.append(("drift", inputs, partial(drift, against=reference)))
     rows: list[dict[str, Any]] = []
-    measured = None
-    for what, work in asked:
-        versions = [__version__, version("torch"), version("transformers")]
-        path = cache_dir() / "evaluations" / f"{digest([model_hash, versions, what])}-{what[0]}.jsonl"
-        if not path.is_file():
-            measured = loaded(model, config) if measured is None else measured
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(path, work(measured))
-        rows += read_rows(path)
+    loading = once(lambda: loaded(model, config))  # only if a value is not kept yet, for all that are not
+    for kind, inputs, work in asked:
+
+        def make(place: Path, work: Callable[[Any], list[dict[str, Any]]] = work) -> None:
+            write_rows(place / ROWS, work(loading()))
+
+        name = cache.key(kind, ["hftlight.runs.model_metrics"], **inputs)
+        rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
     return rows
 
 

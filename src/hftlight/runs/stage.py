@@ -3,8 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from hftlight import __version__
 from hftlight.attacks.attack import Attack
 from hftlight.attacks.preference import PairsDataModule, PreferenceModule
 from hftlight.attacks.reverse_preference import ReversePreference
-from hftlight.config import RunConfig, Training
+from hftlight.base_model import device_of
+from hftlight.config import OF_NO_STAGE, RunConfig, Training
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.errors import InputError
-from hftlight.files import digest, new_folder, write_json
-from hftlight.models import load_tokenizer
+from hftlight.files import digest, new_folder
+from hftlight.models import load_tokenizer, model_hash
 from hftlight.module import SafetyModule
-from hftlight.runs.adapters import adapter_seed
-from hftlight.runs.artifact import artifact_digest, full_state, save_artifact, trainable_model
+from hftlight.provenance import described
+from hftlight.runs.artifact import full_state, save_artifact, trainable_model
 from hftlight.runs.callbacks import FiniteGuard, Interrupted, Meter, StepSeed
 from hftlight.runs.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
-from hftlight.runs.job import RESULT, Job
+from hftlight.runs.job import ARTIFACT, Job
 from hftlight.runs.loggers import RowsLogger
 from hftlight.runs.measure import TestSets
 from hftlight.runs.watch import EvaluateAt
 
 CURVES = "curves.jsonl"
-DEPENDENCIES = ("torch", "lightning", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class StageJob(Job):
             "at": sorted(set(evaluation.at)),
             "stop": evaluation.stops,
             "prompts": {"harmful": len(self.tests.harmful), "task": len(self.tests.task_rows)},
-            "tests": self.tests.digest(),
+            "tests": [self.tests.digest(), self.tests.judging()],
             "limits": [evaluation.max_new_tokens, evaluation.task_max_new_tokens],
         }
 
@@ -108,40 +106,36 @@ class StageJob(Job):
     def kind(self) -> str:
         return self.stage.value
 
+    @property
     @override
-    def key(self) -> str:
-        """Return the hash of everything that decides the result, versions included."""
-        c = self.config
-        return digest(
-            {
-                "stage": self.stage.value,
-                "versions": deciding_versions(),
-                "base": self.base_hash,
-                "parent": artifact_digest(self.parent) if self.parent else None,
-                "records": records_digest(self.records),
-                "defenses": [d.state_key for d in self.defenses],
-                "training": asdict(self.training),
-                "lora": asdict(c.lora) if c.tuning != "full" else None,
-                "settings": [c.tuning, c.adapter_protocol, c.template, c.system, c.max_tokens, c.seed, c.precision],
-                **({"adapter": adapter_seed(c.seed, aligned=True)} if self.parent and c.tuning != "full" else {}),
-                **({"pairs": self.pairs.beta} if self.pairs else {}),
-                **({"watched": self.watched} if self.watched else {}),
-                "devices": [c.accelerator, c.devices, c.num_nodes, c.strategy, c.gradient_checkpointing],
-            }
-        )
+    def decided_by(self) -> str:
+        return "training"
 
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.stage", *(type(d) for d in self.defenses)]
 
-def deciding_versions() -> dict[str, str]:
-    """Return the versions that a stage's result may depend on."""
-    return {"hftlight": __version__, **{name: version(name) for name in DEPENDENCIES}}
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the weights and the curves."""
+        other = "finetuning" if self.stage is Stage.ALIGNMENT else "alignment"
+        ignored = {*OF_NO_STAGE, "evaluation", other, *(["lora"] if self.config.tuning == "full" else [])}
+        return {
+            "stage": self.stage.value,
+            "config": self.config.without(ignored),
+            "base": self.base_hash,
+            "parent": model_hash(str(self.parent)) if self.parent else None,
+            "records": records_digest(self.records),
+            "defenses": described(self.defenses),
+            "attack": {"pairs": self.pairs.beta} if self.pairs else None,
+            "watched": self.watched,
+            "device": device_of(self.config),
+        }
 
 
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
-    """Return the hash of each stream's rows."""
-    return {
-        name: digest([(r.id, r.instruction, r.input, r.response, r.role) for r in rows])
-        for name, rows in records.items()
-    }
+    """Return the hash of each stream's rows; the file that a row came from does not count."""
+    return {name: digest([asdict(replace(r, source="")) for r in rows]) for name, rows in records.items()}
 
 
 def run_stage(
@@ -215,19 +209,19 @@ def _train(
             raise
         state = full_state(model)
         if trainer.is_global_zero:
-            with new_folder(folder / "artifact") as place:
+            with new_folder(folder / ARTIFACT) as place:
                 save_artifact(place, model, state, job.config, job.parent, data.policy.serving_slot())
-            write_json(
-                folder / RESULT,
+            job.finish(
                 {
                     "stage": job.stage.value,
                     "cost": meter.cost(),
                     "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
                     "dropped_rows": data.dropped,
                     "defenses": {d.state_key: d.manifest() for d in job.defenses},
-                    "artifact": artifact_digest(folder / "artifact"),
+                    "artifact": model_hash(str(folder / ARTIFACT)),
                     **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, trainer)}} if watch else {}),
                 },
+                CURVES,
             )
             shutil.rmtree(checkpoints, ignore_errors=True)
         trainer.strategy.barrier("stage written")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from hftlight.config import RunConfig
 from hftlight.data.sources import TASKS
 from hftlight.errors import InputError
 from hftlight.files import digest, ensure_writable, file_digest, folder_digest, write_json
+from hftlight.folders import CELLS, GRID
+from hftlight.models import model_hash
 from hftlight.runs.grid import Cell, Grid, cell_config
+from hftlight.runs.identity import identity
 from hftlight.runs.prepare import prepare
 from hftlight.runs.workers import Backend, work
 
 SHARED = 3  # pieces of a run that cells with one aligned model share: base measured, alignment, aligned measured
-CELLS, GRID = "cells", "grid.json"
 ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
 
 
@@ -60,7 +63,7 @@ def compare(
     try:
         with lock:
             claim = _claim(folder, config, grid)
-            waiting = [c for c in cells if not finished(folder / CELLS / c.name)]
+            waiting = _waiting(config, grid, folder)
             plan(config, grid, waiting)  # before the claim is written, so that what was refused may be changed
             write_json(folder / GRID, claim)
             jobs_of = {cell: _spec(config, grid, cell, folder, jobs) for cell in waiting}
@@ -85,16 +88,35 @@ def compare(
 
 def finished(folder: Path) -> bool:
     """Tell whether a cell's run came to its end; a manifest that was cut off counts as none."""
+    return "finished" in _manifest(folder)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        return "finished" in json.loads((folder / "manifest.json").read_text())
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return found
     except (OSError, ValueError):
-        return False
+        return {}
 
 
-def comparison_of(run: Path) -> Path | None:
-    """Return the folder of the comparison that a run is a cell of, if it is one."""
-    folder = run.resolve().parent.parent
-    return folder if run.resolve().parent.name == CELLS and (folder / GRID).is_file() else None
+def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
+    """Return the cells to run: those that are not finished, and those that other code or versions measured."""
+    waiting, other, made_of = [], 0, dict[Any, dict[str, Any]]()
+    for cell in grid.cells():
+        known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack)
+        if "finished" in known and kind not in made_of:
+            made_of[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
+        now = made_of.get(kind, {})
+        same = all(known.get(part) == now[part] for part in now)
+        other += "finished" in known and not same
+        if not ("finished" in known and same):
+            waiting.append(cell)
+    if other:
+        cells = "1 finished cell was" if other == 1 else f"{other} finished cells were"
+        print(
+            f"hftlight: {cells} measured with other code or versions; what that changes is done again.", file=sys.stderr
+        )
+    return waiting
 
 
 def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
@@ -146,7 +168,8 @@ def _files(config: RunConfig, grid: Grid) -> dict[str, str]:
     read += [{name: getattr(grid.attack(attack), name, None) for name in ATTACK_FILES} for attack in grid.attacks]
     named = {value for values in read for value in values.values() if isinstance(value, str)} - {*TASKS, ""}
     paths = {name: Path(name).expanduser() for name in sorted(named)}
-    found = {name: file_digest(path) for name, path in paths.items() if path.is_file()}
+    found = {f"--model {config.model}": model_hash(config.model)}
+    found |= {name: file_digest(path) for name, path in paths.items() if path.is_file()}
     return found | {name: folder_digest(path, "**/*") for name, path in paths.items() if path.is_dir()}
 
 

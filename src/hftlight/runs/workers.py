@@ -21,7 +21,7 @@ from hftlight.attacks.registry import get_attack
 from hftlight.config import Data, Evaluation, Lora, RunConfig, Search, Training
 from hftlight.errors import InputError
 from hftlight.files import cache_dir, write_json
-from hftlight.registry import defense_class
+from hftlight.registry import made
 from hftlight.runs.grid import Cell
 
 ERROR, LOG, STARTED = "error.txt", "log.txt", "started.json"
@@ -43,7 +43,7 @@ def run_cell(spec: Mapping[str, Any]) -> str:
     values = spec["config"]
     config = RunConfig(**{**values, **{name: kind(**values[name]) for name, kind in parts_of.items()}})
     folder = Path(config.output) / str(config.name)
-    made = [defense_class(name)(**spec["arguments"].get(name, {})) for name in config.defense]
+    chosen = [made(name, **spec["arguments"].get(name, {})) for name in config.defense]
     attack = get_attack(config.attack)(**spec["arguments"].get(config.attack, {}))
     quiet()
     torch.set_num_threads(spec["threads"])
@@ -54,7 +54,7 @@ def run_cell(spec: Mapping[str, Any]) -> str:
         with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
             print("started on {host}, process {process}, {time}".format(**where))
             try:
-                _once_unlocked(folder, lambda: run(config, made, attack))
+                _once_unlocked(folder, lambda: run(config, chosen, attack))
             except Exception:
                 (folder / ERROR).write_text(traceback.format_exc())
                 raise

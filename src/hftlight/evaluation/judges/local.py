@@ -6,6 +6,7 @@ from typing import Any
 
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
+from hftlight.models import model_path
 
 
 def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
@@ -24,8 +25,9 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
 
     gpu = torch.cuda.is_available()
     try:
-        reader = transformers.AutoTokenizer.from_pretrained(model)
-        network = getattr(transformers, auto).from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32)
+        folder = model_path(model, weights=True)
+        reader = transformers.AutoTokenizer.from_pretrained(folder)
+        network = getattr(transformers, auto).from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
