@@ -91,24 +91,27 @@ def digest(value: Any) -> str:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content.
 
-    The digest of a large file is remembered, in this process and in the cache, for as long as the file's place, size
-    and times stay. The time of the last change of the inode is one of them, which no program can put back.
+    The digest is remembered, that of a large file in the cache too, while the file's place, size and times stay. The
+    time of the last change of the inode is one of them, which no program can put back.
     """
     status = path.stat()
     seen = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    large = status.st_size >= REMEMBERED
-    key = (str(path.resolve()), *seen)
-    note = cache_dir() / HASHES / f"{digest(key[0])}.json"
-    if large and key not in _digests and (known := _read_note(note)) and known["seen"] == seen:
-        _digests[key] = known["sha256"]
-    if large and key in _digests:
+    key = (str(path), *seen)
+    if key in _digests:
         return _digests[key]
+    place = str(path.resolve())
+    note = cache_dir() / HASHES / f"{digest(place)}.json"
+    large = status.st_size >= REMEMBERED
+    known = _read_note(note) if large else None
+    if known is not None and known["seen"] == seen:
+        return _digests.setdefault(key, known["sha256"])
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     # A file that changed just now may change again within one tick of the clock.
-    if large and time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
         _digests[key] = found
-        _write_note(note, {"path": key[0], "seen": seen, "sha256": found})
+        if large:
+            _write_note(note, {"path": place, "seen": seen, "sha256": found})
     return found
 
 

@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -23,7 +23,8 @@ class UnknownSourceError(InputError):
     """The code of an object cannot be read, so nothing made with it can be told apart from another version's."""
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Return the versions of hftlight and of the libraries that a result depends on."""
     return {OWN: __version__, **{name: version(name) for name in LIBRARIES}}
 
@@ -114,13 +115,10 @@ def _foreign(kind: type, top: str) -> dict[str, str]:
     return {label: files_digest(files)[:16]}
 
 
-def described(parts: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return class, arguments and code of defenses or attacks, as a key holds them.
+def described(parts: Iterable[Any]) -> list[dict[str, str]]:
+    """Return class and arguments of defenses, as a key holds them; their code is ``code_of`` their classes.
 
     Args:
-        parts: defenses, which have a ``state_key``.
+        parts: the defenses, in the order in which they act.
     """
-    return [
-        {"class": f"{type(p).__module__}.{type(p).__qualname__}", "state": p.state_key, "code": code_of(type(p))}
-        for p in parts
-    ]
+    return [{"class": f"{type(p).__module__}.{type(p).__qualname__}", "state": p.state_key} for p in parts]

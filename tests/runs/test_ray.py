@@ -12,9 +12,9 @@ import pytest
 
 from hftlight.config import Training
 from hftlight.errors import InputError
+from hftlight.folders import CELLS
 from hftlight.runs import workers
 from hftlight.runs.grid import Grid
-from hftlight.folders import CELLS
 from hftlight.runs.sweep import compare, finished
 from hftlight.runs.workers import LOG, STARTED
 from tests.runs.test_run import config

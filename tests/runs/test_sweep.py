@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from hftlight.config import Data, RunConfig, Search
 from hftlight.errors import InputError
 from hftlight.files import folder_digest, read_rows
+from hftlight.folders import CELLS, GRID
 from hftlight.report.comparison import read_comparison
 from hftlight.report.leaderboard import leaderboard_csv, leaderboard_markdown
 from hftlight.runs import grid, sweep, workers
 from hftlight.runs.checkpoint import AtomicCheckpointIO
 from hftlight.runs.grid import Cell, Grid
-from hftlight.folders import CELLS, GRID
 from hftlight.runs.sweep import compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
 from tests.runs.test_run import config

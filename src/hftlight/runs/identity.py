@@ -26,4 +26,4 @@ def identity(model: str, parts: Iterable[Any]) -> dict[str, Any]:
             code[f"{kind.__module__}.{kind.__qualname__}"] = code_of(kind)["hftlight"]
         except UnknownSourceError:
             code[f"{kind.__module__}.{kind.__qualname__}"] = "unknown"
-    return {"model": {"name": model, "hash": model_hash(model)}, "versions": versions(), "code": code}
+    return {"model": {"name": model, "hash": model_hash(model)}, "versions": dict(versions()), "code": code}

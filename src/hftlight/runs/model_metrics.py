@@ -1,9 +1,7 @@
 """Perplexity and embedding drift of a finished model: optional metrics that need its weights, each cached by itself."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +65,9 @@ def model_metrics(
     Raises:
         InputError: if the text or the model is too short.
     """
-    if config.evaluation.perplexity == "none" and reference is None:
+    keys = metric_keys(identity, config, tests, slot, reference)
+    if not keys:
         return []
-    asked: list[tuple[str, dict[str, Any], Callable[[Any], list[dict[str, Any]]]]] = []
-    common = {
-        "model": identity,
-        "config": config.without(OF_NO_ANSWER),
-        "slot": [slot.text, digest(slot.trigger)],
-        "device": device_of(config),
-    }
     tokenizer = load_tokenizer(model)
     template = get_template(config.template, tokenizer)
 
@@ -87,37 +79,55 @@ def model_metrics(
         return [_row("perplexity", "task", found.value, len(prompts), "perplexity")]
 
     def of_text(measured: Any) -> list[dict[str, Any]]:
-        found = perplexity(measured, tokenizer, text)
+        found = perplexity(measured, tokenizer, _read(config.evaluation.perplexity))
         return [_row("perplexity", Path(config.evaluation.perplexity).name, found.value, 1, "perplexity")]
 
-    def drift(measured: Any, against: Reference) -> list[dict[str, Any]]:
+    def drift(measured: Any) -> list[dict[str, Any]]:
+        assert reference is not None
         prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.harmful]
         size = config.evaluation.batch_size
-        (found,) = embedding_drift(measured, prompts, loaded(against.model, config), layers=[-1], batch_size=size)
+        (found,) = embedding_drift(measured, prompts, loaded(reference.model, config), layers=[-1], batch_size=size)
         return [
-            _row("embedding_drift", against.name, found.l2, found.count, "L2 per token"),
-            _row("embedding_drift_cosine", against.name, found.cosine, found.count, "cosine distance"),
+            _row("embedding_drift", reference.name, found.l2, found.count, "L2 per token"),
+            _row("embedding_drift_cosine", reference.name, found.cosine, found.count, "cosine distance"),
         ]
 
-    if config.evaluation.perplexity == "task" and tests.task_rows:
-        asked.append(("perplexity", {**common, "text": ["task", _texts(tests.task_rows)]}, of_task))
-    elif config.evaluation.perplexity not in ("none", "task"):
-        text = _read(config.evaluation.perplexity)
-        asked.append(("perplexity", {**common, "text": [config.evaluation.perplexity, text]}, of_text))
-    if reference is not None and tests.harmful:
-        against = [reference.name, reference.identity]
-        inputs = {**common, "reference": against, "prompts": _texts(tests.harmful)}
-        asked.append(("drift", inputs, partial(drift, against=reference)))
-    rows: list[dict[str, Any]] = []
+    work = {"perplexity": of_task if config.evaluation.perplexity == "task" else of_text, "drift": drift}
     loading = once(lambda: loaded(model, config))  # only if a value is not kept yet, for all that are not
-    for kind, inputs, work in asked:
+    rows: list[dict[str, Any]] = []
+    for kind, name in keys.items():
 
-        def make(place: Path, work: Callable[[Any], list[dict[str, Any]]] = work) -> None:
-            write_rows(place / ROWS, work(loading()))
+        def make(place: Path, kind: str = kind) -> None:
+            write_rows(place / ROWS, work[kind](loading()))
 
-        name = cache.key(kind, ["hftlight.runs.model_metrics"], **inputs)
         rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
     return rows
+
+
+def metric_keys(
+    identity: str, config: RunConfig, tests: "TestSets", slot: SystemSlot, reference: Reference | None
+) -> dict[str, str]:
+    """Return the names under which perplexity and drift are kept, as far as they are asked for; see ``model_metrics``.
+
+    Raises:
+        InputError: if the text cannot be read.
+    """
+    code, asked = ["hftlight.runs.model_metrics"], config.evaluation.perplexity
+    common: dict[str, Any] = {
+        "model": identity,
+        "config": config.without(OF_NO_ANSWER),
+        "slot": [slot.text, digest(slot.trigger)],
+        "device": device_of(config),
+    }
+    keys: dict[str, str] = {}
+    if asked == "task" and tests.task_rows:
+        keys["perplexity"] = cache.key("perplexity", code, text=["task", _texts(tests.task_rows)], **common)
+    elif asked not in ("none", "task"):
+        keys["perplexity"] = cache.key("perplexity", code, text=[Path(asked).name, _read(asked)], **common)
+    if reference is not None and tests.harmful:
+        against, prompts = [reference.name, reference.identity], _texts(tests.harmful)
+        keys["drift"] = cache.key("drift", code, reference=against, prompts=prompts, **common)
+    return keys
 
 
 def loaded(name: str, config: RunConfig) -> Any:
