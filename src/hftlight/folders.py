@@ -4,6 +4,8 @@ from pathlib import Path
 
 CELLS, GRID = "cells", "grid.json"  # of a comparison: the folder of its runs, and what it compares
 
+RESULTS = ("metrics.jsonl", "generations.jsonl")  # of a run: what its tables and its page are made of
+
 
 def comparison_of(run: Path) -> Path | None:
     """Return the folder of the comparison that a run is a cell of, if it is one."""

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,17 @@ import pytest
 from filelock import FileLock, Timeout
 
 from hftlight.config import Data, RunConfig, Search
+from hftlight.defenses import Lisa
 from hftlight.errors import InputError
 from hftlight.files import folder_digest, read_rows
 from hftlight.folders import CELLS, GRID
+from hftlight.models import model_path
 from hftlight.report.comparison import read_comparison
 from hftlight.report.leaderboard import leaderboard_csv, leaderboard_markdown
 from hftlight.runs import grid, sweep, workers
 from hftlight.runs.checkpoint import AtomicCheckpointIO
 from hftlight.runs.grid import Cell, Grid
+from hftlight.runs.identity import identity
 from hftlight.runs.sweep import compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
 from tests.runs.test_run import config
@@ -54,7 +58,8 @@ def runs(monkeypatch):
             raise RuntimeError("out of memory\nmore words")
         print("what a run prints")
         folder = Path(config.output) / config.name
-        (folder / "manifest.json").write_text(json.dumps({"finished": "now"}))
+        made_of = identity(config.model, [*defenses, attack])
+        (folder / "manifest.json").write_text(json.dumps({"finished": "now", **made_of}))
 
     monkeypatch.setattr("hftlight.runs.run.run", run)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
@@ -197,6 +202,28 @@ def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path
         compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
 
 
+def test_cells_that_other_code_or_versions_measured_run_again(tmp_path, runs, monkeypatch, capsys):
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    assert len(runs) == 2
+    monkeypatch.setattr("hftlight.runs.identity.versions", lambda: {"torch": "0.0"})
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    assert len(runs) == 4
+    assert "2 finished cells were measured with other code or versions" in capsys.readouterr().err
+    code = sweep.identity("tiny", [Lisa()])["code"]
+    assert code != sweep.identity("tiny", [])["code"]  # a defense's own code is part of what a cell was made of
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path, runs):
+    model = tmp_path / "m"
+    shutil.copytree(model_path("tiny"), model)
+    settings = config(tmp_path, model=str(model))
+    compare(settings, Grid(), tmp_path / "c")
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^--model .*m is not what it was when cells"):
+        compare(settings, Grid(), tmp_path / "c")
+
+
 def test_two_processes_do_not_work_in_one_folder(tmp_path, runs):
     (tmp_path / "c").mkdir()
     with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InputError, match="Another process works on the comparison"):
@@ -280,6 +307,20 @@ def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_pat
         outcome = compare(config(tmp_path), TWO, tmp_path / "c", retries=0)
     assert all("is full: make room" in what for what in outcome.values())
     assert runs == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "generations.jsonl"])
+def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsys):
+    settings, folder = config(tmp_path), tmp_path / "c"
+    compare(settings, Grid(), folder)
+    before = results(folder)
+    cell = folder / CELLS / "none-builtin-p0.1-s0"
+    lines = (cell / name).read_text().splitlines(keepends=True)
+    (cell / name).write_text("".join(lines[:-1]))  # at the end of a line, so that it can still be read
+    assert not finished(cell)
+    assert f"{cell / name} is not as the run wrote it" in capsys.readouterr().err
+    assert set(compare(settings, Grid(), folder).values()) == {"done"}
+    assert results(folder) == before
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "generations.jsonl"])

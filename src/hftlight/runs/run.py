@@ -26,8 +26,17 @@ from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.engine.repair import Repair
 from hftlight.errors import InputError
-from hftlight.files import digest, ensure_writable, link_tree, read_rows, write_json, write_rows, write_text
-from hftlight.folders import comparison_of
+from hftlight.files import (
+    digest,
+    ensure_writable,
+    file_digest,
+    link_tree,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
+from hftlight.folders import RESULTS, comparison_of
 from hftlight.models import BASE, model_hash
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_report
@@ -127,6 +136,7 @@ class _Run:
             raise
         self._close_logger()
         if self.main:
+            self.manifest["files"] = {name: file_digest(self.folder / name) for name in RESULTS}
             self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_json(self.folder / "manifest.json", self.manifest)
             write_report(self.folder)

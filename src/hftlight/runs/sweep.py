@@ -87,8 +87,18 @@ def compare(
 
 
 def finished(folder: Path) -> bool:
-    """Tell whether a cell's run came to its end; a manifest that was cut off counts as none."""
-    return "finished" in _manifest(folder)
+    """Tell whether a cell's run came to its end and its results are as they were written.
+
+    A manifest that was cut off counts as none; a file that changed is named.
+    """
+    manifest = _manifest(folder)
+    for name, known in manifest.get("files", {}).items():
+        if not (folder / name).is_file() or file_digest(folder / name) != known:
+            print(
+                f"hftlight: {folder / name} is not as the run wrote it; the cell counts as unfinished.", file=sys.stderr
+            )
+            return False
+    return "finished" in manifest
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -104,12 +114,13 @@ def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
     waiting, other, made_of = [], 0, dict[Any, dict[str, Any]]()
     for cell in grid.cells():
         known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack)
-        if "finished" in known and kind not in made_of:
+        done = finished(folder / CELLS / cell.name)
+        if done and kind not in made_of:
             made_of[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
         now = made_of.get(kind, {})
         same = all(known.get(part) == now[part] for part in now)
-        other += "finished" in known and not same
-        if not ("finished" in known and same):
+        other += done and not same
+        if not (done and same):
             waiting.append(cell)
     if other:
         cells = "1 finished cell was" if other == 1 else f"{other} finished cells were"

@@ -17,8 +17,8 @@ from hftlight.evaluation.judges.local import (
     require_pairs,
     settled,
     variant,
+    weights_of,
 )
-from hftlight.models import model_hash
 
 BLANKS = 3  # tokens of white space that a model may write before its label
 WRITTEN_TOKENS = 128
@@ -86,7 +86,7 @@ class ClassifierJudge:
 
     def identity(self) -> dict[str, str]:
         """Return the hash of the judge model's files, of one that was given by name."""
-        return {"weights": model_hash(self._given)} if isinstance(self._given, str) else {}
+        return weights_of(self._given, self.name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer; the score is a probability, an expected grade or a decision, 0-1."""

@@ -5,8 +5,7 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.judges.judge import Verdict
-from hftlight.evaluation.judges.local import class_logits, load, padding_id, require_pairs, variant
-from hftlight.models import model_hash
+from hftlight.evaluation.judges.local import class_logits, load, padding_id, require_pairs, variant, weights_of
 
 BEAVER_DAM = "PKU-Alignment/beaver-dam-7b"
 HEADS = 14
@@ -82,7 +81,7 @@ class ModerationJudge:
 
     def identity(self) -> dict[str, str]:
         """Return the hash of the judge model's files, of one that was given by name."""
-        return {"weights": model_hash(self._given)} if isinstance(self._given, str) else {}
+        return weights_of(self._given, self.name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer; the score is the highest of the 14 probabilities."""
