@@ -1,15 +1,19 @@
 """Files and folders that are whole or not there: written beside their place and renamed."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what renaming a folder to a place says that is taken
 
 
 def cache_dir() -> Path:
@@ -25,7 +29,7 @@ def ensure_writable(folder: Path, option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = temporary_name(folder / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -34,16 +38,24 @@ def ensure_writable(folder: Path, option: str) -> None:
         ) from error
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a name beside ``path`` that no other process, thread or node uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 def write_text(path: Path, text: str, mode: int | None = None) -> None:
     """Write a text file atomically and to the disk; ``mode`` is its permission bits."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        if mode is not None:
-            os.chmod(temporary, mode)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            if mode is not None:
+                os.chmod(temporary, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, mode: int | None = None) -> None:
@@ -63,16 +75,37 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill, and rename it to ``path`` once the block ends; after an exception nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Yield a folder to fill, and rename it to ``path`` once the block ends; after an exception nothing is left.
+
+    Of several processes that do so at one time each finds a whole folder at ``path``; the last one's stays.
+    """
+    temporary = temporary_name(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        _put(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(folder: Path, path: Path) -> None:
+    """Rename a folder to ``path``, where another process may put one at any moment."""
+    while True:
+        try:
+            os.replace(folder, path)
+            return
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+        aside = temporary_name(path)
+        try:
+            os.replace(path, aside)
+        except FileNotFoundError:  # another process has just taken it away
+            continue
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
 
 
 def digest(value: Any) -> str:

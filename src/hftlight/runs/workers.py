@@ -7,11 +7,12 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from itertools import cycle
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from hftlight.errors import InputError
 from hftlight.files import cache_dir, write_json
 from hftlight.registry import defense_class
 from hftlight.runs.grid import Cell
+from hftlight.runs.share import GPUS, threads
 
 ERROR, LOG, STARTED = "error.txt", "log.txt", "started.json"
 LOCK_WAIT = 30.0  # seconds for which a process that is about to end may still hold a cell's lock
@@ -33,8 +35,6 @@ Backend = Literal["processes", "ray"]
 
 def run_cell(spec: Mapping[str, Any]) -> str:
     """Run one cell in this process; return nothing, or the error in one line. Its output goes into its log."""
-    import torch
-
     from hftlight.cli import quiet
     from hftlight.runs.run import run
 
@@ -46,7 +46,6 @@ def run_cell(spec: Mapping[str, Any]) -> str:
     made = [defense_class(name)(**spec["arguments"].get(name, {})) for name in config.defense]
     attack = get_attack(config.attack)(**spec["arguments"].get(config.attack, {}))
     quiet()
-    torch.set_num_threads(spec["threads"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         where = {"host": socket.gethostname(), "process": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -54,7 +53,8 @@ def run_cell(spec: Mapping[str, Any]) -> str:
         with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
             print("started on {host}, process {process}, {time}".format(**where))
             try:
-                _once_unlocked(folder, lambda: run(config, made, attack))
+                with threads(spec["threads"]):
+                    _once_unlocked(folder, lambda: run(config, made, attack))
             except Exception:
                 (folder / ERROR).write_text(traceback.format_exc())
                 raise
@@ -109,9 +109,21 @@ def _set_aside_half_written(folder: Path) -> None:
 
 
 def work(
-    specs: Mapping[Cell, Mapping[str, Any]], jobs: int, backend: Backend, on_cell: Callable[[Cell, str], None] | None
+    specs: Mapping[Cell, Mapping[str, Any]],
+    jobs: int,
+    backend: Backend,
+    on_cell: Callable[[Cell, str], None] | None,
+    gpus: Sequence[str] = (),
 ) -> Iterator[tuple[Cell, str]]:
-    """Yield each cell with its error, or with nothing, as they end."""
+    """Yield each cell with its error, or with nothing, as they end.
+
+    Args:
+        specs: the cells, as plain values.
+        jobs: processes on this machine.
+        backend: where the cells run.
+        on_cell: called with a cell and ``"started"``.
+        gpus: ``CUDA_VISIBLE_DEVICES`` of each process on this machine; nothing leaves it as it is.
+    """
 
     def tell(cell: Cell) -> None:
         if on_cell is not None:
@@ -129,7 +141,7 @@ def work(
         finally:
             drop_base()
     else:
-        yield from _with_processes(specs, jobs, _Starts(specs, tell))
+        yield from _with_processes(specs, jobs, _Starts(specs, tell), gpus)
 
 
 class _Starts:
@@ -159,18 +171,34 @@ class _Starts:
                 self.tell(cell)
 
 
-def _with_processes(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts) -> Iterator[tuple[Cell, str]]:
+class _Worker(SpawnProcess):
+    """A process that sees GPUs of its own, from its start on."""
+
+    gpus: Iterator[str] | None = None  # of the processes to come; in this process alone
+
+    def start(self) -> None:
+        with _environment(**({GPUS: next(self.gpus)} if self.gpus else {})):
+            super().start()
+
+
+class _Workers(SpawnContext):
+    Process = _Worker  # type: ignore[assignment]
+
+
+def _with_processes(
+    specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts, gpus: Sequence[str]
+) -> Iterator[tuple[Cell, str]]:
     """Run the cells in processes of this machine.
 
     A process that dies (out of memory, say) takes its pool with it. Cells that had not begun then go to a new pool, and
     those that had are tried again one at a time, so that only a cell whose own process dies fails.
     """
     left, alone = dict(specs), {}
-    with _environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))):
+    with _environment(OMP_NUM_THREADS=str(next(iter(specs.values()))["threads"] if specs else 1)):
         while left:
             before, waiting, error = starts.known.copy(), left, ""
             left = {}
-            for cell, error, died in _in_pool(waiting, jobs, starts):
+            for cell, error, died in _in_pool(waiting, jobs, starts, gpus):
                 if not died:
                     yield cell, error
                 elif starts.known[cell] != before[cell]:
@@ -181,13 +209,16 @@ def _with_processes(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: 
                 yield from ((cell, error) for cell in left)
                 break
         for cell, spec in alone.items():
-            yield from ((cell, error) for _, error, _ in _in_pool({cell: spec}, 1, starts))
+            yield from ((cell, error) for _, error, _ in _in_pool({cell: spec}, 1, starts, gpus))
 
 
-def _in_pool(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts) -> Iterator[tuple[Cell, str, bool]]:
+def _in_pool(
+    specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts, gpus: Sequence[str] = ()
+) -> Iterator[tuple[Cell, str, bool]]:
     """Yield each cell with its error, or with nothing, and whether the pool broke before the cell had ended."""
     settings: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **settings) as pool:
+    _Worker.gpus = cycle(gpus) if gpus else None
+    with ProcessPoolExecutor(jobs, mp_context=_Workers(), **settings) as pool:
         futures: dict[Future[str], Cell] = {pool.submit(run_cell, spec): cell for cell, spec in specs.items()}
         while futures:
             ended, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
