@@ -21,7 +21,8 @@ T = TypeVar("T")
 TELL_EVERY = 600.0  # seconds between lines that say what a process waits for
 LONGEST_PAUSE = 0.5  # seconds between two looks at the store
 GRACE = 6.0  # seconds that the first process has for its own message, before the others fail too
-GOODBYE = 60.0  # seconds for which the first process waits until the others know that the run has ended
+GOODBYE = 60.0  # seconds for which the first process waits until the others know what it has told them last
+FAILED_GOODBYE = 3.0  # the same after a failure, when the others may stand in a collective that never ends
 _PREFIX = "hftlight"
 _decided = 0  # decisions so far: all processes take the same ones in the same order
 
@@ -87,9 +88,12 @@ def decide(what: str, look: Callable[[], T]) -> T:
     _decided += 1
     told = _listen(what)
     if "error" in told:
+        _store().add(_known(), 1)
         time.sleep(GRACE)
         kind = InputError if told["kind"] == InputError.__name__ else RunError
-        raise kind(f"process {rank_and_world()[0]} ends with process 0: {told['error']}")
+        error = kind(f"process {rank_and_world()[0]} ends with process 0: {told['error']}")
+        error.told = True  # type: ignore[attr-defined]
+        raise error
     if told["what"] != what:
         raise RunError(
             f"Process {rank_and_world()[0]} is at {what!r}, process 0 at {told['what']!r}. All processes must run the"
@@ -107,9 +111,9 @@ def agree(what: str, value: str) -> None:
     first = decide(what, lambda: value)
     if first != value:
         raise InputError(
-            f"{what} of process {rank_and_world()[0]} is {value}, of process 0 {first}. All processes must have the same"
-            " hftlight and library versions, and read the same files: put data, --output and HFTLIGHT_CACHE where every"
-            " node sees them."
+            f"{what} of process {rank_and_world()[0]} is {value}, of process 0 {first}. All processes must have the"
+            " same versions of hftlight and its libraries, and read the same files: put data, --output and"
+            " HFTLIGHT_CACHE where every node sees them."
         )
 
 
@@ -120,24 +124,32 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if rank_and_world()[1] > 1 and rank_and_world()[0] == 0 and not getattr(error, "told", False):
+        if rank_and_world()[1] > 1 and not getattr(error, "told", False):
             error.told = True  # type: ignore[attr-defined]  # an outer block need not tell it again
             _decided += 1
-            _tell({"kind": type(error).__name__, "error": str(error) or type(error).__name__})
+            if rank_and_world()[0] == 0:
+                _tell({"kind": type(error).__name__, "error": str(error) or type(error).__name__})
+                _wait_until_known(FAILED_GOODBYE)
         raise
 
 
-def finish() -> None:
-    """Let all processes know that the run has ended; the first one, which may hold the store, leaves last."""
-    if rank_and_world()[1] == 1:
-        return
-    decide("the end of the run", lambda: None)
-    key = f"{_PREFIX}/{_decided}/known"
+def meet(what: str, work: Callable[[], None] = lambda: None) -> None:
+    """Let the first process work while the others wait; it goes on, and may end, once all of them know."""
+    decide(what, work)
     if rank_and_world()[0] > 0:
-        _store().add(key, 1)
-        return
-    until = time.monotonic() + GOODBYE
-    while _store().add(key, 0) < rank_and_world()[1] - 1 and time.monotonic() < until:
+        _store().add(_known(), 1)
+    elif rank_and_world()[1] > 1:
+        _wait_until_known(GOODBYE)
+
+
+def _known() -> str:
+    return f"{_PREFIX}/{_decided}/known"
+
+
+def _wait_until_known(limit: float) -> None:
+    """Wait until all have read the last word: the store may be in this process, and end with it."""
+    until = time.monotonic() + limit
+    while _store().add(_known(), 0) < rank_and_world()[1] - 1 and time.monotonic() < until:
         time.sleep(0.02)
 
 

@@ -38,7 +38,7 @@ from hftlight.runs.measure import measure
 from hftlight.runs.model_metrics import Reference
 from hftlight.runs.prepare import BUILTIN, Arm, Choosing, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
-from hftlight.runs.ranks import agree, decide, ending_together, finish, launch, main_process
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.repair import RepairJob, run_repair
 from hftlight.runs.select import SelectionJob, run_selection
 from hftlight.runs.stage import CURVES, DEPENDENCIES, StageJob, deciding_versions, run_stage
@@ -70,7 +70,7 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = (), attac
         with ending_together():
             agree("The configuration", f"{prepared.config_hash} in {folder.resolve()}, {deciding_versions()}")
             _go(folder, prepared)
-            finish()
+            meet("the end of the run")
     finally:
         if comparison_of(folder) is None:
             drop_base()  # kept for the next cell of a comparison alone

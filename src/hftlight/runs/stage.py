@@ -36,7 +36,7 @@ from hftlight.runs.checkpoint import AtomicCheckpointIO, keep_two, newest_checkp
 from hftlight.runs.job import RESULT, Job
 from hftlight.runs.loggers import RowsLogger
 from hftlight.runs.measure import TestSets
-from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.watch import EvaluateAt
 
 CURVES = "curves.jsonl"
@@ -243,7 +243,7 @@ def _train(
             )
             shutil.rmtree(checkpoints, ignore_errors=True)
 
-        decide("the stage's artifact", write)
+        meet("the stage's artifact", write)
 
 
 def watch_of(job: StageJob) -> EvaluateAt | None:
