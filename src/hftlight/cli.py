@@ -315,9 +315,7 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
     )
     add("--seeds", type=int, default=3, help="number of seeds, >= 1")
     add("--first_seed", type=int, default=0, help="the first seed")
-    add(
-        "--jobs", type=int, default=1, help="cells at one time, each with a share of the cores and its own GPUs, >= 1"
-    )
+    add("--jobs", type=int, default=1, help="cells at one time, each with a share of the cores and its own GPUs, >= 1")
     add("--share_gpus", type=bool, default=False, help="let several cells work on one GPU where --jobs needs it")
     add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
     add("--backend", type=Backend, default="processes", help="processes (this machine) or ray (a Ray cluster)")

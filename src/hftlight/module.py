@@ -61,6 +61,8 @@ class SafetyModule(LightningModule):
             super().log(name, value, *args, **options)
             return
         super().log(name, value, *args, **{**options, "logger": False})
+        if self._current_fx_name == "on_train_epoch_end":  # a resumed stage does not come here again
+            return
         if options.get("sync_dist"):  # the mean over processes, where Lightning has taken it
             value = self.trainer.callback_metrics.get(name, value)
         self.curves[name] = value.detach().clone() if isinstance(value, Tensor) else value

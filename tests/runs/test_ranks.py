@@ -21,9 +21,7 @@ def launched(folder, *scenarios):
     logs = {p.name: p.read_text()[-1500:] for p in folder.glob("*.log")}
     for line in done.stdout.splitlines():
         assert set(json.loads(line).popitem()[1]) == {0}, (line, logs)
-    return {
-        name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in scenarios
-    }
+    return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in scenarios}
 
 
 @pytest.fixture(scope="module")

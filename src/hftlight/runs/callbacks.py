@@ -68,6 +68,7 @@ class Curves(Callback):
     A point of a curve is the last value that was logged since the point before. So a value that is logged now and then
     has a point where it was made, and a killed and resumed stage has the curves of an undisturbed one. Lightning itself
     repeats such a value until the pass over the data ends, and writes the points of a step behind its checkpoint.
+    What is logged in ``on_train_epoch_end`` belongs to no step and is in no curve: log it at the end of a batch.
 
     Args:
         every: optimizer steps between two points, >= 1.
