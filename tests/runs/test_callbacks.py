@@ -23,7 +23,7 @@ class Stop(BaseException):
 
 
 class NowAndThen(Defense):
-    """Logs at some steps, at every micro-batch for a mean over the pass, and at the end of a pass, which no curve has."""
+    """Logs at some steps, at each micro-batch for a mean over the pass, and at a pass's end, which no curve has."""
 
     stage, slots, streams = Stage.ALIGNMENT, (Slot.GRADIENT,), ()
 

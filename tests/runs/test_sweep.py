@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
 
-from hftlight.config import Data, RunConfig, Search
+from hftlight.config import Data, RunConfig, Search, Training
 from hftlight.errors import InputError
 from hftlight.files import folder_digest, read_rows
 from hftlight.report.comparison import read_comparison
@@ -434,6 +435,19 @@ def test_one_job_leaves_the_number_of_threads_as_it_was(fails, tmp_path, monkeyp
     compare(config(tmp_path), Grid(), tmp_path / "c", retries=0)
     assert set(seen) == {before + 2}
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_a_cell_on_two_devices_is_a_command_of_its_own(tmp_path):
+    told = []
+    settings = config(tmp_path, devices=2, strategy="ddp", alignment=Training(steps=2, batch_size=2, lr=1e-2))
+    grid, folder = Grid(("none", "lisa"), (0.1,), ("builtin",), 1), tmp_path / "c"
+    outcome = compare(settings, grid, folder, jobs=1, on_cell=lambda cell, what: told.append((cell.arm, what)))
+    assert set(outcome.values()) == {"done"}
+    assert told == [("none", "started"), ("none", "done"), ("lisa", "started"), ("lisa", "done")]
+    assert len(results(folder)) == 2
+    bad = compare(replace(settings, model=str(tmp_path)), grid, tmp_path / "bad", retries=0)
+    assert set(bad.values()) != {"done"}
 
 
 def never(spec):

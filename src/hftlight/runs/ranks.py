@@ -1,6 +1,7 @@
 """The processes of one run: the first one decides what is read from disk, the others act on its word."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hftlight.engine import rank_and_world
 from hftlight.errors import InputError, RunError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)  # at level DEBUG: every decision of every process
 
 TELL_EVERY = 600.0  # seconds between lines that say what a process waits for
 LONGEST_PAUSE = 0.5  # seconds between two looks at the store
@@ -84,6 +86,7 @@ def decide(what: str, look: Callable[[], T]) -> T:
         value = look()  # a failure is told by ``ending_together``
         _decided += 1
         _tell({"what": what, "value": value})
+        log.debug("process 0 decides %s: %s", what, value)
         return value
     _decided += 1
     told = _listen(what)
@@ -99,6 +102,7 @@ def decide(what: str, look: Callable[[], T]) -> T:
             f"Process {rank_and_world()[0]} is at {what!r}, process 0 at {told['what']!r}. All processes must run the"
             " same command on the same files."
         )
+    log.debug("process %d is told %s: %s", rank_and_world()[0], what, told["value"])
     return told["value"]
 
 

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -21,12 +23,14 @@ from filelock import Timeout
 from hftlight.attacks.registry import get_attack
 from hftlight.config import Data, Evaluation, Lora, RunConfig, Search, Training
 from hftlight.errors import InputError
-from hftlight.files import cache_dir, write_json
+from hftlight.files import cache_dir, write_json, write_text
 from hftlight.registry import defense_class
 from hftlight.runs.grid import Cell
+from hftlight.runs.ranks import main_process
 from hftlight.runs.share import GPUS, threads
 
 ERROR, LOG, STARTED = "error.txt", "log.txt", "started.json"
+SPEC, OUTCOME = "cell.json", "outcome.txt"  # of a cell on several devices: its values, and its error or nothing
 LOCK_WAIT = 30.0  # seconds for which a process that is about to end may still hold a cell's lock
 LOST = 10  # nodes or processes that one attempt at a cell may lose on a Ray cluster
 RAY_PORT = 6379  # where ``ray start --head`` listens
@@ -34,7 +38,38 @@ Backend = Literal["processes", "ray"]
 
 
 def run_cell(spec: Mapping[str, Any]) -> str:
-    """Run one cell in this process; return nothing, or the error in one line. Its output goes into its log."""
+    """Run one cell; return nothing, or the error in one line. Its output goes into its log.
+
+    A cell on several devices is a command of its own: Lightning runs the command again for each further device, and
+    that of a comparison would be a second comparison.
+    """
+    config = spec["config"]
+    if config["devices"] * config["num_nodes"] == 1:
+        return _run_here(spec)
+    folder = Path(config["output"]) / str(config["name"])
+    folder.mkdir(parents=True, exist_ok=True)
+    each = max(1, spec["threads"] // config["devices"])
+    write_json(folder / SPEC, {**spec, "threads": each})
+    (folder / OUTCOME).unlink(missing_ok=True)
+    with (folder / LOG).open("a") as log, _environment(OMP_NUM_THREADS=str(each)):
+        command = [sys.executable, "-m", "hftlight.runs.workers", str(folder / SPEC)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if (folder / OUTCOME).is_file():
+        return (folder / OUTCOME).read_text()
+    return f"RuntimeError: the cell's command ended with status {done.returncode}; see {folder / LOG}"
+
+
+def main(path: str) -> None:
+    """Be one process of a cell on several devices; ``path`` is the file of its values."""
+    _end_with(os.getppid())
+    error = _run_here(json.loads(Path(path).read_text()))
+    if main_process():
+        write_text(Path(path).with_name(OUTCOME), error)
+    sys.exit(1 if error else 0)
+
+
+def _run_here(spec: Mapping[str, Any]) -> str:
+    """Run one cell in this process, or with those that the same command has started beside it."""
     from hftlight.cli import quiet
     from hftlight.runs.run import run
 
@@ -48,19 +83,23 @@ def run_cell(spec: Mapping[str, Any]) -> str:
     quiet()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        first = main_process()
         where = {"host": socket.gethostname(), "process": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_json(folder / STARTED, where)
+        if first:
+            write_json(folder / STARTED, where)
         with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
             print("started on {host}, process {process}, {time}".format(**where))
             try:
                 with threads(spec["threads"]):
                     _once_unlocked(folder, lambda: run(config, made, attack))
             except Exception:
-                (folder / ERROR).write_text(traceback.format_exc())
+                if first:
+                    (folder / ERROR).write_text(traceback.format_exc())
                 raise
     except Exception as error:
         return _in_one_line(error, folder)
-    (folder / ERROR).unlink(missing_ok=True)
+    if first:
+        (folder / ERROR).unlink(missing_ok=True)
     return ""
 
 
@@ -331,3 +370,7 @@ def _shared_variables() -> dict[str, str]:
     paths = [code, *(os.path.abspath(path) for path in own if path)]
     given = {name: value for name, value in os.environ.items() if name.startswith("HFTLIGHT_")}
     return {**given, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
