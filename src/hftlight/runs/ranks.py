@@ -94,8 +94,8 @@ def decide(what: str, look: Callable[[], T]) -> T:
         _store().add(_known(), 1)
         time.sleep(GRACE)
         kind = InputError if told["kind"] == InputError.__name__ else RunError
-        error = kind(f"process {rank_and_world()[0]} ends with process 0: {told['error']}")
-        error.told = True  # type: ignore[attr-defined]
+        error: Any = kind(f"process {rank_and_world()[0]} ends with process 0: {told['error']}")
+        error.told = True
         raise error
     if told["what"] != what:
         raise RunError(
