@@ -1,5 +1,11 @@
 """Models by name: the tiny one, the demo model's cache, adapters that add up."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -95,3 +101,17 @@ def test_the_demo_model_is_converted_once_and_speaks():
     assert "Paris" in tokenizer.decode(answer)
     assert model_path("smollm2-135m") == path
     assert model_hash("smollm2-135m") == before
+
+
+def test_four_processes_on_a_fresh_cache_make_the_model_once(tmp_path):
+    """They begin at one moment; forked from a process that has imported everything."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
+    command = [sys.executable, "-m", "tests.helpers.fresh_cache", str(tmp_path), "3", "4", "load"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) == 3, done.stderr[-2000:]
+    for each in rounds:
+        assert each["statuses"] == [0, 0, 0, 0], each["log"]
+    assert len({(tmp_path / f"round{i}" / "hash.json").read_text() for i in range(3)}) == 1
+    assert not list(tmp_path.glob("round*/cache/models/*.tmp"))

@@ -25,7 +25,7 @@ LISTS = {
     "--evaluation.at",
     *(f"--search.{axis}" for axis in ("steps", "lr", "rank", "num_samples", "harmful_ratio")),
 }  # options that take several values
-SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool}
+SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool} | {"--share_gpus"}
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -261,8 +261,8 @@ def train(argv: Sequence[str] | None = None) -> int:
         config.check()
         quiet()
         from hftlight.runs.prepare import prepare
+        from hftlight.runs.ranks import main_process
         from hftlight.runs.show import show_plan, show_preset, show_result
-        from hftlight.runs.stage import main_process
 
         preset = chosen_preset(plain_names(sys.argv[1:] if argv is None else argv))
         if preset and main_process():  # before any file is read, so that a dry run shows what is to be given
@@ -316,7 +316,8 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
     )
     add("--seeds", type=int, default=3, help="number of seeds, >= 1")
     add("--first_seed", type=int, default=0, help="the first seed")
-    add("--jobs", type=int, default=1, help="cells at one time, each with its share of the cores, >= 1")
+    add("--jobs", type=int, default=1, help="cells at one time, each with a share of the cores and its own GPUs, >= 1")
+    add("--share_gpus", type=bool, default=False, help="let several cells work on one GPU where --jobs needs it")
     add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
     add("--backend", type=Backend, default="processes", help="processes (this machine) or ray (a Ray cluster)")
     add("--comparison", type=str, default="comparison", help="name of the comparison's folder in --output")
@@ -368,7 +369,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             tuple(attacks),
         )
         folder = Path(config.output) / values.comparison
-        how = {"jobs": values.jobs, "retries": values.retries, "backend": values.backend}
+        how = {name: values[name] for name in ("jobs", "retries", "backend", "share_gpus")}
         compare_and_show(config, grid, folder, values.dry_run, values.report_only, **how)
 
     return guarded(work)

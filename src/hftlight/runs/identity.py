@@ -12,6 +12,11 @@ WORK = tuple(
 )
 
 
+def working_code() -> dict[str, str]:
+    """Return the versions of libraries and a digest of the code that decides a run's results, as shown in messages."""
+    return {**versions(), "code": code_of(*WORK)["hftlight"]}
+
+
 def identity(model: str, parts: Iterable[Any]) -> dict[str, Any]:
     """Return the hash of the model's files, the versions of libraries, and a digest of the code by package.
 

@@ -43,15 +43,16 @@ from hftlight.report import Result, read_result, write_report
 from hftlight.runs.artifact import stand_alone
 from hftlight.runs.attacker import Attacker, Budget, Outcome, search
 from hftlight.runs.edit import EditJob, run_edit
-from hftlight.runs.identity import identity
+from hftlight.runs.identity import identity, working_code
 from hftlight.runs.loggers import SUMMARY, StageLogger, labels_of, named, score_names, stage_logger, wandb_summary
 from hftlight.runs.measure import measure
 from hftlight.runs.model_metrics import Reference
 from hftlight.runs.prepare import BUILTIN, Arm, Choosing, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.repair import RepairJob, run_repair
 from hftlight.runs.select import SelectionJob, run_selection
-from hftlight.runs.stage import CURVES, StageJob, main_process, run_stage
+from hftlight.runs.stage import CURVES, StageJob, run_stage
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 
@@ -74,18 +75,26 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = (), attac
     config = replace(config or RunConfig(), defense=[name_of(d) for d in defenses])
     prepared = prepare(config, defenses, attack)
     folder = run_folder(prepared)
-    _claim(folder, prepared)
-    main = main_process()
-    lock = FileLock(folder / ".lock", timeout=0) if main else nullcontext()
+    launch(config)
     try:
-        with lock:
-            _Run(prepared, folder).go()
-    except Timeout as error:
-        raise InputError(f"Another process works in {folder}; wait for it, or choose another --name.") from error
+        with ending_together():
+            agree("The configuration", f"{prepared.config_hash} in {folder.resolve()}, {working_code()}")
+            _go(folder, prepared)
+            meet("the end of the run")
     finally:
         if comparison_of(folder) is None:
             drop_base()  # kept for the next cell of a comparison alone
     return read_result(folder)
+
+
+def _go(folder: Path, prepared: Prepared) -> None:
+    """Do the run in its folder, which the first process locks."""
+    decide("whether the folder is free", lambda: _claim(folder, prepared))
+    try:
+        with FileLock(folder / ".lock", timeout=0) if main_process() else nullcontext():
+            _Run(prepared, folder).go()
+    except Timeout as error:
+        raise InputError(f"Another process works in {folder}; wait for it, or choose another --name.") from error
 
 
 def run_folder(prepared: Prepared) -> Path:
@@ -120,7 +129,7 @@ class _Run:
         self.generations: list[dict[str, Any]] = []
         self.logger: StageLogger | None = None
         self.main = main_process()
-        self.base_hash = model_hash(self.config.model)
+        self.base_hash = decide("the model's hash", lambda: model_hash(self.config.model))
         self.sft_seconds: dict[Stage, float] = {}
         self.manifest = self._manifest()
 
@@ -187,8 +196,7 @@ class _Run:
         records = prepared.records(Stage.ALIGNMENT, Arm("none", []))
         plain = StageJob(Stage.ALIGNMENT, self.config, self.base_hash, None, records, [])
         self.progress.begin()
-        reused = plain.done()
-        run_stage(plain, on_step=self.progress.update)
+        reused = run_stage(plain, on_step=self.progress.update)
         self.progress.end("for the selection", reused)
         self.progress.begin()
         gc.collect()
@@ -319,12 +327,11 @@ class _Run:
         job = StageJob(stage, config, self.base_hash, parent, records, arm.of(stage), tuned, watched)
         self.progress.begin()
         gc.collect()  # the model before this one, so that peak memory is this stage's own
-        reused = job.done()
 
         def log_to() -> StageLogger | None:
             return self._log_to(arm.name, stage.value, job.folder() / CURVES)
 
-        run_stage(job, log_to, self.progress.update)
+        reused = run_stage(job, log_to, self.progress.update)
         if not self.main:
             return job.artifact()
         log_to()  # where the stage was done before, its curves are in its file
@@ -388,6 +395,8 @@ class _Run:
         return None
 
     def _save(self) -> None:
+        if not self.main:
+            return
         write_rows(self.folder / "metrics.jsonl", self.rows)
         write_rows(self.folder / "generations.jsonl", self.generations)
         write_json(self.folder / "manifest.json", self.manifest)

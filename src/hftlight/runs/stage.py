@@ -12,7 +12,6 @@ from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from typing_extensions import override
 
@@ -31,11 +30,12 @@ from hftlight.models import load_tokenizer, model_hash
 from hftlight.module import SafetyModule
 from hftlight.provenance import described
 from hftlight.runs.artifact import full_state, save_artifact, trainable_model
-from hftlight.runs.callbacks import FiniteGuard, Interrupted, Meter, StepSeed
+from hftlight.runs.callbacks import Curves, FiniteGuard, Interrupted, Meter, StepSeed
 from hftlight.runs.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
 from hftlight.runs.job import ARTIFACT, Job
 from hftlight.runs.loggers import RowsLogger
 from hftlight.runs.measure import TestSets
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.watch import EvaluateAt
 
 CURVES = "curves.jsonl"
@@ -142,37 +142,47 @@ def run_stage(
     job: StageJob,
     log_to: Callable[[], Logger | None] = lambda: None,
     on_step: Callable[[int, float | None], None] | None = None,
-) -> None:
+) -> bool:
     """Train a stage to its end, from its newest checkpoint if there is one; do nothing if it is done.
+
+    Of several processes the first one takes the lock and looks at the disk; all of them train, or none. The same call
+    with the same number of threads gives the same weights bit for bit, however often it was killed and resumed.
 
     Args:
         job: the stage.
         log_to: makes the logger for its curves, besides the stage's own file.
         on_step: called after each optimizer step with (step, loss in nats).
 
+    Returns:
+        Whether it had been done before.
+
     Raises:
-        InputError: if a stream is empty or the model cannot be adapted.
+        InputError: if a stream is empty, the model cannot be adapted, or the processes do not see the same files.
         RunError: if the loss leaves the finite numbers.
         KeyboardInterrupt: after Ctrl-C; the same call resumes.
     """
-    folder = job.folder()
-    with ExitStack() as stack:
-        if main_process():
+    launch(job.config)
+    with ending_together(), ExitStack() as stack:
+        folder = job.folder()
+        agree("The cache folder of the stage", str(folder))
+
+        def look() -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / "lock"))
-        if job.done():
-            return
-        _train(job, folder, log_to, on_step)
+            done = job.done()
+            newest = None if done else newest_checkpoint(folder / "checkpoints")
+            return {"done": done, "resume": newest and str(newest)}
 
-
-def main_process() -> bool:
-    """Tell whether this process is the one that writes; the others train along."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+        found = decide(f"whether the {job.stage.value} stage is done", look)
+        if not found["done"]:
+            _train(job, folder, found["resume"] and Path(found["resume"]), log_to, on_step)
+    return bool(found["done"])
 
 
 def _train(
     job: StageJob,
     folder: Path,
+    resume: Path | None,
     log_to: Callable[[], Logger | None],
     on_step: Callable[[int, float | None], None] | None,
 ) -> None:
@@ -181,7 +191,6 @@ def _train(
     with trainable_model(job.config, job.parent) as model:
         module = module_of(job, model)
         checkpoints = folder / "checkpoints"
-        resume = newest_checkpoint(checkpoints)
         resumed_at = int(resume.stem) if resume else 0
         meter, interrupted = Meter(on_step), Interrupted()
         loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
@@ -191,6 +200,7 @@ def _train(
             FiniteGuard(job.stage.value, checkpoints),
             meter,
             interrupted,
+            Curves(job.config.log_every),
             keep_two(checkpoints, job.config.checkpoint_every),
         ]
         watch = watch_of(job)
@@ -208,13 +218,15 @@ def _train(
                 raise KeyboardInterrupt from error
             raise
         state = full_state(model)
-        if trainer.is_global_zero:
+
+        def write() -> None:
             with new_folder(folder / ARTIFACT) as place:
                 save_artifact(place, model, state, job.config, job.parent, data.policy.serving_slot())
             job.finish(
                 {
                     "stage": job.stage.value,
                     "cost": meter.cost(),
+                    "threads": torch.get_num_threads(),
                     "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
                     "dropped_rows": data.dropped,
                     "defenses": {d.state_key: d.manifest() for d in job.defenses},
@@ -224,7 +236,8 @@ def _train(
                 CURVES,
             )
             shutil.rmtree(checkpoints, ignore_errors=True)
-        trainer.strategy.barrier("stage written")
+
+        meet("the stage's artifact", write)
 
 
 def watch_of(job: StageJob) -> EvaluateAt | None:

@@ -1,7 +1,6 @@
 """A comparison: a run for each cell of defenses x attacks x harmful ratios x tasks x seeds, parallel and resumable."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from hftlight.models import model_hash
 from hftlight.runs.grid import Cell, Grid, cell_config
 from hftlight.runs.identity import identity
 from hftlight.runs.prepare import prepare
+from hftlight.runs.share import gpus_each, threads_each
 from hftlight.runs.workers import Backend, work
 
 SHARED = 3  # pieces of a run that cells with one aligned model share: base measured, alignment, aligned measured
@@ -33,6 +33,7 @@ def compare(
     retries: int = 1,
     backend: Backend = "processes",
     on_cell: Callable[[Cell, str], None] | None = None,
+    share_gpus: bool = False,
 ) -> dict[Cell, str]:
     """Run every cell that is not finished, and return what became of each: ``"done"``, or its error.
 
@@ -43,12 +44,15 @@ def compare(
         config: everything that the grid does not decide.
         grid: the cells.
         folder: the comparison's folder.
-        jobs: cells at one time, >= 1; each gets its share of the cores.
+        jobs: cells at one time, >= 1; each gets its share of the cores that this process may use, at most
+            ``OMP_NUM_THREADS`` of them, and GPUs of its own. Weights are equal bit for bit for equal numbers of threads
+            alone; a run's manifest has them.
         retries: how often a failed cell is tried again, >= 0.
         backend: ``"processes"`` on this machine, or ``"ray"`` on the Ray cluster at ``RAY_ADDRESS`` (this machine's
             own without it), whose nodes all see ``folder``. A cell whose node or process dies goes on on another one,
             ``LOST`` times before that counts as a failure; ``HFTLIGHT_*`` variables of this process hold on all nodes.
         on_cell: called with a cell and ``"started"``, ``"done"`` or its error; ``"started"`` again on another node.
+        share_gpus: let more cells work at one time than there are GPUs for; by default that is refused.
 
     Raises:
         InputError: if an argument cannot be used, a cell could not start, the folder belongs to another comparison, or
@@ -56,6 +60,7 @@ def compare(
     """
     if jobs < 1 or retries < 0:
         raise InputError(f"--jobs must be >= 1 and --retries >= 0, got {jobs} and {retries}.")
+    gpus = gpus_each(asdict(config), jobs, share_gpus) if jobs > 1 and backend == "processes" else []
     folder = Path(folder)
     ensure_writable(folder, "the comparison's folder")
     cells = grid.cells()
@@ -70,7 +75,7 @@ def compare(
             outcome = dict.fromkeys(cells, "done")
             for attempt in range(1 + retries):
                 failed = {}
-                for cell, error in work(jobs_of, jobs, backend, on_cell):
+                for cell, error in work(jobs_of, jobs, backend, on_cell, gpus):
                     outcome[cell] = error or "done"
                     if error:
                         failed[cell] = jobs_of[cell]
@@ -212,5 +217,4 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
 def _spec(config: RunConfig, grid: Grid, cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
     """Return a cell as plain values, which any process can be sent."""
     place = replace(cell_config(config, cell), output=str(folder / CELLS), name=cell.name)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads}
+    return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads_each(jobs)}
