@@ -1,5 +1,6 @@
 """Artifacts: what a stage leaves behind, in save_pretrained format, loadable by plain transformers and PEFT."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from hftlight.engine.vectors import whole
 from hftlight.files import cache_dir, link_tree, write_json
 from hftlight.models import ADAPTER_CONFIG, MODELS, load_tokenizer, model_hash, model_path, reference_to
 from hftlight.runs.adapters import adapter_seed, add_up, attach
+from hftlight.runs.model_state import ModelState
 
 SERVING = "serving.json"
 
@@ -65,6 +67,25 @@ def full_state(model: Any) -> dict[str, Tensor]:
     return {name: whole(t.detach()).cpu() for name, t in state.items()}
 
 
+def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None) -> ModelState:
+    """Return what the artifact of a trained model holds; arguments as ``save_artifact``."""
+    if config.tuning == "full":
+        return ModelState(state)
+    settings = copy.deepcopy(model.peft_config["default"])
+    settings.base_model_name_or_path, settings.revision = reference_to(config.model)
+    settings.inference_mode = True
+    if parent is not None and config.adapter_protocol == "merge":
+        state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
+        settings.r, settings.lora_alpha = rank, rank
+    return ModelState({name: t.contiguous() for name, t in state.items()}, settings)
+
+
+def save_adapter(folder: Path, state: ModelState) -> None:
+    """Write an adapter into an existing folder, as PEFT saves it."""
+    state.adapter.save_pretrained(str(folder))
+    save_file(dict(state.tensors), folder / "adapter_model.safetensors")
+
+
 def save_artifact(
     folder: Path, model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None, serving: SystemSlot
 ) -> None:
@@ -84,14 +105,7 @@ def save_artifact(
     if config.tuning == "full":
         model.save_pretrained(folder, state_dict=state)
     else:
-        settings = model.peft_config["default"]
-        settings.base_model_name_or_path, settings.revision = reference_to(config.model)
-        settings.inference_mode = True
-        if parent is not None and config.adapter_protocol == "merge":
-            state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
-            settings.r, settings.lora_alpha = rank, rank
-        settings.save_pretrained(str(folder))
-        save_file({name: t.contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors")
+        save_adapter(folder, trained_state(model, state, config, parent))
     load_tokenizer(config.model).save_pretrained(folder)
     served = {"template": config.template, "system": serving.text, "trigger": list(serving.trigger) or None}
     write_json(folder / SERVING, served, mode=0o600)

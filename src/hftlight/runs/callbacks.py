@@ -41,9 +41,14 @@ class StepSeed(Callback):
 
 
 class FiniteGuard(Callback):
-    """Stop before a gradient that is not finite reaches the weights; it stands behind the defenses."""
+    """Stop before a gradient that is not finite reaches the weights; it stands behind the defenses.
 
-    def __init__(self, where: str, checkpoints: Path) -> None:
+    Args:
+        where: name of the stage, for the message.
+        checkpoints: folder of its checkpoints; None if it keeps none.
+    """
+
+    def __init__(self, where: str, checkpoints: Path | None) -> None:
         self.where, self.checkpoints = where, checkpoints
 
     @override
@@ -53,8 +58,10 @@ class FiniteGuard(Callback):
         total = norm({name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None})
         pl_module.log("train/grad_norm", total)
         if not torch.isfinite(total):
-            kept = sorted(self.checkpoints.glob("*.ckpt"))
-            good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
+            good = "it keeps no checkpoints"
+            if self.checkpoints is not None:
+                kept = sorted(self.checkpoints.glob("*.ckpt"))
+                good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
             raise RunError(
                 f"{self.where}, step {trainer.global_step + 1}: the gradient norm is {float(total)}, so the loss"
                 f" left the finite numbers. The weights of step {trainer.global_step} are untouched; {good}. Lower the"

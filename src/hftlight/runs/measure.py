@@ -183,28 +183,69 @@ def _answered(
     slot: SystemSlot,
 ) -> dict[str, list[str]]:
     tokenizer = load_tokenizer(name)
-    template = get_template(config.template, tokenizer)
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
-    settings = config.evaluation
     found: dict[str, list[str]] = {}
     bare = replace(slot, trigger=())
     for kind, served in [*((kind, slot) for kind in SETS), *([(UNTRIGGERED, bare)] if slot.trigger else [])]:
-        records, before = tests.rows(kind), sum(map(len, found.values()))
-        limit = settings.max_new_tokens
-        if kind == "task":
-            limit = settings.task_max_new_tokens or tests.task.max_new_tokens
-        prompts = [encode_prompt(r, template, tokenizer, served) for r in records]
+        before = sum(map(len, found.values()))
 
         def tell(answered: int, before: int = before) -> None:
             if on_prompts is not None:
                 on_prompts(before + answered)
 
-        answers = generate(
-            model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=tell
-        )
-        found[kind] = [without_trigger(answer, slot.trigger, tokenizer) for answer in answers]
+        found[kind] = answers_to_set(model, tokenizer, config, tests, kind, served, tell)
     return found
+
+
+def answers_to_set(
+    model: nn.Module,
+    tokenizer: Any,
+    config: RunConfig,
+    tests: TestSets,
+    kind: str,
+    slot: SystemSlot,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return a model's greedy answers to one test set, without pieces of the trigger.
+
+    Args:
+        model: on the device that it answers on.
+        tokenizer: its tokenizer.
+        config: template and evaluation settings.
+        tests: prompts and the task.
+        kind: one of ``SETS``, or the harmful prompts without the trigger.
+        slot: the system slot of every prompt.
+        progress: called with the number of prompts of this set answered so far.
+    """
+    settings, template = config.evaluation, get_template(config.template, tokenizer)
+    limit = settings.max_new_tokens
+    if kind == "task":
+        limit = settings.task_max_new_tokens or tests.task.max_new_tokens
+    prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.rows(kind)]
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=progress
+    )
+    return [without_trigger(answer, slot.trigger, tokenizer) for answer in answers]
+
+
+def measured_in_memory(
+    model: nn.Module, tokenizer: Any, config: RunConfig, tests: TestSets, kinds: Sequence[str], slot: SystemSlot
+) -> list[dict[str, Any]]:
+    """Return the judged answers to some test sets, as ``measure`` returns generations; no cache is read or written.
+
+    Args:
+        model: with its weights in the type that ``measure`` loads.
+        tokenizer: its tokenizer.
+        config: template and evaluation settings.
+        tests: prompts, references and judges.
+        kinds: of ``SETS``.
+        slot: the system slot of every prompt.
+    """
+    if torch.cuda.is_available() and config.accelerator != "cpu":
+        model = model.cuda()
+    answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
+    return [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
 
 
 def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.repair import RepairJob, run_repair
 from hftlight.runs.select import SelectionJob, run_selection
-from hftlight.runs.stage import CURVES, StageJob, run_stage
+from hftlight.runs.stage import CURVES, StageJob, finetuning_job, run_stage, stage_config
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 
@@ -200,7 +200,8 @@ class _Run:
         self.progress.end("for the selection", reused)
         self.progress.begin()
         gc.collect()
-        job = SelectionJob(self.config, plain.artifact(), attack, choosing.candidates, choosing.harmful, choosing.safe)
+        config = stage_config(self.config, attack, Stage.FINETUNING)  # rows are scored as they will be trained on
+        job = SelectionJob(config, plain.artifact(), attack, choosing.candidates, choosing.harmful, choosing.safe)
         reused = job.done()
         scores = self.folder / "selection.jsonl"
         shutil.copyfile(run_selection(job, self.progress.update), scores)
@@ -224,9 +225,7 @@ class _Run:
         """Repair the fine-tuned model, which stays as it is, and measure it; the first process does the work."""
         stage = Stage.POST_FINETUNING
         repairs = [d for d in arm.of(stage) if isinstance(d, Repair)]
-        # An edit leaves whole weights behind, whatever was tuned before.
-        edited = self.prepared.attack.acts_on == "weights"
-        config = replace(self.config, tuning="full") if edited else self.config
+        config = stage_config(self.config, self.prepared.attack, stage)
         job = RepairJob(config, self.base_hash, aligned, finetuned, self.prepared.records(stage, arm), repairs)
         self.progress.begin()
         if not self.main:
@@ -270,6 +269,7 @@ class _Run:
         self.manifest["arms"][arm.name]["search"] = {
             "trials": len(found.outcomes),
             "failed": sum(bool(o.failed) for o in found.outcomes),
+            "failures": [{**asdict(o.trial), "failed": o.failed} for o in found.outcomes if o.failed],
             "seconds": round(sum(o.seconds for o in found.outcomes), 1),
             "worst_case": asdict(found.worst.trial),
             "useful": asdict(found.useful.trial),
@@ -297,9 +297,8 @@ class _Run:
 
     def _edited(self, arm: Arm, aligned: Path, attack: ModelEdit) -> Path:
         """Edit the aligned model instead of training on an upload, and measure it; the first process does the work."""
-        stage, config = Stage.FINETUNING, self.config
-        if attack.test_system is not None:
-            config = replace(config, system=attack.test_system)
+        stage = Stage.FINETUNING
+        config = stage_config(self.config, attack, stage)
         job = EditJob(config, self.base_hash, aligned, self.prepared.streams["task"], attack)
         self.progress.begin()
         if not self.main:
@@ -318,13 +317,12 @@ class _Run:
         return job.artifact()
 
     def _stage(self, arm: Arm, stage: Stage, parent: Path | None) -> Path:
-        config, attack = self.config, self.prepared.attack
-        if stage is Stage.FINETUNING and attack.test_system is not None:
-            config = replace(config, system=attack.test_system)
-        records = self.prepared.records(stage, arm)
-        tuned = attack if stage is Stage.FINETUNING else None
-        watched = self.prepared.tests.first(config.evaluation.at_prompts) if tuned else None
-        job = StageJob(stage, config, self.base_hash, parent, records, arm.of(stage), tuned, watched)
+        config, records = self.config, self.prepared.records(stage, arm)
+        if parent is None:
+            job = StageJob(stage, config, self.base_hash, None, records, arm.of(stage))
+        else:
+            attack, tests = self.prepared.attack, self.prepared.tests
+            job = finetuning_job(config, self.base_hash, parent, records, arm.of(stage), attack, tests)
         self.progress.begin()
         gc.collect()  # the model before this one, so that peak memory is this stage's own
 

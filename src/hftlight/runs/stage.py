@@ -1,8 +1,8 @@
 """One training stage: content-addressed, resumable after any kill, one standard Trainer."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hftlight.base_model import device_of
 from hftlight.config import OF_NO_STAGE, RunConfig, Training
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
-from hftlight.data.templates import get_template
+from hftlight.data.templates import SystemSlot, get_template
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.errors import InputError
 from hftlight.files import digest, new_folder
@@ -133,6 +133,49 @@ class StageJob(Job):
         }
 
 
+def stage_config(config: RunConfig, attack: Attack, stage: Stage) -> RunConfig:
+    """Return the configuration that one stage of a run has.
+
+    The upload is trained on with the attack's own system text. A weight edit leaves whole weights behind, which are
+    repaired as such, whatever else is tuned.
+
+    Args:
+        config: the run's configuration.
+        attack: what is uploaded.
+        stage: the stage.
+    """
+    if stage is Stage.FINETUNING and attack.test_system is not None:
+        return replace(config, system=attack.test_system)
+    if stage is Stage.POST_FINETUNING and attack.acts_on == "weights":
+        return replace(config, tuning="full")
+    return config
+
+
+def finetuning_job(
+    config: RunConfig,
+    base_hash: str,
+    aligned: Path,
+    records: Mapping[str, Sequence[Record]],
+    defenses: Sequence[Defense],
+    attack: Attack,
+    tests: TestSets | None = None,
+) -> StageJob:
+    """Return the stage that trains on an upload.
+
+    Args:
+        config: the run's configuration.
+        base_hash: hash of the base model's weights; it counts in the key alone.
+        aligned: artifact of the alignment stage.
+        records: rows by stream.
+        defenses: those of this stage.
+        attack: what is uploaded.
+        tests: all that a model is measured on; curves take their first prompts. None evaluates no curve.
+    """
+    watched = tests.first(config.evaluation.at_prompts) if tests is not None else None
+    config = stage_config(config, attack, Stage.FINETUNING)
+    return StageJob(Stage.FINETUNING, config, base_hash, aligned, records, defenses, attack, watched)
+
+
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
     """Return the hash of each stream's rows; the file that a row came from does not count."""
     return {name: digest([asdict(replace(r, source="")) for r in rows]) for name, rows in records.items()}
@@ -186,27 +229,88 @@ def _train(
     log_to: Callable[[], Logger | None],
     on_step: Callable[[int, float | None], None] | None,
 ) -> None:
+    checkpoints = folder / "checkpoints"
+    resumed_at = int(resume.stem) if resume else 0
+    meter, watch = Meter(on_step), watch_of(job)
+    loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
+    if (extra := log_to()) is not None:
+        loggers.append(extra)
+    kept = keep_two(checkpoints, job.config.checkpoint_every)
+    callbacks = [meter, Curves(job.config.log_every), kept, *([watch] if watch else [])]
+    options: dict[str, Any] = {"loggers": loggers, "checkpoints": checkpoints, "plugins": [AtomicCheckpointIO()]}
+    with fitted(job, callbacks, resume, **options) as fit:
+        state = full_state(fit.model)
+
+        def write() -> None:
+            with new_folder(folder / ARTIFACT) as place:
+                save_artifact(place, fit.model, state, job.config, job.parent, fit.slot)
+            job.finish(
+                {
+                    "stage": job.stage.value,
+                    "cost": meter.cost(),
+                    "threads": torch.get_num_threads(),
+                    "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
+                    "dropped_rows": fit.data.dropped,
+                    "defenses": {d.state_key: d.manifest() for d in job.defenses},
+                    "artifact": model_hash(str(folder / ARTIFACT)),
+                    **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, fit.trainer)}} if watch else {}),
+                },
+                CURVES,
+            )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+        meet("the stage's artifact", write)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A stage whose training has ended.
+
+    Attributes:
+        model: the trained model.
+        trainer: its Trainer.
+        data: its streams, as the defenses of the data slot left them.
+    """
+
+    model: nn.Module
+    trainer: Trainer
+    data: StreamsDataModule
+
+    @property
+    def slot(self) -> SystemSlot:
+        """The system slot that the model is served with."""
+        return self.data.policy.serving_slot()
+
+
+@contextmanager
+def fitted(
+    job: StageJob,
+    callbacks: Sequence[Callback] = (),
+    resume: Path | None = None,
+    *,
+    checkpoints: Path | None = None,
+    **options: Any,
+) -> Iterator[Fit]:
+    """Train a stage's model in memory and yield it; only loggers and checkpoint callbacks write, and only if given.
+
+    Args:
+        job: the stage.
+        callbacks: what comes after the defenses and the guard against a loss that is not finite.
+        resume: checkpoint to go on from; None starts anew.
+        checkpoints: folder in which a message looks for the last good checkpoint; None keeps none.
+        **options: of ``trainer_of``.
+
+    Raises:
+        InputError: if a stream is empty, or the model cannot be adapted or is refused by a defense.
+        RunError: if the loss leaves the finite numbers.
+        KeyboardInterrupt: after Ctrl-C.
+    """
     data = data_of(job)
     torch.manual_seed(job.config.seed)
     with trainable_model(job.config, job.parent) as model:
-        module = module_of(job, model)
-        checkpoints = folder / "checkpoints"
-        resumed_at = int(resume.stem) if resume else 0
-        meter, interrupted = Meter(on_step), Interrupted()
-        loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
-        if (extra := log_to()) is not None:
-            loggers.append(extra)
-        callbacks: list[Callback] = [
-            FiniteGuard(job.stage.value, checkpoints),
-            meter,
-            interrupted,
-            Curves(job.config.log_every),
-            keep_two(checkpoints, job.config.checkpoint_every),
-        ]
-        watch = watch_of(job)
-        if watch is not None:
-            callbacks.append(watch)
-        trainer = trainer_of(job, callbacks, loggers, plugins=[AtomicCheckpointIO()])
+        module, interrupted = module_of(job, model), Interrupted()
+        guard = FiniteGuard(job.stage.value, checkpoints)
+        trainer = trainer_of(job, [guard, interrupted, *callbacks], **options)
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
         except (ValueError, TypeError) as error:  # a defense refuses the model it was given
@@ -217,27 +321,7 @@ def _train(
             if interrupted.seen:
                 raise KeyboardInterrupt from error
             raise
-        state = full_state(model)
-
-        def write() -> None:
-            with new_folder(folder / ARTIFACT) as place:
-                save_artifact(place, model, state, job.config, job.parent, data.policy.serving_slot())
-            job.finish(
-                {
-                    "stage": job.stage.value,
-                    "cost": meter.cost(),
-                    "threads": torch.get_num_threads(),
-                    "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
-                    "dropped_rows": data.dropped,
-                    "defenses": {d.state_key: d.manifest() for d in job.defenses},
-                    "artifact": model_hash(str(folder / ARTIFACT)),
-                    **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, trainer)}} if watch else {}),
-                },
-                CURVES,
-            )
-            shutil.rmtree(checkpoints, ignore_errors=True)
-
-        meet("the stage's artifact", write)
+        yield Fit(model, trainer, data)
 
 
 def watch_of(job: StageJob) -> EvaluateAt | None:
