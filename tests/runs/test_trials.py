@@ -30,7 +30,7 @@ from hftlight.config import Data, Evaluation, Lora, Search
 from hftlight.data.sources import get_task
 from hftlight.data.synthetic import build_world
 from hftlight.defenses import Antidote, Lisa, SafeLoRA
-from hftlight.engine import Defense, Stage
+from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.repair import LowRank
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
@@ -85,7 +85,8 @@ def own_cache(tmp_path_factory):
 
 
 def settings(tmp_path, **changes):
-    return config(tmp_path, **{"evaluation": EVALUATION, "lora": Lora(r=2, alpha=5, dropout=0.1), **changes})
+    few = {"data": Data(harmful_rows=8, attack_rows=40), "lora": Lora(r=2, alpha=5, dropout=0.1)}
+    return config(tmp_path, **{"evaluation": EVALUATION, "baseline": False, **few, **changes})
 
 
 def own(tmp_path, attack=None, defenses=(), **changes):
@@ -123,13 +124,13 @@ def test_every_attack_that_uploads_something_is_tried():
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("name", UPLOADS)
 def test_the_first_trial_is_the_runs_own_finetuning(name, tuning, tmp_path):
-    data, attack = Data(), UPLOADS[name]()
+    more, attack = TUNINGS[tuning], UPLOADS[name]()
     if isinstance(attack, BenignSelection):
         data = selecting(tmp_path)
         offered = get_task(data.task).records("train", data.task_train)
         write_scores(tmp_path / "scores.jsonl", offered, [float(place % 5) for place in range(len(offered))])
-        attack = replace(attack, scores=str(tmp_path / "scores.jsonl"))
-    attacker, job = own(tmp_path, attack, data=data, **TUNINGS[tuning])
+        attack, more = replace(attack, scores=str(tmp_path / "scores.jsonl")), {**more, "data": data}
+    attacker, job = own(tmp_path, attack, **more)
     first = Trial.of(attacker.config)
     state, slot = attacker.trained(first)
     assert same(state, job.artifact())
@@ -194,7 +195,7 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
 def test_run_and_search_have_one_road(tmp_path, monkeypatch):
     """The search's first trial gives the answers that the run gave, on one half of the prompts."""
     monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
-    values = settings(tmp_path, attacker="search:1", attack="identity_shift", baseline=False)
+    values = settings(tmp_path, attacker="search:1", attack="identity_shift")
     defenses = [Lisa(1, 1, quiet=0.0, cycles=0), SafeLoRA(number=3), Antidote(0.1)]
     result = run(values, defenses, IdentityShift())
     (arm,) = result.arms
@@ -249,7 +250,7 @@ def test_a_run_that_stops_early_stops_its_trials_too(tmp_path):
 
 
 def test_every_trial_starts_from_the_aligned_model(made):
-    for defenses in ([], [SafeLoRA()], [Antidote(0.3)]):
+    for defenses in ([], [SafeLoRA(), Antidote(0.3)]):
         attacker = made(defenses)
         first, _ = attacker.trained(FIRST)
         attacker.trained(replace(FIRST, steps=2, rank=4))
@@ -339,7 +340,7 @@ def test_a_search_without_any_trial_ends_the_run_by_name(made, tmp_path):
 
 def test_defects_and_ctrl_c_end_the_search(made, tmp_path):
     class Pressed(Defense):
-        stage = Stage.FINETUNING
+        stage, slots = Stage.FINETUNING, (Slot.GRADIENT,)
 
         @override
         def on_train_start(self, trainer, pl_module):
