@@ -27,7 +27,7 @@ from hftlight.cli import quiet
 from hftlight.config import Training
 from hftlight.defenses import Antidote, Booster, ConstrainedSFT, Freeze, Lisa, SafeLoRA, SafetyMix, Vaccine
 from hftlight.engine import Stage, in_order
-from hftlight.runs.artifact import artifact_digest
+from hftlight.models import model_hash
 from tests.helpers.contract import rows as contract_rows
 from tests.helpers.jobs import rows, small_config
 
@@ -65,7 +65,7 @@ def chain(defenses: list[Any]) -> str:
     if of[Stage.POST_FINETUNING]:
         job = repair.RepairJob(config, "tiny", aligned, finetuned, STREAMS, of[Stage.POST_FINETUNING])
         repair.run_repair(job, lambda _: tick("repair"))
-    return artifact_digest(job.artifact())
+    return model_hash(str(job.artifact()))
 
 
 seen: list[str] = []

@@ -318,7 +318,7 @@ class Repair(Defense):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**{k: v for k, v in self.arguments().items() if k != "output"})
+        return self.key_of({k: v for k, v in self.arguments().items() if k != "output"})
 
     @override
     def state_dict(self) -> dict[str, Any]:

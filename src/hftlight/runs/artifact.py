@@ -15,8 +15,8 @@ from hftlight.base_model import keeps_base, lent_model
 from hftlight.config import RunConfig
 from hftlight.data.templates import SystemSlot
 from hftlight.engine.vectors import whole
-from hftlight.files import folder_digest, write_json
-from hftlight.models import load_tokenizer, model_path
+from hftlight.files import cache_dir, link_tree, write_json
+from hftlight.models import ADAPTER_CONFIG, MODELS, load_tokenizer, model_hash, model_path, reference_to
 from hftlight.runs.adapters import adapter_seed, add_up, attach
 from hftlight.runs.model_state import ModelState
 
@@ -72,7 +72,7 @@ def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, paren
     if config.tuning == "full":
         return ModelState(state)
     settings = copy.deepcopy(model.peft_config["default"])
-    settings.base_model_name_or_path = model_path(config.model)
+    settings.base_model_name_or_path, settings.revision = reference_to(config.model)
     settings.inference_mode = True
     if parent is not None and config.adapter_protocol == "merge":
         state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
@@ -111,9 +111,25 @@ def save_artifact(
     write_json(folder / SERVING, served, mode=0o600)
 
 
-def artifact_digest(folder: Path) -> str:
-    """Return the hash of an artifact's weights and of how it is served."""
-    return folder_digest(folder, "*.safetensors") + folder_digest(folder, SERVING)[:8]
+def stand_alone(artifact: Path, base: Path) -> None:
+    """Let an adapter stand on a copy of its model in the run's folder, if its model lies in hftlight's cache.
+
+    So the artifact stays loadable, by PEFT too, when the cache is cleared or moved.
+
+    Args:
+        artifact: the adapter's folder; a whole model is left as it is.
+        base: where the copy lies, or shall lie; its weights are hard links where the file system allows.
+    """
+    path = artifact / ADAPTER_CONFIG
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    model = Path(settings["base_model_name_or_path"])
+    if model.parent != cache_dir() / MODELS:
+        return
+    if model_hash(str(model)) != (model_hash(str(base)) if (base / "config.json").is_file() else None):
+        link_tree(model, base)
+    write_json(path, {**settings, "base_model_name_or_path": str(base.resolve())})
 
 
 def read_serving(folder: Path) -> dict[str, Any]:

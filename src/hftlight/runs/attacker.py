@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hftlight.attacks.attack import Attack
+from hftlight.base_model import device_of
 from hftlight.config import RunConfig, Search
 from hftlight.data.records import Record, split_by_hash
 from hftlight.data.templates import SystemSlot
@@ -23,14 +24,16 @@ from hftlight.errors import InputError, RunError
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import Verdict
 from hftlight.files import digest, ensure_writable, file_digest
-from hftlight.models import load_tokenizer, weights_hash
-from hftlight.runs.artifact import artifact_digest, base_dtype, full_state, trained_state
+from hftlight.models import load_tokenizer, model_hash
+from hftlight.provenance import described
+from hftlight.runs.artifact import base_dtype, full_state, trained_state
 from hftlight.runs.budget import Budget, Trial, trial_config, tried
+from hftlight.runs.identity import identity
 from hftlight.runs.measure import TestSets, measured_in_memory
 from hftlight.runs.model_state import ModelState
 from hftlight.runs.prepare import stage_records, streams_of, test_sets
 from hftlight.runs.repair import apply_repairs, repaired_model, subject_around
-from hftlight.runs.stage import deciding_versions, finetuning_job, fitted, stage_config, watch_of
+from hftlight.runs.stage import finetuning_job, fitted, stage_config, watch_of
 
 Sampler = Literal["grid", "optuna"]
 RECORD = "trials.jsonl"
@@ -280,16 +283,18 @@ def _settings(attacker: Attacker) -> str:
     config = replace(attacker.config, search=Search(), attacker="fixed")
     attack = {f.name: getattr(attacker.attack, f.name) for f in fields(attacker.attack)}
     defenses = [*attacker.training, *attacker.repairs]
-    named = [weights_hash(model) for d in attacker.repairs for model in (d.aligned, d.base) if model]
+    named = [model_hash(model) for d in attacker.repairs for model in (d.aligned, d.base) if model]
     return digest(
         {
-            "versions": deciding_versions(),
+            "made_of": identity(config.model, [*defenses, attacker.attack]),
             "config": config.deciding(),
             "attack": [attacker.attack.name, attack, _files(attack.values())],
             "data": _files(asdict(config.data).values()),
-            "defenses": [d.state_key for d in defenses],
-            "models": [artifact_digest(attacker.aligned), weights_hash(config.model), named],
+            "defenses": described(defenses),
+            "models": [model_hash(str(attacker.aligned)), named],
             "tests": [half.digest() for half in (attacker.selecting, attacker.reporting)],
+            "judges": attacker.selecting.judging(),
+            "device": device_of(config),
         }
     )
 

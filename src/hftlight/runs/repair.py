@@ -15,20 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hftlight.base_model import drop_base
-from hftlight.config import RunConfig
+from hftlight.base_model import device_of, drop_base
+from hftlight.config import OF_NO_STAGE, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate, padding_id
 from hftlight.engine.repair import MARKER, Repair, Subject, repaired_state, repairs_of, save_repaired, stored
 from hftlight.errors import RunError
-from hftlight.files import digest, new_folder, write_json
-from hftlight.models import load_model, load_tokenizer, model_path, weights_hash
-from hftlight.runs.artifact import SERVING, artifact_digest, save_adapter
-from hftlight.runs.job import RESULT, Job
+from hftlight.files import new_folder, write_json
+from hftlight.models import load_model, load_tokenizer, model_hash, model_path
+from hftlight.provenance import described
+from hftlight.runs.artifact import SERVING, save_adapter
+from hftlight.runs.job import ARTIFACT, Job
 from hftlight.runs.model_state import ModelState, with_adapter
-from hftlight.runs.stage import deciding_versions, records_digest
+from hftlight.runs.stage import records_digest
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -58,23 +59,29 @@ class RepairJob(Job):
     def kind(self) -> str:
         return "post_finetuning"
 
+    @property
     @override
-    def key(self) -> str:
-        """Return the hash of everything that decides the result, versions included."""
-        c = self.config
-        return digest(
-            {
-                "stage": "post_finetuning",
-                "versions": deciding_versions(),
-                "base": self.base_hash,
-                "models": [artifact_digest(self.aligned), artifact_digest(self.finetuned)],
-                "records": records_digest(self.records),
-                "defenses": [d.state_key for d in self.defenses],
-                "named": [weights_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
-                "settings": [c.tuning, c.adapter_protocol, c.template, c.system, c.max_tokens, c.accelerator, c.seed],
-                "batch_size": c.evaluation.batch_size,
-            }
-        )
+    def decided_by(self) -> str:
+        return "repair"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.repair", *(type(d) for d in self.defenses)]
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the repaired weights."""
+        size = self.config.evaluation.batch_size
+        return {
+            "config": {**self.config.without({*OF_NO_STAGE, "alignment", "finetuning", "evaluation"}), "rows": size},
+            "base": self.base_hash,
+            "aligned": model_hash(str(self.aligned)),
+            "finetuned": model_hash(str(self.finetuned)),
+            "records": records_digest(self.records),
+            "defenses": described(self.defenses),
+            "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
+            "device": device_of(self.config),
+        }
 
 
 def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -> None:
@@ -96,10 +103,10 @@ def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -
         since = time.perf_counter()
         subject = subject_of(job)
         reports = apply_repairs(subject, job.defenses, on_repair)
-        _save(folder / "artifact", job, subject, reports)
+        _save(folder / ARTIFACT, job, subject, reports)
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
         result = {"stage": "post_finetuning", "cost": cost, "defenses": reports}
-        write_json(folder / RESULT, {**result, "artifact": artifact_digest(folder / "artifact")})
+        job.finish({**result, "artifact": model_hash(str(folder / ARTIFACT))})
 
 
 def apply_repairs(
