@@ -156,9 +156,14 @@ def test_a_trial_checkpoints_activations_and_loads_the_runs_type(tmp_path, monke
             seen.append((fit.model.is_gradient_checkpointing, fit.model.get_input_embeddings().weight.dtype))
             yield fit
 
+    def answering(model, *given):
+        seen.append(next(model.parameters()).dtype)
+        return measured_in_memory(model, *given)
+
     monkeypatch.setattr(attacker_module, "fitted", looking)
-    attacker.trained(Trial.of(attacker.config))
-    assert seen == [(True, torch.bfloat16)]
+    monkeypatch.setattr(attacker_module, "measured_in_memory", answering)
+    assert attacker.outcome(Trial.of(attacker.config)).failed == ""
+    assert seen == [(True, torch.bfloat16), torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", [n for n, row in contract_rows().items() if row.make().stage is Stage.FINETUNING])
