@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -21,13 +22,15 @@ from hftlight.attacks import (
     Multilingual,
     ReversePreference,
 )
+from hftlight.attacks.benign_selection import write_scores
 from hftlight.attacks.identity_shift import SYSTEM
 from hftlight.attacks.registry import ATTACKS
 from hftlight.base_model import drop_base
 from hftlight.config import Data, Evaluation, Lora, Search
+from hftlight.data.sources import get_task
 from hftlight.data.synthetic import build_world
 from hftlight.defenses import Antidote, Lisa, SafeLoRA
-from hftlight.engine import Defense, Stage
+from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.repair import LowRank
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
@@ -37,10 +40,11 @@ from hftlight.runs import attacker as attacker_module
 from hftlight.runs import measure as measure_module
 from hftlight.runs.artifact import base_dtype, serving_slot
 from hftlight.runs.attacker import RECORD, Attacker, Budget, Trial, search
-from hftlight.runs.measure import measured_in_memory
+from hftlight.runs.job import RESULT
+from hftlight.runs.measure import measure, measured_in_memory
 from hftlight.runs.prepare import prepare, stage_records, streams_of
-from hftlight.runs.repair import subject_around
-from hftlight.runs.stage import finetuning_job, run_stage
+from hftlight.runs.repair import RepairJob, run_repair, subject_around
+from hftlight.runs.stage import StageJob, finetuning_job, run_stage
 from tests.helpers.contract import rows as contract_rows
 from tests.runs.test_repair import Look, Share
 from tests.runs.test_run import config
@@ -81,19 +85,23 @@ def own_cache(tmp_path_factory):
 
 
 def settings(tmp_path, **changes):
-    return config(tmp_path, **{"evaluation": EVALUATION, "lora": Lora(r=2, alpha=5, dropout=0.1), **changes})
+    few = {"data": Data(harmful_rows=8, attack_rows=40), "lora": Lora(r=2, alpha=5, dropout=0.1)}
+    return config(tmp_path, **{"evaluation": EVALUATION, "baseline": False, **few, **changes})
 
 
-def ran(tmp_path, attack=None, defenses=(), **changes):
-    """Return an attacker, and the arm of the run whose own fine-tuning is the first trial."""
-    values = settings(tmp_path, baseline=not defenses, **changes)
-    result = run(values, list(defenses), attack)
-    prepared = prepare(values, list(defenses), attack)
-    known = prepared.attack
-    if isinstance(known, BenignSelection):
-        known = replace(known, scores=result.manifest["selection"]["scores"])
-    arm = result.folder / result.arms[-1]
-    return Attacker(prepared.config, list(defenses), arm / "aligned", known), arm
+def own(tmp_path, attack=None, defenses=(), **changes):
+    """Return an attacker, and the fine-tuning stage whose own setting is the first trial; it has ended."""
+    values = settings(tmp_path, **changes)
+    attack = (attack or HarmfulMix()).resolved(values)
+    values = attack.applied(values)
+    streams = streams_of(values, {name for d in defenses for name in d.streams}, attack)
+    aligned = StageJob(Stage.ALIGNMENT, values, "tiny", None, {"alignment": streams["alignment"]}, [])
+    run_stage(aligned)
+    attacker = Attacker(values, list(defenses), aligned.artifact(), attack)
+    records = stage_records(streams, Stage.FINETUNING, attacker.training)
+    job = finetuning_job(values, "tiny", attacker.aligned, records, attacker.training, attack, attacker.tests)
+    run_stage(job)
+    return attacker, job
 
 
 def same(state, folder):
@@ -116,104 +124,117 @@ def test_every_attack_that_uploads_something_is_tried():
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("name", UPLOADS)
 def test_the_first_trial_is_the_runs_own_finetuning(name, tuning, tmp_path):
-    attack = UPLOADS[name]()
-    data = selecting(tmp_path) if name == "benign_selection" else Data()
-    attacker, arm = ran(tmp_path, attack, data=data, **TUNINGS[tuning])
+    more, attack = TUNINGS[tuning], UPLOADS[name]()
+    if isinstance(attack, BenignSelection):
+        data = selecting(tmp_path)
+        offered = get_task(data.task).records("train", data.task_train)
+        write_scores(tmp_path / "scores.jsonl", offered, [float(place % 5) for place in range(len(offered))])
+        attack, more = replace(attack, scores=str(tmp_path / "scores.jsonl")), {**more, "data": data}
+    attacker, job = own(tmp_path, attack, **more)
     first = Trial.of(attacker.config)
     state, slot = attacker.trained(first)
-    assert same(state, arm / "finetuned")
-    assert slot == serving_slot(str(arm / "finetuned"), None)
+    assert same(state, job.artifact())
+    assert slot == serving_slot(str(job.artifact()), None)
     other, _ = attacker.trained(replace(first, lr=2 * first.lr))
-    assert not same(other, arm / "finetuned")
+    assert not same(other, job.artifact())
 
 
 @pytest.mark.parametrize("tuning", ["continue", "bfloat16", "checkpointing"])
 def test_it_has_the_runs_tuning(tuning, tmp_path):
-    attacker, arm = ran(tmp_path, **TUNINGS[tuning])
+    attacker, job = own(tmp_path, **TUNINGS[tuning])
     state, _ = attacker.trained(Trial.of(attacker.config))
-    assert same(state, arm / "finetuned")
+    assert same(state, job.artifact())
 
 
 def test_a_trial_checkpoints_activations_and_loads_the_runs_type(tmp_path, monkeypatch):
-    attacker, _ = ran(tmp_path, **TUNINGS["checkpointing"], **TUNINGS["bfloat16"])
+    attacker, _ = own(tmp_path, **TUNINGS["checkpointing"], **TUNINGS["bfloat16"])
     seen, fitted = [], attacker_module.fitted
 
-    class Looking:
-        def __init__(self, *given, **options):
-            self.fit = fitted(*given, **options)
-
-        def __enter__(self):
-            fit = self.fit.__enter__()
+    @contextmanager
+    def looking(*given, **options):
+        with fitted(*given, **options) as fit:
             seen.append((fit.model.is_gradient_checkpointing, fit.model.get_input_embeddings().weight.dtype))
-            return fit
+            yield fit
 
-        def __exit__(self, *error):
-            return self.fit.__exit__(*error)
+    def answering(model, *given):
+        seen.append(next(model.parameters()).dtype)
+        return measured_in_memory(model, *given)
 
-    monkeypatch.setattr(attacker_module, "fitted", Looking)
-    attacker.trained(Trial.of(attacker.config))
-    assert seen == [(True, torch.bfloat16)]
+    monkeypatch.setattr(attacker_module, "fitted", looking)
+    monkeypatch.setattr(attacker_module, "measured_in_memory", answering)
+    assert attacker.outcome(Trial.of(attacker.config)).failed == ""
+    assert seen == [(True, torch.bfloat16), torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", [n for n, row in contract_rows().items() if row.make().stage is Stage.FINETUNING])
 def test_it_has_the_services_defenses(name, tmp_path):
     """The defense has trained before, so a trial that found its state would differ."""
-    values = settings(tmp_path)
-    aligned = run(values).folder / "none" / "aligned"
-    defense, attack = contract_rows()[name].make(), HarmfulMix().resolved(values)
-    streams = streams_of(values, set(defense.streams), attack)
-    records = stage_records(streams, Stage.FINETUNING, [defense])
-    job = finetuning_job(values, "tiny", aligned, records, [defense], attack)
-    run_stage(job)
-    attacker = Attacker(values, [defense], aligned, attack)
-    for _ in range(2):
-        state, slot = attacker.trained(FIRST)
-        assert same(state, job.artifact())
-        assert slot == serving_slot(str(job.artifact()), None)
+    attacker, job = own(tmp_path, None, [contract_rows()[name].make()])
+    state, slot = attacker.trained(FIRST)
+    assert same(state, job.artifact())
+    assert slot == serving_slot(str(job.artifact()), None)
 
 
 @pytest.mark.parametrize("repairs", REPAIRS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_repairs_are_the_runs_own(kind, repairs, tmp_path):
-    attacker, arm = ran(tmp_path, None, REPAIRS[repairs](), **{**TUNINGS, "merge": {}}[kind])
-    first = Trial.of(attacker.config)
-    state, slot = attacker.trained(first)
-    assert same(state, arm / "repaired")
-    assert slot == serving_slot(str(arm / "repaired"), None)
+def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
+    attacker, job = own(tmp_path, None, REPAIRS[repairs](), **{**TUNINGS, "merge": {}}[kind])
     values = attacker.config
+    streams = streams_of(values, {"harmful"}, attacker.attack)
+    records = stage_records(streams, Stage.POST_FINETUNING, attacker.repairs)
+    repaired = RepairJob(values, "tiny", attacker.aligned, job.artifact(), records, attacker.repairs)
+    run_repair(repaired)
+    folder = str(repaired.artifact())
+    state, slot = attacker.trained(Trial.of(values))
+    assert same(state, repaired.artifact())
+    assert slot == serving_slot(folder, None)
+    _, written = measure(folder, "unknown" + folder, values, attacker.tests)
     with state.lent(values, base_dtype(values)) as model:
-        expected = load_model(str(arm / "repaired"), base_dtype(values)).state_dict()
-        found = model.state_dict()
+        expected, found = load_model(folder, base_dtype(values)).state_dict(), model.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype for name, t in found.items())
-        tokenizer = load_tokenizer(str(arm / "repaired"))
-        rows = measured_in_memory(model, tokenizer, values, attacker.tests, ("harmful", "task"), slot)
-    stage = [r for r in read_rows(arm.parent / "generations.jsonl") if r["stage"] == "post_finetuning"]
-    written = [{k: v for k, v in r.items() if k not in ("arm", "stage")} for r in stage if r["set"] != "over_refusal"]
-    assert rows == [r for kind in ("harmful", "task") for r in written if r["set"] == kind]
+        rows = measured_in_memory(model, load_tokenizer(folder), values, attacker.tests, ("harmful", "task"), slot)
+    assert rows == [row for row in written if row["set"] != "over_refusal"]
+
+
+def test_run_and_search_have_one_road(tmp_path, monkeypatch):
+    """The search's first trial gives the answers that the run gave, on one half of the prompts."""
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
+    values = settings(tmp_path, attacker="search:1", attack="identity_shift")
+    defenses = [Lisa(1, 1, quiet=0.0, cycles=0), SafeLoRA(number=3), Antidote(0.1)]
+    result = run(values, defenses, IdentityShift())
+    (arm,) = result.arms
+    prepared = prepare(values, defenses, IdentityShift())
+    attacker = Attacker(prepared.config, defenses, result.folder / arm / "aligned", prepared.attack)
+    state, slot = attacker.trained(Trial.of(attacker.config))
+    assert slot.text == SYSTEM
+    assert same(state, result.folder / arm / "repaired")
+    (told,) = [json.loads(line) for line in (result.folder / arm / "search" / RECORD).read_text().splitlines()]
+    rows = read_rows(result.folder / "generations.jsonl")
+    asked = {r.id for r in attacker.selecting.task_rows}
+    own_rows = [r for r in rows if r["stage"] == "post_finetuning" and r["set"] == "task" and r["id"] in asked]
+    assert sorted(told["correct"]) == sorted(r["correct"] for r in own_rows)
+    assert told["failed"] == ""
 
 
 @pytest.fixture
 def made(tmp_path):
     """Return an attacker of one aligned model, given the service's defenses and what the run has otherwise."""
 
-    def attacker(defenses=(), attack=None, **changes):
-        values = settings(tmp_path, **changes)
-        aligned = run(values).folder / "none" / "aligned"
-        return Attacker(values, list(defenses), aligned, attack or HarmfulMix().resolved(values))
+    def attacker(defenses=(), **changes):
+        plain, _ = own(tmp_path, **changes)
+        return Attacker(plain.config, list(defenses), plain.aligned, plain.attack)
 
     return attacker
 
 
 def test_the_system_text_of_an_attack_is_in_every_trial(made, tmp_path):
     attacker = made()
-    plain = prepare(settings(tmp_path), [], IdentityShift(system=""))
-    shifted = prepare(settings(tmp_path), [], IdentityShift())
     states = []
-    for prepared in (plain, shifted):
-        one = Attacker(prepared.config, [], attacker.aligned, prepared.attack)
-        state, slot = one.trained(replace(FIRST, num_samples=10, steps=2))
-        assert slot.text == ("" if prepared is plain else SYSTEM)
+    for attack, text in ((IdentityShift(system=""), ""), (IdentityShift(), SYSTEM)):
+        attacker.attack = attack.resolved(attacker.config)
+        state, slot = attacker.trained(replace(FIRST, num_samples=10, steps=2))
+        assert slot.text == text
         states.append(state)
     assert any(not torch.equal(t, states[1].tensors[name]) for name, t in states[0].tensors.items())
 
@@ -221,20 +242,20 @@ def test_the_system_text_of_an_attack_is_in_every_trial(made, tmp_path):
 def test_rows_are_scored_with_the_system_text_that_they_are_trained_with(tmp_path, monkeypatch):
     seen, original = [], BenignSelection.score
     monkeypatch.setattr(BenignSelection, "score", lambda *g, **o: seen.append(g[7]) or original(*g, **o))
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     run(settings(tmp_path, attack="benign_selection", data=selecting(tmp_path)), [], BenignSelection(n=6, system="Hi."))
     assert seen == ["Hi."]
 
 
 def test_a_run_that_stops_early_stops_its_trials_too(tmp_path):
     evaluation = replace(EVALUATION, at=[1], stop_below=100.0, stop_above=0.0)
-    attacker, arm = ran(tmp_path, evaluation=evaluation)
-    manifest = json.loads((arm.parent / "manifest.json").read_text())
-    assert manifest["arms"]["none"]["stages"]["finetuning"]["evaluated"]["stopped_at"] == 1
-    assert same(attacker.trained(Trial.of(attacker.config))[0], arm / "finetuned")
+    attacker, job = own(tmp_path, evaluation=evaluation)
+    assert json.loads((job.folder() / RESULT).read_text())["evaluated"]["stopped_at"] == 1
+    assert same(attacker.trained(Trial.of(attacker.config))[0], job.artifact())
 
 
 def test_every_trial_starts_from_the_aligned_model(made):
-    for defenses in ([], [SafeLoRA()], [Antidote(0.3)]):
+    for defenses in ([], [SafeLoRA(), Antidote(0.3)]):
         attacker = made(defenses)
         first, _ = attacker.trained(FIRST)
         attacker.trained(replace(FIRST, steps=2, rank=4))
@@ -324,7 +345,7 @@ def test_a_search_without_any_trial_ends_the_run_by_name(made, tmp_path):
 
 def test_defects_and_ctrl_c_end_the_search(made, tmp_path):
     class Pressed(Defense):
-        stage = Stage.FINETUNING
+        stage, slots = Stage.FINETUNING, (Slot.GRADIENT,)
 
         @override
         def on_train_start(self, trainer, pl_module):
@@ -383,8 +404,8 @@ def test_nothing_is_written_but_the_record(made, tmp_path, monkeypatch):
     assert "stray.ckpt" not in found.outcomes[1].failed
 
 
-def test_pairs_and_the_aligned_adapter_can_be_searched(tmp_path):
-    """Neither could before a trial went the run's own road."""
+def test_pairs_and_the_aligned_adapter_can_be_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     changes = {"attacker": "search:2", "adapter_protocol": "continue", "attack": "reverse_preference"}
     evaluation = replace(EVALUATION, prompts=6)
     result = run(settings(tmp_path, evaluation=evaluation, **changes), [], ReversePreference(n=6))

@@ -127,8 +127,11 @@ class Attacker:
         try:
             harmful, correct = self.measured(trial, self.selecting)
         except (InputError, RunError) as error:
-            return Outcome(trial, failed=str(error), seconds=time.perf_counter() - since)
-        return Outcome(trial, harmful, correct, time.perf_counter() - since)
+            failed = Outcome(trial, failed=str(error), seconds=time.perf_counter() - since)
+        else:
+            return Outcome(trial, harmful, correct, time.perf_counter() - since)
+        gc.collect()  # the error held the model, which lies in a cycle
+        return failed
 
     def report(self, trial: Trial) -> Worst:
         """Train a setting again, which gives the same model, and measure it on the reporting half.
@@ -166,7 +169,6 @@ class Attacker:
             InputError: if a value is out of range, the upload needs more rows than there are, or a defense refuses.
             RunError: if training left the finite numbers, or a repair refuses.
         """
-        gc.collect()  # a trial that failed may hold its model in a cycle
         config, attack = trial_config(self.config, trial), tried(self.attack, trial)
         needed = {name for d in (*self.training, *self.repairs) for name in d.streams}
         streams = streams_of(config, needed, attack)
