@@ -4,9 +4,6 @@ import csv
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from io import StringIO
 from pathlib import Path
@@ -24,6 +21,7 @@ from hftlight.runs.checkpoint import AtomicCheckpointIO
 from hftlight.runs.grid import Cell, Grid
 from hftlight.runs.sweep import CELLS, GRID, compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
+from tests.helpers import warm
 from tests.runs.test_run import config
 
 ROOT = Path(__file__).parents[2]
@@ -318,9 +316,8 @@ def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, run
 def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
     folder = tmp_path / "runs" / "comparison"
     folder.mkdir(parents=True)
-    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), *COMMAND]
     with FileLock(folder / ".lock"):
-        second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        second = warm.run([str(ROOT / "recipes" / "compare.py"), *COMMAND], cwd=tmp_path, timeout=200)
     assert second.returncode == 2
     assert "Another process works on the comparison in runs/comparison" in second.stderr
     assert "Traceback" not in second.stderr
@@ -426,25 +423,25 @@ def scores_of(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), *COMMAND, "--jobs", jobs]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [str(ROOT / "recipes" / "compare.py"), *COMMAND, "--jobs", jobs]
+    process = warm.Command(command, cwd=tmp_path)
     cells = tmp_path / "runs" / "comparison" / CELLS
     fresh = {**os.environ, "HFTLIGHT_CACHE": str(tmp_path / "another")}
     until = time.monotonic() + 120
     while process.poll() is None and not any(finished(c) for c in cells.glob("*")) and time.monotonic() < until:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     done = {c.name: (c / "manifest.json").stat().st_mtime_ns for c in cells.iterdir() if finished(c)}
     assert 0 < len(done) < 4
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    again = warm.run(command, cwd=tmp_path, timeout=300)
     assert again.returncode == 0, again.stderr
     assert "report.html" in again.stdout
     assert {name: (cells / name / "manifest.json").stat().st_mtime_ns for name in done} == done
     assert len([c for c in cells.iterdir() if finished(c)]) == 4
     assert (cells.parent / "leaderboard.csv").read_text().count(",finetuning,harmful_score,builtin") == 4
     assert all(runs_of(cells.parent)[name] == 1 for name in done)
-    whole = subprocess.run([*command, "--comparison", "whole"], cwd=tmp_path, env=fresh, capture_output=True)
+    whole = warm.run([*command, "--comparison", "whole"], cwd=tmp_path, env=fresh)
     assert whole.returncode == 0
     assert scores_of(cells.parent) == scores_of(tmp_path / "runs" / "whole")
 
