@@ -1,5 +1,6 @@
 """How the suite is run: longest files first, some files spread over the workers, and each test as if it ran alone."""
 
+import gc
 import os
 import sys
 from collections import defaultdict
@@ -35,6 +36,19 @@ def as_found() -> Iterator[None]:
     for name in _variables().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+_frozen = 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_are_no_garbage() -> None:
+    """Take what was imported out of the garbage collector's reach: a library that collects often would scan it all."""
+    global _frozen
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 def _variables() -> dict[str, str]:

@@ -27,11 +27,17 @@ IMPORTS = (
     "hftlight.runs.run",
     "hftlight.runs.sweep",
     "hftlight.cli",
-    "tests.helpers.contract",
+    "hftlight.defenses",
+    "hftlight.report.page",
+    "matplotlib.backends.backend_svg",
+    "tests.helpers.killed",
     "torch._dynamo",
-    "torch.distributed.run",
+    "torch.distributed",
+    "torch.utils.serialization",
     "peft",
+    "peft.utils.transformers_weight_conversion",
     "transformers.models.llama.modeling_llama",
+    *(f"tests.defenses.rows.{path.stem}" for path in (ROOT / "tests" / "defenses" / "rows").glob("[a-z]*.py")),
 )
 REQUEST_BYTES, QUEUE = 2**17, 64
 
@@ -262,6 +268,7 @@ def main(descriptor: str, address: str, owner: str) -> None:
     paths = [p for p in sys.path if p not in ("", str(ROOT), str(ROOT / "src"))] + [str(ROOT / "src"), str(ROOT)]
     for name in IMPORTS:
         import_module(name)
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # compiles patterns
     gc.collect()
     gc.freeze()
     request = serve(socket.socket(fileno=int(descriptor)), Path(address), int(owner))

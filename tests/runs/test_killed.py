@@ -17,6 +17,7 @@ KILLS = 5
 def chain(cache: Path, name, kill=()):
     """Run a row's stages in a process of their own and return its exit status and what it wrote."""
     answer = cache / "answer"
+    answer.unlink(missing_ok=True)
     command = ["-m", "tests.helpers.killed", str(answer), name, *map(str, kill)]
     done = warm.run(command, env={**os.environ, "HFTLIGHT_CACHE": str(cache)}, timeout=300)
     if done.returncode not in (0, -9):
@@ -25,9 +26,9 @@ def chain(cache: Path, name, kill=()):
 
 
 def give(folders, source: Path, target: Path):
-    """Copy finished stages from one cache into another."""
+    """Copy stages that are finished to where a cache keeps them."""
     for folder in folders:
-        shutil.copytree(source / "stages" / folder, target / "stages" / folder)
+        shutil.copytree(source / folder, target / folder)
 
 
 @pytest.fixture(scope="session")
@@ -43,28 +44,28 @@ def test_killed_and_run_again_gives_the_same_weights(name, models, tmp_path):
     Run again, it is also given those after it, unless it died at the end of a stage: they are found by a key that holds
     the digest of the stage before, so another digest is another stage, and is trained.
     """
+    cache, stages, finished = tmp_path / "cache", tmp_path / "cache" / "stages", tmp_path / "finished"
+    cache.mkdir()
     if (models / "models").is_dir():
-        shutil.copytree(models / "models", tmp_path / "whole" / "models")
-    (tmp_path / "whole").mkdir(exist_ok=True)
-    status, whole = chain(tmp_path / "whole", name)
+        shutil.copytree(models / "models", cache / "models")
+    status, whole = chain(cache, name)
     assert status == 0
     if not (models / "models").is_dir():
-        shutil.copytree(tmp_path / "whole" / "models", models / "models")
+        shutil.copytree(cache / "models", models / "models")
     chosen = moments(whole["moments"], name)
     assert len(chosen) == KILLS
+    stages.rename(finished)
     for stage, moment, kind in chosen:
-        cache = tmp_path / f"kill-{kind}"
-        shutil.copytree(models / "models", cache / "models")
-        give(whole["folders"][:stage], tmp_path / "whole", cache)
+        give(whole["folders"][:stage], finished, stages)
         status, answer = chain(cache, name, (stage, moment, kind))
         assert (status, answer) == (-9, None), (stage, moment, kind)
         if kind in INSIDE:
-            give(whole["folders"][stage + 1 :], tmp_path / "whole", cache)
+            give(whole["folders"][stage + 1 :], finished, stages)
         status, again = chain(cache, name)
         assert status == 0
         assert again["digest"] == whole["digest"], (stage, moment, kind)
         assert again["folders"] == whole["folders"], (stage, moment, kind)
-        shutil.rmtree(cache)
+        shutil.rmtree(stages)
 
 
 def test_every_kind_of_moment_is_hit():
