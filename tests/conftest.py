@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Files with one group of tests per defense or pair, no fixture between them: groups are dealt out after all other files.
+# Files with groups of tests that share nothing, one per row or pair: groups are dealt out after all other files.
 SPREAD = (
     "tests/defenses/test_contract.py",
     "tests/runs/test_killed.py",
@@ -17,7 +17,28 @@ SPREAD = (
     "tests/defenses/test_pairs.py",
 )
 # Seconds that a file takes; the longest is started first. A file that is not listed takes a few seconds.
-SECONDS: dict[str, float] = {}
+SECONDS = {
+    "tests/runs/test_sweep.py": 120.0,
+    "tests/runs/test_run.py": 100.0,
+    "tests/test_base_model.py": 60.0,
+    "tests/runs/test_resume.py": 60.0,
+    "tests/runs/test_dashboard.py": 60.0,
+    "tests/engine/test_distributed.py": 50.0,
+    "tests/runs/test_wired_attacks.py": 40.0,
+    "tests/runs/test_attacker.py": 40.0,
+    "tests/defenses/alignment/test_booster_tiny_lm.py": 35.0,
+    "tests/evaluation/test_generate.py": 35.0,
+    "tests/runs/test_repair.py": 35.0,
+    "tests/defenses/finetuning/test_kl.py": 30.0,
+    "tests/test_cli.py": 30.0,
+    "tests/defenses/finetuning/test_bea.py": 25.0,
+    "tests/runs/test_curves.py": 25.0,
+    "tests/defenses/alignment/test_t_vaccine.py": 20.0,
+    "tests/runs/test_watch.py": 20.0,
+    "tests/test_readme.py": 20.0,
+    "tests/test_outside.py": 20.0,
+    "tests/defenses/finetuning/test_lisa.py": 20.0,
+}
 SLOWEST = 10
 KEPT = ("HFTLIGHT_", "OMP_NUM_THREADS", "OPENAI_", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "RAY_ADDRESS")
 
@@ -36,6 +57,12 @@ def as_found() -> Iterator[None]:
     for name in _variables().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of a report undrawn, for runs whose report nobody looks at; tests/report draws them."""
+    monkeypatch.setattr("hftlight.report.figure.svg", lambda *_: "<svg></svg>")
 
 
 _frozen = 0

@@ -21,6 +21,8 @@ from hftlight.models import load_model
 from hftlight.runs import stage as stage_module
 from tests.helpers import warm
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).parents[2]
 TRAINING = Training(steps=3, batch_size=2, lr=1e-2)
 EVALUATION = Evaluation(prompts=6, over_refusal_prompts=4, task_rows=4, max_new_tokens=4, task_max_new_tokens=4)
@@ -197,7 +199,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
     ]
     command += [
         "--alignment.steps",
-        "200",
+        "100",
         "--finetuning.steps",
         "3",
         "--num_samples",
@@ -206,6 +208,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
         "2",
     ]
     command += ["--evaluation.over_refusal_prompts", "2", "--evaluation.task_rows", "2", "--accelerator", "cpu"]
+    command += ["--evaluation.max_new_tokens", "4", "--evaluation.task_max_new_tokens", "4"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import time
 from io import StringIO
@@ -23,6 +24,8 @@ from hftlight.runs.sweep import CELLS, GRID, compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
 from tests.helpers import warm
 from tests.runs.test_run import config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 ROOT = Path(__file__).parents[2]
 GRID_OF_FOUR = Grid(("none", "lisa+antidote"), (0.1,), ("builtin",), 2)
@@ -331,6 +334,12 @@ def test_cells_in_other_processes_say_that_they_start(tmp_path):
     assert told.index(("lisa", "started")) < told.index(("lisa", "done"))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Fork the processes of cells that only count and die: a fresh interpreter each would only import."""
+    monkeypatch.setattr(workers, "get_context", lambda _: multiprocessing.get_context("fork"))
+
+
 def die_or_not(spec):
     """Be a cell that says that it starts: ``lisa`` kills its process while ``none`` is at work for the first time."""
     cells = Path(spec["config"]["output"])
@@ -348,7 +357,7 @@ def die_or_not(spec):
     return ""
 
 
-def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch):
+def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch, forked):
     """Of two at work one dies; both are tried again one by one, and those behind them are run once."""
     monkeypatch.setattr(workers, "run_cell", die_or_not)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
@@ -370,7 +379,7 @@ def never(spec):
     os._exit(1)
 
 
-def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch):
+def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(workers, "run_cell", never)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
     outcome = compare(config(tmp_path), Grid(("none", "lisa"), (0.1,)), tmp_path / "c", jobs=2, retries=0)
