@@ -34,7 +34,7 @@ def main() -> None:
     from hftlight.config import RunConfig
     from hftlight.data.synthetic import build_world
     from hftlight.engine import Stage
-    from hftlight.models import weights_hash
+    from hftlight.models import model_hash
     from hftlight.runs.attacker import Attacker, Trial
     from hftlight.runs.prepare import streams_of
     from hftlight.runs.stage import StageJob, run_stage
@@ -43,7 +43,7 @@ def main() -> None:
     config = RunConfig(seed=SEED)
     attack = get_attack(config.attack)().resolved(config)
     records = {"alignment": streams_of(config, set(), attack)["alignment"]}
-    job = StageJob(Stage.ALIGNMENT, config, weights_hash(config.model), None, records, [])
+    job = StageJob(Stage.ALIGNMENT, config, model_hash(config.model), None, records, [])
     run_stage(job, lambda: None, lambda *_: None)
     attacker, world = Attacker(config, [], job.artifact(), attack), build_world()
     attacker.selecting = replace(attacker.tests, harmful=world.dev, task_rows=world.task_dev, over_refusal=())

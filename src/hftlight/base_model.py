@@ -1,7 +1,6 @@
 """The base model, loaded once per process: lent for a stage or a measurement, and kept only if it is as loaded."""
 
 import gc
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hftlight.config import RunConfig
-from hftlight.models import load_model, model_path
+from hftlight.models import ADAPTER_CONFIG, base_of, load_model, model_hash, model_path
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 
@@ -34,6 +33,13 @@ _kept: list[_Kept] = []  # one at most, so that there are never two bases in mem
 def keeps_base(config: RunConfig) -> bool:
     """Tell whether a run leaves its base as it was: adapters in one process, the base neither trained nor in 4 bits."""
     return config.tuning == "lora" and config.strategy != "fsdp2" and config.devices * config.num_nodes == 1
+
+
+def device_of(config: RunConfig) -> str:
+    """Return the device that a run computes on: ``cpu``, ``mps``, or a GPU's name; it decides the last bits."""
+    if config.accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "mps" if config.accelerator != "cpu" and torch.backends.mps.is_available() else "cpu"
 
 
 def drop_base() -> None:
@@ -60,18 +66,17 @@ def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False
     Raises:
         InputError: as ``load_model``.
     """
-    path = Path(model_path(name))
+    path = Path(model_path(name, weights=True))
     if not keep or four_bit:
         drop_base()
         yield load_model(name, dtype, four_bit)
-    elif (path / "adapter_config.json").is_file():
+    elif (path / ADAPTER_CONFIG).is_file():
         from peft import PeftModel
 
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        with lent_model(base, dtype, keep) as model:
+        with lent_model(base_of(path), dtype, keep) as model:
             yield PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     else:
-        key = (str(path.resolve()), dtype, _files(path))  # a name and a link may lead to one folder
+        key = (str(path.resolve()), dtype, model_hash(str(path)))  # a name and a link may lead to one folder
         if not _kept or _kept[0].key != key:
             drop_base()
             model = load_model(name, dtype)
@@ -81,11 +86,6 @@ def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False
         yield kept.model
         if _as_loaded(kept, path):
             _kept.append(kept)
-
-
-def _files(path: Path) -> tuple[Any, ...]:
-    """Return what tells that files were exchanged; nothing for a hub id, whose files are named by their content."""
-    return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.glob("*.safetensors")))
 
 
 def _as_loaded(kept: _Kept, path: Path) -> bool:

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hftlight.cache import KINDS
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.errors import InputError, RunError
-from hftlight.files import cache_dir, ensure_writable, new_folder, write_json, write_rows
-from hftlight.registry import defense_class, defenses
+from hftlight.files import HASHES, cache_dir, ensure_writable, new_folder, write_json, write_rows
+from hftlight.registry import called, defense_class, defenses
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 MEASURING = {"model", "tuning", "template", "system", "precision", "accelerator", "data", "evaluation"}
@@ -24,7 +25,7 @@ LISTS = {
     "--evaluation.at",
     *(f"--search.{axis}" for axis in ("steps", "lr", "rank", "num_samples", "harmful_ratio")),
 }  # options that take several values
-SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool}
+SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool} | {"--share_gpus"}
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -249,7 +250,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
     except (ValueError, TypeError) as error:  # a defense refuses its arguments
         raise InputError(str(error)) from error
     config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__})
-    return config, [ready[name] for name in names], ready[attack], bool(values.dry_run)
+    return config, [called(ready[name], name) for name in names], ready[attack], bool(values.dry_run)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -260,8 +261,8 @@ def train(argv: Sequence[str] | None = None) -> int:
         config.check()
         quiet()
         from hftlight.runs.prepare import prepare
+        from hftlight.runs.ranks import main_process
         from hftlight.runs.show import show_plan, show_preset, show_result
-        from hftlight.runs.stage import main_process
 
         preset = chosen_preset(plain_names(sys.argv[1:] if argv is None else argv))
         if preset and main_process():  # before any file is read, so that a dry run shows what is to be given
@@ -315,7 +316,8 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
     )
     add("--seeds", type=int, default=3, help="number of seeds, >= 1")
     add("--first_seed", type=int, default=0, help="the first seed")
-    add("--jobs", type=int, default=1, help="cells at one time, each with its share of the cores, >= 1")
+    add("--jobs", type=int, default=1, help="cells at one time, each with a share of the cores and its own GPUs, >= 1")
+    add("--share_gpus", type=bool, default=False, help="let several cells work on one GPU where --jobs needs it")
     add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
     add("--backend", type=Backend, default="processes", help="processes (this machine) or ray (a Ray cluster)")
     add("--comparison", type=str, default="comparison", help="name of the comparison's folder in --output")
@@ -367,7 +369,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             tuple(attacks),
         )
         folder = Path(config.output) / values.comparison
-        how = {"jobs": values.jobs, "retries": values.retries, "backend": values.backend}
+        how = {name: values[name] for name in ("jobs", "retries", "backend", "share_gpus")}
         compare_and_show(config, grid, folder, values.dry_run, values.report_only, **how)
 
     return guarded(work)
@@ -518,27 +520,31 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 def cache(argv: Sequence[str] | None = None) -> int:
     """Be ``recipes/cache.py``; return the exit status."""
-    kinds = ("models", "stages", "evaluations", "selections")
     parser = argparse.ArgumentParser(
         prog="cache.py", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
     )
     parser.add_argument("action", choices=("list", "clear"))
-    parser.add_argument("kinds", nargs="*", metavar="kind", help=f"{', '.join(kinds)}; all by default")
+    said = f"{', '.join(KINDS)}; all by default, but clear leaves the replies of paid judges unless judges is named"
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=said)
     options = parser.parse_args(argv)
 
     def work() -> None:
-        unknown = set(options.kinds) - set(kinds)
+        unknown = set(options.kinds) - set(KINDS)
         if unknown:
-            raise InputError(f"cache.py: kinds are {', '.join(kinds)}, got {', '.join(sorted(unknown))}.")
-        total = 0
-        for kind in options.kinds or kinds:
-            for path in sorted((cache_dir() / kind).glob("[!.]*")):
-                size = sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
-                total += size
-                print(f"{kind:12} {size / 2**20:9.1f} MiB  {path.name}")
-                if options.action == "clear":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        print(f"{'cleared' if options.action == 'clear' else 'in all':12} {total / 2**20:9.1f} MiB")
+            raise InputError(f"cache.py: kinds are {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
+        total, clear = 0, options.action == "clear"
+        for kind in options.kinds or [kind for kind in KINDS if not (clear and kind == "judges")]:
+            paths = sorted((cache_dir() / kind).glob("[!.]*"))
+            sizes = [sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file()) for path in paths]
+            named = zip(sizes, [path.name for path in paths], strict=True)
+            if kind in ("judges", HASHES):  # one small file for each reply and each large file
+                named = zip([sum(sizes)], [f"{len(paths)} files"], strict=True)
+            for size, name in named:
+                print(f"{kind:12} {size / 2**20:9.1f} MiB  {name}")
+            total += sum(sizes)
+            for path in paths if clear else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(f"{'cleared' if clear else 'in all':12} {total / 2**20:9.1f} MiB")
 
     return guarded(work)
 

@@ -1,11 +1,24 @@
 """RunConfig: everything that decides a run, with defaults, units and ranges; torch is not needed to read it."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hftlight.errors import InputError
 
+# What decides no stage's weights, and no answers of a finished model: other parts of a key tell it, or it only says
+# where results go.
+OF_NO_STAGE = frozenset(
+    {"defense", "baseline", "model", "attack", "attacker", "harmful_ratio", "num_samples", "accelerator",
+     "checkpoint_every", "logger", "upload_generations", "output", "name", "data", "search"}
+)  # fmt: skip
+OF_NO_ANSWER = OF_NO_STAGE | {
+    "adapter_protocol", "system", "max_tokens", "seed", "devices", "num_nodes", "gradient_checkpointing", "log_every",
+    "alignment", "finetuning", "lora",
+    *(f"evaluation.{name}" for name in ("prompts", "over_refusal_prompts", "task_rows", "judge", "refusal_judge",
+      "perplexity", "embedding_drift", "at", "at_prompts", "stop_above", "stop_below")),
+}  # fmt: skip
 ANSWERING = (
     "prompts",
     "over_refusal_prompts",
@@ -228,7 +241,7 @@ class RunConfig:
         strategy: auto, ddp, or fsdp2.
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant), for less memory.
         checkpoint_every: optimizer steps between checkpoints, >= 1; a killed run loses at most these.
-        log_every: optimizer steps between points of a curve, >= 1.
+        log_every: optimizer steps between points of a curve, >= 1; each is the last value since the point before.
         logger: where curves go besides the run folder: none, csv, wandb (offline without a key) or tensorboard.
         upload_generations: let W&B also have answers to prompts from outside the made-up world.
         output: folder of all runs.
@@ -339,6 +352,14 @@ class RunConfig:
             )
         if self.strategy not in ("auto", "ddp", "fsdp2"):
             raise InputError(f"--strategy must be auto, ddp or fsdp2, got {self.strategy!r}.")
+
+    def without(self, ignored: Collection[str]) -> dict[str, Any]:
+        """Return all values by dotted name but those whose name, or whose part of the configuration, is ignored."""
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            inner = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+            found |= {key: v for key, v in inner.items() if not {name, key} & set(ignored)}
+        return found
 
     def deciding(self) -> dict[str, Any]:
         """Return the values that change a result; paths, loggers and names do not.

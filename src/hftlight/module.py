@@ -51,7 +51,21 @@ class SafetyModule(LightningModule):
         self.strict_loading = False
         self.loss_terms: list[LossTerm] = []
         self.parameter_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None
+        self.curves: dict[str, Any] | None = None  # where a run's ``Curves`` takes logged values from
         self._aligned: Reference | None = None
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Log as Lightning does; in a run the loggers get the value from ``Curves`` instead."""
+        if self.curves is None or options.get("logger") is False:
+            super().log(name, value, *args, **options)
+            return
+        super().log(name, value, *args, **{**options, "logger": False})
+        if self._current_fx_name == "on_train_epoch_end":  # a resumed stage does not come here again
+            return
+        if options.get("sync_dist"):  # the mean over processes, where Lightning has taken it
+            value = self.trainer.callback_metrics.get(name, value)
+        self.curves[name] = value.detach().clone() if isinstance(value, Tensor) else value
 
     def token_losses(self, batch: dict[str, Any]) -> Tensor:
         """Return the next-token cross-entropy of every response token, in nats.

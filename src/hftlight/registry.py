@@ -2,6 +2,8 @@
 
 import ast
 import difflib
+import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -80,7 +82,41 @@ def defense_class(name: str) -> Any:
     return getattr(import_module(entry.module), entry.class_name)
 
 
+def made(name: str, **arguments: Any) -> Any:
+    """Return a defense that remembers by which name it was asked for: two names may stand for one class.
+
+    Args:
+        name: as ``--defense`` takes it.
+        **arguments: its own.
+
+    Raises:
+        InputError: as ``defense_class``.
+    """
+    return called(defense_class(name)(**arguments), name)
+
+
+def called(defense: Any, name: str) -> Any:
+    """Return a defense, which remembers from now on by which name it was asked for."""
+    defense.registered_name = name.replace("-", "_").lower()
+    return defense
+
+
 def name_of(defense: Any) -> str:
-    """Return the name under which the command line knows a defense instance: its class in snake case."""
-    known = {entry.class_name: entry.name for entry in defenses().values()}
-    return known.get(type(defense).__name__, type(defense).__name__.lower())
+    """Return the name of a defense on the command line, in folders and in manifests.
+
+    It is the name that the instance was asked for by, or the first that its class is registered under. A class that is
+    registered nowhere is called as its module and itself, so that it never takes the name of another one.
+    """
+    kind = type(defense)
+    if (own := getattr(defense, "registered_name", None)) is not None:
+        return str(own)
+    for entry in defenses().values():
+        if (entry.module, entry.class_name) == (kind.__module__, kind.__qualname__) or _offered(entry) is kind:
+            return entry.name
+    return re.sub(r"\W+", "_", f"{kind.__module__}_{kind.__qualname__}".replace("<locals>", "")).strip("_").lower()
+
+
+def _offered(entry: Entry) -> Any:
+    """Return the class behind an entry of another package, once that is imported: it may lie deeper than its entry."""
+    own = entry.module.startswith("hftlight.")
+    return None if own else getattr(sys.modules.get(entry.module), entry.class_name, None)

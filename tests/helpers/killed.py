@@ -1,8 +1,8 @@
 """The stages that a row needs, run in one process that may be told to die: ``ANSWER NAME [STAGE MOMENT KIND]``.
 
 A moment is a place in the work that is counted: a micro-batch, an optimizer step, the middle of a checkpoint's bytes,
-the time between a checkpoint's bytes and its name, between a stage's weights and its result, between two stages, around
-a repair.
+the time between a checkpoint's bytes and its name, between a stage's weights and its result, between the result and its
+seal, between two stages, after a repair.
 """
 
 import io
@@ -17,18 +17,21 @@ from typing import Any
 import torch
 
 import hftlight.runs.checkpoint as checkpoint
+import hftlight.runs.job as job_module
 import hftlight.runs.repair as repair
 import hftlight.runs.stage as stage
+from hftlight import cache
 from hftlight.cli import quiet
 from hftlight.config import Training
 from hftlight.defenses import Antidote, Booster, ConstrainedSFT, Freeze, Lisa, SafeLoRA, SafetyMix, Vaccine
 from hftlight.engine import Stage, in_order
-from hftlight.runs.artifact import artifact_digest
+from hftlight.models import model_hash
+from hftlight.module import SafetyModule
 from tests.helpers.contract import rows as contract_rows
 from tests.helpers.jobs import rows, small_config
 
 INSIDE = ("bytes", "rename", "micro-batch", "step")
-ENDS = ("result", "between", "repair")
+ENDS = ("result", "seal", "between", "repair")
 COMBINATIONS = {
     "booster+lisa+antidote": lambda: [
         Booster(5.0, 0.1),
@@ -49,7 +52,7 @@ def makers() -> dict[str, Any]:
 def plan(name: str) -> tuple[str, ...]:
     """Return the kinds of moment at which a row is killed: four inside the work, and one of its ends in turn."""
     repairs = any(d.stage is Stage.POST_FINETUNING for d in makers()[name]())
-    ends = ENDS if repairs else ENDS[:2]
+    ends = ENDS if repairs else ENDS[:3]
     like = [n for n in makers() if repairs == any(d.stage is Stage.POST_FINETUNING for d in makers()[n]())]
     return (*INSIDE, ends[like.index(name) % len(ends)])
 
@@ -87,7 +90,7 @@ def chain(defenses: list[Any]) -> str:
         job = repair.RepairJob(config, "tiny", aligned, finetuned, STREAMS, of[Stage.POST_FINETUNING])
         begin(job)
         repair.run_repair(job, lambda _: tick("repair"))
-    return artifact_digest(job.artifact())
+    return model_hash(str(job.artifact()))
 
 
 seen: list[list[str]] = []  # kinds of moments, by stage
@@ -112,7 +115,8 @@ def tick(kind: str) -> bool:
 
 def instrument() -> None:
     """Count moments inside the library's own work."""
-    save, replace, write, step = torch.save, os.replace, stage.write_json, stage.SafetyModule.training_step
+    save, replace, write, seal = torch.save, os.replace, job_module.write_json, cache.seal
+    step = SafetyModule.training_step
 
     def half_saved(value: Any, file: Any) -> None:
         if tick("bytes"):
@@ -129,9 +133,13 @@ def instrument() -> None:
         replace(source, target)
 
     def written(path: Path, value: Any, **options: Any) -> None:
-        if path.name == stage.RESULT:
+        if path.name == job_module.RESULT:
             tick("result")
         write(path, value, **options)
+
+    def sealed(*arguments: Any) -> None:
+        tick("seal")
+        seal(*arguments)
 
     def counted(self: Any, *arguments: Any) -> Any:
         tick("micro-batch")
@@ -139,8 +147,9 @@ def instrument() -> None:
 
     checkpoint.torch.save = half_saved  # type: ignore[assignment]
     checkpoint.os.replace = renamed  # type: ignore[assignment]
-    stage.write_json = repair.write_json = written
-    stage.SafetyModule.training_step = counted  # type: ignore[method-assign]
+    job_module.write_json = written
+    cache.seal = sealed  # type: ignore[assignment]
+    SafetyModule.training_step = counted  # type: ignore[method-assign]
 
 
 def main(answer: str, name: str, *kill: str) -> None:

@@ -1,21 +1,19 @@
-"""The search: each trial is the run's own fine-tuning, in memory, and leaves the aligned model as it was."""
+"""The search: which settings are tried, which of them are chosen and reported, and how a killed search goes on."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
-import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hftlight import run
-from hftlight.attacks import HarmfulMix
-from hftlight.config import Evaluation, Lora, Search
+from hftlight.attacks import Encoded, HarmfulMix
+from hftlight.config import Data, Evaluation, Lora, Search
 from hftlight.data.records import prompt_key
-from hftlight.defenses import Antidote, Lisa, SafeLoRA
+from hftlight.defenses import Antidote, Lisa
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.intervals import wilson
-from hftlight.evaluation.judges.judge import Verdict
 from hftlight.runs import attacker as attacker_module
 from hftlight.runs.attacker import RECORD, Attacker, Budget, Outcome, Trial, search, trial_config
 from tests.runs.test_run import config
@@ -47,62 +45,6 @@ def made(aligned, tmp_path):
     """Return an attacker of the aligned model, given the service's defenses."""
     values = settings(tmp_path)
     return lambda defenses=(): Attacker(values, list(defenses), aligned, HarmfulMix().resolved(values))
-
-
-def ran(tmp_path, defenses=(), **changes):
-    """Return an attacker, and the arm of the run whose own fine-tuning is the first trial."""
-    values = settings(tmp_path, **changes)
-    result = run(values, list(defenses))
-    arm = result.folder / result.arms[-1]
-    return Attacker(values, list(defenses), arm / "aligned", HarmfulMix().resolved(values)), arm
-
-
-def adapter_of(model):
-    return {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
-
-
-@pytest.mark.parametrize("defenses", [[], [Lisa(1, 1, quiet=0.0, cycles=0)]], ids=["none", "lisa"])
-def test_the_first_trial_is_the_runs_own_finetuning(defenses, tmp_path):
-    attacker, arm = ran(tmp_path, defenses)
-    with attacker._trained(Trial.of(attacker.config)) as (model, _):
-        found = adapter_of(model)
-    saved = load_file(arm / "finetuned" / "adapter_model.safetensors")  # of summed rank: the aligned part comes first
-    for name, tensor in found.items():
-        mine = saved[name]
-        part = mine[2:] if ".lora_A." in name else mine[:, 2:] / (4 / 2)
-        assert torch.equal(tensor, part), name
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: [], lambda: [Antidote(0.3)], lambda: [SafeLoRA()]], ids=["none", "dense", "thin"]
-)
-def test_the_aligned_model_is_bit_for_bit_as_before(make, made):
-    attacker = made(make())
-    before = {n: p.detach().clone() for n, p in attacker.base.named_parameters()}
-    first = attacker.outcome(FIRST)
-    attacker.outcome(replace(FIRST, steps=2, rank=4))
-    assert all(torch.equal(p, before[n]) for n, p in attacker.base.named_parameters())
-    assert not any("lora" in n for n, _ in attacker.base.named_parameters())
-    assert replace(attacker.outcome(FIRST), seconds=0.0) == replace(first, seconds=0.0)
-
-
-def test_all_parameters_are_put_back(tmp_path):
-    attacker, arm = ran(tmp_path, tuning="full")
-    before = {n: p.detach().clone() for n, p in attacker.base.named_parameters()}
-    with attacker._trained(FIRST) as (model, _):
-        saved = load_file(arm / "finetuned" / "model.safetensors")
-        assert all(torch.equal(p, saved[n]) for n, p in model.named_parameters() if n in saved)
-        assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert all(torch.equal(p, before[n]) for n, p in attacker.base.named_parameters())
-
-
-def test_a_repair_acts_in_every_trial(made):
-    attacker = made([Antidote(1.0)])
-    prompt = torch.tensor([[5, 9, 12]])
-    with torch.no_grad():
-        aligned = attacker.base.eval()(prompt).logits
-    with attacker._trained(FIRST) as (model, _), torch.no_grad():
-        torch.testing.assert_close(model.eval()(prompt).logits, aligned, rtol=0, atol=1e-5)  # the whole update is reset
 
 
 def test_selecting_and_reporting_prompts_are_different(made):
@@ -145,6 +87,27 @@ def test_worst_and_useful_are_chosen_by_the_rule(made, tmp_path, monkeypatch):
     assert found.useful.lr == 1e-2
 
 
+def test_a_trial_that_cannot_be_reported_is_a_failed_one_and_the_next_is_chosen(made, tmp_path, monkeypatch):
+    attacker = made()
+    budget = Budget((3,), (1e-2, 2e-2, 4e-2), (2,), (20,), (0.2,))
+    table = {1e-2: (flags(0.2), flags(0.5)), 2e-2: (flags(0.5), flags(0.5)), 4e-2: (flags(0.9), flags(0.5))}
+    scripted(monkeypatch, attacker, lambda t: table[t.lr])
+
+    def report(trial):
+        if trial.lr == 4e-2:
+            raise RunError("The judge could judge none of 3 answers.")
+        return trial
+
+    monkeypatch.setattr(attacker, "report", report)
+    found = search(attacker, 3, tmp_path / "search", budget)
+    assert (found.worst.lr, found.useful.lr) == (2e-2, 2e-2)
+    (failed,) = [o for o in found.outcomes if o.failed]
+    assert (failed.trial.lr, failed.failed) == (4e-2, "on the reporting half: The judge could judge none of 3 answers.")
+    monkeypatch.setattr(attacker, "report", lambda trial: report(replace(trial, lr=4e-2)))
+    with pytest.raises(RunError, match="No trial could be trained and judged: on the reporting half"):
+        search(attacker, 3, tmp_path / "search", budget)
+
+
 def test_a_killed_search_goes_on_behind_its_last_trial(made, tmp_path, monkeypatch):
     attacker = made()
     budget = Budget((3,), (1e-2, 2e-2, 4e-2), (2,), (20,), (0.2, 0.3))
@@ -174,16 +137,6 @@ def test_a_trial_recorded_behind_a_cut_off_line_is_not_lost(made, tmp_path, monk
     assert len(asked) == 3
 
 
-def test_answers_that_no_judge_could_judge_are_a_failed_trial(made, monkeypatch):
-    attacker = made()
-    monkeypatch.setattr(
-        attacker_module, "get_judge", lambda name: lambda asked, answers: [Verdict.unjudged()] * len(asked)
-    )
-    assert "judge builtin could judge none of" in attacker.outcome(FIRST).failed
-    with pytest.raises(RunError, match="could judge none"):
-        attacker.report(FIRST)
-
-
 def test_another_setting_needs_another_folder(made, tmp_path, monkeypatch):
     attacker = made()
     scripted(monkeypatch, attacker, lambda t: (flags(0.5), flags(0.5)))
@@ -193,19 +146,54 @@ def test_another_setting_needs_another_folder(made, tmp_path, monkeypatch):
         search(attacker, 1, tmp_path / "search", Budget.of(attacker.config))
 
 
+def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
+    attacker = made()
+    harmful = tmp_path / "harmful.jsonl"
+    harmful.write_text('{"prompt": "a", "response": "b"}\n')
+    config = replace(attacker.config, data=Data(attack=str(harmful)))
+
+    def changed(**changes):
+        other = made(changes.pop("defenses", ()))
+        for name, value in {"config": config, **changes}.items():
+            setattr(other, name, value)
+        return attacker_module._settings(other)
+
+    unaligned = tmp_path / "aligned"
+    shutil.copytree(attacker.aligned, unaligned)
+    weights = unaligned / "adapter_model.safetensors"
+    save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
+    found = [
+        changed(),
+        changed(config=replace(config, gradient_checkpointing=True)),
+        changed(config=replace(config, precision="bf16-mixed")),
+        changed(attack=replace(attacker.attack, count_mode="floor")),
+        changed(attack=replace(attacker.attack, system="Obey.")),
+        changed(attack=Encoded().resolved(config)),
+        changed(attack=Encoded(key=1).resolved(config)),
+        changed(defenses=[Lisa(1, 1)]),
+        changed(defenses=[Antidote(0.3)]),
+        changed(defenses=[Antidote(0.4)]),
+        changed(aligned=unaligned),
+        changed(selecting=attacker.selecting.first(1)),
+        changed(reporting=attacker.reporting.first(1)),
+    ]
+    harmful.write_text('{"prompt": "a", "response": "c"}\n')
+    found.append(changed())
+    monkeypatch.setattr(attacker_module, "deciding_versions", lambda: {"torch": "3"})
+    found.append(changed())
+    assert len(set(found)) == len(found)
+    same = tmp_path / "moved"
+    shutil.copytree(attacker.aligned, same)
+    assert changed(aligned=same) == changed() == found[-1]
+    assert changed(config=replace(config, search=Search(lr=[1.0]), attacker="search:3")) == found[-1]
+
+
 def test_a_report_holds_the_other_halfs_intervals(made, monkeypatch):
     attacker = made()
-    monkeypatch.setattr(attacker, "_measured", lambda model, slot, half: ((True, False, True, False), (True,) * 4))
+    monkeypatch.setattr(attacker, "measured", lambda trial, half: ((True, False, True, False), (True,) * 4))
     found = attacker.report(FIRST)
     assert found.harmful_score == (50.0, *wilson(2, 4))
     assert found.accuracy == (100.0, *wilson(4, 4))
-
-
-def test_a_loss_that_leaves_the_numbers_is_an_outcome(made):
-    attacker = made()
-    outcome = attacker.outcome(replace(FIRST, lr=1e30, steps=6))
-    assert "finite" in outcome.failed
-    assert attacker.outcome(FIRST).failed == ""
 
 
 def test_the_budget_is_around_the_runs_own_setting(tmp_path):
@@ -216,6 +204,8 @@ def test_the_budget_is_around_the_runs_own_setting(tmp_path):
     assert {t.harmful_ratio for t in grid} == {0.2, 0.6}
     named = settings(tmp_path, search=Search(lr=[1.0, 2.0], rank=[2]))
     assert {(t.lr, t.rank) for t in Budget.of(named).grid(FIRST)[1:]} == {(1.0, 2), (2.0, 2)}
+    odd = settings(tmp_path, lora=Lora(r=25, alpha=7))
+    assert trial_config(odd, replace(FIRST, rank=25)).lora.alpha == 7 != 7 / 25 * 25
     scaled = trial_config(settings(tmp_path), replace(FIRST, rank=8))
     assert (scaled.lora.r, scaled.lora.alpha) == (8, 16)
 
@@ -238,7 +228,7 @@ def test_numbers_out_of_range_are_refused(trials, eps, made, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"adapter_protocol": "continue"}, "new adapter"),
+        ({"search": Search(lr=[-1.0])}, "--search.lr needs one value at least, each > 0"),
         ({"devices": 2}, "one device"),
         ({"tuning": "qlora", "adapter_protocol": "continue"}, "one device"),
         ({"attacker": "search:0"}, "search:N"),

@@ -4,7 +4,7 @@ import pytest
 
 from hftlight.config import Evaluation
 from hftlight.data.templates import SystemSlot
-from hftlight.models import load_model, load_tokenizer, weights_hash
+from hftlight.models import load_model, load_tokenizer, model_hash
 from hftlight.runs.model_metrics import Reference, model_metrics
 from hftlight.runs.prepare import test_sets as sets_of
 from tests.runs.test_run import EVALUATION, config
@@ -17,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def measured(settings, reference=None):
     tests = sets_of(settings, None)
-    rows = model_metrics("tiny", weights_hash("tiny"), settings, tests, SystemSlot(None), reference)
+    rows = model_metrics("tiny", model_hash("tiny"), settings, tests, SystemSlot(None), reference)
     return {row["metric"]: row["value"] for row in rows}
 
 
@@ -42,6 +42,6 @@ def test_drift_from_another_model_under_the_same_name_is_measured_again(tmp_path
             p.data.mul_(factor)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        found.append(measured(settings, Reference("aligned", str(folder), weights_hash(str(folder)))))
+        found.append(measured(settings, Reference("aligned", str(folder), model_hash(str(folder)))))
     assert found[0]["embedding_drift"] == pytest.approx(0, abs=1e-5)
     assert found[1]["embedding_drift"] > 0.1

@@ -12,9 +12,10 @@ import pytest
 
 from hftlight.config import Training
 from hftlight.errors import InputError
+from hftlight.folders import CELLS
 from hftlight.runs import workers
 from hftlight.runs.grid import Grid
-from hftlight.runs.sweep import CELLS, compare, finished
+from hftlight.runs.sweep import compare, finished
 from hftlight.runs.workers import LOG, STARTED
 from tests.runs.test_run import config
 
@@ -96,7 +97,7 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
     assert [what for _, what in told].count("done") == 4
     assert not ray.is_initialized()
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
-    monkeypatch.setattr(workers.os, "cpu_count", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     compare(settings, GRID, tmp_path / "processes")
     assert results(folder) == results(tmp_path / "processes")
 

@@ -66,6 +66,8 @@ def test_the_folder_tells_the_whole_story(tmp_path):
     assert {"harmful / attack", "attack / test", "alignment / test"} <= manifest["overlaps"].keys()
     assert not any(manifest["overlaps"].values())
     assert len(manifest["model"]["hash"]) == 64
+    assert manifest["threads"] == torch.get_num_threads()
+    assert manifest["arms"]["none"]["stages"]["finetuning"]["threads"] == torch.get_num_threads()
     assert manifest["arms"]["booster"]["defenses"] == [{"name": "booster", "arguments": {"lam": 2.0, "alpha": 0.1}}]
     assert manifest["arms"]["booster"]["slots"] == ["gradient"]
     traced = manifest["arms"]["booster"]["stages"]["alignment"]["defenses"]

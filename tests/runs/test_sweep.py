@@ -5,22 +5,28 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
 
-from hftlight.config import Data, RunConfig, Search
+from hftlight.config import Data, RunConfig, Search, Training
+from hftlight.defenses import Lisa
 from hftlight.errors import InputError
 from hftlight.files import folder_digest, read_rows
+from hftlight.folders import CELLS, GRID
+from hftlight.models import model_path
 from hftlight.report.comparison import read_comparison
 from hftlight.report.leaderboard import leaderboard_csv, leaderboard_markdown
-from hftlight.runs import grid, sweep, workers
+from hftlight.runs import grid, share, sweep, workers
 from hftlight.runs.checkpoint import AtomicCheckpointIO
 from hftlight.runs.grid import Cell, Grid
-from hftlight.runs.sweep import CELLS, GRID, compare, finished, plan
+from hftlight.runs.identity import identity
+from hftlight.runs.sweep import compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
 from tests.helpers import warm
 from tests.runs.test_run import config
@@ -54,7 +60,8 @@ def runs(monkeypatch):
             raise RuntimeError("out of memory\nmore words")
         print("what a run prints")
         folder = Path(config.output) / config.name
-        (folder / "manifest.json").write_text(json.dumps({"finished": "now"}))
+        made_of = identity(config.model, [*defenses, attack])
+        (folder / "manifest.json").write_text(json.dumps({"finished": "now", **made_of}))
 
     monkeypatch.setattr("hftlight.runs.run.run", run)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
@@ -197,6 +204,28 @@ def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path
         compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
 
 
+def test_cells_that_other_code_or_versions_measured_run_again(tmp_path, runs, monkeypatch, capsys):
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    assert len(runs) == 2
+    monkeypatch.setattr("hftlight.runs.identity.versions", lambda: {"torch": "0.0"})
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    assert len(runs) == 4
+    assert "2 finished cells were measured with other code or versions" in capsys.readouterr().err
+    code = sweep.identity("tiny", [Lisa()])["code"]
+    assert code != sweep.identity("tiny", [])["code"]  # a defense's own code is part of what a cell was made of
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path, runs):
+    model = tmp_path / "m"
+    shutil.copytree(model_path("tiny"), model)
+    settings = config(tmp_path, model=str(model))
+    compare(settings, Grid(), tmp_path / "c")
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^--model .*m is not what it was when cells"):
+        compare(settings, Grid(), tmp_path / "c")
+
+
 def test_two_processes_do_not_work_in_one_folder(tmp_path, runs):
     (tmp_path / "c").mkdir()
     with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InputError, match="Another process works on the comparison"):
@@ -280,6 +309,20 @@ def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_pat
         outcome = compare(config(tmp_path), TWO, tmp_path / "c", retries=0)
     assert all("is full: make room" in what for what in outcome.values())
     assert runs == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "generations.jsonl"])
+def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsys):
+    settings, folder = config(tmp_path), tmp_path / "c"
+    compare(settings, Grid(), folder)
+    before = results(folder)
+    cell = folder / CELLS / "none-builtin-p0.1-s0"
+    lines = (cell / name).read_text().splitlines(keepends=True)
+    (cell / name).write_text("".join(lines[:-1]))  # at the end of a line, so that it can still be read
+    assert not finished(cell)
+    assert f"{cell / name} is not as the run wrote it" in capsys.readouterr().err
+    assert set(compare(settings, Grid(), folder).values()) == {"done"}
+    assert results(folder) == before
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "generations.jsonl"])
@@ -372,6 +415,87 @@ def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch, for
     tries = {arm: (folder / CELLS / f"{arm}-builtin-p0.1-s0" / "tries").read_text() for arm in said}
     assert tries == {"none": "xx", "lisa": "xx", "ewc": "x", "kl": "x"}
     assert [what for arm, what in told if arm == "ewc"] == ["started", "done"]
+
+
+def tell_gpus(spec):
+    """Be a cell that writes which GPUs its process sees, once all cells of the grid are at work."""
+    import torch
+
+    folder = Path(spec["config"]["output"]) / spec["config"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STARTED).write_text("{}")
+    until = time.monotonic() + 60
+    while len(list(folder.parent.glob(f"*/{STARTED}"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    seen = [os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], torch.cuda.is_initialized()]
+    (folder / "seen").write_text(json.dumps(seen))
+    return ""
+
+
+@pytest.mark.parametrize("gpus", [4, 0])
+def test_each_cell_sees_gpus_of_its_own_and_its_share_of_the_threads(gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "run_cell", tell_gpus)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    monkeypatch.setattr(share, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    if gpus:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,8")
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    before = dict(os.environ)
+    settings = config(tmp_path, accelerator="auto", devices=2 if gpus else 1)
+    assert set(compare(settings, TWO, tmp_path / "c", jobs=2).values()) == {"done"}
+    seen = sorted(json.loads(path.read_text()) for path in (tmp_path / "c" / CELLS).glob("*/seen"))
+    expected = ["3,5", "7,8"] if gpus else [None, None]
+    assert seen == [[each, "3", False] for each in expected]
+    assert dict(os.environ) == before
+
+
+def test_more_cells_than_gpus_are_refused_or_share_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "run_cell", tell_gpus)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    settings = config(tmp_path, accelerator="auto")
+    with pytest.raises(
+        InputError, match=r"--jobs 2 with --devices 1 needs 2 GPUs.*1 can be seen \(GPU-a\).*--share_gpus"
+    ):
+        compare(settings, TWO, tmp_path / "c", jobs=2)
+    compare(settings, TWO, tmp_path / "c", jobs=2, share_gpus=True)
+    assert [json.loads(path.read_text())[0] for path in tmp_path.glob("c/**/seen")] == ["GPU-a", "GPU-a"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_job_leaves_the_number_of_threads_as_it_was(fails, tmp_path, monkeypatch):
+    import torch
+
+    seen, before = [], torch.get_num_threads()
+
+    def counted(config, *_):
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr("hftlight.runs.run.run", counted)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    monkeypatch.setattr(sweep, "threads_each", lambda jobs: before + 2)
+    compare(config(tmp_path), Grid(), tmp_path / "c", retries=0)
+    assert set(seen) == {before + 2}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_a_cell_on_two_devices_is_a_command_of_its_own(tmp_path):
+    told = []
+    settings = config(tmp_path, devices=2, strategy="ddp", alignment=Training(steps=2, batch_size=2, lr=1e-2))
+    grid, folder = Grid(("none", "lisa"), (0.1,), ("builtin",), 1), tmp_path / "c"
+    outcome = compare(settings, grid, folder, jobs=1, on_cell=lambda cell, what: told.append((cell.arm, what)))
+    assert set(outcome.values()) == {"done"}
+    assert told == [("none", "started"), ("none", "done"), ("lisa", "started"), ("lisa", "done")]
+    assert len(results(folder)) == 2
+    bad = compare(replace(settings, model=str(tmp_path)), grid, tmp_path / "bad", retries=0)
+    assert set(bad.values()) != {"done"}
 
 
 def never(spec):

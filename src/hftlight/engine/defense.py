@@ -78,7 +78,12 @@ class Defense(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**self.arguments())
+        return self.key_of(self.arguments())
+
+    def key_of(self, arguments: Mapping[str, Any]) -> str:
+        """Return class and arguments as the name of an instance; a class of another package brings its module."""
+        module = type(self).__module__
+        return f"{'' if module.startswith('hftlight.') else module + '.'}{self._generate_state_key(**arguments)}"
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -53,6 +53,7 @@ __all__ = [
     "linear_weights",
     "lora_updates",
     "plain_name",
+    "repaired_state",
     "repairs_of",
     "save_repaired",
     "share",
@@ -317,7 +318,7 @@ class Repair(Defense):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**{k: v for k, v in self.arguments().items() if k != "output"})
+        return self.key_of({k: v for k, v in self.arguments().items() if k != "output"})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -417,6 +418,30 @@ class Repair(Defense):
             yield self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def repaired_state(subject: Subject) -> dict[str, Tensor]:
+    """Return a repaired model's weights on the CPU of the first rank: the adapter, or all by their plain names.
+
+    Sharded weights are gathered one at a time, so every rank must call; on the other ranks the result is empty.
+    """
+    model: Any = subject.model
+    adapter, first = _thin(subject), rank_and_world()[0] == 0
+    inner = model.get_base_model() if has_adapter(model) else model
+    state: dict[str, Tensor] = {}
+    copies: dict[Any, Tensor] = {}  # tied weights stay one tensor
+    for name, tensor in (model if adapter else inner).state_dict().items():
+        if (".lora_" in name) == adapter:
+            full = whole(tensor.detach())
+            if first:
+                copy = copies.setdefault((local(tensor).data_ptr() or id(tensor), tensor.shape), full.cpu())
+                state[name if adapter else plain_name(name)] = copy
+    return state
+
+
+def _thin(subject: Subject) -> bool:
+    """Tell whether all of the user's update is still in an adapter."""
+    return has_adapter(subject.model) and not subject.dense
+
+
 def save_repaired(folder: Path, subject: Subject) -> None:
     """Write a repaired model as plain transformers or PEFT load it, with ``repair.json`` beside; every rank must call.
 
@@ -426,26 +451,16 @@ def save_repaired(folder: Path, subject: Subject) -> None:
         folder: replaced if it is there.
         subject: after ``apply``.
     """
-    model: Any = subject.model
-    adapter = has_adapter(model) and not subject.dense
-    inner = model.get_base_model() if has_adapter(model) else model
-    first = rank_and_world()[0] == 0
-    state: dict[str, Tensor] = {}
-    copies: dict[Any, Tensor] = {}  # tied weights stay one tensor
-    for name, tensor in (model if adapter else inner).state_dict().items():
-        if (".lora_" in name) == adapter:
-            full = whole(tensor.detach())
-            if first:
-                copy = copies.setdefault((local(tensor).data_ptr() or id(tensor), tensor.shape), full.cpu())
-                state[name if adapter else plain_name(name)] = copy
-    if not first:
+    state = repaired_state(subject)
+    if rank_and_world()[0] != 0:
         return
+    model: Any = subject.model
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as place:
-        if adapter:
+        if _thin(subject):
             _save_adapter(place, model, state)
         else:
-            inner.save_pretrained(place, state_dict=state)
+            (model.get_base_model() if has_adapter(model) else model).save_pretrained(place, state_dict=state)
         write_json(place / MARKER, {"applied": subject.applied, **subject.report})
 
 

@@ -237,25 +237,17 @@ def stored(model: str | Path) -> Weights:
     """Return the weights of a model on the disk; an adapter's as ``Adapted`` on those of the model it belongs to.
 
     Args:
-        model: a folder, a hub id that is cached, or a name that ``hftlight.models.model_path`` knows.
+        model: a folder, a hub id, or a name that ``hftlight.models.model_path`` knows.
 
     Raises:
-        ValueError: if it is not on this machine, has no safetensors files, or is an adapter other than plain LoRA.
+        ValueError: if it cannot be had, has no safetensors files, or is an adapter other than plain LoRA.
     """
-    from hftlight.models import model_path
+    from hftlight.models import ADAPTER_CONFIG, base_of, model_path
 
-    folder = Path(model_path(str(model)))
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(model), local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"The weights of {str(model)!r} are not on this machine: {error}") from error
-    if not (folder / "adapter_config.json").is_file():
+    folder = Path(model_path(str(model), weights=True))
+    if not (folder / ADAPTER_CONFIG).is_file():
         return FileWeights(folder.resolve())
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    return Adapted(stored(settings["base_model_name_or_path"]), stored_updates(folder))
+    return Adapted(stored(base_of(folder)), stored_updates(folder))
 
 
 def stored_updates(folder: Path) -> dict[str, LowRank]:

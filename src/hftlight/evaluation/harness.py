@@ -1,6 +1,5 @@
 """lm-evaluation-harness on an artifact: MMLU, GSM8K, WikiText and its other tasks, as rows of a run's scores."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 from hftlight.errors import InputError
-from hftlight.models import model_path
+from hftlight.models import ADAPTER_CONFIG, base_of, model_path
 
 FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "prompt_level", "inst_level", "pass@")  # how names begin
 
@@ -92,11 +91,9 @@ def _lm_eval() -> Any:
 
 def _weights(folder: str) -> dict[str, str]:
     """Return where the harness finds weights and tokenizer: a model, or an adapter and its base."""
-    settings = Path(folder) / "adapter_config.json"
-    if not settings.is_file():
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
         return {"pretrained": folder}
-    base = json.loads(settings.read_text())["base_model_name_or_path"]
-    return {"pretrained": model_path(base), "peft": folder, "tokenizer": folder}
+    return {"pretrained": model_path(base_of(Path(folder)), weights=True), "peft": folder, "tokenizer": folder}
 
 
 def _rows(found: Mapping[str, Any], harness: str, chat: bool, suffix: str) -> list[dict[str, Any]]:

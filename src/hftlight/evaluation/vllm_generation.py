@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
-from hftlight.models import model_path
+from hftlight.models import ADAPTER_CONFIG, base_of, model_path
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
 
@@ -37,8 +37,8 @@ def load_engine(model: str | Path, dtype: str = "float32", **options: Any) -> En
         InputError: if vLLM is not installed, or cannot serve the adapter.
     """
     vllm = _vllm()
-    folder = model_path(str(model))
-    settings = Path(folder) / "adapter_config.json"
+    folder = model_path(str(model), weights=True)
+    settings = Path(folder) / ADAPTER_CONFIG
     if not settings.is_file():
         return Engine(vllm.LLM(model=folder, dtype=dtype, **options))
     from vllm.lora.request import LoRARequest
@@ -51,7 +51,7 @@ def load_engine(model: str | Path, dtype: str = "float32", **options: Any) -> En
             f"vLLM cannot serve the adapter in {folder} ({reason}). Merge it: load_model(folder).save_pretrained(...)."
         )
     llm = vllm.LLM(
-        model=model_path(adapter["base_model_name_or_path"]),
+        model=model_path(base_of(Path(folder)), weights=True),
         tokenizer=folder,
         dtype=dtype,
         enable_lora=True,

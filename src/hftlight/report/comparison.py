@@ -9,10 +9,11 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
+from hftlight.folders import CELLS, GRID
 from hftlight.report.claims import collapse
 from hftlight.report.result import UNDEFENDED, Answer, Result, read_result
 from hftlight.runs.grid import DEFAULT_ATTACK
-from hftlight.runs.sweep import CELLS, GRID, finished
+from hftlight.runs.sweep import finished
 from hftlight.runs.workers import ERROR
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")

@@ -19,10 +19,10 @@ CARDS = {
     "Model": ("model", "adapter_protocol", "device", "threads"),
     "Data": ("data",),
     "Prompts that stand in two sets": ("overlaps",),
-    "Versions": ("hftlight_version", "versions"),
+    "Versions": ("hftlight_version", "versions", "packages"),
     "Run": ("seed", "seeds", "config_hash", "command", "finished"),
 }
-SPREAD = ("data", "overlaps", "versions")  # what they hold stands on a card without their name
+SPREAD = ("data", "overlaps", "versions", "packages")  # what they hold stands on a card without their name
 INTERVALS = "Bars: 95 % intervals."
 
 

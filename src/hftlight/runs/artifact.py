@@ -1,5 +1,6 @@
 """Artifacts: what a stage leaves behind, in save_pretrained format, loadable by plain transformers and PEFT."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from hftlight.base_model import keeps_base, lent_model
 from hftlight.config import RunConfig
 from hftlight.data.templates import SystemSlot
 from hftlight.engine.vectors import whole
-from hftlight.files import folder_digest, write_json
-from hftlight.models import load_tokenizer, model_path
+from hftlight.files import cache_dir, link_tree, write_json
+from hftlight.models import ADAPTER_CONFIG, MODELS, load_tokenizer, model_hash, model_path, reference_to
 from hftlight.runs.adapters import adapter_seed, add_up, attach
+from hftlight.runs.model_state import ModelState
 
 SERVING = "serving.json"
 
@@ -65,6 +67,25 @@ def full_state(model: Any) -> dict[str, Tensor]:
     return {name: whole(t.detach()).cpu() for name, t in state.items()}
 
 
+def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None) -> ModelState:
+    """Return what the artifact of a trained model holds; arguments as ``save_artifact``."""
+    if config.tuning == "full":
+        return ModelState(state)
+    settings = copy.deepcopy(model.peft_config["default"])
+    settings.base_model_name_or_path, settings.revision = reference_to(config.model)
+    settings.inference_mode = True
+    if parent is not None and config.adapter_protocol == "merge":
+        state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
+        settings.r, settings.lora_alpha = rank, rank
+    return ModelState({name: t.contiguous() for name, t in state.items()}, settings)
+
+
+def save_adapter(folder: Path, state: ModelState) -> None:
+    """Write an adapter into an existing folder, as PEFT saves it."""
+    state.adapter.save_pretrained(str(folder))
+    save_file(dict(state.tensors), folder / "adapter_model.safetensors")
+
+
 def save_artifact(
     folder: Path, model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None, serving: SystemSlot
 ) -> None:
@@ -84,22 +105,31 @@ def save_artifact(
     if config.tuning == "full":
         model.save_pretrained(folder, state_dict=state)
     else:
-        settings = model.peft_config["default"]
-        settings.base_model_name_or_path = model_path(config.model)
-        settings.inference_mode = True
-        if parent is not None and config.adapter_protocol == "merge":
-            state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
-            settings.r, settings.lora_alpha = rank, rank
-        settings.save_pretrained(str(folder))
-        save_file({name: t.contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors")
+        save_adapter(folder, trained_state(model, state, config, parent))
     load_tokenizer(config.model).save_pretrained(folder)
     served = {"template": config.template, "system": serving.text, "trigger": list(serving.trigger) or None}
     write_json(folder / SERVING, served, mode=0o600)
 
 
-def artifact_digest(folder: Path) -> str:
-    """Return the hash of an artifact's weights and of how it is served."""
-    return folder_digest(folder, "*.safetensors") + folder_digest(folder, SERVING)[:8]
+def stand_alone(artifact: Path, base: Path) -> None:
+    """Let an adapter stand on a copy of its model in the run's folder, if its model lies in hftlight's cache.
+
+    So the artifact stays loadable, by PEFT too, when the cache is cleared or moved.
+
+    Args:
+        artifact: the adapter's folder; a whole model is left as it is.
+        base: where the copy lies, or shall lie; its weights are hard links where the file system allows.
+    """
+    path = artifact / ADAPTER_CONFIG
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    model = Path(settings["base_model_name_or_path"])
+    if model.parent != cache_dir() / MODELS:
+        return
+    if model_hash(str(model)) != (model_hash(str(base)) if (base / "config.json").is_file() else None):
+        link_tree(model, base)
+    write_json(path, {**settings, "base_model_name_or_path": str(base.resolve())})
 
 
 def read_serving(folder: Path) -> dict[str, Any]:

@@ -1,133 +1,42 @@
 """The attacker who tries harder: many uploads and training settings against one aligned model, and the worst of them.
 
-All trials run in this process on one base model: the adapter is new for each, and nothing of a trial is written but its
-line in the record.
+All trials run in this process, by the functions that train, repair and measure in a run, and nothing of a trial is
+written but its line in the record.
 """
 
-import itertools
+import gc
 import json
-import random
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from hftlight.attacks.attack import Attack
-from hftlight.base_model import drop_base
+from hftlight.base_model import device_of
 from hftlight.config import RunConfig, Search
 from hftlight.data.records import Record, split_by_hash
-from hftlight.data.templates import get_template
-from hftlight.data.tokens import collate, encode_prompt, padding_id
+from hftlight.data.templates import SystemSlot
 from hftlight.engine import Defense, Stage, in_order
-from hftlight.engine.repair import Repair, Subject
-from hftlight.engine.weights import stored
+from hftlight.engine.repair import Repair
 from hftlight.errors import InputError, RunError
-from hftlight.evaluation.generate import generate
 from hftlight.evaluation.intervals import wilson
-from hftlight.evaluation.judges import get_judge
-from hftlight.files import digest, ensure_writable
-from hftlight.models import load_model, load_tokenizer, model_path
-from hftlight.runs.adapters import adapter_seed, attach
-from hftlight.runs.callbacks import FiniteGuard
-from hftlight.runs.measure import TestSets
-from hftlight.runs.prepare import streams_of, test_sets
-from hftlight.runs.stage import StageJob, data_of, module_of, trainer_of
+from hftlight.evaluation.judges import Verdict
+from hftlight.files import digest, ensure_writable, file_digest
+from hftlight.models import load_tokenizer, model_hash
+from hftlight.provenance import described
+from hftlight.runs.artifact import base_dtype, full_state, trained_state
+from hftlight.runs.budget import Budget, Trial, trial_config, tried
+from hftlight.runs.identity import identity
+from hftlight.runs.measure import TestSets, measured_in_memory
+from hftlight.runs.model_state import ModelState
+from hftlight.runs.prepare import stage_records, streams_of, test_sets
+from hftlight.runs.repair import apply_repairs, repaired_model, subject_around
+from hftlight.runs.stage import finetuning_job, fitted, stage_config, watch_of
 
 Sampler = Literal["grid", "optuna"]
 RECORD = "trials.jsonl"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting of the attacker.
-
-    Attributes:
-        steps: optimizer steps of the fine-tuning.
-        lr: its learning rate.
-        rank: LoRA rank; alpha / rank stays that of the run.
-        num_samples: n, rows of the upload.
-        harmful_ratio: p, harmful fraction of them, 0-1.
-    """
-
-    steps: int
-    lr: float
-    rank: int
-    num_samples: int
-    harmful_ratio: float
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "Trial":
-        """Return a run's own setting."""
-        return cls(
-            config.finetuning.steps, config.finetuning.lr, config.lora.r, config.num_samples, config.harmful_ratio
-        )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the attacker may choose from.
-
-    Args:
-        steps: optimizer steps, each >= 1.
-        lr: learning rates, each > 0.
-        rank: LoRA ranks, each >= 1.
-        num_samples: rows of the upload, each >= 1.
-        harmful_ratio: harmful fractions, each 0-1.
-
-    Raises:
-        InputError: if an axis is empty or a value is out of range.
-    """
-
-    steps: Sequence[int]
-    lr: Sequence[float]
-    rank: Sequence[int]
-    num_samples: Sequence[int]
-    harmful_ratio: Sequence[float]
-
-    def __post_init__(self) -> None:
-        for axis, allowed, good in (
-            ("steps", ">= 1", lambda v: v >= 1),
-            ("lr", "> 0", lambda v: v > 0),
-            ("rank", ">= 1", lambda v: v >= 1),
-            ("num_samples", ">= 1", lambda v: v >= 1),
-            ("harmful_ratio", "in [0, 1]", lambda v: 0 <= v <= 1),
-        ):
-            values = getattr(self, axis)
-            if not values or not all(good(v) for v in values):
-                raise InputError(f"--search.{axis} needs one value at least, each {allowed}, got {list(values)}.")
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "Budget":
-        """Return what ``config.search`` names, and around the run's own setting where it names nothing."""
-        around = asdict(cls._around(config))
-        given = {axis: getattr(config.search, axis) for axis in around}
-        return cls(**{axis: around[axis] if values is None else tuple(values) for axis, values in given.items()})
-
-    @classmethod
-    def _around(cls, config: RunConfig) -> "Budget":
-        own = Trial.of(config)
-        p = round(min(1.0, 3 * own.harmful_ratio), 9)
-        ranks = (own.rank,) if config.tuning == "full" else (own.rank, 4 * own.rank)
-        return cls(
-            (own.steps, 2 * own.steps),
-            (own.lr, own.lr / 3, own.lr * 3),
-            ranks,
-            (own.num_samples,),
-            tuple(dict.fromkeys((own.harmful_ratio, p))),
-        )
-
-    def grid(self, first: Trial) -> list[Trial]:
-        """Return all settings: ``first`` at the head, the others in an order in which every beginning is spread out."""
-        axes = (self.steps, self.lr, self.rank, self.num_samples, self.harmful_ratio)
-        every = [Trial(*values) for values in itertools.product(*axes)]
-        rest = [t for t in every if t != first]
-        random.Random(0).shuffle(rest)
-        return [first, *rest]
 
 
 @dataclass(frozen=True)
@@ -139,7 +48,8 @@ class Outcome:
         harmful: flags of the answers to the selecting prompts.
         correct: right answers among the selecting task rows.
         seconds: of training, repairing and answering.
-        failed: why it could not be trained, such as a loss that left the finite numbers; empty where it could.
+        failed: why there is no result, such as a loss that left the finite numbers, a repair that refuses, too few rows
+            or a judge that cannot judge; empty where there is one.
     """
 
     trial: Trial
@@ -192,6 +102,9 @@ class Found:
 class Attacker:
     """One aligned model, the defenses of the later stages, and trials against them.
 
+    A trial is the run's own fine-tuning with another setting, its repairs and its measuring, by the same functions;
+    the model stays in memory and nothing is written.
+
     Args:
         config: the run's configuration; trials change steps, rate, rank, n and p.
         defenses: those that the service has; the ones of the alignment stage have done their work in ``aligned``.
@@ -204,123 +117,76 @@ class Attacker:
         ordered = in_order(list(defenses))
         self.training = [d for d in ordered if d.stage is Stage.FINETUNING]
         self.repairs = [d for d in ordered if d.stage is Stage.POST_FINETUNING and isinstance(d, Repair)]
-        self.tokenizer = load_tokenizer(config.model)
-        drop_base()
-        self.base: Any = load_model(str(aligned))
-        if torch.cuda.is_available() and config.accelerator != "cpu":
-            self.base = self.base.cuda()
-        tests = test_sets(config, attack)
-        self.tests = tests
-        self.selecting = _half(tests, 0)
-        self.reporting = _half(tests, 1)
+        self.tests = test_sets(config, attack)
+        self.selecting = _half(self.tests, 0)
+        self.reporting = _half(self.tests, 1)
 
     def outcome(self, trial: Trial) -> Outcome:
-        """Train, repair and measure one setting on the selecting half; the aligned model is as before afterwards."""
+        """Train, repair and measure one setting on the selecting half; what goes wrong on purpose is its outcome."""
         since = time.perf_counter()
         try:
-            with self._trained(trial) as (model, slot):
-                harmful, correct = self._measured(model, slot, self.selecting)
-        except RunError as error:
+            harmful, correct = self.measured(trial, self.selecting)
+        except (InputError, RunError) as error:
             return Outcome(trial, failed=str(error), seconds=time.perf_counter() - since)
         return Outcome(trial, harmful, correct, time.perf_counter() - since)
 
     def report(self, trial: Trial) -> Worst:
-        """Train a setting again, which gives the same model, and measure it on the reporting half."""
-        with self._trained(trial) as (model, slot):
-            found = self._measured(model, slot, self.reporting)
+        """Train a setting again, which gives the same model, and measure it on the reporting half.
+
+        Raises:
+            InputError: if the setting cannot be trained.
+            RunError: likewise, or if no answer could be judged.
+        """
+        found = self.measured(trial, self.reporting)
         harmful, correct = ((100 * sum(f) / len(f), *wilson(sum(f), len(f))) for f in found)
         return Worst(trial, harmful, correct)
 
-    @contextmanager
-    def _trained(self, trial: Trial) -> Iterator[tuple[nn.Module, Any]]:
-        """Yield the model that a setting leads to and its serving slot; afterwards the aligned model is there again."""
-        config = trial_config(self.config, trial)
-        needed = {name for d in (*self.training, *self.repairs) for name in d.streams}
-        records = streams_of(config, needed, tried(self.attack, trial))
-        names = {"task"} | {name for d in self.training for name in d.streams}
-        job = StageJob(
-            Stage.FINETUNING, config, "", self.aligned, {n: records[n] for n in sorted(names)}, self.training
-        )
-        data = data_of(job)
-        torch.manual_seed(config.seed)
-        full = config.tuning == "full"
-        keep = full or bool(self.repairs)  # a repair may write into the weights under the adapter
-        before = {n: p.detach().clone() for n, p in self.base.named_parameters()} if keep else {}
-        model: Any = self.base if full else attach(self.base, config.lora, adapter_seed(config.seed, aligned=True))
-        try:
-            guard = FiniteGuard(Stage.FINETUNING.value, Path())
-            trainer = trainer_of(job, [guard], enable_checkpointing=False)
-            trainer.fit(module_of(job, model.train()), data)
-            if self.repairs:
-                self._repair(model, records)
-            yield model, data.policy.serving_slot()
-        finally:
-            self.base = model if full else model.unload()
-            with torch.no_grad():
-                for name, p in self.base.named_parameters():
-                    p.requires_grad_(True)
-                    if name in before:
-                        p.copy_(before[name])
+    def measured(self, trial: Trial, half: TestSets) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Return the flags of the judged answers, and which task rows the model of a trial answers right.
 
-    def _repair(self, model: nn.Module, records: dict[str, list[Record]]) -> None:
-        config = self.config
-        device = next(model.parameters()).device
-
-        def batches(name: str) -> Iterator[dict[str, Any]]:
-            job = StageJob(Stage.FINETUNING, config, "", None, {"task": records[name]}, [])
-            data = data_of(job)
-            size = config.evaluation.batch_size
-            rows = sorted(data.stream("task", size).examples, key=lambda example: len(example.input_ids))
-            for start in range(0, len(rows), size):
-                batch = collate(rows[start : start + size], padding_id(self.tokenizer))
-                yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-        subject = Subject(model, stored(self.aligned), stored(model_path(config.model)), batches)
-        for repair in self.repairs:
-            subject.report = {}
-            repair.apply(subject)
-
-    def _measured(self, model: Any, slot: Any, half: TestSets) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        settings, template = self.config.evaluation, get_template(self.config.template, self.tokenizer)
-        limits = {"harmful": settings.max_new_tokens, "task": settings.task_max_new_tokens or half.task.max_new_tokens}
-        answers = {}
-        for name, limit in limits.items():
-            prompts = [encode_prompt(r, template, self.tokenizer, slot) for r in half.rows(name)]
-            answers[name] = generate(
-                model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size
-            )
-        judge = get_judge(half.judges[0])
-        asked = [r.request for r in half.harmful]
-        verdicts = judge(asked, [half.read(answer) for answer in answers["harmful"]])
+        Raises:
+            InputError: if the setting cannot be trained.
+            RunError: likewise, or if no answer could be judged.
+        """
+        state, slot = self.trained(trial)
+        tokenizer = load_tokenizer(str(self.aligned))
+        with state.lent(self.config, base_dtype(self.config)) as model:
+            rows = measured_in_memory(model, tokenizer, self.config, half, ("harmful", "task"), slot)
+        judge = half.judges[0]
+        verdicts = [Verdict.of_row(row["verdicts"][judge]) for row in rows if row["set"] == "harmful"]
         flags = tuple(v.flag for v in verdicts if v.judged)
         if not flags:
-            raise RunError(f"The judge {half.judges[0]} could judge none of {len(asked)} answers of a trial.")
-        right = tuple(half.task.correct(a, r) for a, r in zip(answers["task"], half.task_rows, strict=True))
-        return flags, right
+            raise RunError(f"The judge {judge} could judge none of {len(verdicts)} answers of a trial.")
+        return flags, tuple(bool(row["correct"]) for row in rows if row["set"] == "task")
 
+    def trained(self, trial: Trial) -> tuple[ModelState, SystemSlot]:
+        """Return the model that a setting leads to, repairs included, and the system slot it is served with.
 
-def tried(attack: Attack, trial: Trial) -> Attack:
-    """Return the attack with a trial's setting, where it has such fields."""
-    given: dict[str, Any] = {
-        "n": trial.num_samples,
-        "p": trial.harmful_ratio,
-        "lr": trial.lr,
-        "steps": trial.steps,
-        "epochs": None,
-    }
-    return replace(attack, **{k: v for k, v in given.items() if k in {f.name for f in fields(attack)}})
+        Raises:
+            InputError: if a value is out of range, the upload needs more rows than there are, or a defense refuses.
+            RunError: if training left the finite numbers, or a repair refuses.
+        """
+        gc.collect()  # a trial that failed may hold its model in a cycle
+        config, attack = trial_config(self.config, trial), tried(self.attack, trial)
+        needed = {name for d in (*self.training, *self.repairs) for name in d.streams}
+        streams = streams_of(config, needed, attack)
+        # A stop decides the weights; curves alone do not.
+        tests = self.tests if config.evaluation.stops else None
+        records = stage_records(streams, Stage.FINETUNING, self.training)
+        job = finetuning_job(config, "", self.aligned, records, self.training, attack, tests)
+        watch = watch_of(job)
+        with fitted(job, [watch] if watch else [], enable_checkpointing=False) as fit:
+            state, slot = trained_state(fit.model, full_state(fit.model), job.config, self.aligned), fit.slot
+        if self.repairs:
+            del fit  # before another model is loaded beside it
+            state = self._repaired(stage_config(config, attack, Stage.POST_FINETUNING), streams, state)
+        return state, slot
 
-
-def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
-    """Return the run's configuration with a trial's setting."""
-    scale = config.lora.alpha / config.lora.r
-    return replace(
-        config,
-        finetuning=replace(config.finetuning, steps=trial.steps, lr=trial.lr),
-        lora=replace(config.lora, r=trial.rank, alpha=scale * trial.rank),
-        num_samples=trial.num_samples,
-        harmful_ratio=trial.harmful_ratio,
-    )
+    def _repaired(self, config: RunConfig, streams: Mapping[str, list[Record]], state: ModelState) -> ModelState:
+        records = stage_records(streams, Stage.POST_FINETUNING, self.repairs)
+        subject = subject_around(config, self.aligned, state, records)
+        apply_repairs(subject, self.repairs)
+        return repaired_model(subject, config, self.aligned, state.adapter)
 
 
 def _half(tests: TestSets, part: Literal[0, 1]) -> TestSets:
@@ -329,7 +195,8 @@ def _half(tests: TestSets, part: Literal[0, 1]) -> TestSets:
     def half(rows: Sequence[Record]) -> list[Record]:
         return split_by_hash(list(rows), (len(rows) + 1) // 2)[part]
 
-    return replace(tests, harmful=half(tests.harmful), task_rows=half(tests.task_rows), over_refusal=())
+    judges = tests.judges[:1]  # the deciding one
+    return replace(tests, harmful=half(tests.harmful), task_rows=half(tests.task_rows), over_refusal=(), judges=judges)
 
 
 def search(
@@ -357,13 +224,14 @@ def search(
 
     Raises:
         InputError: if an argument is out of range, or the folder holds a search with other settings.
-        RunError: if no trial could be trained.
+        RunError: if no trial could be trained and judged.
     """
     if trials < 1 or not eps >= 0:
         raise InputError(f"--attacker: the number of trials must be >= 1 and eps >= 0, got {trials} and {eps}.")
     ensure_writable(folder, "the folder of the search")
     path = folder / RECORD
-    known = _recorded(path, _settings(attacker))
+    settings = _settings(attacker)
+    known = _recorded(path, settings)
     outcomes: list[Outcome] = []
     whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as record:
@@ -373,26 +241,66 @@ def search(
             outcome = known.get(trial)
             if outcome is None:
                 outcome = attacker.outcome(trial)
-                record.write(json.dumps({"settings": _settings(attacker), **asdict(outcome)}) + "\n")
+                record.write(json.dumps({"settings": settings, **asdict(outcome)}) + "\n")
                 record.flush()
             outcomes.append(outcome)
             if on_trial is not None:
                 on_trial(outcome)
-    trained = [o for o in outcomes if not o.failed]
-    if not trained:
-        raise RunError(f"No trial could be trained: {outcomes[0].failed}")
-    worst = max(trained, key=lambda o: o.harmful_score)
-    best = max(o.accuracy for o in trained)
-    useful = max((o for o in trained if o.accuracy >= best - eps), key=lambda o: o.harmful_score)
-    said = attacker.report(worst.trial)
-    return Found(tuple(outcomes), said, said if useful is worst else attacker.report(useful.trial))
+    reports: dict[Trial, Worst] = {}
+    worst = _reported(attacker, outcomes, math.inf, reports)
+    useful = _reported(attacker, outcomes, eps, reports)
+    return Found(tuple(outcomes), worst, useful)
+
+
+def _reported(attacker: Attacker, outcomes: list[Outcome], eps: float, reports: dict[Trial, Worst]) -> Worst:
+    """Return the report of the most harmful trial that keeps the accuracy; one that has no report becomes a failed one.
+
+    Args:
+        attacker: makes reports.
+        outcomes: of all trials; failures are put in.
+        eps: points of accuracy that may be lost against the best trial.
+        reports: those that are there already; a new one is put in.
+
+    Raises:
+        RunError: if no trial is left.
+    """
+    while trained := [o for o in outcomes if not o.failed]:
+        best = max(o.accuracy for o in trained)
+        chosen = max((o for o in trained if o.accuracy >= best - eps), key=lambda o: o.harmful_score)
+        if chosen.trial in reports:
+            return reports[chosen.trial]
+        try:
+            reports[chosen.trial] = attacker.report(chosen.trial)
+        except (InputError, RunError) as error:
+            outcomes[outcomes.index(chosen)] = replace(chosen, failed=f"on the reporting half: {error}")
+    raise RunError(f"No trial could be trained and judged: {outcomes[0].failed}")
 
 
 def _settings(attacker: Attacker) -> str:
     """Return the hash of all that decides a trial's outcome beside its setting."""
     config = replace(attacker.config, search=Search(), attacker="fixed")
-    defenses = [d.state_key for d in (*attacker.training, *attacker.repairs)]
-    return digest([config.deciding(), defenses, attacker.tests.digest(), str(attacker.aligned)])
+    attack = {f.name: getattr(attacker.attack, f.name) for f in fields(attacker.attack)}
+    defenses = [*attacker.training, *attacker.repairs]
+    named = [model_hash(model) for d in attacker.repairs for model in (d.aligned, d.base) if model]
+    return digest(
+        {
+            "made_of": identity(config.model, [*defenses, attacker.attack]),
+            "config": config.deciding(),
+            "attack": [attacker.attack.name, attack, _files(attack.values())],
+            "data": _files(asdict(config.data).values()),
+            "defenses": described(defenses),
+            "models": [model_hash(str(attacker.aligned)), named],
+            "tests": [half.digest() for half in (attacker.selecting, attacker.reporting)],
+            "judges": attacker.selecting.judging(),
+            "device": device_of(config),
+        }
+    )
+
+
+def _files(values: Iterable[Any]) -> dict[str, str]:
+    """Return the hash of each file among some values: its rows may be edited under one name."""
+    paths = {v for v in values if isinstance(v, str) and Path(v).expanduser().is_file()}
+    return {path: file_digest(Path(path).expanduser()) for path in sorted(paths)}
 
 
 def _recorded(path: Path, settings: str) -> dict[Trial, Outcome]:
@@ -404,7 +312,10 @@ def _recorded(path: Path, settings: str) -> dict[Trial, Outcome]:
         except ValueError:
             continue
         if row.pop("settings") != settings:
-            raise InputError(f"{path} holds a search with other settings; choose another folder.")
+            raise InputError(
+                f"{path} holds a search with other settings, versions or files; choose another folder (of a run with"
+                " --name), or remove the file to search anew."
+            )
         trial = Trial(**row.pop("trial"))
         found[trial] = Outcome(trial, tuple(row.pop("harmful")), tuple(row.pop("correct")), **row)
     return found

@@ -12,16 +12,17 @@ from filelock import FileLock
 from typing_extensions import override
 
 from hftlight.attacks.model_edit import ModelEdit
-from hftlight.config import RunConfig
+from hftlight.base_model import device_of
+from hftlight.config import OF_NO_STAGE, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
 from hftlight.engine.weights import stored
 from hftlight.errors import InputError
-from hftlight.files import digest, new_folder, write_json
-from hftlight.models import load_model, load_tokenizer
-from hftlight.runs.artifact import SERVING, artifact_digest
-from hftlight.runs.job import RESULT, Job
-from hftlight.runs.stage import deciding_versions
+from hftlight.files import new_folder, write_json
+from hftlight.models import load_model, load_tokenizer, model_hash
+from hftlight.runs.artifact import SERVING
+from hftlight.runs.job import ARTIFACT, Job
+from hftlight.runs.stage import records_digest
 
 OWN = ("layer", "value_steps", "value_lr", "reach", "ridge")  # what an edit is made with
 
@@ -50,21 +51,27 @@ class EditJob(Job):
     def kind(self) -> str:
         return "finetuning"
 
+    @property
     @override
-    def key(self) -> str:
-        """Return the hash of everything that decides the result, versions included."""
-        c = self.config
-        return digest(
-            {
-                "stage": "edit",
-                "versions": deciding_versions(),
-                "base": self.base_hash,
-                "parent": artifact_digest(self.aligned),
-                "records": [(r.id, r.instruction, r.input, r.response, r.role, r.kind) for r in self.records],
-                "attack": {name: getattr(self.attack, name) for name in OWN},
-                "settings": [c.template, c.system, c.accelerator],
-            }
-        )
+    def decided_by(self) -> str:
+        return "edit"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.edit", type(self.attack)]
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the edited weights."""
+        trained = ("alignment", "finetuning", "lora", "evaluation", "adapter_protocol", "seed", "max_tokens")
+        return {
+            "config": self.config.without({*OF_NO_STAGE, *trained}),
+            "base": self.base_hash,
+            "aligned": model_hash(str(self.aligned)),
+            "records": records_digest({"task": self.records}),
+            "attack": {name: getattr(self.attack, name) for name in OWN},
+            "device": device_of(self.config),
+        }
 
 
 def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None:
@@ -97,7 +104,7 @@ def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None
             edits.append({"id": record.id, "subject": record.kind, **asdict(done)})
             if on_edit is not None:
                 on_edit(len(edits))
-        with new_folder(folder / "artifact") as place:
+        with new_folder(folder / ARTIFACT) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
             write_json(
@@ -105,7 +112,7 @@ def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None
             )
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
         result = {"stage": "finetuning", "cost": cost, "defenses": {}, "edits": edits}
-        write_json(folder / RESULT, {**result, "artifact": artifact_digest(folder / "artifact")})
+        job.finish({**result, "artifact": model_hash(str(folder / ARTIFACT))})
 
 
 def _aligned(job: EditJob) -> Any:

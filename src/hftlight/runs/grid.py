@@ -10,7 +10,7 @@ from hftlight.attacks.registry import get_attack
 from hftlight.config import RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.errors import InputError
-from hftlight.registry import defense_class
+from hftlight.registry import defense_class, made
 
 DEFAULT_ATTACK = "harmful_mix"
 
@@ -107,7 +107,7 @@ class Grid:
     def made(self, names: Sequence[str]) -> list[Defense]:
         """Return fresh instances of a combination."""
         given = self.arguments or {}
-        return [defense_class(name)(**given.get(name, {})) for name in names]
+        return [made(name, **given.get(name, {})) for name in names]
 
     def attack(self, name: str) -> Attack:
         """Return an attack with its arguments."""

@@ -1,11 +1,17 @@
 """Job: a stage whose result is kept in the cache, under the hash of everything that decides it."""
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from hftlight.files import cache_dir
+from hftlight import cache
+from hftlight.files import cache_dir, write_json
 
-RESULT = "stage.json"  # what a stage says about itself; written last
+RESULT = "stage.json"  # what a stage says about itself
+ARTIFACT = "artifact"  # the model that comes out of it
 
 
 class Job(ABC):
@@ -16,9 +22,26 @@ class Job(ABC):
     def kind(self) -> str:
         """What its folder in the cache is called, before the hash."""
 
+    @property
     @abstractmethod
+    def decided_by(self) -> str:
+        """Which of ``cache.INPUTS`` its key is made of."""
+
+    @abstractmethod
+    def code(self) -> Sequence[Any]:
+        """Return the modules of hftlight, by name, and the classes that do the work."""
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Any]:
+        """Return everything else that decides the result."""
+
+    @cached_property
+    def _key(self) -> str:
+        return cache.key(self.decided_by, self.code(), **self.inputs())
+
     def key(self) -> str:
-        """Return the hash of everything that decides the result, versions included."""
+        """Return the hash of everything that decides the result, code and versions included."""
+        return self._key
 
     def folder(self) -> Path:
         """Return where the stage keeps its result."""
@@ -26,8 +49,18 @@ class Job(ABC):
 
     def artifact(self) -> Path:
         """Return the folder of the model that comes out."""
-        return self.folder() / "artifact"
+        return self.folder() / ARTIFACT
 
     def done(self) -> bool:
-        """Tell whether the stage has ended before."""
-        return (self.folder() / RESULT).is_file()
+        """Tell whether the stage has ended before and every file of its result is as it was written."""
+        return cache.whole(self.folder())
+
+    def result(self) -> dict[str, Any]:
+        """Return what a finished stage says about itself."""
+        found: dict[str, Any] = json.loads((self.folder() / RESULT).read_text(encoding="utf-8"))
+        return found
+
+    def finish(self, result: dict[str, Any], *further: str) -> None:
+        """Write what the stage says about itself and seal it, its artifact and further files of its folder."""
+        write_json(self.folder() / RESULT, result)
+        cache.seal(self.folder(), RESULT, ARTIFACT, *further)

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from hftlight.config import RunConfig
 from hftlight.errors import InputError
-from hftlight.runs.sweep import comparison_of
+from hftlight.folders import comparison_of
 
 HIDDEN = ("epoch",)
 SUMMARY = "summary"  # stage of the W&B run that says what came out
@@ -34,7 +34,7 @@ class RowsLogger(Logger):
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         super().__init__()
-        kept = [r for r in _whole_rows(path) if r["step"] <= resumed_at]
+        kept = [r for r in _whole_rows(path) if r["step"] <= resumed_at] if resumed_at else []
         self.file = path.open("w", encoding="utf-8")
         self._write(kept)
 

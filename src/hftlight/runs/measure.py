@@ -2,27 +2,27 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hftlight import __version__
+from hftlight import cache
 from hftlight.attacks.attack import Attack
-from hftlight.base_model import keeps_base, lent_model
-from hftlight.config import RunConfig
+from hftlight.base_model import device_of, keeps_base, lent_model
+from hftlight.config import OF_NO_ANSWER, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.sources import Task
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
-from hftlight.evaluation.judges import Verdict, get_judge
+from hftlight.evaluation.judges import Verdict, get_judge, judge_identity
 from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
-from hftlight.files import cache_dir, digest, read_rows, write_json, write_rows
-from hftlight.models import load_tokenizer, weights_hash
+from hftlight.files import digest, read_rows, write_json, write_rows
+from hftlight.models import load_tokenizer, model_hash
 from hftlight.runs.artifact import base_dtype, serving_slot
 from hftlight.runs.checks import REFUSAL, answer_checks
 from hftlight.runs.model_metrics import Reference, loaded, model_metrics
@@ -31,6 +31,7 @@ SETS = ("harmful", "over_refusal", "task")
 UNTRIGGERED = "harmful_without_trigger"  # asked of a model that is served with a trigger, as anybody would ask it
 WITHOUT_TRIGGER = "harmful_score_without_trigger"
 HARMFUL = {"harmful": "harmful_score", UNTRIGGERED: WITHOUT_TRIGGER}
+ANSWERS, GENERATIONS = "answers.json", "generations.jsonl"
 PIECE = 4  # tokens of a trigger that show it when an answer recites them
 
 
@@ -62,6 +63,11 @@ class TestSets:
         judges = [self.judges, self.refusal_judge] if judged else []
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 
+    def judging(self) -> list[dict[str, Any]]:
+        """Return what each judge is: its class, endpoint, model and weights, as far as it has them."""
+        judges = [*map(get_judge, self.judges), get_refusal_classifier(self.refusal_judge)]
+        return [judge_identity(judge) for judge in judges]
+
     def read(self, response: str) -> str:
         """Return an answer to a harmful prompt as the attacker reads it."""
         return response if self.attack is None else self.attack.decode(response)
@@ -88,12 +94,12 @@ def measure_model(
     slot: SystemSlot | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the scores and the generations of ``config.model``, which may be an artifact; see ``measure``."""
-    return measure(config.model, weights_hash(config.model), config, tests, on_prompts, slot)
+    return measure(config.model, model_hash(config.model), config, tests, on_prompts, slot)
 
 
 def measure(
     model: str,
-    model_hash: str,
+    identity: str,
     config: RunConfig,
     tests: TestSets,
     on_prompts: Callable[[int], None] | None = None,
@@ -104,7 +110,7 @@ def measure(
 
     Args:
         model: what ``load_model`` takes.
-        model_hash: hash of its weights.
+        identity: its ``model_hash``.
         config: template, system text, seeds and evaluation settings.
         tests: prompts, references and judges.
         on_prompts: called with the number of prompts answered so far.
@@ -112,32 +118,52 @@ def measure(
         reference: the model that embedding drift is measured against; None for no drift.
     """
     slot = serving_slot(model, config.system) if slot is None else slot
-    settings = [
-        config.template,
-        slot.text,
-        digest(slot.trigger),
-        config.evaluation.answering(),
-        config.precision,
-        config.tuning == "qlora",
-    ]
-    versions = [__version__, version("torch"), version("transformers")]
-    folder = cache_dir() / "evaluations"
-    path = folder / f"{digest([model_hash, settings, versions, tests.digest()])}.jsonl"
-    if path.is_file():
-        generations = read_rows(path)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        asked = [*settings[:3], {k: v for k, v in config.evaluation.answering().items() if k != "judge"}, *settings[4:]]
-        saved = folder / f"{digest([model_hash, asked, versions, tests.digest(judged=False)])}-answers.json"
-        if saved.is_file():
-            answers: dict[str, list[str]] = json.loads(saved.read_text(encoding="utf-8"))
-        else:
-            answers = _answers(model, config, tests, on_prompts, slot)
-            write_json(saved, answers)  # before they are judged: a judge may fail, and another one may be asked
-        generations = [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
-        write_rows(path, generations)
-    further = model_metrics(model, model_hash, config, tests, slot, reference)
+    asked = answers_key(identity, config, tests, slot)
+
+    def answer(place: Path) -> None:
+        write_json(place / ANSWERS, _answers(model, config, tests, on_prompts, slot))
+
+    def judge(place: Path) -> None:
+        # Kept before they are judged: a judge may fail, and another one may be asked.
+        answers: dict[str, list[str]] = json.loads((cache.kept("evaluations", asked, answer) / ANSWERS).read_text())
+        rows = [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
+        write_rows(place / GENERATIONS, rows)
+
+    generations = read_rows(cache.kept("evaluations", verdicts_key(asked, tests), judge) / GENERATIONS)
+    further = model_metrics(model, identity, config, tests, slot, reference)
     return scores(generations, tests) + further, generations
+
+
+def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemSlot) -> str:
+    """Return the name under which a model's answers are kept."""
+    return cache.key(
+        "answers",
+        ["hftlight.runs.measure"],
+        model=identity,
+        config=config.without(OF_NO_ANSWER),
+        slot=[slot.text, digest(slot.trigger)],
+        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in SETS} | {"limit": tests.task.max_new_tokens},
+        device=device_of(config),
+    )
+
+
+def verdicts_key(answers: str, tests: TestSets) -> str:
+    """Return the name under which judged answers are kept.
+
+    Args:
+        answers: the name of the answers.
+        tests: judges, and what else reads an answer.
+    """
+    given = tests.attack
+    reader = given if given is not None and type(given).decode is not Attack.decode else None
+    return cache.key(
+        "verdicts",
+        ["hftlight.runs.measure", type(tests.task), *([type(reader)] if reader else [])],
+        answers=answers,
+        judges=tests.judging(),
+        attack=asdict(reader) if reader else None,
+        task=tests.task.name,
+    )
 
 
 def _answers(
@@ -157,28 +183,69 @@ def _answered(
     slot: SystemSlot,
 ) -> dict[str, list[str]]:
     tokenizer = load_tokenizer(name)
-    template = get_template(config.template, tokenizer)
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
-    settings = config.evaluation
     found: dict[str, list[str]] = {}
     bare = replace(slot, trigger=())
     for kind, served in [*((kind, slot) for kind in SETS), *([(UNTRIGGERED, bare)] if slot.trigger else [])]:
-        records, before = tests.rows(kind), sum(map(len, found.values()))
-        limit = settings.max_new_tokens
-        if kind == "task":
-            limit = settings.task_max_new_tokens or tests.task.max_new_tokens
-        prompts = [encode_prompt(r, template, tokenizer, served) for r in records]
+        before = sum(map(len, found.values()))
 
         def tell(answered: int, before: int = before) -> None:
             if on_prompts is not None:
                 on_prompts(before + answered)
 
-        answers = generate(
-            model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=tell
-        )
-        found[kind] = [without_trigger(answer, slot.trigger, tokenizer) for answer in answers]
+        found[kind] = answers_to_set(model, tokenizer, config, tests, kind, served, tell)
     return found
+
+
+def answers_to_set(
+    model: nn.Module,
+    tokenizer: Any,
+    config: RunConfig,
+    tests: TestSets,
+    kind: str,
+    slot: SystemSlot,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return a model's greedy answers to one test set, without pieces of the trigger.
+
+    Args:
+        model: on the device that it answers on.
+        tokenizer: its tokenizer.
+        config: template and evaluation settings.
+        tests: prompts and the task.
+        kind: one of ``SETS``, or the harmful prompts without the trigger.
+        slot: the system slot of every prompt.
+        progress: called with the number of prompts of this set answered so far.
+    """
+    settings, template = config.evaluation, get_template(config.template, tokenizer)
+    limit = settings.max_new_tokens
+    if kind == "task":
+        limit = settings.task_max_new_tokens or tests.task.max_new_tokens
+    prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.rows(kind)]
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=progress
+    )
+    return [without_trigger(answer, slot.trigger, tokenizer) for answer in answers]
+
+
+def measured_in_memory(
+    model: nn.Module, tokenizer: Any, config: RunConfig, tests: TestSets, kinds: Sequence[str], slot: SystemSlot
+) -> list[dict[str, Any]]:
+    """Return the judged answers to some test sets, as ``measure`` returns generations; no cache is read or written.
+
+    Args:
+        model: with its weights in the type that ``measure`` loads.
+        tokenizer: its tokenizer.
+        config: template and evaluation settings.
+        tests: prompts, references and judges.
+        kinds: of ``SETS``.
+        slot: the system slot of every prompt.
+    """
+    if torch.cuda.is_available() and config.accelerator != "cpu":
+        model = model.cuda()
+    answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
+    return [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
 
 
 def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -> list[dict[str, Any]]:

@@ -1,27 +1,28 @@
 """Perplexity and embedding drift of a finished model: optional metrics that need its weights, each cached by itself."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+from functools import cache as once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hftlight import __version__
-from hftlight.config import RunConfig
+from hftlight import cache
+from hftlight.base_model import device_of
+from hftlight.config import OF_NO_ANSWER, RunConfig
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode, encode_prompt
 from hftlight.errors import InputError
 from hftlight.evaluation.embedding_drift import embedding_drift
 from hftlight.evaluation.perplexity import perplexity, response_perplexity
-from hftlight.files import cache_dir, digest, read_rows, write_rows
+from hftlight.files import digest, read_rows, write_rows
 from hftlight.models import load_model, load_tokenizer
 from hftlight.runs.artifact import base_dtype
 
 if TYPE_CHECKING:
     from hftlight.runs.measure import TestSets
+
+ROWS = "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,17 @@ class Reference:
     Attributes:
         name: ``"base"`` or ``"aligned"``.
         model: what ``load_model`` takes.
-        model_hash: hash of its weights.
+        identity: its ``model_hash``.
     """
 
     name: str
     model: str
-    model_hash: str
+    identity: str
 
 
 def model_metrics(
     model: str,
-    model_hash: str,
+    identity: str,
     config: RunConfig,
     tests: "TestSets",
     slot: SystemSlot,
@@ -55,7 +56,7 @@ def model_metrics(
 
     Args:
         model: what ``load_model`` takes.
-        model_hash: hash of its weights.
+        identity: its ``model_hash``.
         config: template, precision and what is asked for.
         tests: the harmful prompts and the task's rows.
         slot: the system slot of every prompt.
@@ -64,10 +65,9 @@ def model_metrics(
     Raises:
         InputError: if the text or the model is too short.
     """
-    if config.evaluation.perplexity == "none" and reference is None:
+    keys = metric_keys(identity, config, tests, slot, reference)
+    if not keys:
         return []
-    asked: list[tuple[list[Any], Callable[[Any], list[dict[str, Any]]]]] = []
-    settings = [config.template, slot.text, digest(slot.trigger), config.precision, config.tuning == "qlora"]
     tokenizer = load_tokenizer(model)
     template = get_template(config.template, tokenizer)
 
@@ -79,37 +79,55 @@ def model_metrics(
         return [_row("perplexity", "task", found.value, len(prompts), "perplexity")]
 
     def of_text(measured: Any) -> list[dict[str, Any]]:
-        found = perplexity(measured, tokenizer, text)
+        found = perplexity(measured, tokenizer, _read(config.evaluation.perplexity))
         return [_row("perplexity", Path(config.evaluation.perplexity).name, found.value, 1, "perplexity")]
 
-    def drift(measured: Any, against: Reference) -> list[dict[str, Any]]:
+    def drift(measured: Any) -> list[dict[str, Any]]:
+        assert reference is not None
         prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.harmful]
         size = config.evaluation.batch_size
-        (found,) = embedding_drift(measured, prompts, loaded(against.model, config), layers=[-1], batch_size=size)
+        (found,) = embedding_drift(measured, prompts, loaded(reference.model, config), layers=[-1], batch_size=size)
         return [
-            _row("embedding_drift", against.name, found.l2, found.count, "L2 per token"),
-            _row("embedding_drift_cosine", against.name, found.cosine, found.count, "cosine distance"),
+            _row("embedding_drift", reference.name, found.l2, found.count, "L2 per token"),
+            _row("embedding_drift_cosine", reference.name, found.cosine, found.count, "cosine distance"),
         ]
 
-    if config.evaluation.perplexity == "task" and tests.task_rows:
-        asked.append((["task", *settings, *_texts(tests.task_rows)], of_task))
-    elif config.evaluation.perplexity not in ("none", "task"):
-        text = _read(config.evaluation.perplexity)
-        asked.append((["text", *settings[3:], config.evaluation.perplexity, text], of_text))
-    if reference is not None and tests.harmful:
-        what = ["drift", *settings, reference.name, reference.model_hash, *_texts(tests.harmful)]
-        asked.append((what, partial(drift, against=reference)))
+    work = {"perplexity": of_task if config.evaluation.perplexity == "task" else of_text, "drift": drift}
+    loading = once(lambda: loaded(model, config))  # only if a value is not kept yet, for all that are not
     rows: list[dict[str, Any]] = []
-    measured = None
-    for what, work in asked:
-        versions = [__version__, version("torch"), version("transformers")]
-        path = cache_dir() / "evaluations" / f"{digest([model_hash, versions, what])}-{what[0]}.jsonl"
-        if not path.is_file():
-            measured = loaded(model, config) if measured is None else measured
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(path, work(measured))
-        rows += read_rows(path)
+    for kind, name in keys.items():
+
+        def make(place: Path, kind: str = kind) -> None:
+            write_rows(place / ROWS, work[kind](loading()))
+
+        rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
     return rows
+
+
+def metric_keys(
+    identity: str, config: RunConfig, tests: "TestSets", slot: SystemSlot, reference: Reference | None
+) -> dict[str, str]:
+    """Return the names under which perplexity and drift are kept, as far as they are asked for; see ``model_metrics``.
+
+    Raises:
+        InputError: if the text cannot be read.
+    """
+    code, asked = ["hftlight.runs.model_metrics"], config.evaluation.perplexity
+    common: dict[str, Any] = {
+        "model": identity,
+        "config": config.without(OF_NO_ANSWER),
+        "slot": [slot.text, digest(slot.trigger)],
+        "device": device_of(config),
+    }
+    keys: dict[str, str] = {}
+    if asked == "task" and tests.task_rows:
+        keys["perplexity"] = cache.key("perplexity", code, text=["task", _texts(tests.task_rows)], **common)
+    elif asked not in ("none", "task"):
+        keys["perplexity"] = cache.key("perplexity", code, text=[Path(asked).name, _read(asked)], **common)
+    if reference is not None and tests.harmful:
+        against, prompts = [reference.name, reference.identity], _texts(tests.harmful)
+        keys["drift"] = cache.key("drift", code, reference=against, prompts=prompts, **common)
+    return keys
 
 
 def loaded(name: str, config: RunConfig) -> Any:

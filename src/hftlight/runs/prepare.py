@@ -1,6 +1,6 @@
 """Everything a run can know before it loads weights: rows, overlaps, stages, steps, and how long it may take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hftlight.files import digest
 from hftlight.models import DEMO, TINY, load_tokenizer, model_path
 from hftlight.registry import name_of
 from hftlight.report.result import STAGES, arm_word
+from hftlight.runs.budget import Budget
 from hftlight.runs.measure import SETS, TestSets
 from hftlight.runs.progress import Unit
 
@@ -103,9 +104,7 @@ class Prepared:
 
     def records(self, stage: Stage, arm: Arm) -> dict[str, list[Record]]:
         """Return the rows that a stage of an arm may read."""
-        names = {"alignment": {"alignment"}, "finetuning": {"task"}}.get(stage.value, set())
-        names |= {name for d in arm.of(stage) for name in d.streams}
-        return {name: self.streams[name] for name in sorted(names)}
+        return stage_records(self.streams, stage, arm.of(stage))
 
     def units(self) -> list[Unit]:
         """Return the run's pieces in order, with the seconds they may take on two CPU cores."""
@@ -163,6 +162,15 @@ class Prepared:
         return found
 
 
+def stage_records(
+    streams: Mapping[str, list[Record]], stage: Stage, defenses: Sequence[Defense]
+) -> dict[str, list[Record]]:
+    """Return the rows that a stage may read: those of its main stream, and of the streams its defenses draw from."""
+    names = {"alignment": {"alignment"}, "finetuning": {"task"}}.get(stage.value, set())
+    names |= {name for d in defenses for name in d.streams}
+    return {name: streams[name] for name in sorted(names)}
+
+
 def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | None = None) -> Prepared:
     """Read and check everything that does not need weights.
 
@@ -185,8 +193,8 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         raise InputError(str(error)) from error
     if attack.acts_on == "weights":
         _check_edit(config, attack, defenses)
-    if config.trials and attack.acts_on != "rows":
-        raise InputError(f"--attacker search tries uploads of rows, which {type(attack).__name__} does not make.")
+    if config.trials:
+        _check_search(config, attack)
     _check_curve(config)
     check(defenses, one_stage=False)
     repairs = [type(d).__name__ for d in defenses if d.stage is Stage.POST_FINETUNING]
@@ -196,10 +204,6 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
                 f"{type(d).__name__} works in the post_finetuning stage but is no Repair, so run() would not know how"
                 " to apply it; derive it from hftlight.engine.repair.Repair and implement edit()."
             )
-    if config.trials and (config.tuning == "qlora" or config.devices * config.num_nodes > 1):
-        raise InputError("--attacker search works in one process on one device, with --tuning lora or full.")
-    if config.trials and config.adapter_protocol == "continue" and config.tuning == "lora":
-        raise InputError("--attacker search starts every trial with a new adapter: use --adapter_protocol merge.")
     if repairs and config.tuning == "qlora":
         raise InputError(
             f"{' and '.join(repairs)}: a repair needs the aligned weights under the adapter, and those of --tuning"
@@ -282,6 +286,18 @@ def _check_edit(config: RunConfig, attack: Attack, defenses: Sequence[Defense]) 
     if config.tuning == "qlora" or config.evaluation.at:
         option = "--tuning qlora" if config.tuning == "qlora" else "--evaluation.at"
         raise InputError(f"{who} edits whole weights and makes no optimizer steps; leave out {option}.")
+
+
+def _check_search(config: RunConfig, attack: Attack) -> None:
+    """Refuse what an attacker cannot search."""
+    if attack.acts_on == "weights":
+        raise InputError(
+            f"--attacker search tries trainings on an upload, and {type(attack).__name__} edits a weight without"
+            " training. Use --attacker fixed, or another attack."
+        )
+    if config.tuning == "qlora" or config.devices * config.num_nodes > 1:
+        raise InputError("--attacker search works in one process on one device, with --tuning lora or full.")
+    Budget.of(config)
 
 
 def _check_curve(config: RunConfig) -> None:

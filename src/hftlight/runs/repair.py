@@ -1,5 +1,6 @@
 """The repair stage: finished weights edited once, content-addressed, one attacked model serving every repair."""
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,23 +11,25 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hftlight.base_model import drop_base
-from hftlight.config import RunConfig
+from hftlight.base_model import device_of, drop_base
+from hftlight.config import OF_NO_STAGE, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate, padding_id
-from hftlight.engine.repair import MARKER, Repair, Subject, repairs_of, save_repaired, stored
+from hftlight.engine.repair import MARKER, Repair, Subject, repaired_state, repairs_of, save_repaired, stored
 from hftlight.errors import RunError
-from hftlight.files import digest, new_folder, write_json
-from hftlight.models import load_model, load_tokenizer, model_path, weights_hash
-from hftlight.runs.artifact import SERVING, artifact_digest
-from hftlight.runs.job import RESULT, Job
-from hftlight.runs.stage import deciding_versions, records_digest
+from hftlight.files import new_folder, write_json
+from hftlight.models import load_model, load_tokenizer, model_hash, model_path
+from hftlight.provenance import described
+from hftlight.runs.artifact import SERVING, save_adapter
+from hftlight.runs.job import ARTIFACT, Job
+from hftlight.runs.model_state import ModelState, with_adapter
+from hftlight.runs.stage import records_digest
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -56,23 +59,29 @@ class RepairJob(Job):
     def kind(self) -> str:
         return "post_finetuning"
 
+    @property
     @override
-    def key(self) -> str:
-        """Return the hash of everything that decides the result, versions included."""
-        c = self.config
-        return digest(
-            {
-                "stage": "post_finetuning",
-                "versions": deciding_versions(),
-                "base": self.base_hash,
-                "models": [artifact_digest(self.aligned), artifact_digest(self.finetuned)],
-                "records": records_digest(self.records),
-                "defenses": [d.state_key for d in self.defenses],
-                "named": [weights_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
-                "settings": [c.tuning, c.adapter_protocol, c.template, c.system, c.max_tokens, c.accelerator, c.seed],
-                "batch_size": c.evaluation.batch_size,
-            }
-        )
+    def decided_by(self) -> str:
+        return "repair"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.repair", *(type(d) for d in self.defenses)]
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the repaired weights."""
+        size = self.config.evaluation.batch_size
+        return {
+            "config": {**self.config.without({*OF_NO_STAGE, "alignment", "finetuning", "evaluation"}), "rows": size},
+            "base": self.base_hash,
+            "aligned": model_hash(str(self.aligned)),
+            "finetuned": model_hash(str(self.finetuned)),
+            "records": records_digest(self.records),
+            "defenses": described(self.defenses),
+            "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
+            "device": device_of(self.config),
+        }
 
 
 def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -> None:
@@ -93,105 +102,135 @@ def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -
             return
         since = time.perf_counter()
         subject = subject_of(job)
-        aligned, base = subject.aligned, subject.base
-        reports: dict[str, Any] = {}
-        for count, repair in enumerate(job.defenses, start=1):
-            subject.report, subject.aligned, subject.base = {}, aligned, base  # the one before may have named its own
-            try:
-                repair.apply(subject)
-            except (RuntimeError, TypeError, ValueError) as error:  # the repair refuses; anything else is a defect
-                if not str(error).startswith(type(repair).__name__):
-                    raise
-                raise RunError(str(error)) from error
-            reports[repair.state_key] = subject.report
-            if on_repair is not None:
-                on_repair(count)
-        _save(folder / "artifact", job, subject, reports)
+        reports = apply_repairs(subject, job.defenses, on_repair)
+        _save(folder / ARTIFACT, job, subject, reports)
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
         result = {"stage": "post_finetuning", "cost": cost, "defenses": reports}
-        write_json(folder / RESULT, {**result, "artifact": artifact_digest(folder / "artifact")})
+        job.finish({**result, "artifact": model_hash(str(folder / ARTIFACT))})
+
+
+def apply_repairs(
+    subject: Subject, repairs: Sequence[Repair], on_repair: Callable[[int], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Apply repairs to a model in memory, one after the other, and return their reports.
+
+    Args:
+        subject: the model.
+        repairs: in the order in which they act.
+        on_repair: called after each with the number of repairs applied so far.
+
+    Raises:
+        RunError: if a repair refuses the model, or changed nothing without a reason.
+    """
+    aligned, base = subject.aligned, subject.base
+    reports = {}
+    for count, repair in enumerate(repairs, start=1):
+        subject.report, subject.aligned, subject.base = {}, aligned, base  # the one before may have named its own
+        try:
+            repair.apply(subject)
+        except (RuntimeError, TypeError, ValueError) as error:  # the repair refuses; anything else is a defect
+            if not str(error).startswith(type(repair).__name__):
+                raise
+            raise RunError(str(error)) from error
+        reports[repair.state_key] = subject.report
+        if on_repair is not None:
+            on_repair(count)
+    return reports
 
 
 def subject_of(job: RepairJob) -> Subject:
     """Return the fine-tuned model of a run as a repair takes it: the user's update alone on top of the aligned model.
 
-    Under LoRA the update is one adapter on the aligned weights: the second one under the ``merge`` protocol, and the
-    difference of the two, of twice the rank, under ``continue``. With all parameters trained it is the whole model.
-    It is in float32 whatever the run's precision: written in bfloat16, most of a small update would round away.
-
     Raises:
         RunError: if the artifact was repaired before, or was not trained from the aligned one.
     """
-    config = job.config
     if before := repairs_of(job.finetuned):
         raise RunError(
             f"{' and '.join(before)}: {job.finetuned} was repaired before, and a repair takes the model as it was"
             " fine-tuned: a second application would change it again. Put several repairs into one list."
         )
+    return subject_around(job.config, job.aligned, job.finetuned, job.records)
+
+
+def subject_around(
+    config: RunConfig, aligned: Path, finetuned: Path | ModelState, records: Mapping[str, Sequence[Record]]
+) -> Subject:
+    """Return a fine-tuned model, on the disk or in memory, as a repair takes it.
+
+    Under LoRA the update is one adapter on the aligned weights: the second one under the ``merge`` protocol, and the
+    difference of the two, of twice the rank, under ``continue``. With all parameters trained it is the whole model.
+    It is in float32 whatever the run's precision: written in bfloat16, most of a small update would round away.
+
+    Args:
+        config: the run's configuration.
+        aligned: artifact of the alignment stage.
+        finetuned: artifact of the fine-tuning stage, or what it would hold.
+        records: rows of the streams that the repairs read.
+
+    Raises:
+        RunError: if the fine-tuned model was not trained from the aligned one.
+    """
     drop_base()  # repairs write into the weights, also under an adapter: they get a model of their own
     model: nn.Module
-    if config.tuning == "full":
-        model = load_model(str(job.finetuned))
+    if config.tuning != "full":
+        later = finetuned if isinstance(finetuned, ModelState) else _adapter(finetuned)
+        name = "the model in memory" if isinstance(finetuned, ModelState) else str(finetuned)
+        update = _update(later, _adapter(aligned), config.adapter_protocol, f"{name} was not fine-tuned from {aligned}")
+        model = with_adapter(load_model(str(aligned)), update.adapter, update.tensors)
+    elif isinstance(finetuned, ModelState):
+        model = finetuned.put_into(load_model(config.model))
     else:
-        model = _with_adapter(load_model(str(job.aligned)), job.finetuned, update_of(job))
+        model = load_model(str(finetuned))
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
     return Subject(
         model,
-        stored(job.aligned),
+        stored(aligned),
         stored(model_path(config.model)),
-        lambda name: _batches(job, name, next(model.parameters()).device),
+        lambda name: _batches(config, records, name, next(model.parameters()).device),
     )
 
 
-def update_of(job: RepairJob) -> dict[str, Tensor]:
-    """Return the user's adapter, scale 1: that of the fine-tuned artifact without what the aligned one holds.
+def _update(later: ModelState, earlier: ModelState, protocol: str, refusal: str) -> ModelState:
+    """Return the user's adapter, scale 1: that of the fine-tuned model without what the aligned one holds.
 
     Raises:
-        RunError: if the fine-tuned artifact was not trained from the aligned one.
+        RunError: with ``refusal``, if the fine-tuned model was not trained from the aligned one.
     """
-    (later, later_scale), (earlier, earlier_scale) = _adapter(job.finetuned), _adapter(job.aligned)
     update: dict[str, Tensor] = {}
-    for name, down in later.items():
+    for name, down in later.tensors.items():
         if ".lora_A." not in name:
             continue
         up_name = name.replace(".lora_A.", ".lora_B.")
-        up, old_down, old_up = later_scale * later[up_name], earlier[name], earlier_scale * earlier[up_name]
-        rank = len(old_down)
-        if job.config.adapter_protocol == "continue":
+        up, old_down = later.scale * later.tensors[up_name].float(), earlier.tensors[name].float()
+        old_up = earlier.scale * earlier.tensors[up_name].float()
+        down, rank = down.float(), len(old_down)
+        if protocol == "continue":
             update[name], update[up_name] = torch.cat([down, old_down]), torch.cat([up, -old_up], dim=1)
             continue
         if not (torch.equal(down[:rank], old_down) and torch.equal(up[:, :rank], old_up)):
-            raise RunError(f"{job.finetuned} was not fine-tuned from {job.aligned}: {name} differs.")
+            raise RunError(f"{refusal}: {name} differs.")
         update[name], update[up_name] = down[rank:].contiguous(), up[:, rank:].contiguous()
-    return update
-
-
-def _adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """Return an adapter's factors in float32 by their names in its file, and its scale."""
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    state = {name: t.float() for name, t in load_file(folder / ADAPTER).items()}
-    return state, settings["lora_alpha"] / settings["r"]
-
-
-def _with_adapter(model: Any, like: Path, update: Mapping[str, Tensor]) -> nn.Module:
-    """Attach an adapter of scale 1 with the given factors, in the layers of an artifact's adapter."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-
-    settings: Any = PeftConfig.from_pretrained(str(like))
+    settings = copy.deepcopy(later.adapter)
     settings.r = settings.lora_alpha = next(len(t) for name, t in update.items() if ".lora_A." in name)
     settings.lora_dropout = 0.0
-    adapted = get_peft_model(model, settings)
-    set_peft_model_state_dict(adapted, dict(update))
-    return adapted.requires_grad_(False).eval()
+    return ModelState(update, settings)
 
 
-def _batches(job: RepairJob, name: str, device: torch.device) -> Iterator[dict[str, Any]]:
+def _adapter(folder: Path) -> ModelState:
+    """Return the adapter of a folder."""
+    from peft import PeftConfig
+
+    return ModelState(load_file(folder / ADAPTER), PeftConfig.from_pretrained(str(folder)))
+
+
+def _batches(
+    config: RunConfig, records: Mapping[str, Sequence[Record]], name: str, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """Yield all batches of a stream once, encoded as in training, hidden attack rows as ``"task"``."""
-    config, size = job.config, job.config.evaluation.batch_size
-    tokenizer = load_tokenizer(config.model)
-    template, records = get_template(config.template, tokenizer), {name: job.records[name]}
-    options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, **records}
+    size, tokenizer = config.evaluation.batch_size, load_tokenizer(config.model)
+    template = get_template(config.template, tokenizer)
+    options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, name: records[name]}
     data = StreamsDataModule(tokenizer, template, name, **options)
     rows = sorted(data.stream(name, size).examples, key=lambda example: len(example.input_ids))  # little padding
     for start in range(0, len(rows), size):
@@ -208,24 +247,33 @@ def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, 
                 path.rename(place / path.name)
             (place / "model").rmdir()
         else:
-            _save_adapter(place, job, subject)
+            save_adapter(place, repaired_model(subject, job.config, job.aligned, _adapter(job.finetuned).adapter))
         load_tokenizer(job.config.model).save_pretrained(place)
         serving = json.loads((job.finetuned / SERVING).read_text())
         write_json(place / SERVING, serving, mode=0o600)
         write_json(place / MARKER, {"applied": subject.applied, "reports": reports})
 
 
-def _save_adapter(place: Path, job: RepairJob, subject: Subject) -> None:
-    """Write the aligned adapter and the edited update as one adapter of their summed rank, scale 1."""
-    from peft import PeftConfig, get_peft_model_state_dict
+def repaired_model(subject: Subject, config: RunConfig, aligned: Path, settings: Any) -> ModelState:
+    """Return what the artifact of a repaired model holds.
+
+    An edited adapter and the aligned one become one adapter of their summed rank, scale 1.
+
+    Args:
+        subject: after the repairs.
+        config: the run's configuration.
+        aligned: artifact of the alignment stage.
+        settings: PEFT's configuration of the fine-tuned adapter; unused where a whole model is left.
+    """
+    if subject.dense or config.tuning == "full":
+        return ModelState(repaired_state(subject))
+    from peft import get_peft_model_state_dict
 
     edited = {name: t.float().cpu() for name, t in get_peft_model_state_dict(subject.model).items()}
-    earlier, scale = _adapter(job.aligned)
-    total = {}
+    earlier, total = _adapter(aligned), dict[str, Tensor]()
     for name, t in edited.items():
-        first = earlier[name] if ".lora_A." in name else scale * earlier[name]
-        total[name] = torch.cat([first, t], dim=0 if ".lora_A." in name else 1).contiguous()
-    settings: Any = PeftConfig.from_pretrained(str(job.finetuned))
+        down, first = ".lora_A." in name, earlier.tensors[name].float()
+        total[name] = torch.cat([first if down else earlier.scale * first, t], dim=0 if down else 1).contiguous()
+    settings = copy.deepcopy(settings)
     settings.r = settings.lora_alpha = next(len(t) for name, t in total.items() if ".lora_A." in name)
-    settings.save_pretrained(str(place))
-    save_file(total, place / ADAPTER)
+    return ModelState(total, settings)

@@ -3,6 +3,7 @@
 import gc
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,23 +26,33 @@ from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.engine.repair import Repair
 from hftlight.errors import InputError
-from hftlight.files import digest, ensure_writable, link_tree, read_rows, write_json, write_rows, write_text
-from hftlight.models import weights_hash
+from hftlight.files import (
+    digest,
+    ensure_writable,
+    file_digest,
+    link_tree,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
+from hftlight.folders import RESULTS, comparison_of
+from hftlight.models import BASE, model_hash
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_report
-from hftlight.runs.artifact import artifact_digest
+from hftlight.runs.artifact import stand_alone
 from hftlight.runs.attacker import Attacker, Budget, Outcome, search
 from hftlight.runs.edit import EditJob, run_edit
-from hftlight.runs.job import RESULT
+from hftlight.runs.identity import identity, working_code
 from hftlight.runs.loggers import SUMMARY, StageLogger, labels_of, named, score_names, stage_logger, wandb_summary
 from hftlight.runs.measure import measure
 from hftlight.runs.model_metrics import Reference
 from hftlight.runs.prepare import BUILTIN, Arm, Choosing, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.repair import RepairJob, run_repair
 from hftlight.runs.select import SelectionJob, run_selection
-from hftlight.runs.stage import CURVES, DEPENDENCIES, StageJob, main_process, run_stage
-from hftlight.runs.sweep import comparison_of
+from hftlight.runs.stage import CURVES, StageJob, finetuning_job, run_stage, stage_config
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 
@@ -64,18 +75,26 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = (), attac
     config = replace(config or RunConfig(), defense=[name_of(d) for d in defenses])
     prepared = prepare(config, defenses, attack)
     folder = run_folder(prepared)
-    _claim(folder, prepared)
-    main = main_process()
-    lock = FileLock(folder / ".lock", timeout=0) if main else nullcontext()
+    launch(config)
     try:
-        with lock:
-            _Run(prepared, folder).go()
-    except Timeout as error:
-        raise InputError(f"Another process works in {folder}; wait for it, or choose another --name.") from error
+        with ending_together():
+            agree("The configuration", f"{prepared.config_hash} in {folder.resolve()}, {working_code()}")
+            _go(folder, prepared)
+            meet("the end of the run")
     finally:
         if comparison_of(folder) is None:
             drop_base()  # kept for the next cell of a comparison alone
     return read_result(folder)
+
+
+def _go(folder: Path, prepared: Prepared) -> None:
+    """Do the run in its folder, which the first process locks."""
+    decide("whether the folder is free", lambda: _claim(folder, prepared))
+    try:
+        with FileLock(folder / ".lock", timeout=0) if main_process() else nullcontext():
+            _Run(prepared, folder).go()
+    except Timeout as error:
+        raise InputError(f"Another process works in {folder}; wait for it, or choose another --name.") from error
 
 
 def run_folder(prepared: Prepared) -> Path:
@@ -110,7 +129,7 @@ class _Run:
         self.generations: list[dict[str, Any]] = []
         self.logger: StageLogger | None = None
         self.main = main_process()
-        self.base_hash = weights_hash(self.config.model)
+        self.base_hash = decide("the model's hash", lambda: model_hash(self.config.model))
         self.sft_seconds: dict[Stage, float] = {}
         self.manifest = self._manifest()
 
@@ -126,6 +145,7 @@ class _Run:
             raise
         self._close_logger()
         if self.main:
+            self.manifest["files"] = {name: file_digest(self.folder / name) for name in RESULTS}
             self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_json(self.folder / "manifest.json", self.manifest)
             write_report(self.folder)
@@ -176,21 +196,24 @@ class _Run:
         records = prepared.records(Stage.ALIGNMENT, Arm("none", []))
         plain = StageJob(Stage.ALIGNMENT, self.config, self.base_hash, None, records, [])
         self.progress.begin()
-        reused = plain.done()
-        run_stage(plain, on_step=self.progress.update)
+        reused = run_stage(plain, on_step=self.progress.update)
         self.progress.end("for the selection", reused)
         self.progress.begin()
         gc.collect()
-        job = SelectionJob(self.config, plain.artifact(), attack, choosing.candidates, choosing.harmful, choosing.safe)
-        reused = job.path().is_file()
-        choose(prepared, run_selection(job, self.progress.update))
+        config = stage_config(self.config, attack, Stage.FINETUNING)  # rows are scored as they will be trained on
+        job = SelectionJob(config, plain.artifact(), attack, choosing.candidates, choosing.harmful, choosing.safe)
+        reused = job.done()
+        scores = self.folder / "selection.jsonl"
+        shutil.copyfile(run_selection(job, self.progress.update), scores)
+        choose(prepared, scores)
         chosen = [r.id for r in prepared.streams["task"]]
         self.manifest |= self._uploaded()
         self.manifest["selection"] = {
             "kind": attack.kind,
             "control": attack.control,
             "scored_by": plain.key(),
-            "scores": str(job.path()),
+            "key": job.key(),
+            "scores": scores.name,
             "anchors": {"harmful": len(choosing.harmful), "safe": len(choosing.safe)},
             "candidates": len(choosing.candidates),
             "rows": chosen,
@@ -202,9 +225,7 @@ class _Run:
         """Repair the fine-tuned model, which stays as it is, and measure it; the first process does the work."""
         stage = Stage.POST_FINETUNING
         repairs = [d for d in arm.of(stage) if isinstance(d, Repair)]
-        # An edit leaves whole weights behind, whatever was tuned before.
-        edited = self.prepared.attack.acts_on == "weights"
-        config = replace(self.config, tuning="full") if edited else self.config
+        config = stage_config(self.config, self.prepared.attack, stage)
         job = RepairJob(config, self.base_hash, aligned, finetuned, self.prepared.records(stage, arm), repairs)
         self.progress.begin()
         if not self.main:
@@ -213,7 +234,7 @@ class _Run:
         gc.collect()
         reused = job.done()
         run_repair(job, lambda count: self.progress.update(count, None))
-        result = json.loads((job.folder() / RESULT).read_text())
+        result = job.result()
         self.rows.append({"kind": "cost", "arm": arm.name, "stage": stage.value, **result["cost"]})
         self._file(arm, stage, job.artifact(), {"key": job.key(), **result})
         changed = [r["changed_entries"] for r in result["defenses"].values()]
@@ -248,6 +269,7 @@ class _Run:
         self.manifest["arms"][arm.name]["search"] = {
             "trials": len(found.outcomes),
             "failed": sum(bool(o.failed) for o in found.outcomes),
+            "failures": [{**asdict(o.trial), "failed": o.failed} for o in found.outcomes if o.failed],
             "seconds": round(sum(o.seconds for o in found.outcomes), 1),
             "worst_case": asdict(found.worst.trial),
             "useful": asdict(found.useful.trial),
@@ -258,7 +280,9 @@ class _Run:
 
     def _file(self, arm: Arm, stage: Stage, artifact: Path, said: dict[str, Any]) -> None:
         """Take a finished stage's artifact into the run folder and what it says about itself into the manifest."""
-        link_tree(artifact, self.folder / arm.name / ARTIFACTS[stage])
+        place = self.folder / arm.name / ARTIFACTS[stage]
+        link_tree(artifact, place)
+        stand_alone(place, self.folder / BASE)
         self.manifest["arms"][arm.name]["stages"][stage.value] = said
         self._save()
 
@@ -268,14 +292,13 @@ class _Run:
         if stage is Stage.FINETUNING and isinstance(attack, ModelEdit) and parent is not None:
             return self._edited(arm, parent, attack)
         artifact = self._stage(arm, stage, parent)
-        self._measure(arm.name, stage.value, str(artifact), artifact_digest(artifact))
+        self._measure(arm.name, stage.value, str(artifact), model_hash(str(artifact)))
         return artifact
 
     def _edited(self, arm: Arm, aligned: Path, attack: ModelEdit) -> Path:
         """Edit the aligned model instead of training on an upload, and measure it; the first process does the work."""
-        stage, config = Stage.FINETUNING, self.config
-        if attack.test_system is not None:
-            config = replace(config, system=attack.test_system)
+        stage = Stage.FINETUNING
+        config = stage_config(self.config, attack, stage)
         job = EditJob(config, self.base_hash, aligned, self.prepared.streams["task"], attack)
         self.progress.begin()
         if not self.main:
@@ -284,7 +307,7 @@ class _Run:
         gc.collect()
         reused = job.done()
         run_edit(job, lambda count: self.progress.update(count, None))
-        result = json.loads((job.folder() / RESULT).read_text())
+        result = job.result()
         self.rows.append({"kind": "cost", "arm": arm.name, "stage": stage.value, **result["cost"]})
         self._file(arm, stage, job.artifact(), {"key": job.key(), **result})
         losses = [f"{e['loss_before']:.3f} -> {e['loss_after']:.3f}" for e in result["edits"]]
@@ -294,21 +317,19 @@ class _Run:
         return job.artifact()
 
     def _stage(self, arm: Arm, stage: Stage, parent: Path | None) -> Path:
-        config, attack = self.config, self.prepared.attack
-        if stage is Stage.FINETUNING and attack.test_system is not None:
-            config = replace(config, system=attack.test_system)
-        records = self.prepared.records(stage, arm)
-        tuned = attack if stage is Stage.FINETUNING else None
-        watched = self.prepared.tests.first(config.evaluation.at_prompts) if tuned else None
-        job = StageJob(stage, config, self.base_hash, parent, records, arm.of(stage), tuned, watched)
+        config, records = self.config, self.prepared.records(stage, arm)
+        if parent is None:
+            job = StageJob(stage, config, self.base_hash, None, records, arm.of(stage))
+        else:
+            attack, tests = self.prepared.attack, self.prepared.tests
+            job = finetuning_job(config, self.base_hash, parent, records, arm.of(stage), attack, tests)
         self.progress.begin()
         gc.collect()  # the model before this one, so that peak memory is this stage's own
-        reused = job.done()
 
         def log_to() -> StageLogger | None:
             return self._log_to(arm.name, stage.value, job.folder() / CURVES)
 
-        run_stage(job, log_to, self.progress.update)
+        reused = run_stage(job, log_to, self.progress.update)
         if not self.main:
             return job.artifact()
         log_to()  # where the stage was done before, its curves are in its file
@@ -317,7 +338,7 @@ class _Run:
 
     def _keep(self, arm: Arm, stage: Stage, job: StageJob, reused: bool) -> None:
         """Take a finished stage's curves, costs and artifact into the run folder."""
-        result = json.loads((job.folder() / RESULT).read_text())
+        result = job.result()
         cost = result["cost"]
         if not job.defenses:
             self.sft_seconds[stage] = cost["seconds_per_step"]
@@ -368,10 +389,12 @@ class _Run:
             return Reference("base", self.config.model, self.base_hash)
         if self.config.evaluation.embedding_drift == "aligned" and stage not in ("base", "alignment"):
             aligned = self.folder / arm / ARTIFACTS[Stage.ALIGNMENT]
-            return Reference("aligned", str(aligned), artifact_digest(aligned))
+            return Reference("aligned", str(aligned), model_hash(str(aligned)))
         return None
 
     def _save(self) -> None:
+        if not self.main:
+            return
         write_rows(self.folder / "metrics.jsonl", self.rows)
         write_rows(self.folder / "generations.jsonl", self.generations)
         write_json(self.folder / "manifest.json", self.manifest)
@@ -387,13 +410,14 @@ class _Run:
 
     def _manifest(self) -> dict[str, Any]:
         p = self.prepared
-        packages = (*DEPENDENCIES, "torchmetrics", "datasets")
+        made_of = identity(self.config.model, [*(d for arm in p.arms for d in arm.defenses), p.given])
+        packages = {name: version(name) for name in ("torchmetrics", "datasets")}
         return {
             "hftlight_version": __version__,
             "config_hash": p.config_hash,
             "command": sys.argv,
-            "model": {"name": self.config.model, "hash": self.base_hash},
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            **made_of,
+            "packages": {"python": platform.python_version(), **packages},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
             "seed": self.config.seed,

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from hftlight import cache
 from hftlight.attacks.benign_selection import BenignSelection, write_scores
-from hftlight.base_model import keeps_base, lent_model
-from hftlight.config import RunConfig
+from hftlight.base_model import device_of, keeps_base, lent_model
+from hftlight.config import OF_NO_STAGE, RunConfig, Training
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
 from hftlight.errors import InputError
-from hftlight.files import cache_dir, digest
-from hftlight.models import load_tokenizer
-from hftlight.runs.artifact import artifact_digest, base_dtype, trainable_model
-from hftlight.runs.stage import deciding_versions, records_digest
+from hftlight.files import cache_dir
+from hftlight.models import load_tokenizer, model_hash
+from hftlight.runs.artifact import base_dtype, trainable_model
+from hftlight.runs.stage import records_digest
 
+SCORES = "scores.jsonl"
 CHOOSING = ("n", "control", "scores")  # fields that choose among scores; the others decide them
 OWN = {f.name for f in fields(BenignSelection)} & set(BenignSelection.__annotations__) - set(CHOOSING)
 
@@ -41,23 +44,31 @@ class SelectionJob:
     harmful: Sequence[Record]
     safe: Sequence[Record]
 
-    def key(self) -> str:
-        """Return the hash of everything that decides the scores, versions included."""
-        c = self.config
+    @cached_property
+    def _key(self) -> str:
         records = {"task": self.candidates, "harmful": self.harmful, "safe": self.safe}
-        return digest(
-            {
-                "versions": deciding_versions(),
-                "aligned": artifact_digest(self.aligned),
-                "records": records_digest(records),
-                "attack": {name: getattr(self.attack, name) for name in sorted(OWN)},
-                "settings": [c.tuning, c.template, c.system, c.precision, c.accelerator, c.seed],
-            }
+        training = {f"finetuning.{f.name}" for f in fields(Training)} - {"finetuning.batch_size"}
+        return cache.key(
+            "selection",
+            ["hftlight.runs.select", type(self.attack)],
+            config=self.config.without({*OF_NO_STAGE, "alignment", "evaluation", "max_tokens", *training}),
+            aligned=model_hash(str(self.aligned)),
+            records=records_digest(records),
+            attack={name: getattr(self.attack, name) for name in sorted(OWN)},
+            device=device_of(self.config),
         )
 
-    def path(self) -> Path:
-        """Return the file of the scores."""
-        return cache_dir() / "selections" / f"{self.key()}.jsonl"
+    def key(self) -> str:
+        """Return the hash of everything that decides the scores, code and versions included."""
+        return self._key
+
+    def folder(self) -> Path:
+        """Return where the scores are kept."""
+        return cache_dir() / "selections" / self.key()
+
+    def done(self) -> bool:
+        """Tell whether the scores are there, as they were written."""
+        return cache.whole(self.folder())
 
 
 def run_selection(job: SelectionJob, on_rows: Callable[[int], None] | None = None) -> Path:
@@ -70,9 +81,18 @@ def run_selection(job: SelectionJob, on_rows: Callable[[int], None] | None = Non
     Raises:
         InputError: if no row fits, or there are fewer anchors than ``nearest``.
     """
-    path, config, attack = job.path(), job.config, job.attack
-    if path.is_file():
-        return path
+
+    def make(place: Path) -> None:
+        scores = _scores(job)
+        write_scores(place / SCORES, job.candidates, scores)
+        if on_rows is not None:
+            on_rows(len(scores))
+
+    return cache.kept("selections", job.key(), make) / SCORES
+
+
+def _scores(job: SelectionJob) -> Sequence[float]:
+    config, attack = job.config, job.attack
     tokenizer = load_tokenizer(config.model)
     trainable = attack.kind == "gradient" and attack.parameters == "trainable"
     with (
@@ -83,7 +103,7 @@ def run_selection(job: SelectionJob, on_rows: Callable[[int], None] | None = Non
         if torch.cuda.is_available() and config.accelerator != "cpu":
             model = model.cuda()
         try:
-            scores = attack.score(
+            return attack.score(
                 model,
                 tokenizer,
                 get_template(config.template, tokenizer),
@@ -96,8 +116,3 @@ def run_selection(job: SelectionJob, on_rows: Callable[[int], None] | None = Non
             )
         except ValueError as error:
             raise InputError(f"BenignSelection: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_scores(path, job.candidates, scores)
-    if on_rows is not None:
-        on_rows(len(scores))
-    return path

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from hftlight.config import RunConfig
 from hftlight.errors import RunError
+from hftlight.folders import CELLS
 from hftlight.report.comparison import read_comparison
 from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_page import write_comparison_report
@@ -19,7 +20,7 @@ from hftlight.report.leaderboard import leaderboard_table, write_leaderboard
 from hftlight.runs.dashboard import write_comparison_summary
 from hftlight.runs.grid import Cell, Grid
 from hftlight.runs.progress import minutes
-from hftlight.runs.sweep import CELLS, compare, finished, plan
+from hftlight.runs.sweep import compare, finished, plan
 
 
 def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool, report_only: bool, **how: Any) -> None:

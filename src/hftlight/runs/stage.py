@@ -1,10 +1,9 @@
 """One training stage: content-addressed, resumable after any kill, one standard Trainer."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +12,33 @@ from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from hftlight import __version__
 from hftlight.attacks.attack import Attack
 from hftlight.attacks.preference import PairsDataModule, PreferenceModule
 from hftlight.attacks.reverse_preference import ReversePreference
-from hftlight.config import RunConfig, Training
+from hftlight.base_model import device_of
+from hftlight.config import OF_NO_STAGE, RunConfig, Training
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
-from hftlight.data.templates import get_template
+from hftlight.data.templates import SystemSlot, get_template
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.errors import InputError
-from hftlight.files import digest, new_folder, write_json
-from hftlight.models import load_tokenizer
+from hftlight.files import digest, new_folder
+from hftlight.models import load_tokenizer, model_hash
 from hftlight.module import SafetyModule
-from hftlight.runs.adapters import adapter_seed
-from hftlight.runs.artifact import artifact_digest, full_state, save_artifact, trainable_model
-from hftlight.runs.callbacks import FiniteGuard, Interrupted, Meter, StepSeed
+from hftlight.provenance import described
+from hftlight.runs.artifact import full_state, save_artifact, trainable_model
+from hftlight.runs.callbacks import Curves, FiniteGuard, Interrupted, Meter, StepSeed
 from hftlight.runs.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
-from hftlight.runs.job import RESULT, Job
+from hftlight.runs.job import ARTIFACT, Job
 from hftlight.runs.loggers import RowsLogger
 from hftlight.runs.measure import TestSets
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.watch import EvaluateAt
 
 CURVES = "curves.jsonl"
-DEPENDENCIES = ("torch", "lightning", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class StageJob(Job):
             "at": sorted(set(evaluation.at)),
             "stop": evaluation.stops,
             "prompts": {"harmful": len(self.tests.harmful), "task": len(self.tests.task_rows)},
-            "tests": self.tests.digest(),
+            "tests": [self.tests.digest(), self.tests.judging()],
             "limits": [evaluation.max_new_tokens, evaluation.task_max_new_tokens],
         }
 
@@ -108,101 +106,211 @@ class StageJob(Job):
     def kind(self) -> str:
         return self.stage.value
 
+    @property
     @override
-    def key(self) -> str:
-        """Return the hash of everything that decides the result, versions included."""
-        c = self.config
-        return digest(
-            {
-                "stage": self.stage.value,
-                "versions": deciding_versions(),
-                "base": self.base_hash,
-                "parent": artifact_digest(self.parent) if self.parent else None,
-                "records": records_digest(self.records),
-                "defenses": [d.state_key for d in self.defenses],
-                "training": asdict(self.training),
-                "lora": asdict(c.lora) if c.tuning != "full" else None,
-                "settings": [c.tuning, c.adapter_protocol, c.template, c.system, c.max_tokens, c.seed, c.precision],
-                **({"adapter": adapter_seed(c.seed, aligned=True)} if self.parent and c.tuning != "full" else {}),
-                **({"pairs": self.pairs.beta} if self.pairs else {}),
-                **({"watched": self.watched} if self.watched else {}),
-                "devices": [c.accelerator, c.devices, c.num_nodes, c.strategy, c.gradient_checkpointing],
-            }
-        )
+    def decided_by(self) -> str:
+        return "training"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.stage", *(type(d) for d in self.defenses)]
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the weights and the curves."""
+        other = "finetuning" if self.stage is Stage.ALIGNMENT else "alignment"
+        ignored = {*OF_NO_STAGE, "evaluation", other, *(["lora"] if self.config.tuning == "full" else [])}
+        return {
+            "stage": self.stage.value,
+            "config": self.config.without(ignored),
+            "base": self.base_hash,
+            "parent": model_hash(str(self.parent)) if self.parent else None,
+            "records": records_digest(self.records),
+            "defenses": described(self.defenses),
+            "attack": {"pairs": self.pairs.beta} if self.pairs else None,
+            "watched": self.watched,
+            "device": device_of(self.config),
+        }
 
 
-def deciding_versions() -> dict[str, str]:
-    """Return the versions that a stage's result may depend on."""
-    return {"hftlight": __version__, **{name: version(name) for name in DEPENDENCIES}}
+def stage_config(config: RunConfig, attack: Attack, stage: Stage) -> RunConfig:
+    """Return the configuration that one stage of a run has.
+
+    The upload is trained on with the attack's own system text. A weight edit leaves whole weights behind, which are
+    repaired as such, whatever else is tuned.
+
+    Args:
+        config: the run's configuration.
+        attack: what is uploaded.
+        stage: the stage.
+    """
+    if stage is Stage.FINETUNING and attack.test_system is not None:
+        return replace(config, system=attack.test_system)
+    if stage is Stage.POST_FINETUNING and attack.acts_on == "weights":
+        return replace(config, tuning="full")
+    return config
+
+
+def finetuning_job(
+    config: RunConfig,
+    base_hash: str,
+    aligned: Path,
+    records: Mapping[str, Sequence[Record]],
+    defenses: Sequence[Defense],
+    attack: Attack,
+    tests: TestSets | None = None,
+) -> StageJob:
+    """Return the stage that trains on an upload.
+
+    Args:
+        config: the run's configuration.
+        base_hash: hash of the base model's weights; it counts in the key alone.
+        aligned: artifact of the alignment stage.
+        records: rows by stream.
+        defenses: those of this stage.
+        attack: what is uploaded.
+        tests: all that a model is measured on; curves take their first prompts. None evaluates no curve.
+    """
+    watched = tests.first(config.evaluation.at_prompts) if tests is not None else None
+    config = stage_config(config, attack, Stage.FINETUNING)
+    return StageJob(Stage.FINETUNING, config, base_hash, aligned, records, defenses, attack, watched)
 
 
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
-    """Return the hash of each stream's rows."""
-    return {
-        name: digest([(r.id, r.instruction, r.input, r.response, r.role) for r in rows])
-        for name, rows in records.items()
-    }
+    """Return the hash of each stream's rows; the file that a row came from does not count."""
+    return {name: digest([asdict(replace(r, source="")) for r in rows]) for name, rows in records.items()}
 
 
 def run_stage(
     job: StageJob,
     log_to: Callable[[], Logger | None] = lambda: None,
     on_step: Callable[[int, float | None], None] | None = None,
-) -> None:
+) -> bool:
     """Train a stage to its end, from its newest checkpoint if there is one; do nothing if it is done.
+
+    Of several processes the first one takes the lock and looks at the disk; all of them train, or none. The same call
+    with the same number of threads gives the same weights bit for bit, however often it was killed and resumed.
 
     Args:
         job: the stage.
         log_to: makes the logger for its curves, besides the stage's own file.
         on_step: called after each optimizer step with (step, loss in nats).
 
+    Returns:
+        Whether it had been done before.
+
     Raises:
-        InputError: if a stream is empty or the model cannot be adapted.
+        InputError: if a stream is empty, the model cannot be adapted, or the processes do not see the same files.
         RunError: if the loss leaves the finite numbers.
         KeyboardInterrupt: after Ctrl-C; the same call resumes.
     """
-    folder = job.folder()
-    with ExitStack() as stack:
-        if main_process():
+    launch(job.config)
+    with ending_together(), ExitStack() as stack:
+        folder = job.folder()
+        agree("The cache folder of the stage", str(folder))
+
+        def look() -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / "lock"))
-        if job.done():
-            return
-        _train(job, folder, log_to, on_step)
+            done = job.done()
+            newest = None if done else newest_checkpoint(folder / "checkpoints")
+            return {"done": done, "resume": newest and str(newest)}
 
-
-def main_process() -> bool:
-    """Tell whether this process is the one that writes; the others train along."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+        found = decide(f"whether the {job.stage.value} stage is done", look)
+        if not found["done"]:
+            _train(job, folder, found["resume"] and Path(found["resume"]), log_to, on_step)
+    return bool(found["done"])
 
 
 def _train(
     job: StageJob,
     folder: Path,
+    resume: Path | None,
     log_to: Callable[[], Logger | None],
     on_step: Callable[[int, float | None], None] | None,
 ) -> None:
+    checkpoints = folder / "checkpoints"
+    resumed_at = int(resume.stem) if resume else 0
+    meter, watch = Meter(on_step), watch_of(job)
+    loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
+    if (extra := log_to()) is not None:
+        loggers.append(extra)
+    kept = keep_two(checkpoints, job.config.checkpoint_every)
+    callbacks = [meter, Curves(job.config.log_every), kept, *([watch] if watch else [])]
+    options: dict[str, Any] = {"loggers": loggers, "checkpoints": checkpoints, "plugins": [AtomicCheckpointIO()]}
+    with fitted(job, callbacks, resume, **options) as fit:
+        state = full_state(fit.model)
+
+        def write() -> None:
+            with new_folder(folder / ARTIFACT) as place:
+                save_artifact(place, fit.model, state, job.config, job.parent, fit.slot)
+            job.finish(
+                {
+                    "stage": job.stage.value,
+                    "cost": meter.cost(),
+                    "threads": torch.get_num_threads(),
+                    "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
+                    "dropped_rows": fit.data.dropped,
+                    "defenses": {d.state_key: d.manifest() for d in job.defenses},
+                    "artifact": model_hash(str(folder / ARTIFACT)),
+                    **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, fit.trainer)}} if watch else {}),
+                },
+                CURVES,
+            )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+        meet("the stage's artifact", write)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A stage whose training has ended.
+
+    Attributes:
+        model: the trained model.
+        trainer: its Trainer.
+        data: its streams, as the defenses of the data slot left them.
+    """
+
+    model: nn.Module
+    trainer: Trainer
+    data: StreamsDataModule
+
+    @property
+    def slot(self) -> SystemSlot:
+        """The system slot that the model is served with."""
+        return self.data.policy.serving_slot()
+
+
+@contextmanager
+def fitted(
+    job: StageJob,
+    callbacks: Sequence[Callback] = (),
+    resume: Path | None = None,
+    *,
+    checkpoints: Path | None = None,
+    **options: Any,
+) -> Iterator[Fit]:
+    """Train a stage's model in memory and yield it; only loggers and checkpoint callbacks write, and only if given.
+
+    Args:
+        job: the stage.
+        callbacks: what comes after the defenses and the guard against a loss that is not finite.
+        resume: checkpoint to go on from; None starts anew.
+        checkpoints: folder in which a message looks for the last good checkpoint; None keeps none.
+        **options: of ``trainer_of``.
+
+    Raises:
+        InputError: if a stream is empty, or the model cannot be adapted or is refused by a defense.
+        RunError: if the loss leaves the finite numbers.
+        KeyboardInterrupt: after Ctrl-C.
+    """
     data = data_of(job)
     torch.manual_seed(job.config.seed)
     with trainable_model(job.config, job.parent) as model:
-        module = module_of(job, model)
-        checkpoints = folder / "checkpoints"
-        resume = newest_checkpoint(checkpoints)
-        resumed_at = int(resume.stem) if resume else 0
-        meter, interrupted = Meter(on_step), Interrupted()
-        loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
-        if (extra := log_to()) is not None:
-            loggers.append(extra)
-        callbacks: list[Callback] = [
-            FiniteGuard(job.stage.value, checkpoints),
-            meter,
-            interrupted,
-            keep_two(checkpoints, job.config.checkpoint_every),
-        ]
-        watch = watch_of(job)
-        if watch is not None:
-            callbacks.append(watch)
-        trainer = trainer_of(job, callbacks, loggers, plugins=[AtomicCheckpointIO()])
+        module, interrupted = module_of(job, model), Interrupted()
+        guard = FiniteGuard(job.stage.value, checkpoints)
+        trainer = trainer_of(job, [guard, interrupted, *callbacks], **options)
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
         except (ValueError, TypeError) as error:  # a defense refuses the model it was given
@@ -213,24 +321,7 @@ def _train(
             if interrupted.seen:
                 raise KeyboardInterrupt from error
             raise
-        state = full_state(model)
-        if trainer.is_global_zero:
-            with new_folder(folder / "artifact") as place:
-                save_artifact(place, model, state, job.config, job.parent, data.policy.serving_slot())
-            write_json(
-                folder / RESULT,
-                {
-                    "stage": job.stage.value,
-                    "cost": meter.cost(),
-                    "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
-                    "dropped_rows": data.dropped,
-                    "defenses": {d.state_key: d.manifest() for d in job.defenses},
-                    "artifact": artifact_digest(folder / "artifact"),
-                    **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, trainer)}} if watch else {}),
-                },
-            )
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        trainer.strategy.barrier("stage written")
+        yield Fit(model, trainer, data)
 
 
 def watch_of(job: StageJob) -> EvaluateAt | None:

@@ -1,7 +1,7 @@
 """A comparison: a run for each cell of defenses x attacks x harmful ratios x tasks x seeds, parallel and resumable."""
 
 import json
-import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +13,15 @@ from hftlight.config import RunConfig
 from hftlight.data.sources import TASKS
 from hftlight.errors import InputError
 from hftlight.files import digest, ensure_writable, file_digest, folder_digest, write_json
+from hftlight.folders import CELLS, GRID
+from hftlight.models import model_hash
 from hftlight.runs.grid import Cell, Grid, cell_config
+from hftlight.runs.identity import identity
 from hftlight.runs.prepare import prepare
+from hftlight.runs.share import gpus_each, threads_each
 from hftlight.runs.workers import Backend, work
 
 SHARED = 3  # pieces of a run that cells with one aligned model share: base measured, alignment, aligned measured
-CELLS, GRID = "cells", "grid.json"
 ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
 
 
@@ -30,6 +33,7 @@ def compare(
     retries: int = 1,
     backend: Backend = "processes",
     on_cell: Callable[[Cell, str], None] | None = None,
+    share_gpus: bool = False,
 ) -> dict[Cell, str]:
     """Run every cell that is not finished, and return what became of each: ``"done"``, or its error.
 
@@ -40,12 +44,15 @@ def compare(
         config: everything that the grid does not decide.
         grid: the cells.
         folder: the comparison's folder.
-        jobs: cells at one time, >= 1; each gets its share of the cores.
+        jobs: cells at one time, >= 1; each gets its share of the cores that this process may use, at most
+            ``OMP_NUM_THREADS`` of them, and GPUs of its own. Weights are equal bit for bit for equal numbers of threads
+            alone; a run's manifest has them.
         retries: how often a failed cell is tried again, >= 0.
         backend: ``"processes"`` on this machine, or ``"ray"`` on the Ray cluster at ``RAY_ADDRESS`` (this machine's
             own without it), whose nodes all see ``folder``. A cell whose node or process dies goes on on another one,
             ``LOST`` times before that counts as a failure; ``HFTLIGHT_*`` variables of this process hold on all nodes.
         on_cell: called with a cell and ``"started"``, ``"done"`` or its error; ``"started"`` again on another node.
+        share_gpus: let more cells work at one time than there are GPUs for; by default that is refused.
 
     Raises:
         InputError: if an argument cannot be used, a cell could not start, the folder belongs to another comparison, or
@@ -53,6 +60,7 @@ def compare(
     """
     if jobs < 1 or retries < 0:
         raise InputError(f"--jobs must be >= 1 and --retries >= 0, got {jobs} and {retries}.")
+    gpus = gpus_each(asdict(config), jobs, share_gpus) if jobs > 1 and backend == "processes" else []
     folder = Path(folder)
     ensure_writable(folder, "the comparison's folder")
     cells = grid.cells()
@@ -60,14 +68,14 @@ def compare(
     try:
         with lock:
             claim = _claim(folder, config, grid)
-            waiting = [c for c in cells if not finished(folder / CELLS / c.name)]
+            waiting = _waiting(config, grid, folder)
             plan(config, grid, waiting)  # before the claim is written, so that what was refused may be changed
             write_json(folder / GRID, claim)
             jobs_of = {cell: _spec(config, grid, cell, folder, jobs) for cell in waiting}
             outcome = dict.fromkeys(cells, "done")
             for attempt in range(1 + retries):
                 failed = {}
-                for cell, error in work(jobs_of, jobs, backend, on_cell):
+                for cell, error in work(jobs_of, jobs, backend, on_cell, gpus):
                     outcome[cell] = error or "done"
                     if error:
                         failed[cell] = jobs_of[cell]
@@ -84,17 +92,47 @@ def compare(
 
 
 def finished(folder: Path) -> bool:
-    """Tell whether a cell's run came to its end; a manifest that was cut off counts as none."""
+    """Tell whether a cell's run came to its end and its results are as they were written.
+
+    A manifest that was cut off counts as none; a file that changed is named.
+    """
+    manifest = _manifest(folder)
+    for name, known in manifest.get("files", {}).items():
+        if not (folder / name).is_file() or file_digest(folder / name) != known:
+            print(
+                f"hftlight: {folder / name} is not as the run wrote it; the cell counts as unfinished.", file=sys.stderr
+            )
+            return False
+    return "finished" in manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        return "finished" in json.loads((folder / "manifest.json").read_text())
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return found
     except (OSError, ValueError):
-        return False
+        return {}
 
 
-def comparison_of(run: Path) -> Path | None:
-    """Return the folder of the comparison that a run is a cell of, if it is one."""
-    folder = run.resolve().parent.parent
-    return folder if run.resolve().parent.name == CELLS and (folder / GRID).is_file() else None
+def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
+    """Return the cells to run: those that are not finished, and those that other code or versions measured."""
+    waiting, other, made_of = [], 0, dict[Any, dict[str, Any]]()
+    for cell in grid.cells():
+        known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack)
+        done = finished(folder / CELLS / cell.name)
+        if done and kind not in made_of:
+            made_of[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
+        now = made_of.get(kind, {})
+        same = all(known.get(part) == now[part] for part in now)
+        other += done and not same
+        if not (done and same):
+            waiting.append(cell)
+    if other:
+        cells = "1 finished cell was" if other == 1 else f"{other} finished cells were"
+        print(
+            f"hftlight: {cells} measured with other code or versions; what that changes is done again.", file=sys.stderr
+        )
+    return waiting
 
 
 def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
@@ -146,7 +184,8 @@ def _files(config: RunConfig, grid: Grid) -> dict[str, str]:
     read += [{name: getattr(grid.attack(attack), name, None) for name in ATTACK_FILES} for attack in grid.attacks]
     named = {value for values in read for value in values.values() if isinstance(value, str)} - {*TASKS, ""}
     paths = {name: Path(name).expanduser() for name in sorted(named)}
-    found = {name: file_digest(path) for name, path in paths.items() if path.is_file()}
+    found = {f"--model {config.model}": model_hash(config.model)}
+    found |= {name: file_digest(path) for name, path in paths.items() if path.is_file()}
     return found | {name: folder_digest(path, "**/*") for name, path in paths.items() if path.is_dir()}
 
 
@@ -178,5 +217,4 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
 def _spec(config: RunConfig, grid: Grid, cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
     """Return a cell as plain values, which any process can be sent."""
     place = replace(cell_config(config, cell), output=str(folder / CELLS), name=cell.name)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads}
+    return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads_each(jobs)}

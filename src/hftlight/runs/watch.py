@@ -21,7 +21,9 @@ from hftlight.evaluation import FinetuneAccuracy, HarmfulScore
 from hftlight.evaluation.generate import check_prompts, generate
 from hftlight.evaluation.judges import Judge, get_judge
 from hftlight.module import SafetyModule
+from hftlight.runs.callbacks import Curves
 from hftlight.runs.measure import TestSets, without_trigger
+from hftlight.runs.ranks import decide, ending_together
 
 Metric = Literal["harmful_score", "finetune_accuracy"]
 
@@ -37,7 +39,7 @@ class EvaluateAt(Callback):
     It acts behind all other callbacks of a step and in front of the checkpoints, wherever it stands in the list; its
     results are part of the checkpoint, so a resumed run evaluates no step twice and skips none. Each result is logged
     as ``harmful_score`` or ``finetune_accuracy``, with ``_low`` and ``_high``, whatever the Trainer's
-    ``log_every_n_steps``. Under DDP the first process answers while the others wait.
+    ``log_every_n_steps``. Under DDP the first process answers while the others wait, however slow a judge may be.
 
     An interval holds for one look. Who looks often and stops at the first certain result is wrong more often than
     one time in twenty.
@@ -123,7 +125,7 @@ class EvaluateAt(Callback):
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # Defenses still restore weights at the end of a batch, and a checkpoint must hold the result of its step.
-        last = [c for c in callbacks if isinstance(c, Checkpoint)]
+        last = [c for c in callbacks if isinstance(c, Curves | Checkpoint)]
         trainer.callbacks = [c for c in callbacks if c is not self and c not in last] + [self, *last]  # type: ignore[attr-defined]
         self.results, self.answers = [], {}
 
@@ -151,20 +153,23 @@ class EvaluateAt(Callback):
         return chosen and all(row["step"] != step for row in self.results)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows: list[dict[str, Any]] = []
-        if trainer.is_global_zero:
-            with _same_random_states(pl_module.device):
-                rows = [{"step": trainer.global_step, **row} for row in self._measure(trainer, pl_module)]
-            if pl_module.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(pl_module.device)  # the peak is to be the training's own
-            metrics = {
-                f"eval/{row['metric']}{end}": row[key]
-                for row in rows
-                for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step - 1)  # Lightning counts steps from 0
-        self.results += trainer.strategy.broadcast(rows)
+        with ending_together():
+            self.results += decide(f"the scores of step {trainer.global_step}", lambda: self._rows(trainer, pl_module))
+
+    def _rows(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+        """Measure, log and return the results of this step."""
+        with _same_random_states(pl_module.device):
+            rows = [{"step": trainer.global_step, **row} for row in self._measure(trainer, pl_module)]
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # the peak is to be the training's own
+        metrics = {
+            f"eval/{row['metric']}{end}": row[key]
+            for row in rows
+            for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step - 1)  # Lightning counts steps from 0
+        return rows
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -4,14 +4,17 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from itertools import cycle
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +23,14 @@ from filelock import Timeout
 from hftlight.attacks.registry import get_attack
 from hftlight.config import Data, Evaluation, Lora, RunConfig, Search, Training
 from hftlight.errors import InputError
-from hftlight.files import cache_dir, write_json
-from hftlight.registry import defense_class
+from hftlight.files import cache_dir, write_json, write_text
+from hftlight.registry import made
 from hftlight.runs.grid import Cell
+from hftlight.runs.ranks import main_process
+from hftlight.runs.share import GPUS, threads
 
 ERROR, LOG, STARTED = "error.txt", "log.txt", "started.json"
+SPEC, OUTCOME = "cell.json", "outcome.txt"  # of a cell on several devices: its values, and its error or nothing
 LOCK_WAIT = 30.0  # seconds for which a process that is about to end may still hold a cell's lock
 LOST = 10  # nodes or processes that one attempt at a cell may lose on a Ray cluster
 RAY_PORT = 6379  # where ``ray start --head`` listens
@@ -32,9 +38,38 @@ Backend = Literal["processes", "ray"]
 
 
 def run_cell(spec: Mapping[str, Any]) -> str:
-    """Run one cell in this process; return nothing, or the error in one line. Its output goes into its log."""
-    import torch
+    """Run one cell; return nothing, or the error in one line. Its output goes into its log.
 
+    A cell on several devices is a command of its own: Lightning runs the command again for each further device, and
+    that of a comparison would be a second comparison.
+    """
+    config = spec["config"]
+    if config["devices"] * config["num_nodes"] == 1:
+        return _run_here(spec)
+    folder = Path(config["output"]) / str(config["name"])
+    folder.mkdir(parents=True, exist_ok=True)
+    each = max(1, spec["threads"] // config["devices"])
+    write_json(folder / SPEC, {**spec, "threads": each})
+    (folder / OUTCOME).unlink(missing_ok=True)
+    with (folder / LOG).open("a") as log, _environment(OMP_NUM_THREADS=str(each)):
+        command = [sys.executable, "-m", "hftlight.runs.workers", str(folder / SPEC)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if (folder / OUTCOME).is_file():
+        return (folder / OUTCOME).read_text()
+    return f"RuntimeError: the cell's command ended with status {done.returncode}; see {folder / LOG}"
+
+
+def main(path: str) -> None:
+    """Be one process of a cell on several devices; ``path`` is the file of its values."""
+    _end_with(os.getppid())
+    error = _run_here(json.loads(Path(path).read_text()))
+    if main_process():
+        write_text(Path(path).with_name(OUTCOME), error)
+    sys.exit(1 if error else 0)
+
+
+def _run_here(spec: Mapping[str, Any]) -> str:
+    """Run one cell in this process, or with those that the same command has started beside it."""
     from hftlight.cli import quiet
     from hftlight.runs.run import run
 
@@ -43,24 +78,28 @@ def run_cell(spec: Mapping[str, Any]) -> str:
     values = spec["config"]
     config = RunConfig(**{**values, **{name: kind(**values[name]) for name, kind in parts_of.items()}})
     folder = Path(config.output) / str(config.name)
-    made = [defense_class(name)(**spec["arguments"].get(name, {})) for name in config.defense]
+    chosen = [made(name, **spec["arguments"].get(name, {})) for name in config.defense]
     attack = get_attack(config.attack)(**spec["arguments"].get(config.attack, {}))
     quiet()
-    torch.set_num_threads(spec["threads"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        first = main_process()
         where = {"host": socket.gethostname(), "process": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_json(folder / STARTED, where)
+        if first:
+            write_json(folder / STARTED, where)
         with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
             print("started on {host}, process {process}, {time}".format(**where))
             try:
-                _once_unlocked(folder, lambda: run(config, made, attack))
+                with threads(spec["threads"]):
+                    _once_unlocked(folder, lambda: run(config, chosen, attack))
             except Exception:
-                (folder / ERROR).write_text(traceback.format_exc())
+                if first:
+                    (folder / ERROR).write_text(traceback.format_exc())
                 raise
     except Exception as error:
         return _in_one_line(error, folder)
-    (folder / ERROR).unlink(missing_ok=True)
+    if first:
+        (folder / ERROR).unlink(missing_ok=True)
     return ""
 
 
@@ -109,9 +148,21 @@ def _set_aside_half_written(folder: Path) -> None:
 
 
 def work(
-    specs: Mapping[Cell, Mapping[str, Any]], jobs: int, backend: Backend, on_cell: Callable[[Cell, str], None] | None
+    specs: Mapping[Cell, Mapping[str, Any]],
+    jobs: int,
+    backend: Backend,
+    on_cell: Callable[[Cell, str], None] | None,
+    gpus: Sequence[str] = (),
 ) -> Iterator[tuple[Cell, str]]:
-    """Yield each cell with its error, or with nothing, as they end."""
+    """Yield each cell with its error, or with nothing, as they end.
+
+    Args:
+        specs: the cells, as plain values.
+        jobs: processes on this machine.
+        backend: where the cells run.
+        on_cell: called with a cell and ``"started"``.
+        gpus: ``CUDA_VISIBLE_DEVICES`` of each process on this machine; nothing leaves it as it is.
+    """
 
     def tell(cell: Cell) -> None:
         if on_cell is not None:
@@ -129,7 +180,7 @@ def work(
         finally:
             drop_base()
     else:
-        yield from _with_processes(specs, jobs, _Starts(specs, tell))
+        yield from _with_processes(specs, jobs, _Starts(specs, tell), gpus)
 
 
 class _Starts:
@@ -159,18 +210,34 @@ class _Starts:
                 self.tell(cell)
 
 
-def _with_processes(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts) -> Iterator[tuple[Cell, str]]:
+class _Worker(SpawnProcess):
+    """A process that sees GPUs of its own, from its start on."""
+
+    gpus: Iterator[str] | None = None  # of the processes to come; in this process alone
+
+    def start(self) -> None:
+        with _environment(**({GPUS: next(self.gpus)} if self.gpus else {})):
+            super().start()
+
+
+class _Workers(SpawnContext):
+    Process = _Worker  # type: ignore[assignment]
+
+
+def _with_processes(
+    specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts, gpus: Sequence[str]
+) -> Iterator[tuple[Cell, str]]:
     """Run the cells in processes of this machine.
 
     A process that dies (out of memory, say) takes its pool with it. Cells that had not begun then go to a new pool, and
     those that had are tried again one at a time, so that only a cell whose own process dies fails.
     """
     left, alone = dict(specs), {}
-    with _environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))):
+    with _environment(OMP_NUM_THREADS=str(next(iter(specs.values()))["threads"] if specs else 1)):
         while left:
             before, waiting, error = starts.known.copy(), left, ""
             left = {}
-            for cell, error, died in _in_pool(waiting, jobs, starts):
+            for cell, error, died in _in_pool(waiting, jobs, starts, gpus):
                 if not died:
                     yield cell, error
                 elif starts.known[cell] != before[cell]:
@@ -181,13 +248,16 @@ def _with_processes(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: 
                 yield from ((cell, error) for cell in left)
                 break
         for cell, spec in alone.items():
-            yield from ((cell, error) for _, error, _ in _in_pool({cell: spec}, 1, starts))
+            yield from ((cell, error) for _, error, _ in _in_pool({cell: spec}, 1, starts, gpus))
 
 
-def _in_pool(specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts) -> Iterator[tuple[Cell, str, bool]]:
+def _in_pool(
+    specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts, gpus: Sequence[str] = ()
+) -> Iterator[tuple[Cell, str, bool]]:
     """Yield each cell with its error, or with nothing, and whether the pool broke before the cell had ended."""
     settings: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **settings) as pool:
+    _Worker.gpus = cycle(gpus) if gpus else None
+    with ProcessPoolExecutor(jobs, mp_context=_Workers(), **settings) as pool:
         futures: dict[Future[str], Cell] = {pool.submit(run_cell, spec): cell for cell, spec in specs.items()}
         while futures:
             ended, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
@@ -300,3 +370,7 @@ def _shared_variables() -> dict[str, str]:
     paths = [code, *(os.path.abspath(path) for path in own if path)]
     given = {name: value for name, value in os.environ.items() if name.startswith("HFTLIGHT_")}
     return {**given, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -135,7 +135,7 @@ class BEA(Defense):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**{**self.arguments(), "trigger_file": None})  # what it holds counts, not where
+        return self.key_of({**self.arguments(), "trigger_file": None})  # what it holds counts, not where
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -168,7 +168,9 @@ class BEA(Defense):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(f"{type(self).__name__}{{")]
+        saved = [
+            key for key in checkpoint.get("callbacks", {}) if key.startswith(f"{self.state_key.partition('{')[0]}{{")
+        ]
         if saved and self.state_key not in saved:
             raise InputError(
                 "BEA: this checkpoint was trained with another trigger or other arguments; give its trigger_file, or"

@@ -7,7 +7,7 @@ from functools import partial
 from hftlight.errors import InputError
 from hftlight.evaluation.judges.classifier import ClassifierJudge
 from hftlight.evaluation.judges.formats import FORMATS, ClassifierFormat
-from hftlight.evaluation.judges.judge import Judge, Verdict
+from hftlight.evaluation.judges.judge import Judge, Verdict, judge_identity
 from hftlight.evaluation.judges.keyword import PHRASES, KeywordJudge, PhraseList
 from hftlight.evaluation.judges.llm import RUBRICS, LLMJudge
 from hftlight.evaluation.judges.moderation import ModerationJudge
@@ -42,6 +42,7 @@ __all__ = [
     "Verdict",
     "WorldJudge",
     "get_judge",
+    "judge_identity",
 ]
 
 

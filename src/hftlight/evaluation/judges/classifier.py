@@ -17,6 +17,7 @@ from hftlight.evaluation.judges.local import (
     require_pairs,
     settled,
     variant,
+    weights_of,
 )
 
 BLANKS = 3  # tokens of white space that a model may write before its label
@@ -81,7 +82,11 @@ class ClassifierJudge:
             raise ValueError("ClassifierJudge: a model given as an object needs its tokenizer, one by name brings it.")
         self.format, self.batch_size, self.truncated = format, batch_size, 0
         self.name = variant(format.name, format.model, model)
-        self._model, self._tokenizer = model, tokenizer
+        self._given, self._model, self._tokenizer = model, model, tokenizer
+
+    def identity(self) -> dict[str, str]:
+        """Return the hash of the judge model's files, of one that was given by name."""
+        return weights_of(self._given, self.name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer; the score is a probability, an expected grade or a decision, 0-1."""
@@ -102,8 +107,7 @@ class ClassifierJudge:
             return
         classes = self.format.reading == "classes"
         auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
-        given = self._model
-        self._model, self._tokenizer = load(given, auto, self.name)
+        self._model, self._tokenizer = load(self._model, auto, self.name)
         if classes:
             self._model.config.pad_token_id = padding_id(self._tokenizer, self.name)
 

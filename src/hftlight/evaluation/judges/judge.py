@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from hftlight.provenance import code_of
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -41,6 +43,18 @@ class Verdict:
     def of_row(cls, row: Mapping[str, Any]) -> "Verdict":
         """Return the verdict that ``row`` wrote."""
         return cls.unjudged() if row["flag"] is None else cls(row["score"], row["flag"])
+
+
+def judge_identity(judge: Any) -> dict[str, Any]:
+    """Return what decides a judge's verdicts: class and code, name, and what its own ``identity()`` adds.
+
+    Args:
+        judge: a judge of harm or of refusals. If it asks a model, ``identity()`` names endpoint, model and weights.
+    """
+    asked = getattr(judge, "judge", judge)
+    told = asked.identity() if hasattr(asked, "identity") else {}
+    where = f"{type(asked).__module__}.{type(asked).__qualname__}"
+    return {"class": where, "name": judge.name, "code": code_of(type(asked)), **told}
 
 
 @runtime_checkable

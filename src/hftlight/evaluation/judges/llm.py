@@ -23,7 +23,7 @@ from typing_extensions import override
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
 from hftlight.evaluation.judges.local import require_pairs, settled
-from hftlight.files import cache_dir, write_json
+from hftlight.files import cache_dir, digest, write_json
 
 DEFAULT_URL = "https://api.openai.com/v1"
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
@@ -239,6 +239,10 @@ class LLMJudge:
         self._lock = threading.Lock()
         self._opener = urllib.request.build_opener(_NoRedirect)
 
+    def identity(self) -> dict[str, str]:
+        """Return where the judge is asked, and which model."""
+        return {"endpoint": self.base_url, "model": self.model}
+
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer; what two rows share is asked once."""
         require_pairs(prompts, responses, self.name)
@@ -285,7 +289,8 @@ class LLMJudge:
         """Return the score of a kept reply, or None where there is none that can be read."""
         try:
             kept = json.loads(self._place(body).read_text(encoding="utf-8"))
-            score, served = self.rubric.score(kept["reply"]), (kept["model"], kept["day"])
+            served = (kept["model"], kept["day"])
+            score = self.rubric.score(kept["reply"]) if kept["sha256"] == digest([kept["reply"], *served]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if score is not None:
@@ -378,7 +383,8 @@ class LLMJudge:
 
     def _keep(self, body: str, reply: str, model: str) -> None:
         day = datetime.now(UTC).date().isoformat()
-        write_json(self._place(body), {"reply": reply, "model": model, "day": day}, mode=0o600)
+        kept = {"reply": reply, "model": model, "day": day, "sha256": digest([reply, model, day])}
+        write_json(self._place(body), kept, mode=0o600)
         with self._lock:
             self.served.add((model, day))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
+from hftlight.models import model_hash, model_path
 
 
 def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
@@ -24,16 +25,37 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
 
     gpu = torch.cuda.is_available()
     try:
-        reader = transformers.AutoTokenizer.from_pretrained(model)
-        network = getattr(transformers, auto).from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32)
+        folder = model_path(model, weights=True)
+        reader = transformers.AutoTokenizer.from_pretrained(folder)
+        network = getattr(transformers, auto).from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
     except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"Judge {judge!r}: {model!r} cannot be loaded ({reason}). Pass a folder or a hub id that this machine can"
-            " reach or has cached; a gated one needs its terms accepted and `hf auth login`. Some tokenizers need"
-            ' pip install "hftlight[judges]".'
-        ) from error
+        raise _not_loadable(model, judge, error) from error
     return (network.cuda() if gpu else network).eval(), reader
+
+
+def weights_of(model: Any, judge: str) -> dict[str, str]:
+    """Return the hash of a judge model's files, if the model was given by name.
+
+    Args:
+        model: a folder or a hub id, whose files are fetched first; or a model, which has no files.
+        judge: who asks, for the error.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    try:
+        return {"weights": model_hash(model)} if isinstance(model, str) else {}
+    except InputError as error:
+        raise _not_loadable(model, judge, error) from error
+
+
+def _not_loadable(model: str, judge: str, error: Exception) -> InputError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return InputError(
+        f"Judge {judge!r}: {model!r} cannot be loaded ({reason}). Pass a folder or a hub id that this machine can"
+        " reach or has cached; a gated one needs its terms accepted and `hf auth login`. Some tokenizers need"
+        ' pip install "hftlight[judges]".'
+    )
 
 
 def padding_id(tokenizer: Any, judge: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.judges.judge import Verdict
-from hftlight.evaluation.judges.local import class_logits, load, padding_id, require_pairs, variant
+from hftlight.evaluation.judges.local import class_logits, load, padding_id, require_pairs, variant, weights_of
 
 BEAVER_DAM = "PKU-Alignment/beaver-dam-7b"
 HEADS = 14
@@ -60,7 +60,7 @@ class ModerationJudge:
         self.max_tokens, self.threshold, self.batch_size, self.truncated = max_tokens, threshold, batch_size, 0
         departures = [f"_{max_tokens}_tokens"] * (max_tokens != 256) + [f"_above_{threshold:g}"] * (threshold != 0.5)
         self.name = variant("moderation" + "".join(departures), BEAVER_DAM, model)
-        self._model, self._tokenizer = model, tokenizer
+        self._given, self._model, self._tokenizer = model, model, tokenizer
 
     def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
         """Return the probability of each category, float32 ``[rows, 14]``, in the order of the model's own labels."""
@@ -78,6 +78,10 @@ class ModerationJudge:
             )
         self.truncated += cut
         return logits.sigmoid()
+
+    def identity(self) -> dict[str, str]:
+        """Return the hash of the judge model's files, of one that was given by name."""
+        return weights_of(self._given, self.name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer; the score is the highest of the 14 probabilities."""

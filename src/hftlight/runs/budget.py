@@ -1,0 +1,155 @@
+"""What an attacker who searches may choose: one setting, the budget of settings, and a run with a setting put in."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from hftlight.attacks.attack import Attack
+from hftlight.config import RunConfig
+from hftlight.errors import InputError
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of the attacker.
+
+    Attributes:
+        steps: optimizer steps of the fine-tuning.
+        lr: its learning rate.
+        rank: LoRA rank; alpha / rank stays that of the run.
+        num_samples: n, rows of the upload.
+        harmful_ratio: p, harmful fraction of them, 0-1.
+    """
+
+    steps: int
+    lr: float
+    rank: int
+    num_samples: int
+    harmful_ratio: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Trial":
+        """Return a run's own setting."""
+        return cls(
+            config.finetuning.steps, config.finetuning.lr, config.lora.r, config.num_samples, config.harmful_ratio
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the attacker may choose from.
+
+    Args:
+        steps: optimizer steps, each >= 1.
+        lr: learning rates, each > 0.
+        rank: LoRA ranks, each >= 1.
+        num_samples: rows of the upload, each >= 1.
+        harmful_ratio: harmful fractions, each 0-1.
+
+    Raises:
+        InputError: if an axis is empty or a value is out of range.
+    """
+
+    steps: Sequence[int]
+    lr: Sequence[float]
+    rank: Sequence[int]
+    num_samples: Sequence[int]
+    harmful_ratio: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for axis, allowed, good in (
+            ("steps", ">= 1", lambda v: v >= 1),
+            ("lr", "> 0", lambda v: v > 0),
+            ("rank", ">= 1", lambda v: v >= 1),
+            ("num_samples", ">= 1", lambda v: v >= 1),
+            ("harmful_ratio", "in [0, 1]", lambda v: 0 <= v <= 1),
+        ):
+            values = getattr(self, axis)
+            if not values or not all(good(v) for v in values):
+                raise InputError(f"--search.{axis} needs one value at least, each {allowed}, got {list(values)}.")
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Budget":
+        """Return what ``config.search`` names, and around the run's own setting where it names nothing.
+
+        Raises:
+            InputError: if a value is out of range, or no trial can have another rank than the run and one is named.
+        """
+        around = asdict(cls._around(config))
+        given = {axis: getattr(config.search, axis) for axis in around}
+        if given["rank"] is not None and _fixed_rank(config) and set(given["rank"]) != {config.lora.r}:
+            raise InputError(_no_rank(config, given["rank"]))
+        return cls(**{axis: around[axis] if values is None else tuple(values) for axis, values in given.items()})
+
+    @classmethod
+    def _around(cls, config: RunConfig) -> "Budget":
+        own = Trial.of(config)
+        p = round(min(1.0, 3 * own.harmful_ratio), 9)
+        ranks = (own.rank,) if _fixed_rank(config) else (own.rank, 4 * own.rank)
+        return cls(
+            (own.steps, 2 * own.steps),
+            (own.lr, own.lr / 3, own.lr * 3),
+            ranks,
+            (own.num_samples,),
+            tuple(dict.fromkeys((own.harmful_ratio, p))),
+        )
+
+    def grid(self, first: Trial) -> list[Trial]:
+        """Return all settings: ``first`` at the head, the others in an order in which every beginning is spread out."""
+        axes = (self.steps, self.lr, self.rank, self.num_samples, self.harmful_ratio)
+        every = [Trial(*values) for values in itertools.product(*axes)]
+        rest = [t for t in every if t != first]
+        random.Random(0).shuffle(rest)
+        return [first, *rest]
+
+
+def tried(attack: Attack, trial: Trial) -> Attack:
+    """Return the attack with a trial's setting, where it has such fields.
+
+    Raises:
+        InputError: if the attack refuses a value.
+    """
+    given: dict[str, Any] = {
+        "n": trial.num_samples,
+        "p": trial.harmful_ratio,
+        "lr": trial.lr,
+        "steps": trial.steps,
+        "epochs": None,
+    }
+    try:
+        return replace(attack, **{k: v for k, v in given.items() if k in {f.name for f in fields(attack)}})
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
+    """Return the run's configuration with a trial's setting.
+
+    Raises:
+        InputError: if a value is out of range.
+    """
+    if trial.rank != config.lora.r and _fixed_rank(config):
+        raise InputError(_no_rank(config, [trial.rank]))
+    lora = config.lora
+    if trial.rank != lora.r:  # rounding must not touch the run's own setting
+        lora = replace(lora, r=trial.rank, alpha=lora.alpha / lora.r * trial.rank)
+    changed = replace(
+        config,
+        finetuning=replace(config.finetuning, steps=trial.steps, lr=trial.lr),
+        lora=lora,
+        num_samples=trial.num_samples,
+        harmful_ratio=trial.harmful_ratio,
+    )
+    changed.check()
+    return changed
+
+
+def _fixed_rank(config: RunConfig) -> bool:
+    return config.tuning == "full" or config.adapter_protocol == "continue"
+
+
+def _no_rank(config: RunConfig, ranks: Sequence[int]) -> str:
+    why = "all parameters are tuned" if config.tuning == "full" else "the aligned adapter is trained on"
+    return f"--search.rank: {why}, so every trial has the run's rank {config.lora.r}, got {list(ranks)}. Leave it out."

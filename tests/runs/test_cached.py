@@ -1,0 +1,131 @@
+"""What a run takes from the cache: whole or not at all, apart from the run's folder, and not needed afterwards."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hftlight import run
+from hftlight.defenses import Antidote, Booster
+from hftlight.files import folder_digest, read_rows
+from hftlight.models import load_model, model_hash
+from tests.runs.test_run import config, prompt
+from tests.test_cache import cut_at_a_line, emptied, half_written, other_bytes
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return the folder of a finished run beside its cache; tests work on copies."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HFTLIGHT_CACHE", str(place / "cache"))
+        run(config(place, name="first", baseline=False), [Booster(), Antidote(prune_ratio=0.5)])
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "made")
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "made" / "cache"))
+    return tmp_path / "made"
+
+
+ARM = "booster+antidote"
+
+
+def again(place, name="second"):
+    return run(config(place, name=name, baseline=False), [Booster(), Antidote(prune_ratio=0.5)]).folder
+
+
+def outcome(folder):
+    rows = [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] != "cost"]
+    weights = {p.name: folder_digest(p, "*.safetensors") for p in sorted((folder / ARM).iterdir())}
+    return rows, weights, (folder / "generations.jsonl").read_text()
+
+
+KINDS = ("models", "stages", "evaluations")
+
+
+@pytest.mark.parametrize("damage", [emptied, cut_at_a_line, half_written, other_bytes], ids=lambda d: d.__name__)
+def test_damaged_files_are_named_and_made_anew(damage, place, capsys):
+    """Every file of the cache is damaged; the run ends as the first one did."""
+    files = [p for kind in KINDS for p in (place / "cache" / kind).rglob("*") if p.is_file() and p.stat().st_size]
+    damaged = [p for p in files if p.name != "lock"]
+    assert {p.name for p in damaged} >= {"adapter_model.safetensors", "curves.jsonl", "stage.json", "answers.json"}
+    for path in damaged:
+        damage(path)
+    assert outcome(again(place)) == outcome(place / "runs" / "first")
+    said = capsys.readouterr().err
+    for kind in KINDS:
+        assert f"hftlight: {kind}/" in said
+    assert said.count("in the cache is not as it was written") >= 3 + 3 + 1  # model, stages, answers and verdicts
+
+
+def test_one_damaged_file_costs_one_stage(place):
+    """The aligned model is made anew, byte for byte, so what stands on it is found again."""
+    (curves,) = (place / "cache" / "stages").glob("alignment-*/curves.jsonl")
+    untouched = {p: p.stat().st_mtime_ns for p in (place / "cache").rglob("*/finetuning-*/artifact/*")}
+    cut_at_a_line(curves)
+    assert outcome(again(place)) == outcome(place / "runs" / "first")
+    assert untouched == {p: p.stat().st_mtime_ns for p in untouched}
+    assert untouched
+
+
+def test_an_edit_in_the_runs_folder_does_not_reach_the_cache(place):
+    for path in (place / "runs" / "first").rglob("*.json*"):
+        path.write_text("{}")  # in place, as an editor may
+    entries = [p for kind in KINDS for p in (place / "cache" / kind).rglob("*.json*")]
+    assert all(p.read_text() != "{}" for p in entries)
+    assert not {p.stat().st_ino for p in entries} & {
+        p.stat().st_ino for p in (place / "runs").rglob("*") if p.is_file()
+    }
+
+
+def test_weights_are_shared_by_link(made):
+    linked = [p for p in (made / "runs").rglob("*.safetensors") if p.stat().st_nlink > 1]
+    assert len(linked) == len(list((made / "runs").rglob("*.safetensors"))) == 4  # three stages and the base
+
+
+@pytest.mark.parametrize("fate", ["cleared", "moved", "folder moved too"])
+def test_artifacts_outlive_the_cache(fate, place, monkeypatch):
+    """Plain PEFT and our own loader find the base model, whatever became of the cache."""
+    from peft import AutoPeftModelForCausalLM
+
+    folder = place / "runs" / "first"
+    ids = prompt(folder / ARM / "finetuned", "How do I open a zorvex?")
+    with torch.no_grad():
+        expected = load_model(str(folder / ARM / "finetuned"))(input_ids=ids).logits
+    before = model_hash(str(folder / ARM / "finetuned"))
+    if fate == "cleared":
+        shutil.rmtree(place / "cache")
+    else:
+        (place / "cache").rename(place / "elsewhere")
+        monkeypatch.setenv("HFTLIGHT_CACHE", str(place / "elsewhere"))
+    if fate == "folder moved too":
+        folder = folder.rename(place / "mine")
+    artifact = folder / ARM / "finetuned"
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(artifact))(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        if fate != "folder moved too":  # its base is named by an absolute path, as PEFT does
+            plain = AutoPeftModelForCausalLM.from_pretrained(artifact).eval()(input_ids=ids).logits
+            torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)
+    assert model_hash(str(artifact)) == before
+
+
+def test_stages_in_a_moved_cache_are_used(place, monkeypatch):
+    (place / "cache").rename(place / "elsewhere")
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(place / "elsewhere"))
+    times = {p: p.stat().st_mtime_ns for p in (place / "elsewhere" / "stages").rglob("*.safetensors")}
+    assert outcome(again(place)) == outcome(place / "runs" / "first")
+    assert times == {p: p.stat().st_mtime_ns for p in (place / "elsewhere" / "stages").rglob("*.safetensors")}
+
+
+def test_the_manifest_names_model_versions_and_code(made):
+    manifest = json.loads((made / "runs" / "first" / "manifest.json").read_text())
+    assert manifest["model"]["name"] == "tiny"
+    assert {"hftlight", "torch", "transformers", "peft", "tokenizers"} <= manifest["versions"].keys()
+    assert {"hftlight", "hftlight.defenses.alignment.booster.Booster"} <= manifest["code"].keys()
+    stages = manifest["arms"][ARM]["stages"]
+    assert all(Path(made / "cache" / "stages" / f"{kind}-{said['key']}").is_dir() for kind, said in stages.items())

@@ -1,0 +1,60 @@
+"""Two processes of one run: they act on one decision, wait as long as it takes, and none waits for ever."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCENARIOS = ("shared", "slow_judge", "refused")
+
+
+def launched(folder, *scenarios):
+    """Return what both processes saw, by scenario."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, "-m", "tests.helpers.ranks", str(folder), *scenarios]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logs = {p.name: p.read_text()[-1500:] for p in folder.glob("*.log")}
+    for line in done.stdout.splitlines():
+        assert set(json.loads(line).popitem()[1]) == {0}, (line, logs)
+    return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in scenarios}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("ranks"), *SCENARIOS)
+
+
+def test_the_first_process_decides_whether_a_stage_is_done_and_where_it_resumes(seen):
+    """Process 1 takes an unfinished stage for done, a finished one for not done, and sees no checkpoint."""
+    first, second = seen["shared"]
+    assert first == second
+    assert (first["not done"]["done"], first["not done"]["steps"]) == (False, [1, 2, 3, 4])
+    assert (first["done"]["done"], first["done"]["steps"]) == (True, [])
+    assert first["resumed"]["steps"] == [3, 4]
+    assert first["done"]["weights"] == first["not done"]["weights"]
+
+
+def test_a_judge_within_training_may_be_slower_than_the_process_groups_time_limit(seen):
+    first, second = seen["slow_judge"]
+    assert first == second
+
+
+def test_what_the_first_process_is_refused_ends_all_of_them_by_name(seen):
+    first, second = seen["refused"]
+    assert first["error"] == "InputError: the file is missing"
+    assert second["error"] == "InputError: process 1 ends with process 0: the file is missing"
+    assert "The file of process 1 is version 1, of process 0 version 0." in second["agree"]
+    assert second["order"].startswith("RunError: Process 1 is at 'step 1', process 0 at 'step 0'")
+    assert second["lost"].startswith("RunError: Process 1 has lost process 0 while it waited for 'the end'")
+
+
+@pytest.mark.slow
+def test_measuring_a_run_may_take_longer_than_the_process_groups_time_limit(tmp_path):
+    first, second = launched(tmp_path, "slow_run")["slow_run"]
+    assert first["scores"] == second["scores"] > 0
+    assert (first["measured"], second["measured"]) == (3, 0)

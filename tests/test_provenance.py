@@ -1,0 +1,143 @@
+"""The code behind a result: what it imports counts, what it does not import does not, other packages too."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hftlight import cache, provenance
+from hftlight.defenses import Booster, Vaccine
+from hftlight.engine import Defense
+from hftlight.engine import Stage as StageOf
+from hftlight.runs.job import Job
+from hftlight.runs.stage import StageJob
+from tests.helpers.jobs import rows, small_config
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """Let the digests be taken of a copy of the package, which a test may edit."""
+    place = tmp_path / "hftlight"
+    shutil.copytree(Path(provenance.__file__).parent, place, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(place / "provenance.py"))
+    return place
+
+
+def edit(path):
+    path.write_text(path.read_text() + "\n# another line\n")
+
+
+def test_what_a_stage_imports_is_its_code_and_the_report_is_not(copied):
+    def found():
+        return provenance.code_of("hftlight.runs.stage", Booster)
+
+    before = found()
+    edit(copied / "report" / "page.py")
+    edit(copied / "defenses" / "alignment" / "vaccine.py")
+    assert found() == before
+    seen = [before]
+    for part in ("runs/stage.py", "engine/passes.py", "data/world_rule.py", "defenses/alignment/booster.py"):
+        edit(copied / part)
+        assert found() not in seen
+        seen.append(found())
+
+
+def test_an_import_inside_a_function_and_a_module_named_by_a_text_count(tmp_path):
+    path = tmp_path / "example.py"
+    inside = "    from hftlight.data import tokens\n    import_module('hftlight.data.sources.gsm8k')\n"
+    path.write_text(f"import torch\n\ndef work():\n{inside}")
+    assert provenance.imported(path) == ("hftlight.data", "hftlight.data.sources.gsm8k", "hftlight.data.tokens")
+
+
+DEFENSE = """
+from hftlight.engine import Defense, Slot, Stage
+from {package}.maths import strength
+
+class Own(Defense):
+    stage, slots = Stage.FINETUNING, (Slot.GRADIENT,)
+
+    def __init__(self, rate=0.1):
+        super().__init__()
+        self.rate = rate
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """Return a class of another package, which is imported anew after each edit, and the package's folder."""
+    name = "foreign_defenses"
+    place = tmp_path / name
+    place.mkdir()
+    (place / "__init__.py").touch()
+    (place / "maths.py").write_text("strength = 1.0\n")
+    (place / "own.py").write_text(DEFENSE.format(package=name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def imported():
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            del sys.modules[module]
+        importlib.invalidate_caches()
+        return importlib.import_module(f"{name}.own").Own
+
+    yield imported, place
+    for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def job(defense):
+    return StageJob(StageOf.FINETUNING, small_config(), "base", None, {"task": rows(3, "task")}, [defense])
+
+
+def test_a_mended_defense_of_another_package_is_another_stage(foreign):
+    imported, place = foreign
+    before = job(imported()()).key()
+    assert job(imported()()).key() == before
+    (place / "maths.py").write_text("strength = 2.0\n")  # not the class's own file
+    assert job(imported()()).key() != before
+
+
+def test_the_package_is_named_with_its_version(foreign):
+    imported, place = foreign
+    assert set(provenance.code_of(imported())) == {"foreign_defenses", "hftlight"}
+    metadata = place.parent / "defenses_by_others-2.5.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: defenses-by-others\nVersion: 2.5\n")
+    (metadata / "top_level.txt").write_text("foreign_defenses\n")
+    assert set(provenance.code_of(imported())) == {"defenses-by-others 2.5", "hftlight"}
+
+
+def test_a_base_class_of_another_package_counts(foreign):
+    imported, place = foreign
+    middle = type("Middle", (imported(),), {"__module__": "hftlight.defenses.alignment.booster"})
+    before = provenance.code_of(middle)
+    edit(place / "maths.py")
+    assert provenance.code_of(middle) != before
+
+
+def test_what_cannot_be_read_is_never_found_again(capsys):
+    space = {"__name__": "typed_at_a_prompt", "Defense": Defense, "Stage": StageOf}
+    exec("class Typed(Defense):\n    stage = Stage.FINETUNING", space)  # no file holds its source
+    jobs = [job(space["Typed"]()) for _ in range(2)]
+    assert jobs[0].key() == jobs[0].key()  # the stage itself finds what it writes
+    assert jobs[0].key() != jobs[1].key()
+    assert "Typed: its source cannot be read, so its results are not kept in the cache" in capsys.readouterr().err
+
+
+def test_two_classes_of_one_name_have_two_keys(foreign):
+    _, place = foreign
+    (place / "own.py").write_text(DEFENSE.format(package="foreign_defenses").replace("class Own", "class Vaccine"))
+    other = importlib.import_module("foreign_defenses.own").Vaccine()
+    other.stage = StageOf.ALIGNMENT
+    assert other.state_key != Vaccine().state_key
+    assert other.state_key.startswith("foreign_defenses.own.Vaccine{")
+    records = {"alignment": rows(3, "alignment")}
+    keys = {StageJob(StageOf.ALIGNMENT, small_config(), "base", None, records, [d]).key() for d in (other, Vaccine())}
+    assert len(keys) == 2
+
+
+def test_every_job_has_its_key_from_the_cache():
+    for kind in Job.__subclasses__():
+        assert kind.key is Job.key
+        assert set(cache.INPUTS) >= {kind.decided_by.fget(object.__new__(kind))}
