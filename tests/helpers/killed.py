@@ -137,9 +137,10 @@ def instrument() -> None:
             tick("result")
         write(path, value, **options)
 
-    def sealed(*arguments: Any) -> None:
-        tick("seal")
-        seal(*arguments)
+    def sealed(folder: Path, *parts: str) -> None:
+        if folder.parent.name == "stages":
+            tick("seal")
+        seal(folder, *parts)
 
     def counted(self: Any, *arguments: Any) -> Any:
         tick("micro-batch")
