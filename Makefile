@@ -33,10 +33,10 @@ demo-quick: $(READY)  ## the same path with a tiny random model (under three min
 	@$(PY) recipes/train.py --config recipes/configs/demo-quick.yaml
 
 test: $(READY)  ## the test suite, without what is marked slow
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
 test-slow: $(READY)  ## what is marked slow
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
 lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check .

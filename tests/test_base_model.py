@@ -21,6 +21,8 @@ from hftlight.runs.grid import Grid
 from hftlight.runs.sweep import compare
 from tests.runs.test_run import config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

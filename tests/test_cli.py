@@ -13,9 +13,10 @@ from hftlight.attacks.presets import PRESETS, get_preset
 from hftlight.cli import parse_train, plain_names, train
 from hftlight.registry import defenses
 from hftlight.runs.prepare import prepare
+from tests.helpers import warm
 
 ROOT = Path(__file__).parents[1]
-TRAIN = [sys.executable, str(ROOT / "recipes" / "train.py")]
+TRAIN = [str(ROOT / "recipes" / "train.py")]
 
 
 def test_help_answers_without_torch():
@@ -32,7 +33,7 @@ def test_help_answers_without_torch():
 
 
 def test_help_of_a_defense_shows_unit_range_and_default():
-    done = subprocess.run([*TRAIN, "--defense", "booster", "--help"], capture_output=True, text=True)
+    done = warm.run([*TRAIN, "--defense", "booster", "--help"])
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     assert "--booster.lam" in text
@@ -61,7 +62,7 @@ def test_hyphens_stay_in_values():
 def test_a_printed_configuration_is_read_back(tmp_path):
     command = [*TRAIN, "--defense", "booster", "--booster.lam", "7", "--finetuning.lr", "0.001", "--print_config"]
     path = tmp_path / "config.yaml"
-    path.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    path.write_text(warm.run(command, check=True).stdout)
     config, defenses, *_ = parse_train(["--config", str(path), "--seed", "3"])
     assert (config.finetuning.lr, config.seed, defenses[0].lam) == (0.001, 3, 7.0)
 
@@ -141,7 +142,7 @@ def test_a_model_without_chat_template_is_refused_with_the_way_out(tmp_path, mon
 
 
 def test_an_unknown_option_ends_with_status_2():
-    done = subprocess.run([*TRAIN, "--no_such_option", "1"], capture_output=True, text=True)
+    done = warm.run([*TRAIN, "--no_such_option", "1"])
     assert done.returncode == 2
     assert "no_such_option" in done.stderr
 
@@ -167,7 +168,7 @@ def test_help_is_quick():
     """Two seconds of a processor for the names, ten for a defense's arguments."""
     for arguments, limit in ((["--help"], 2.0), (["--defense", "booster", "--help"], 10.0)):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*TRAIN, *arguments], capture_output=True, check=True)
+        subprocess.run([sys.executable, *TRAIN, *arguments], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < limit
 
@@ -186,7 +187,7 @@ def test_an_unknown_preset_is_named(capsys):
 
 def test_help_of_a_combination_shows_the_defenses_first_and_their_published_settings():
     command = [*TRAIN, "--defense", "lisa", "booster", "antidote", "--booster.lam", "20", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command)
     assert done.returncode == 0
     text = done.stdout
     assert text.index("--lisa.proximal") < text.index("--booster.lam") < text.index("--antidote.prune_ratio")

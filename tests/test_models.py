@@ -1,10 +1,6 @@
 """Models by name: the tiny one, the demo model's cache, adapters that add up."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from hftlight.errors import InputError
 from hftlight.files import new_folder
 from hftlight.models import demo_file, load_model, load_tokenizer, model_hash, model_path
 from hftlight.runs.adapters import add_up, attach
+from tests.helpers import warm
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +102,7 @@ def test_the_demo_model_is_converted_once_and_speaks():
 
 def test_four_processes_on_a_fresh_cache_make_the_model_once(tmp_path):
     """They begin at one moment; forked from a process that has imported everything."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
-    command = [sys.executable, "-m", "tests.helpers.fresh_cache", str(tmp_path), "3", "4", "load"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = warm.run(["-m", "tests.helpers.fresh_cache", str(tmp_path), "3", "4", "load"], timeout=300)
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 3, done.stderr[-2000:]
     for each in rounds:

@@ -1,11 +1,11 @@
 """A defense of another package: it appears on the command line and passes the same contract."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import warm
 
 ROOT = Path(__file__).parents[1]
 DEFENSE = '''
@@ -71,7 +71,7 @@ def package(tmp_path):
 
 
 def said(environment, *command):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = warm.run(command, cwd=ROOT, env=environment)
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 

@@ -1,12 +1,11 @@
 """The README's scripts work as they stand there; only the model's name is replaced by one that needs no network."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from hftlight.matrix import markdown, overview
 from hftlight.models import model_path
+from tests.helpers import warm
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -15,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def test_the_script_with_a_module_and_trainer_of_ones_own(tmp_path):
     script = next(b for b in BLOCKS if "class MyModule" in b)
     script = script.replace("HuggingFaceTB/SmolLM2-135M-Instruct", model_path("tiny"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = warm.run(["-c", script], cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = eval(done.stdout.strip().splitlines()[-1])
     assert summary["calls"] == 4
@@ -30,8 +29,7 @@ def test_three_lines_for_data_of_ones_own(tmp_path, monkeypatch):
     small = "RunConfig(model='tiny', num_samples=20, evaluation=Evaluation(2, 2, 2, 2), alignment=T, finetuning=T, "
     script = "from hftlight.config import Evaluation, Training\nT = Training(steps=2, batch_size=2)\n" + script
     head, call = script.rsplit("RunConfig(", 1)
-    command = [sys.executable, "-c", head + small + call]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run(["-c", head + small + call], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (Path(done.stdout.strip().splitlines()[-1]) / "report.html").is_file()
 

@@ -6,9 +6,20 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from hftlight.engine import Slot, Stage, count_passes
+from hftlight.engine import Slot, Stage
 from hftlight.registry import defense_class, defenses
-from tests.helpers.contract import STEPS, distance, model_of, records, rows, train, weights_of
+from tests.helpers.contract import (
+    STEPS,
+    distance,
+    fitted,
+    hooks_of,
+    model_of,
+    plain_weights,
+    records,
+    rows,
+    train,
+    weights_of,
+)
 
 NAMES = sorted(rows())
 TRAINING = [name for name in NAMES if rows()[name].make().stage is not Stage.POST_FINETUNING]
@@ -23,8 +34,8 @@ def tuned(names):
     return [pytest.param(name, tuning, id=f"{name}-{tuning}") for name in names for tuning in rows()[name].tunings]
 
 
-def plain(name, tuning, **options):
-    return weights_of(train([], tuning, rows()[name].make().stage, **options))
+def plain(name, tuning, **settings):
+    return plain_weights(tuning, rows()[name].make().stage, **settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,22 +81,19 @@ def test_neutral_setting_is_plain_fine_tuning(name, tuning):
 
 @pytest.mark.parametrize(("name", "tuning"), tuned(TRAINING))
 def test_it_does_something_and_leaves_its_trace(name, tuning):
-    defense = rows()[name].make()
-    defended = weights_of(train([defense], tuning))
-    assert defense.summary()["calls"] > 0
-    assert all(value == value for value in defense.summary().values())
+    fit = fitted(name, tuning, steps=2 * STEPS)
+    assert fit.summary["calls"] > 0
+    assert all(value == value for value in fit.summary.values())
     if name != "ptst":  # it changes the prompt that the model is served with, and nothing in training
-        assert distance(defended, plain(name, tuning)) > 1e-7
+        assert distance(fit.weights, plain(name, tuning)) > 1e-7
 
 
 @pytest.mark.parametrize(("name", "tuning"), tuned(WITH_SLOW))
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["free", "clipped"])
 def test_equals_an_independent_slow_loop(name, tuning, clip):
     row = rows()[name]
-    defense = row.make()
-    fast = weights_of(train([defense], tuning, accumulate=2, clip=clip))
-    slow = row.slow(model_of(tuning), defense.stage, accumulate=2).run(clip)
-    assert distance(fast, slow) <= 1e-10
+    slow = row.slow(model_of(tuning), row.make().stage, accumulate=2).run(clip)
+    assert distance(fitted(name, tuning, accumulate=2, clip=clip).weights, slow) <= 1e-10
     assert distance(plain(name, tuning, clip=clip), slow) > 1e-7
 
 
@@ -94,23 +102,16 @@ def test_accumulation_changes_nothing(name):
     row = rows()[name]
     if row.per_micro_batch:
         pytest.skip(row.per_micro_batch)
-    tuning = row.tunings[0]
-    once = weights_of(train([row.make()], tuning))
+    once = fitted(name, row.tunings[0], steps=2 * STEPS)
     for accumulate in (2, 4, 8):
-        assert distance(weights_of(train([row.make()], tuning, accumulate=accumulate)), once) <= 1e-10
+        assert distance(fitted(name, row.tunings[0], accumulate=accumulate).weights, once.weights) <= 1e-10
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_checkpointing_changes_nothing(name):
-    row = rows()[name]
-    tuning = row.tunings[-1]
-    once = weights_of(train([row.make()], tuning))
-    assert distance(weights_of(train([row.make()], tuning, checkpointing=True)), once) <= 1e-10
-
-
-def hooks_of(module):
-    places = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(m, place)) for m in module.modules() for place in places)
+    tuning = rows()[name].tunings[-1]
+    once = fitted(name, tuning, steps=2 * STEPS)
+    assert distance(fitted(name, tuning, checkpointing=True).weights, once.weights) <= 1e-10
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -138,35 +139,18 @@ def test_hooks_come_off_and_terms_are_let_go_after_an_exception(name):
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_hooks_do_not_pile_up(name):
-    row = rows()[name]
-    model = model_of(row.tunings[0])
-    before = hooks_of(model)
-    train([row.make()], row.tunings[0], model=model, steps=8)
-    assert hooks_of(model) == before
+@pytest.mark.parametrize(("name", "tuning"), tuned(TRAINING))
+def test_hooks_do_not_pile_up(name, tuning):
+    before, after = fitted(name, tuning, steps=2 * STEPS).hooks
+    assert before == after
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_passes_are_counted_truthfully(name):
-    """The forward passes of the model in the last of eight steps are the ones the defense declares."""
-    row = rows()[name]
-    defense = row.make()
-    model = model_of(row.tunings[0])
-    counts, calls = [], [0]
-
-    class Count(Callback):
-        def on_train_batch_end(self, *args):
-            counts.append(calls[0])
-
-    handle = model.get_input_embeddings().register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    try:
-        train([defense], row.tunings[0], model=model, steps=2 * STEPS, callbacks=[Count()])
-    finally:
-        handle.remove()
-    declared = count_passes([defense])[0]
-    steady = (counts[-1] - counts[STEPS - 1]) / STEPS
-    assert abs(steady - declared) <= 1 if any(p.forward % 1 for p in defense.passes) else steady == declared
+    """The forward passes of the model in the last four of eight steps are the ones the defense declares."""
+    fit = fitted(name, rows()[name].tunings[0], steps=2 * STEPS)
+    taken = (fit.forwards[-1] - fit.forwards[STEPS - 1]) / STEPS
+    assert taken == fit.passes if fit.steady else abs(taken - fit.passes) <= 1
 
 
 DATA = [name for name in TRAINING if Slot.DATA in rows()[name].make().slots]

@@ -1,6 +1,6 @@
-"""Every pair of public defenses runs and leaves its traces, or is refused in words, as the README's matrix says."""
+"""Each pair of defenses trains and leaves its traces, is dealt out to two stages, or is refused, as the README says."""
 
-from itertools import combinations, permutations
+from itertools import combinations
 
 import pytest
 import torch
@@ -9,28 +9,12 @@ from hftlight.engine import Stage, check, in_order
 from hftlight.engine.repair import Subject
 from hftlight.matrix import matrix
 from hftlight.registry import defenses
-from tests.helpers.contract import data_module, model_of, records, rows, train, weights_of
+from hftlight.runs.prepare import Arm
+from tests.helpers.contract import data_module, model_of, records, rows, trained_pair
 
 NAMES = sorted(rows())
 PAIRS = list(combinations(NAMES, 2))
 STEPS = 3
-
-
-def stages(pair):
-    """Return fresh instances by stage."""
-    made = [rows()[name].make() for name in pair]
-    return {stage: [d for d in made if d.stage is stage] for stage in Stage}
-
-
-def run_stages(by_stage):
-    """Train, train and repair one tiny LoRA model by whatever defenses the stages hold."""
-    model = model_of("lora")
-    for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
-        if by_stage[stage]:
-            train(by_stage[stage], model=model, stage=stage, steps=STEPS)
-    for repair in in_order(by_stage[Stage.POST_FINETUNING]):
-        repair.apply(subject(model))
-    return model
 
 
 def subject(model):
@@ -52,41 +36,70 @@ def subject(model):
     )
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_every_pair_runs_with_its_traces_or_is_refused(pair):
-    by_stage = stages(pair)
-    chosen = [d for group in by_stage.values() for d in group]
-    if matrix()[pair] == "refused":
-        with pytest.raises(ValueError, match="keep one of them") as caught:
-            check(chosen, one_stage=False)
-        assert all(type(d).__name__ in str(caught.value) for d in chosen)
-        return
-    model = run_stages(by_stage)
-    assert matrix()[pair] == ("together" if len({d.stage for d in chosen}) == 1 else "stages")
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    for d in chosen:
-        said = d.summary() if d.stage is not Stage.POST_FINETUNING else {"calls": 1.0}
-        assert said["calls"] >= 1, type(d).__name__
+def chosen(pair):
+    return [rows()[name].make() for name in pair]
 
 
-SAME_STAGE = [
-    pair
-    for pair, kind in ((p, matrix()[p]) for p in PAIRS)
-    if kind == "together" and rows()[pair[0]].make().stage is not Stage.POST_FINETUNING
-]
+def of_kind(kind):
+    return [pair for pair in PAIRS if matrix()[pair] == kind]
 
 
-@pytest.mark.parametrize("pair", SAME_STAGE, ids="+".join)
+REPAIRS = {name for name in NAMES if rows()[name].make().stage is Stage.POST_FINETUNING}
+TOGETHER = [pair for pair in of_kind("together") if not REPAIRS.issuperset(pair)]
+
+
+@pytest.mark.parametrize("pair", of_kind("refused"), ids="+".join)
+def test_a_pair_that_cannot_work_is_refused_in_words(pair):
+    made = chosen(pair)
+    with pytest.raises(ValueError, match="keep one of them") as caught:
+        check(made, one_stage=False)
+    assert all(type(d).__name__ in str(caught.value) for d in made)
+
+
+@pytest.mark.parametrize("pair", of_kind("stages"), ids="+".join)
+def test_a_pair_of_two_stages_is_dealt_out_to_them(pair):
+    """What each of them does in its own stage does not depend on the other; the contract trains it there."""
+    made = chosen(pair)
+    assert made[0].stage is not made[1].stage
+    check(made, one_stage=False)
+    dealt = [Arm("+".join(pair), in_order(made)).of(stage) for stage in Stage]
+    assert sorted(map(len, dealt)) == [0, 1, 1]
+    assert [d for group in dealt for d in group] == in_order(made)
+    with pytest.raises(ValueError, match="Trainer runs one stage") as caught:
+        check(made)
+    assert all(type(d).__name__ in str(caught.value) for d in made)
+
+
+@pytest.mark.parametrize("pair", TOGETHER, ids="+".join)
+def test_a_pair_of_one_stage_trains_with_its_traces(pair):
+    made = chosen(pair)
+    assert made[0].stage is made[1].stage
+    check(made)
+    weights, summaries = trained_pair(*pair, STEPS)
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert all(said["calls"] >= 1 for said in summaries), summaries
+
+
+@pytest.mark.parametrize("pair", TOGETHER, ids="+".join)
 def test_the_order_of_the_list_changes_nothing_across_slots(pair):
     """Within one slot the list decides, and floating-point sums may differ in the last bit."""
-    first, second = (rows()[name].make() for name in pair)
+    first, second = chosen(pair)
     if set(first.slots) & set(second.slots):
         pytest.skip("they share a slot, where the list decides")
-    found = [
-        weights_of(train([rows()[name].make() for name in order], steps=STEPS, dtype=torch.float32))
-        for order in permutations(pair)
-    ]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    one, other = trained_pair(*pair, STEPS)[0], trained_pair(*reversed(pair), STEPS)[0]
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("pair", combinations(sorted(REPAIRS), 2), ids="+".join)
+def test_a_pair_of_repairs_is_applied(pair):
+    made = chosen(pair)
+    check(made)
+    model = model_of("lora")
+    for repair in in_order(made):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        repair.apply(subject(model))
+        assert any(not torch.equal(before[name], p) for name, p in model.named_parameters()), type(repair).__name__
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_the_upload_is_not_changed_in_place():

@@ -1,27 +1,20 @@
 """One process, two under DDP and two under FSDP2 end with the same weights, for every defense that trains."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hftlight.engine import Stage
+from tests.helpers import warm
 from tests.helpers.contract import distance, rows
 
-ROOT = Path(__file__).parents[2]
 NAMES = [name for name, row in rows().items() if row.make().stage is not Stage.POST_FINETUNING]
 
 
 def trained(strategy, folder):
     output = folder / f"{strategy}.pt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    launcher = [] if strategy == "one" else ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = [sys.executable, "-m", *launcher, "tests.helpers.distributed", strategy, str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "tests.helpers.distributed", strategy, str(output)]
+    for done in [warm.run(command, timeout=400)] if strategy == "one" else warm.run_ranks(command, 2):
+        assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(output)
 
 

@@ -1,25 +1,19 @@
 """One process, two under DDP and two under FSDP2 write the same repaired models."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from hftlight.engine.repair import MARKER
+from tests.helpers import warm
 from tests.helpers.repairs import moved_model, small_llama
-
-ROOT = Path(__file__).parents[2]
 
 
 def repaired(strategy, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    command = [sys.executable, "-m", "tests.helpers.distributed_repair", strategy, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "tests.helpers.distributed_repair", strategy, str(folder)]
+    for done in [warm.run(command, timeout=240)] if strategy == "one" else warm.run_ranks(command, 2):
+        assert done.returncode == 0, done.stderr[-3000:]
     found = {}
     for place in sorted((folder / strategy).iterdir()):
         (file,) = place.glob("*.safetensors")

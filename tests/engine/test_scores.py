@@ -6,7 +6,6 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +29,7 @@ from hftlight.engine.scores import (
     write_scores,
 )
 from hftlight.engine.shards import share
+from tests.helpers import warm
 from tests.helpers.tiny_lm import reference_loss, tiny_lm, token_batch
 
 CPU = torch.device("cpu")
@@ -394,7 +394,10 @@ def test_two_ranks_find_what_one_finds(sharded, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(on_one_rank, (2, port, sharded, tmp_path / "two"), nprocs=2)
+    call = "from tests.engine.test_scores import on_one_rank as work; work({}, 2, {}, {}, {!r})"
+    ranks = [warm.Command(["-c", call.format(rank, port, sharded, str(tmp_path / "two"))]) for rank in range(2)]
+    for command in ranks:
+        assert command.wait(timeout=200) == 0, command.stderr[-3000:]
     for rank in range(2):
         two = torch.load(tmp_path / f"two.{rank}")
         assert all(s == sharded for s in two["sharded"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from hftlight import SafetyModule, StreamsDataModule
@@ -16,7 +17,7 @@ from hftlight.data.records import Record
 from hftlight.data.streams import ExampleStream
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate
-from hftlight.engine import Defense, Stage, rank_and_world
+from hftlight.engine import Defense, Stage, count_passes, rank_and_world
 from hftlight.registry import defenses
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import reference_loss, tiny_lm
@@ -153,6 +154,95 @@ def train(
     )
     trainer.fit(module, data or data_module(stage, accumulate, trainer.world_size))
     return module
+
+
+@cache
+def _plain(tuning: str, stage: Stage, settings: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:
+    return weights_of(train([], tuning, stage, **dict(settings)))
+
+
+def plain_weights(tuning: str, stage: Stage, **settings: Any) -> dict[str, Tensor]:
+    """Return the weights of plain training; equal settings are trained once per process."""
+    return {name: tensor.clone() for name, tensor in _plain(tuning, stage, tuple(sorted(settings.items()))).items()}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one training with one defense's row showed; whoever reads the weights leaves them as they are.
+
+    Attributes:
+        weights: the trained weights after ``STEPS`` optimizer steps.
+        summary: what the defense says that it did, at the end.
+        forwards: forward passes of the model so far, at the end of each micro-batch.
+        passes: forward passes per optimizer step that the defense declares, its own and the training's.
+        steady: whether every step takes as many; else they are a mean, and a window of steps may miss it by one.
+        hooks: number of hooks on the model before and after.
+    """
+
+    weights: Mapping[str, Tensor]
+    summary: Mapping[str, float]
+    forwards: Sequence[int]
+    passes: float
+    steady: bool
+    hooks: tuple[int, int]
+
+
+@cache
+def fitted(
+    name: str,
+    tuning: str,
+    accumulate: int = 1,
+    clip: float | None = None,
+    checkpointing: bool = False,
+    steps: int = STEPS,
+) -> Fit:
+    """Train the tiny model with one defense's row and return what that showed; equal calls share one training."""
+    defense, model = rows()[name].make(), model_of(tuning)
+    watch, before = Watch(), hooks_of(model)
+    handle = model.get_input_embeddings().register_forward_hook(watch.count)  # type: ignore[operator]
+    try:
+        train(
+            [defense],
+            tuning,
+            accumulate=accumulate,
+            clip=clip,
+            checkpointing=checkpointing,
+            steps=steps,
+            model=model,
+            callbacks=[watch],
+        )
+    finally:
+        handle.remove()
+    passes, steady = count_passes([defense])[0], not any(p.forward % 1 for p in defense.passes)
+    return Fit(watch.weights, defense.summary(), watch.forwards, passes, steady, (before, hooks_of(model)))
+
+
+class Watch(Callback):
+    """Counts forward passes and keeps the weights as they are after ``STEPS`` optimizer steps."""
+
+    def __init__(self) -> None:
+        self.calls, self.forwards, self.weights = 0, [], {}
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.forwards.append(self.calls)
+        if trainer.global_step == STEPS and not self.weights:
+            self.weights = weights_of(pl_module)
+
+
+def hooks_of(module: nn.Module) -> int:
+    """Return the number of hooks on a module and all below it."""
+    places = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(m, place)) for m in module.modules() for place in places)
+
+
+@cache
+def trained_pair(first: str, second: str, steps: int) -> tuple[dict[str, Tensor], list[Mapping[str, float]]]:
+    """Train with two rows in this order; return the weights and what each defense says that it did."""
+    made = [rows()[name].make() for name in (first, second)]
+    return weights_of(train(made, steps=steps, dtype=torch.float32)), [d.summary() for d in made]
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

@@ -18,6 +18,8 @@ from hftlight.runs import attacker as attacker_module
 from hftlight.runs.attacker import RECORD, Attacker, Budget, Outcome, Trial, search, trial_config
 from tests.runs.test_run import config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FIRST = Trial(3, 1e-2, 2, 20, 0.2)
 
 

@@ -18,6 +18,8 @@ from tests.helpers.comparison_folder import write_comparison
 from tests.helpers.wandb_files import read_offline
 from tests.runs.test_run import config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 COMPARE = [
     "--defenses", "none", "lisa", "--seeds", "1", "--harmful_ratios", "0", "0.2", "--model", "tiny",
     "--alignment.steps", "2", "--finetuning.steps", "2", "--alignment.batch_size", "2", "--finetuning.batch_size", "2",

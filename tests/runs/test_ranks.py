@@ -1,22 +1,17 @@
 """Two processes of one run: they act on one decision, wait as long as it takes, and none waits for ever."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import warm
+
 SCENARIOS = ("shared", "slow_judge", "refused")
 
 
 def launched(folder, *scenarios):
     """Return what both processes saw, by scenario."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.helpers.ranks", str(folder), *scenarios]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = warm.run(["-m", "tests.helpers.ranks", str(folder), *scenarios], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = {p.name: p.read_text()[-1500:] for p in folder.glob("*.log")}
     for line in done.stdout.splitlines():

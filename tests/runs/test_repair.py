@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from hftlight.runs.artifact import SERVING
 from hftlight.runs.prepare import prepare
 from hftlight.runs.repair import ADAPTER, RepairJob, run_repair, subject_of
 from hftlight.runs.stage import RESULT, StageJob, run_stage
+from tests.helpers import warm
 from tests.helpers.jobs import rows, small_config
 from tests.runs.test_run import config, prompt
 
@@ -482,12 +481,12 @@ def test_the_plan_and_its_time_hold_the_repair(tmp_path, own_cache, monkeypatch,
 def test_two_processes_train_and_the_first_one_repairs(strategy, tmp_path, own_cache):
     """The other one goes on to the next stage and waits there; the last thing a run does is a repair."""
     command = [
-        sys.executable, str(ROOT / "recipes" / "train.py"), "--defense", "safe_lora", "antidote", "--baseline",
+        str(ROOT / "recipes" / "train.py"), "--defense", "safe_lora", "antidote", "--baseline",
         "--model=tiny", "--accelerator=cpu", "--devices=2", f"--strategy={strategy}", f"--output={tmp_path / 'runs'}",
         "--alignment.steps=3", "--finetuning.steps=3", "--num_samples=40", "--evaluation.prompts=4",
         "--evaluation.over_refusal_prompts=4", "--evaluation.task_rows=4",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    done = warm.run(command, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     (folder,) = (tmp_path / "runs").iterdir()
     arm = "safe_lora+antidote"

@@ -1,11 +1,7 @@
 """A stage that was stopped anywhere ends with the same weights as one that was not."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from hftlight.config import Training
 from hftlight.errors import RunError
 from hftlight.runs.checkpoint import newest_checkpoint
 from hftlight.runs.stage import CURVES, run_stage
+from tests.helpers import warm
 from tests.helpers.jobs import booster_job, small_config
 
 STEPS = 9  # two and a quarter passes of four batches
@@ -121,24 +118,16 @@ def test_killed_while_it_works(tmp_path, monkeypatch, uninterrupted):
         "def tell(step, loss):\n    print(step, flush=True)\n"
         "run_stage(booster_job(small_config(training=t)), on_step=tell)\nprint('end', flush=True)\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "HFTLIGHT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", script], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
-        )
-
+    environment = {**os.environ, "HFTLIGHT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for after, delay in (("2", 0.0), ("5", 0.05), ("8", 0.02)):
-        process = start()
-        for line in process.stdout:
-            if line.strip() == after:
-                break
+        process = warm.Command(["-c", script], env=environment)
+        while after not in process.stdout.split() and process.poll() is None:
+            time.sleep(0.01)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
-    process = start()
-    assert process.communicate()[0].split()[-1] == "end"
+    done = warm.run(["-c", script], env=environment, check=True)
+    assert done.stdout.split()[-1] == "end"
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     job = booster_job(small_config(training=Training(steps=STEPS, batch_size=2, lr=1e-2)))
     assert weights(job) == uninterrupted[1][0]

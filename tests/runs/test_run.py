@@ -19,6 +19,9 @@ from hftlight.errors import InputError
 from hftlight.files import read_rows
 from hftlight.models import load_model
 from hftlight.runs import stage as stage_module
+from tests.helpers import warm
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 ROOT = Path(__file__).parents[2]
 TRAINING = Training(steps=3, batch_size=2, lr=1e-2)
@@ -198,7 +201,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
     ]
     command += [
         "--alignment.steps",
-        "200",
+        "100",
         "--finetuning.steps",
         "3",
         "--num_samples",
@@ -207,6 +210,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
         "2",
     ]
     command += ["--evaluation.over_refusal_prompts", "2", "--evaluation.task_rows", "2", "--accelerator", "cpu"]
+    command += ["--evaluation.max_new_tokens", "4", "--evaluation.task_max_new_tokens", "4"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -222,7 +226,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
     assert process.wait(180) == 130
     assert "the same command goes on" in process.stderr.read()
     checkpoint = sorted(stages.glob("alignment-*/checkpoints/*.ckpt"))[-1].stem
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = warm.run(command[1:], cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(checkpoint) >= 20
     assert "Report:" in done.stdout
@@ -233,7 +237,6 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
 def test_the_command_line_runs_all_stages_on_two_processes(strategy, tmp_path):
     """One process measures while the other waits at the next stage; both arms, two stages each."""
     command = [
-        sys.executable,
         str(ROOT / "recipes" / "train.py"),
         "--defense",
         "booster",
@@ -244,7 +247,7 @@ def test_the_command_line_runs_all_stages_on_two_processes(strategy, tmp_path):
     command += ["--accelerator", "cpu", "--devices", "2", "--strategy", strategy, "--output", str(tmp_path / "runs")]
     command += ["--alignment.steps", "3", "--finetuning.steps", "3", "--num_samples", "40", "--evaluation.prompts", "4"]
     command += ["--evaluation.over_refusal_prompts", "4", "--evaluation.task_rows", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    done = warm.run(command, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Report:") == 1
     scores = [r for r in read_rows(next((tmp_path / "runs").glob("*/metrics.jsonl"))) if r["kind"] == "score"]

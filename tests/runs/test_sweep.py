@@ -3,11 +3,9 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from io import StringIO
@@ -30,7 +28,10 @@ from hftlight.runs.grid import Cell, Grid
 from hftlight.runs.identity import identity
 from hftlight.runs.sweep import compare, finished, plan
 from hftlight.runs.workers import ERROR, LOG, STARTED
+from tests.helpers import warm
 from tests.runs.test_run import config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 ROOT = Path(__file__).parents[2]
 GRID_OF_FOUR = Grid(("none", "lisa+antidote"), (0.1,), ("builtin",), 2)
@@ -361,9 +362,8 @@ def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, run
 def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
     folder = tmp_path / "runs" / "comparison"
     folder.mkdir(parents=True)
-    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), *COMMAND]
     with FileLock(folder / ".lock"):
-        second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        second = warm.run([str(ROOT / "recipes" / "compare.py"), *COMMAND], cwd=tmp_path, timeout=200)
     assert second.returncode == 2
     assert "Another process works on the comparison in runs/comparison" in second.stderr
     assert "Traceback" not in second.stderr
@@ -375,6 +375,12 @@ def test_cells_in_other_processes_say_that_they_start(tmp_path):
     compare(config(tmp_path), TWO, tmp_path / "c", jobs=2, on_cell=lambda cell, what: told.append((cell.arm, what)))
     assert sorted(told) == [("lisa", "done"), ("lisa", "started"), ("none", "done"), ("none", "started")]
     assert told.index(("lisa", "started")) < told.index(("lisa", "done"))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Fork the processes of cells that only count and die: a fresh interpreter each would only import."""
+    monkeypatch.setattr(workers, "get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 def die_or_not(spec):
@@ -394,7 +400,7 @@ def die_or_not(spec):
     return ""
 
 
-def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch):
+def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch, forked):
     """Of two at work one dies; both are tried again one by one, and those behind them are run once."""
     monkeypatch.setattr(workers, "run_cell", die_or_not)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
@@ -497,7 +503,7 @@ def never(spec):
     os._exit(1)
 
 
-def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch):
+def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(workers, "run_cell", never)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
     outcome = compare(config(tmp_path), Grid(("none", "lisa"), (0.1,)), tmp_path / "c", jobs=2, retries=0)
@@ -550,25 +556,25 @@ def scores_of(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), *COMMAND, "--jobs", jobs]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [str(ROOT / "recipes" / "compare.py"), *COMMAND, "--jobs", jobs]
+    process = warm.Command(command, cwd=tmp_path)
     cells = tmp_path / "runs" / "comparison" / CELLS
     fresh = {**os.environ, "HFTLIGHT_CACHE": str(tmp_path / "another")}
     until = time.monotonic() + 120
     while process.poll() is None and not any(finished(c) for c in cells.glob("*")) and time.monotonic() < until:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     done = {c.name: (c / "manifest.json").stat().st_mtime_ns for c in cells.iterdir() if finished(c)}
     assert 0 < len(done) < 4
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    again = warm.run(command, cwd=tmp_path, timeout=300)
     assert again.returncode == 0, again.stderr
     assert "report.html" in again.stdout
     assert {name: (cells / name / "manifest.json").stat().st_mtime_ns for name in done} == done
     assert len([c for c in cells.iterdir() if finished(c)]) == 4
     assert (cells.parent / "leaderboard.csv").read_text().count(",finetuning,harmful_score,builtin") == 4
     assert all(runs_of(cells.parent)[name] == 1 for name in done)
-    whole = subprocess.run([*command, "--comparison", "whole"], cwd=tmp_path, env=fresh, capture_output=True)
+    whole = warm.run([*command, "--comparison", "whole"], cwd=tmp_path, env=fresh)
     assert whole.returncode == 0
     assert scores_of(cells.parent) == scores_of(tmp_path / "runs" / "whole")
 

@@ -1,10 +1,7 @@
 """EvaluateAt: what it measures, that training does not notice, and that it neither repeats nor skips a step."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +27,7 @@ from hftlight.evaluation.judges import JUDGES, Verdict
 from hftlight.runs.loggers import RowsLogger
 from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.watch import EvaluateAt
+from tests.helpers import warm
 from tests.helpers.contract import data_module, model_of, train
 from tests.helpers.quadratic import Quadratic, quiet_trainer
 
@@ -427,12 +425,8 @@ def test_two_of_them_keep_their_states_apart():
 
 
 def test_under_ddp_one_process_answers_and_all_know(tmp_path):
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = [sys.executable, "-m", *launcher, "tests.helpers.distributed_watch", str(tmp_path)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in warm.run_ranks(["-m", "tests.helpers.distributed_watch", str(tmp_path)], 2):
+        assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert (first["asked"], second["asked"]) == ([12, 9, 12, 9], [])
     assert [row["step"] for row in first["results"]] == [2, 2, 4, 4]

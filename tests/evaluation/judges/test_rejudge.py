@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from hftlight.evaluation.judges.rejudge import (
 )
 from hftlight.runs.measure import HARMFUL
 from tests.evaluation.judges.test_llm import Endpoint
+from tests.helpers import warm
 from tests.helpers.run_folder import answer_rows, write_run
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "rejudge.py"
@@ -170,8 +169,8 @@ def test_the_command_on_a_runs_folder(tmp_path):
     ]
     run = write_run(tmp_path / "run", answers=[*rows, row("task", "t", "glad")])
     before = (run / "generations.jsonl").read_bytes()
-    line = [sys.executable, str(RECIPE), str(run), "--judges", "keyword", "--save", str(tmp_path / "new")]
-    done = subprocess.run(line, capture_output=True, text=True)
+    line = [str(RECIPE), str(run), "--judges", "keyword", "--save", str(tmp_path / "new")]
+    done = warm.run(line)
     assert done.returncode == 0, done.stderr
     low, high = wilson(3, 4)
     assert f"75.0 ({low:.1f}-{high:.1f})" in done.stdout
@@ -186,7 +185,7 @@ def test_the_command_on_a_runs_folder(tmp_path):
     assert [s["value"] for s in json.loads((tmp_path / "new" / "scores.json").read_text())] == [50.0, 75.0]
     (agreement,) = json.loads((tmp_path / "new" / "agreement.json").read_text())
     assert (agreement["judges"], agreement["kappa"], agreement["second_only"]) == (["builtin", "keyword"], 0.5, 1)
-    again = subprocess.run(line, capture_output=True, text=True)
+    again = warm.run(line)
     assert again.returncode == 2
     assert "generations.jsonl exists already; choose another folder" in again.stderr
 

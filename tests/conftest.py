@@ -1,0 +1,130 @@
+"""How the suite is run: longest files first, some files spread over the workers, and each test as if it ran alone."""
+
+import gc
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# Files with groups of tests that share nothing, one per row or pair: groups are dealt out after all other files.
+SPREAD = (
+    "tests/defenses/test_contract.py",
+    "tests/runs/test_killed.py",
+    "tests/runs/test_killed_command.py",
+    "tests/defenses/test_pairs.py",
+)
+# Seconds that a file takes; the longest is started first. A file that is not listed takes a few seconds.
+SECONDS = {
+    "tests/runs/test_sweep.py": 120.0,
+    "tests/runs/test_run.py": 100.0,
+    "tests/test_base_model.py": 60.0,
+    "tests/runs/test_resume.py": 60.0,
+    "tests/runs/test_dashboard.py": 60.0,
+    "tests/engine/test_distributed.py": 50.0,
+    "tests/runs/test_wired_attacks.py": 40.0,
+    "tests/runs/test_attacker.py": 40.0,
+    "tests/defenses/alignment/test_booster_tiny_lm.py": 35.0,
+    "tests/evaluation/test_generate.py": 35.0,
+    "tests/runs/test_repair.py": 35.0,
+    "tests/defenses/finetuning/test_kl.py": 30.0,
+    "tests/test_cli.py": 30.0,
+    "tests/defenses/finetuning/test_bea.py": 25.0,
+    "tests/runs/test_curves.py": 25.0,
+    "tests/defenses/alignment/test_t_vaccine.py": 20.0,
+    "tests/runs/test_watch.py": 20.0,
+    "tests/test_readme.py": 20.0,
+    "tests/test_outside.py": 20.0,
+    "tests/defenses/finetuning/test_lisa.py": 20.0,
+}
+SLOWEST = 10
+KEPT = ("HFTLIGHT_", "OMP_NUM_THREADS", "OPENAI_", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "RAY_ADDRESS")
+
+
+@pytest.fixture(autouse=True)
+def as_found() -> Iterator[None]:
+    """Put back what a test changes in its process: torch's number of threads and the variables that hftlight reads."""
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    before = _variables()
+    yield
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        wanted = threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+    for name in _variables().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of a report undrawn, for runs whose report nobody looks at; tests/report draws them."""
+    monkeypatch.setattr("hftlight.report.figure.svg", lambda *_: "<svg></svg>")
+
+
+_frozen = 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_are_no_garbage() -> None:
+    """Take what was imported out of the garbage collector's reach: a library that collects often would scan it all."""
+    global _frozen
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _group(nodeid: str) -> str:
+    """Return what one worker runs in one piece: a file, or in a spread file the tests of one row."""
+    file = _file(nodeid)
+    return f"{file} {nodeid.partition('[')[2].rstrip(']').partition('-')[0]}" if file in SPREAD else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files, longest first; those that are spread over the workers come last and fill up what is left."""
+
+    def place(item: pytest.Item) -> tuple[int, float]:
+        file = _file(item.nodeid)
+        return SPREAD.index(file) if file in SPREAD else -1, -SECONDS.get(file, 3.0)
+
+    items.sort(key=place)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return a scheduler that keeps the order of files and deals out the tests of a spread file one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Sum up what each file takes; with several workers, their reports arrive here as well."""
+    _seconds[_file(report.nodeid)] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the slowest files."""
+    if len(_seconds) > 1:
+        terminalreporter.section(f"slowest {SLOWEST} files")
+        for file, seconds in sorted(_seconds.items(), key=lambda pair: -pair[1])[:SLOWEST]:
+            terminalreporter.write_line(f"{seconds:8.1f} s  {file}")
