@@ -87,13 +87,13 @@ def test_curves_of_a_killed_stage_are_those_of_an_undisturbed_one(
             kills["at the end of a pass"] += 1
             raise Stop
 
-    for step in range(1, STEPS + 1):
+    for step in (1, 2, 4, 8):  # of these the last two end a pass
         monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / f"killed{step}"))
         count[:] = [step]
+        try_to(run_stage, job(*settings), on_step=within)
         with monkeypatch.context() as patch:
             patch.setattr(AtomicCheckpointIO, "save_checkpoint", saved)
             try_to(run_stage, job(*settings))
-        try_to(run_stage, job(*settings), on_step=within)
         with monkeypatch.context() as patch:
             patch.setattr(Callback, "on_train_epoch_end", ended)
             try_to(run_stage, job(*settings))

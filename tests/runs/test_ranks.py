@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import warm
 
-SCENARIOS = ("shared", "slow_judge", "refused")
+SCENARIOS = ("shared", "refused")
 
 
 def launched(folder, *scenarios):
@@ -34,11 +34,6 @@ def test_the_first_process_decides_whether_a_stage_is_done_and_where_it_resumes(
     assert first["done"]["weights"] == first["not done"]["weights"]
 
 
-def test_a_judge_within_training_may_be_slower_than_the_process_groups_time_limit(seen):
-    first, second = seen["slow_judge"]
-    assert first == second
-
-
 def test_what_the_first_process_is_refused_ends_all_of_them_by_name(seen):
     first, second = seen["refused"]
     assert first["error"] == "InputError: the file is missing"
@@ -49,7 +44,10 @@ def test_what_the_first_process_is_refused_ends_all_of_them_by_name(seen):
 
 
 @pytest.mark.slow
-def test_measuring_a_run_may_take_longer_than_the_process_groups_time_limit(tmp_path):
-    first, second = launched(tmp_path, "slow_run")["slow_run"]
+def test_judges_and_measurements_may_take_longer_than_the_process_groups_time_limit(tmp_path):
+    """A judge within the training, and the measurements between the stages of a run."""
+    found = launched(tmp_path, "slow_judge", "slow_run")
+    assert found["slow_judge"][0] == found["slow_judge"][1]
+    first, second = found["slow_run"]
     assert first["scores"] == second["scores"] > 0
     assert (first["measured"], second["measured"]) == (3, 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
@@ -31,9 +32,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(temporary, target)
 
 
+class StepCheckpoint(ModelCheckpoint):
+    """Writes right behind an optimizer step and never between the micro-batches of the next one.
+
+    Lightning writes the step that a stage resumed from once more, after the first micro-batch of the next step: under
+    another name, and without the gradient that had been accumulated by then.
+    """
+
+    _seen = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._seen = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._seen:
+            self._seen = trainer.global_step
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
 def keep_two(folder: Path, every: int) -> ModelCheckpoint:
     """Return the callback that keeps the last two checkpoints, one every ``every`` optimizer steps."""
-    return ModelCheckpoint(
+    return StepCheckpoint(
         dirpath=folder,
         filename="{step:08d}",
         auto_insert_metric_name=False,
