@@ -32,7 +32,7 @@ def calls(monkeypatch):
 
 
 def measured_on(records: list[Record]) -> measure.TestSets:
-    task = SimpleNamespace(name="t", correct=lambda answer, record: answer == record.response)
+    task = SimpleNamespace(max_new_tokens=4, name="t", correct=lambda answer, record: answer == record.response)
     return measure.TestSets(records, records, records, task, ("one", "two"))  # type: ignore[arg-type]
 
 
@@ -131,7 +131,10 @@ def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_p
     assert [r["value"] for r in rows if r["metric"] == "harmful_score"] == [pytest.approx(200 / 3)]
     of("two", lambda name: Batch(name, calls))
     assert (asked, [call[0] for call in calls]) == ([1], ["one", "two"])
-    assert of("one", lambda name: Failing(name, calls))[1] == generations  # judged before
+    assert of("one", lambda name: Batch(name, calls))[1] == generations  # judged before
+    assert len(calls) == 2
+    with pytest.raises(RunError, match="gone"):
+        of("one", lambda name: Failing(name, calls))  # another judge, though it has the same name
     monkeypatch.setattr(measure, "digest", lambda *_: "another")
     of("one", lambda name: Batch(name, calls))
     assert asked == [1, 1]

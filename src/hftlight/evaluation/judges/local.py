@@ -6,7 +6,6 @@ from typing import Any
 
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
-from hftlight.models import model_hash, model_path
 
 
 def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
@@ -22,6 +21,8 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
     """
     import torch
     import transformers
+
+    from hftlight.models import model_path
 
     gpu = torch.cuda.is_available()
     try:
@@ -43,6 +44,8 @@ def weights_of(model: Any, judge: str) -> dict[str, str]:
     Raises:
         InputError: if there is no such model.
     """
+    from hftlight.models import model_hash  # which needs torch, and judges are listed without it
+
     try:
         return {"weights": model_hash(model)} if isinstance(model, str) else {}
     except InputError as error:

@@ -1,0 +1,77 @@
+"""What identity costs: ``python benchmarks/identity.py [--model NAME] [--gigabytes N]``.
+
+Three times each, in seconds: the hash of a model never hashed before, the hash that is remembered (by place, size and
+times of change) in a new process, and the key of a training stage on it. The second model is a folder of random bytes
+in shards of 2 GB. What the page cache of the system holds is not dropped, so a first time on a cold disk takes longer.
+Results go to ``benchmarks/identity.json``.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from hftlight import files
+from hftlight.config import RunConfig
+from hftlight.data.records import Record
+from hftlight.engine import Stage
+from hftlight.models import DEMO, model_hash, model_path
+from hftlight.runs.stage import StageJob
+
+RESULTS = Path(__file__).with_suffix(".json")
+SHARD, CHUNK = 2 * 10**9, 2**24
+
+
+def random_model(folder: Path, size: int) -> None:
+    """Write a configuration and so many random bytes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for number, start in enumerate(range(0, size, SHARD)):
+        with (folder / f"model-{number:05d}.safetensors").open("wb") as file:
+            left = min(SHARD, size - start)
+            while left > 0:
+                left -= file.write(os.urandom(min(CHUNK, left)))
+
+
+def timed(work: object, *given: object) -> float:
+    """Return the seconds that a call takes."""
+    since = time.perf_counter()
+    work(*given)  # type: ignore[operator]
+    return round(time.perf_counter() - since, 4)
+
+
+def costs(model: str) -> dict[str, float | int]:
+    """Return the size of a model's files and the seconds of its hash, first and remembered."""
+    folder = Path(model_path(model, weights=True))
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    time.sleep(3)  # a file that was written just now is not remembered
+    first, again = [], []
+    for _ in range(3):
+        shutil.rmtree(files.cache_dir() / files.HASHES, ignore_errors=True)
+        files._digests.clear()
+        first.append(timed(model_hash, model))
+        files._digests.clear()  # as a new process has it
+        again.append(timed(model_hash, model))
+    rows = [Record(f"ask {i}", f"say {i}") for i in range(1000)]
+    job = StageJob(Stage.FINETUNING, RunConfig(model=model), model_hash(model), None, {"task": rows}, [])
+    return {"bytes": size, "first": sorted(first)[1], "remembered": sorted(again)[1], "stage_key": timed(job.key)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=DEMO, help="any model on this machine")
+    parser.add_argument("--gigabytes", type=float, default=14.0, help="size of the folder of random bytes, 10^9 bytes")
+    options = parser.parse_args()
+    found = {options.model: costs(options.model)}
+    with tempfile.TemporaryDirectory() as place:
+        random_model(Path(place) / "random", int(options.gigabytes * 10**9))
+        found["random bytes"] = costs(str(Path(place) / "random"))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(RESULTS.read_text())
+
+
+if __name__ == "__main__":
+    main()
