@@ -20,10 +20,11 @@ from hftlight.models import load_model, load_tokenizer
 from hftlight.report import read_result
 from hftlight.report.figure import evaluated_figure
 from hftlight.runs import watch
+from hftlight.runs.job import RESULT
 from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.prepare import prepare
 from hftlight.runs.prepare import test_sets as sets_of
-from hftlight.runs.stage import CURVES, RESULT, StageJob, run_stage
+from hftlight.runs.stage import CURVES, StageJob, run_stage
 from tests.helpers.jobs import rows, small_config
 from tests.runs.test_resume import Stop, stop_at, weights
 from tests.runs.test_run import EVALUATION, TRAINING, config

@@ -30,7 +30,7 @@ from hftlight.runs import stage as stage_module
 from hftlight.runs.artifact import SERVING
 from hftlight.runs.prepare import prepare
 from hftlight.runs.repair import ADAPTER, RepairJob, run_repair, subject_of
-from hftlight.runs.stage import RESULT, StageJob, run_stage
+from hftlight.runs.stage import StageJob, run_stage
 from tests.helpers import warm
 from tests.helpers.jobs import rows, small_config
 from tests.runs.test_run import config, prompt
@@ -352,10 +352,7 @@ def test_killed_within_the_repair_and_made_again_ends_with_the_same_bytes(finetu
         elif moment == "before the weights have their name":
             patch.setattr(repair_module, "save_repaired", die)
         else:
-            write = repair_module.write_json
-            patch.setattr(
-                repair_module, "write_json", lambda p, *a, **k: die() if p.name == RESULT else write(p, *a, **k)
-            )
+            patch.setattr(RepairJob, "finish", die)
         with pytest.raises(Killed):
             run_repair(job)
     assert not job.done()
