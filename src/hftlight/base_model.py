@@ -1,7 +1,6 @@
 """The base model, loaded once per process: lent for a stage or a measurement, and kept only if it is as loaded."""
 
 import gc
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hftlight.config import RunConfig
-from hftlight.models import load_model, model_path
+from hftlight.models import load_adapter, load_model, model_path, stands_on
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 
@@ -64,12 +63,9 @@ def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False
     if not keep or four_bit:
         drop_base()
         yield load_model(name, dtype, four_bit)
-    elif (path / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    elif (base := stands_on(name)) is not None:
         with lent_model(base, dtype, keep) as model:
-            yield PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+            yield load_adapter(model, path).merge_and_unload()
     else:
         key = (str(path.resolve()), dtype, _files(path))  # a name and a link may lead to one folder
         if not _kept or _kept[0].key != key:

@@ -162,7 +162,9 @@ def test_a_system_text_that_cannot_be_left_out_is_seen(chat_template):
 @pytest.mark.parametrize("chat_template", [WITH_DEFAULT_SYSTEM, "{{ bos_token }}" + WITH_DEFAULT_SYSTEM])
 def test_a_default_system_text_let_through_is_seen(chat_template, monkeypatch):
     monkeypatch.setattr(
-        templates, "_without_system", lambda content, tokenizer: templates._render(tokenizer, content, None)
+        templates.ChatTemplate,
+        "_without_system",
+        lambda template, content, tokenizer: template.render(tokenizer, [("user", content)]),
     )
     tokenizer = byte_tokenizer(chat_template=chat_template)
     assert "Be nice." in get_template("chat", tokenizer).prompt(ALONE, tokenizer)

@@ -30,6 +30,7 @@ from hftlight.errors import InputError, RunError
 from hftlight.evaluation.generate import generate
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import get_judge
+from hftlight.evaluation.thinking import after_thinking
 from hftlight.files import digest, ensure_writable
 from hftlight.models import load_model, load_tokenizer, model_path
 from hftlight.runs.adapters import adapter_seed, attach
@@ -286,9 +287,8 @@ class Attacker:
         answers = {}
         for name, limit in limits.items():
             prompts = [encode_prompt(r, template, self.tokenizer, slot) for r in half.rows(name)]
-            answers[name] = generate(
-                model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size
-            )
+            said = generate(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size)
+            answers[name] = [after_thinking(answer) for answer in said]
         judge = get_judge(half.judges[0])
         asked = [r.request for r in half.harmful]
         verdicts = judge(asked, [half.read(answer) for answer in answers["harmful"]])

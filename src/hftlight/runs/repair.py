@@ -23,7 +23,7 @@ from hftlight.data.tokens import collate, padding_id
 from hftlight.engine.repair import MARKER, Repair, Subject, repairs_of, save_repaired, stored
 from hftlight.errors import RunError
 from hftlight.files import digest, new_folder, write_json
-from hftlight.models import load_model, load_tokenizer, model_path, weights_hash
+from hftlight.models import load_model, load_tokenizer, model_path, save_tokenizer, weights_hash
 from hftlight.runs.artifact import SERVING, artifact_digest
 from hftlight.runs.job import RESULT, Job
 from hftlight.runs.stage import deciding_versions, records_digest
@@ -209,7 +209,7 @@ def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, 
             (place / "model").rmdir()
         else:
             _save_adapter(place, job, subject)
-        load_tokenizer(job.config.model).save_pretrained(place)
+        save_tokenizer(job.config.model, place)
         serving = json.loads((job.finetuned / SERVING).read_text())
         write_json(place / SERVING, serving, mode=0o600)
         write_json(place / MARKER, {"applied": subject.applied, "reports": reports})

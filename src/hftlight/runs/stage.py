@@ -204,7 +204,7 @@ def _train(
             callbacks.append(watch)
         trainer = trainer_of(job, callbacks, loggers, plugins=[AtomicCheckpointIO()])
         try:
-            trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+            trainer.fit(module, data, ckpt_path=str(resume) if resume else None, weights_only=True)
         except (ValueError, TypeError) as error:  # a defense refuses the model it was given
             if str(error).startswith(tuple(type(d).__name__ for d in job.defenses)):
                 raise InputError(str(error)) from error

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
+from hftlight.models import pretrained
 
 
 def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
@@ -24,9 +26,11 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
 
     gpu = torch.cuda.is_available()
     try:
-        reader = transformers.AutoTokenizer.from_pretrained(model)
-        network = getattr(transformers, auto).from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32)
-    except (OSError, ValueError, ImportError) as error:
+        reader = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        network = pretrained(getattr(transformers, auto), model, dtype=torch.bfloat16 if gpu else torch.float32)
+    except InputError as error:
+        raise InputError(f"Judge {judge!r}: {error}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"Judge {judge!r}: {model!r} cannot be loaded ({reason}). Pass a folder or a hub id that this machine can"
