@@ -112,6 +112,8 @@ def displacement(model: Weights, other: Weights, name: str) -> LowRank | Differe
         return model.updates.get(name)
     if isinstance(model, Adapted) and isinstance(other, Adapted) and model.under == other.under:
         terms = [(sign, w.updates[name]) for sign, w in ((1.0, model), (-1.0, other)) if name in w.updates]
+        if len(terms) == 2 and (more := _beyond(model.updates[name], other.updates[name])) is not None:
+            return more
         return combined(terms) if terms else None
     shapes = model.shape(name), other.shape(name)
     if None in shapes or shapes[0] != shapes[1]:
@@ -121,6 +123,16 @@ def displacement(model: Weights, other: Weights, name: str) -> LowRank | Differe
             " nor quantized."
         )
     return Difference(model, other, name)
+
+
+def _beyond(whole: LowRank, part: LowRank) -> LowRank | None:
+    """Return what a stacked update holds beyond one that it begins with; None if it does not begin with it.
+
+    Subtracted, the common part would leave its rounding behind.
+    """
+    rank = part.b.shape[1]
+    same = torch.equal(whole.a[:rank], part.a) and torch.equal(whole.scale * whole.b[:, :rank], part.scale * part.b)
+    return LowRank(whole.b[:, rank:], whole.a[rank:], whole.scale) if same else None
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def check_targets(model: Any, targets: Sequence[str]) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     kinds = sorted({type(m).__name__ for m in layers.values()})
-    known = f"the linear layers ({', '.join(kinds)}) are called {sorted({n.rsplit('.', 1)[-1] for n in layers})}"
+    known = f"linear layers are {sorted({n.rsplit('.', 1)[-1] for n in layers})} ({', '.join(kinds)})"
     transposed = any(isinstance(m, Conv1D) for m in layers.values())
     if list(targets) == [ALL_LINEAR]:
         return transposed

@@ -7,7 +7,6 @@ from typing import Any
 
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
-from hftlight.models import pretrained
 
 
 def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
@@ -23,6 +22,8 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
     """
     import torch
     import transformers
+
+    from hftlight.models import pretrained
 
     gpu = torch.cuda.is_available()
     try:
