@@ -18,12 +18,7 @@ from hftlight.errors import InputError
 from hftlight.models import load_model, load_tokenizer, model_path
 from hftlight.runs.prepare import prepare
 from tests.helpers.families import IDS, POSITIONS, logits, write_family
-from tests.runs.test_families import FEW, settings
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+from tests.runs.test_families import FEW, own_cache, settings  # noqa: F401
 
 
 def adapter(folder, base, **options):
