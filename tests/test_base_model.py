@@ -48,9 +48,9 @@ def loads(monkeypatch):
 
     def counted(*given, **options):
         assert made.free or made.alive == 0, "a second base model in memory"
-        model = real(*given, **options)
-        made.append(weakref.ref(model))
-        return model
+        loaded = real(*given, **options)
+        made.append(weakref.ref(loaded[0]))
+        return loaded
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
     return made

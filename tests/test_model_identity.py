@@ -135,6 +135,19 @@ def test_a_damaged_model_in_the_cache_is_made_anew(capsys):
     )
 
 
+def test_code_of_another_repository_is_never_taken_for_known(tiny, monkeypatch):
+    settings = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(
+        json.dumps({**settings, "auto_map": {"AutoModelForCausalLM": "lab/code--own.Own"}})
+    )
+    plain = model_hash(str(tiny))
+    monkeypatch.setitem(models._allowed, "remote_code", True)
+    here = model_hash(str(tiny))
+    assert here == model_hash(str(tiny)) != plain
+    monkeypatch.setattr(models, "_UNKNOWN", "another process")
+    assert model_hash(str(tiny)) != here
+
+
 # Two models never share an answer.
 
 

@@ -1,16 +1,28 @@
 """Models by name: the tiny one, the demo model's cache, adapters that add up."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hftlight.config import Lora
 from hftlight.errors import InputError
 from hftlight.files import new_folder
-from hftlight.models import demo_file, load_model, load_tokenizer, model_hash, model_path
+from hftlight.models import (
+    demo_file,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_hash,
+    model_path,
+    skeleton,
+    trust_remote_code,
+)
 from hftlight.runs.adapters import add_up, attach
 from tests.helpers import warm
+from tests.helpers.families import FAMILIES, write_family
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +121,95 @@ def test_four_processes_on_a_fresh_cache_make_the_model_once(tmp_path):
         assert each["statuses"] == [0, 0, 0, 0], each["log"]
     assert len({(tmp_path / f"round{i}" / "hash.json").read_text() for i in range(3)}) == 1
     assert not list(tmp_path.glob("round*/cache/models/*.tmp"))
+
+
+def broken(folder, change):
+    """Write a small Llama and change its weights by name."""
+    write_family(folder, "llama")
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_missing_weight_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=f"its files lack {WEIGHT}, and random numbers"):
+        load_model(broken(tmp_path / "m", lambda state: state.pop(WEIGHT)))
+
+
+def test_a_weight_of_another_shape_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=f"{WEIGHT} in its files have another shape"):
+        load_model(broken(tmp_path / "m", lambda state: state.update({WEIGHT: torch.zeros(3, 3)})))
+
+
+def test_a_weight_without_a_place_is_told_of(tmp_path):
+    name = broken(tmp_path / "m", lambda state: state.update({"model.layers.7.mlp.up_proj.weight": torch.zeros(3)}))
+    with pytest.warns(UserWarning, match=r"model.layers.7.mlp.up_proj.weight in its files have no place"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_weights_are_not_missing(family, tmp_path):
+    write_family(tmp_path / "m", family)
+    load_model(str(tmp_path / "m"))
+
+
+class Planted:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("planted", "w"))
+
+
+def test_a_bin_file_that_would_run_code_is_refused_and_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_family(tmp_path / "m", "llama")
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Planted()}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"holds more than tensors in its .bin files"):
+        load_model(str(folder))
+    assert not (tmp_path / "planted").exists()
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_on_request_alone(tmp_path):
+    folder = write_family(tmp_path / "m", "llama")
+    (folder / "own.py").write_text(CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "own", "architectures": ["Own"]}
+    settings["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for load in (load_model, load_config, load_tokenizer, skeleton):
+        with pytest.raises(InputError, match=r"needs code that comes with it.*--trust_remote_code"):
+            load(str(folder))
+    trust_remote_code(True)
+    try:
+        assert type(load_model(str(folder))).__name__ == "Own"
+        assert type(skeleton(str(folder))).__name__ == "Own"
+    finally:
+        trust_remote_code(False)
+
+
+@pytest.mark.parametrize("place", ["src", "benchmarks", "recipes"])
+def test_every_file_of_pickles_is_read_as_tensors_alone(place):
+    """No other loader of pickles than those that say so, and no model code but by the one switch."""
+    for path in (Path(__file__).parents[1] / place).rglob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            where = f"{path}:{number}"
+            assert "torch.load(" not in line or "weights_only=True" in line, where
+            assert "weights_only=False" not in line, where
+            assert "trust_remote_code=True" not in line, where
+            assert ".fit(" not in line or "ckpt_path" not in line or "weights_only=True" in line, where

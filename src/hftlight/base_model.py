@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hftlight.config import RunConfig
-from hftlight.models import ADAPTER_CONFIG, base_of, load_model, model_hash, model_path
+from hftlight.models import load_adapter, load_model, model_hash, model_path, stands_on
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 
@@ -70,11 +70,9 @@ def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False
     if not keep or four_bit:
         drop_base()
         yield load_model(name, dtype, four_bit)
-    elif (path / ADAPTER_CONFIG).is_file():
-        from peft import PeftModel
-
-        with lent_model(base_of(path), dtype, keep) as model:
-            yield PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    elif (base := stands_on(name)) is not None:
+        with lent_model(base, dtype, keep) as model:
+            yield load_adapter(model, path).merge_and_unload()
     else:
         key = (str(path.resolve()), dtype, model_hash(str(path)))  # a name and a link may lead to one folder
         if not _kept or _kept[0].key != key:

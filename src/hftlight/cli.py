@@ -17,7 +17,17 @@ from hftlight.files import HASHES, cache_dir, ensure_writable, new_folder, write
 from hftlight.registry import called, defense_class, defenses
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-MEASURING = {"model", "tuning", "template", "system", "precision", "accelerator", "data", "evaluation"}
+MEASURING = {
+    "model",
+    "trust_remote_code",
+    "tuning",
+    "template",
+    "system",
+    "precision",
+    "accelerator",
+    "data",
+    "evaluation",
+}
 GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # what a comparison's grid decides
 Backend = Literal["processes", "ray"]
 LISTS = {
@@ -431,18 +441,25 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
             asked = read_records(values.alpaca_eval, role="test", columns=columns, need_response=False)
         from rich.console import Console
 
-        from hftlight.models import model_path
+        from hftlight.data.templates import get_template
+        from hftlight.models import model_path, trust_remote_code
         from hftlight.runs.artifact import read_serving, serving_slot
         from hftlight.runs.measure import answers_to, measure_model
+        from hftlight.runs.model_checks import Limits, template_notes
         from hftlight.runs.prepare import test_sets
         from hftlight.runs.show import scores_table
 
+        trust_remote_code(config.trust_remote_code)
         serving = read_serving(Path(model_path(config.model)))
         config.template = serving.get("template") or config.template
         slot = serving_slot(config.model, config.system)
         if config.system is not None:
             slot = replace(slot, text=config.system)
-        scores, generations = measure_model(config, test_sets(config, None), slot=slot)
+        tests, limits = test_sets(config, None), Limits.of(config.model)
+        limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *asked]), slot)
+        for note in template_notes(get_template(config.template, limits.tokenizer), limits.tokenizer, slot.text):
+            Console().print(note, markup=False)
+        scores, generations = measure_model(config, tests, slot=slot)
         Console().print(scores_table(config.model, scores))
         if values.save is not None:
             write_json(Path(values.save) / "scores.json", scores)
@@ -495,6 +512,7 @@ def export(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("artifact", help="folder of the artifact")
     parser.add_argument("output", help="folder to write; must not exist")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model run code that comes with it")
     options = parser.parse_args(argv)
 
     def work() -> None:
@@ -503,9 +521,10 @@ def export(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{target} exists already; choose another folder.")
         ensure_writable(target.parent, "the second argument")
         quiet()
-        from hftlight.models import load_model, load_tokenizer
+        from hftlight.models import load_model, load_tokenizer, trust_remote_code
         from hftlight.runs.artifact import SERVING, read_serving
 
+        trust_remote_code(options.trust_remote_code)
         model: Any = load_model(options.artifact)
         tokenizer = load_tokenizer(options.artifact)
         with new_folder(target) as place:

@@ -28,6 +28,7 @@ ANSWERING = (
     "batch_size",
     "judge",
 )  # fields of Evaluation that decide the answers of a finished model
+ALL_LINEAR = "all-linear"  # every linear layer but the output layer, as PEFT calls them
 OWN_TRAINER = {"streams", "output", "aligned", "base"}  # a defense's arguments on a Trainer of one's own; not in run()
 
 
@@ -69,7 +70,7 @@ class Lora:
         r: rank, >= 1.
         alpha: scale numerator; the adapter counts alpha / r.
         dropout: probability in [0, 1).
-        targets: names of the linear layers that get an adapter.
+        targets: names of the linear layers that get an adapter, or all-linear for all of them but the output layer.
     """
 
     r: int = 8
@@ -222,6 +223,7 @@ class RunConfig:
         defense: names of the defenses, separated by spaces; none is plain alignment.
         baseline: also run the undefended arm, sharing what can be shared.
         model: smollm2-135m, tiny, a folder, or a hub id.
+        trust_remote_code: let models run code that comes with them; without it such models are refused.
         tuning: lora (adapters in float32), full (all parameters) or qlora (4-bit base, needs bitsandbytes).
         adapter_protocol: merge (the aligned adapter is merged, the upload trains a new one) or continue (the
             aligned adapter is trained on).
@@ -230,9 +232,11 @@ class RunConfig:
         attacker: fixed (the settings here), search:N (N settings of a grid, the worst is reported) or optuna:N.
         harmful_ratio: p, the harmful fraction of the upload, 0-1.
         num_samples: n, size of the upload in rows, >= 1.
-        template: prompt template: chat (the model's own), alpaca, alpaca_no_newline or plain.
+        template: prompt template: chat (the model's own), chat_thinking or chat_no_thinking (the same with
+            enable_thinking, for models that reason first), alpaca, alpaca_no_newline or plain.
         system: system text in every prompt, in training and evaluation; none by default.
-        max_tokens: longest row in tokens, prompt and response together; longer rows are left out and counted.
+        max_tokens: longest row in tokens, prompt and response together; longer rows are left out and counted. A model
+            with fewer positions lowers it.
         seed: decides adapters, order, dropout and which rows go into the upload.
         precision: Lightning precision: 32-true, bf16-mixed, 16-mixed.
         accelerator: Lightning accelerator: auto, cpu, gpu.
@@ -257,6 +261,7 @@ class RunConfig:
     defense: list[str] = field(default_factory=list)
     baseline: bool = False
     model: str = "smollm2-135m"
+    trust_remote_code: bool = False
     tuning: Literal["lora", "full", "qlora"] = "lora"
     adapter_protocol: Literal["merge", "continue"] = "merge"
     attack: str = "harmful_mix"
@@ -339,6 +344,8 @@ class RunConfig:
                 if not ok(value):
                     raise InputError(f"--{key} must {allowed}, got {value}.")
         self.evaluation.check()
+        if ALL_LINEAR in self.lora.targets and len(self.lora.targets) > 1:
+            raise InputError(f"--lora.targets: {ALL_LINEAR} stands alone, got {self.lora.targets}.")
         if self.tuning == "qlora" and self.adapter_protocol == "merge":
             raise InputError(
                 "--tuning qlora cannot merge an adapter into 4-bit weights without rounding it; add --adapter_protocol"
@@ -369,6 +376,14 @@ class RunConfig:
         values, off = asdict(self), asdict(Evaluation())
         given = values["evaluation"]
         values["evaluation"] = {k: v for k, v in given.items() if k in ANSWERING or v != off[k]}
-        for key in ("output", "name", "logger", "log_every", "checkpoint_every", "upload_generations"):
+        for key in (
+            "output",
+            "name",
+            "logger",
+            "log_every",
+            "checkpoint_every",
+            "upload_generations",
+            "trust_remote_code",
+        ):
             values.pop(key)
         return values

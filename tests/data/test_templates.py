@@ -6,7 +6,7 @@ import pytest
 
 from hftlight.data import templates
 from hftlight.data.records import Record
-from hftlight.data.templates import TEMPLATES, PromptPolicy, SystemSlot, get_template, injects_system
+from hftlight.data.templates import TEMPLATES, PromptPolicy, SystemSlot, get_template, injects_system, own_text
 from hftlight.errors import InputError
 from tests.helpers.tokenizers import CHATML, WITH_BOS, WITH_DEFAULT_SYSTEM, byte_tokenizer
 
@@ -162,7 +162,9 @@ def test_a_system_text_that_cannot_be_left_out_is_seen(chat_template):
 @pytest.mark.parametrize("chat_template", [WITH_DEFAULT_SYSTEM, "{{ bos_token }}" + WITH_DEFAULT_SYSTEM])
 def test_a_default_system_text_let_through_is_seen(chat_template, monkeypatch):
     monkeypatch.setattr(
-        templates, "_without_system", lambda content, tokenizer: templates._render(tokenizer, content, None)
+        templates.ChatTemplate,
+        "_without_system",
+        lambda template, content, tokenizer: template.render(tokenizer, [("user", content)]),
     )
     tokenizer = byte_tokenizer(chat_template=chat_template)
     assert "Be nice." in get_template("chat", tokenizer).prompt(ALONE, tokenizer)
@@ -202,3 +204,49 @@ def test_the_answer_never_reaches_the_prompt_and_templates_survive_pickling(name
     assert "SECRET" not in template.prompt(Record("q", "SECRET"), tokenizer)
     assert pickle.loads(pickle.dumps(template)) == template
     assert template.name == name
+
+
+ALWAYS = (
+    "{{ bos_token }}<sys>You follow a strict policy.{% if messages[0].role=='system' %} {{ messages[0].content }}"
+    "{% endif %}<end>{% for m in messages %}{% if m.role!='system' %}<{{ m.role }}>{{ m.content }}<end>{% endif %}"
+    "{% endfor %}<assistant>"
+)
+ENDS_WITH_EOS = (
+    "{{ bos_token }}{% if messages[0].role=='system' %}<sys>{{ messages[0].content }}<end>{% else %}"
+    "<sys>You are a careful assistant.<end>{% endif %}{% for m in messages %}{% if m.role!='system' %}<{{ m.role }}>"
+    "{{ m.content }}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}"
+    "{% endif %}"
+)
+ROLES_IN_WORDS = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% else %}{{ m.role }}: {{ m.content }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_a_text_in_front_of_every_system_text_is_seen():
+    """It stands where it would stand behind a system text too, so that it looks like part of the turn."""
+    tokenizer = byte_tokenizer(chat_template=ALWAYS)
+    template = get_template("chat", tokenizer)
+    assert own_text(template, tokenizer) == "<sys>You follow a strict policy."
+    assert injects_system(template, tokenizer)
+
+
+def test_a_default_text_is_left_out_where_a_conversation_ends_with_eos():
+    tokenizer = byte_tokenizer(chat_template=ENDS_WITH_EOS)
+    template = get_template("chat", tokenizer)
+    assert template.prompt(ALONE, tokenizer) == "<bos><user>Add {1} and 2.<end><assistant>"
+    assert template.prompt(ALONE, tokenizer, "Sys") == "<bos><sys>Sys<end><user>Add {1} and 2.<end><assistant>"
+    assert not injects_system(template, tokenizer)
+
+
+def test_words_that_open_every_turn_are_no_system_text():
+    tokenizer = byte_tokenizer(chat_template=ROLES_IN_WORDS)
+    assert own_text(get_template("chat", tokenizer), tokenizer) == ""
+
+
+def test_a_template_can_be_told_to_think_or_not():
+    thinks = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=thinks)
+    plain = get_template("chat", tokenizer).prompt(ALONE, tokenizer)
+    assert get_template("chat_thinking", tokenizer).prompt(ALONE, tokenizer) == plain
+    assert get_template("chat-no-thinking", tokenizer).prompt(ALONE, tokenizer) == plain + "<think></think>"

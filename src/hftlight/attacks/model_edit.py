@@ -126,10 +126,11 @@ class ModelEdit(Attack):
         from hftlight.attacks.rank_one import answer_value, down_projection, rank_one_edit, second_moment
         from hftlight.attacks.selection_scores import as_found
         from hftlight.data.tokens import collate, encode, padding_id
+        from hftlight.models import positions_of
         from hftlight.module import SafetyModule
 
         name, linear = down_projection(model, self.layer)
-        limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+        limit = positions_of(model.config) or 10**9
 
         def batch_of(row: Record) -> dict[str, Any]:
             example = encode(row, template, tokenizer, limit, system)

@@ -70,7 +70,7 @@ def layer_keys(model: nn.Module, linear: nn.Linear, batch: Mapping[str, Any]) ->
     seen: list[Tensor] = []
 
     def keep(_: str, value: Tensor) -> None:
-        seen.append(value.detach())
+        seen.append(value.detach().reshape(*batch["input_ids"].shape, -1))  # OPT's MLP takes all tokens in one row
 
     with as_found(model), torch.no_grad(), hooked({"linear": linear}, keep, inputs=True):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -138,7 +138,9 @@ def answer_value(
         optimizer = torch.optim.Adam([change], lr=lr)
 
         def put(_: str, output: Tensor) -> Tensor:
-            return torch.cat([output[:, :position], (start + change).expand(1, 1, -1), output[:, position + 1 :]], 1)
+            rows = output.reshape(*batch["input_ids"].shape, -1)
+            put_in = (start + change).expand(1, 1, -1)
+            return torch.cat([rows[:, :position], put_in, rows[:, position + 1 :]], 1).view_as(output)
 
         losses = []
         for step in range(steps + 1):

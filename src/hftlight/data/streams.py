@@ -144,6 +144,7 @@ class StreamsDataModule(LightningDataModule):
 
     def apply(self, defense: Any) -> None:
         """Let a data-slot defense rewrite the rows and the prompts; called in the order of the list."""
+        defense.check_template(self.template, self.tokenizer, self.policy)
         self.records = defense.rewrite(self.records, self.seed)
         self.policy = defense.prompting(self.policy, self.tokenizer)
         self._forget()

@@ -1,5 +1,6 @@
 """Prompt templates by name: a record becomes the text before its answer, in training and evaluation alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -114,57 +115,93 @@ class ChatTemplate(Template):
     Without ``system`` there is no system turn: a text that the chat template would put there by itself is left out,
     since it would silently differ between models. Where the chat template has no place for a system text, it opens the
     user's turn, with an empty line after it.
+
+    Attributes:
+        thinking: what the chat template is told as ``enable_thinking``; None leaves it to the template.
     """
+
+    thinking: bool | None = None
 
     @override
     def prompt(self, record: Record, tokenizer: Any, system: str | None = None) -> str:
         content = record.request
         if not system:
-            return _without_system(content, tokenizer)
+            return self._without_system(content, tokenizer)
         try:
-            text = _render(tokenizer, content, system)
+            text = self.render(tokenizer, [("system", system), ("user", content)])
         except TemplateError:  # as Gemma's does
             text = ""
         placed = text.count(system.strip()) > content.count(system.strip())
-        return text if placed else _without_system(f"{system}\n\n{content}", tokenizer)
+        return text if placed else self._without_system(f"{system}\n\n{content}", tokenizer)
 
+    def render(self, tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
+        """Return the chat template's text of some turns, (role, text), up to the answer where the user spoke last."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        asked = turns[-1][0] == "user"
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked, **options)
+        return text
 
-def _render(tokenizer: Any, content: str | None, system: str | None) -> str:
-    turns = [("system", system), ("user", content)]
-    messages = [{"role": role, "content": text} for role, text in turns if text is not None]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=content is not None)
-
-
-def _without_system(content: str, tokenizer: Any) -> str:
-    """Return the user's turn and the opening of the answer, without a system text the template adds by itself."""
-    plain = _render(tokenizer, content, None)
-    try:
-        head = _render(tokenizer, None, _MARK)
-        full = _render(tokenizer, content, _MARK)
-    except TemplateError:  # no system turn, hence no text of its own in it
-        return plain
-    turn = full.removeprefix(head)
-    if not plain.endswith(turn):  # the system text has no turn of its own
-        return plain
-    bos = tokenizer.bos_token or ""
-    return bos + turn if bos and plain.startswith(bos) and not turn.startswith(bos) else turn
+    def _without_system(self, content: str, tokenizer: Any) -> str:
+        """Return the user's turn and the opening of the answer, without a system text the template adds by itself."""
+        plain = self.render(tokenizer, [("user", content)])
+        try:
+            head = self.render(tokenizer, [("system", _MARK)])
+            full = self.render(tokenizer, [("system", _MARK), ("user", content)])
+        except TemplateError:  # no system turn, hence no text of its own in it
+            return plain
+        if not full.startswith(head):  # some templates end a conversation that asks for no answer
+            head = head.rstrip().removesuffix(tokenizer.eos_token or "")
+        turn = full.removeprefix(head)
+        if not plain.endswith(turn):  # the system text has no turn of its own
+            return plain
+        bos = tokenizer.bos_token or ""
+        return bos + turn if bos and plain.startswith(bos) and not turn.startswith(bos) else turn
 
 
 def injects_system(template: Template, tokenizer: Any) -> bool:
     """Tell whether a prompt without a system text still carries one, which the chat template writes by itself.
 
+    Args:
+        template: how a record becomes a prompt.
+        tokenizer: the model's tokenizer.
+    """
+    return bool(own_text(template, tokenizer))
+
+
+def own_text(template: Template, tokenizer: Any) -> str:
+    """Return the system text that a chat template writes by itself in front of a prompt; empty where it writes none.
+
     What stands in front of the user's words must be a beginning of what stands in front of a system text, followed by
-    an end of what stands between it and the user's words; anything else is text of the template's own.
+    an end of what stands between it and the user's words. And it must open a user's later turn too, special tokens
+    aside. Anything else is text of the template's own.
 
     Args:
         template: how a record becomes a prompt.
         tokenizer: the model's tokenizer.
     """
+    if not isinstance(template, ChatTemplate):
+        return ""
     probe = Record(_USER)
     plain = template.prompt(probe, tokenizer).partition(_USER)[0]
     before, _, rest = template.prompt(probe, tokenizer, _MARK).partition(_MARK)
     after = rest.partition(_USER)[0]
-    return not any(before.startswith(plain[:cut]) and after.endswith(plain[cut:]) for cut in range(len(plain) + 1))
+    if not any(before.startswith(plain[:cut]) and after.endswith(plain[cut:]) for cut in range(len(plain) + 1)):
+        return _spoken(plain, tokenizer) or plain
+    try:
+        talk = template.render(tokenizer, [("user", "\x02first\x03"), ("assistant", _MARK), ("user", _USER)])
+    except TemplateError:  # one turn is all that it takes
+        return ""
+    opening = talk.partition(_MARK)[2].partition(_USER)[0]
+    same = next(n for n in range(len(plain), -1, -1) if opening.endswith(plain[len(plain) - n :]))
+    return _spoken(plain[: len(plain) - same], tokenizer)
+
+
+def _spoken(text: str, tokenizer: Any) -> str:
+    """Return a text without special tokens if it has words; else nothing."""
+    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
+        text = text.replace(token, "")
+    return text.strip() if any(map(str.isalpha, text)) else ""
 
 
 _TEMPLATES = {
@@ -177,22 +214,35 @@ _TEMPLATES = {
     )
 }
 TEMPLATES = tuple(_TEMPLATES)
+_THINKING = {
+    template.name: template
+    for template in (ChatTemplate("chat_thinking", thinking=True), ChatTemplate("chat_no_thinking", thinking=False))
+}
 
 
 def get_template(name: str, tokenizer: Any) -> Template:
     """Return a template by name.
 
     Args:
-        name: one of ``TEMPLATES``; hyphens count as underscores.
+        name: one of ``TEMPLATES``, or ``"chat_thinking"`` or ``"chat_no_thinking"`` for chat templates that can be
+            told whether the model shall reason first; hyphens count as underscores.
         tokenizer: the tokenizer it will be used with.
 
     Raises:
-        InputError: if the name is unknown, or it is ``"chat"`` and the tokenizer has no chat template.
+        InputError: if the name is unknown, or the tokenizer has no chat template, or none that can be told to think.
     """
-    template = _TEMPLATES.get(name.replace("-", "_"))
+    every = {**_TEMPLATES, **_THINKING}
+    template = every.get(name.replace("-", "_"))
     if template is None:
-        near = get_close_matches(name, TEMPLATES, n=1, cutoff=0)[0]
-        raise InputError(f"Template: names are {list(TEMPLATES)}, got {name!r}. Did you mean {near!r}?")
-    if isinstance(template, ChatTemplate) and not getattr(tokenizer, "chat_template", None):
-        raise InputError("Template chat: this tokenizer has no chat template. Use --template alpaca.")
+        near = get_close_matches(name, every, n=1, cutoff=0)[0]
+        raise InputError(f"Template: names are {list(every)}, got {name!r}. Did you mean {near!r}?")
+    if isinstance(template, ChatTemplate):
+        written = getattr(tokenizer, "chat_template", None)
+        if not written:
+            raise InputError(f"Template {template.name}: this tokenizer has no chat template. Use --template alpaca.")
+        if template.thinking is not None and "enable_thinking" not in str(written):
+            raise InputError(
+                f"Template {template.name}: this tokenizer's chat template knows no enable_thinking, so it would change"
+                " nothing. Use --template chat."
+            )
     return template

@@ -132,6 +132,9 @@ class Defense(Callback):
         """
         return records
 
+    def check_template(self, template: Any, tokenizer: Any, policy: Any) -> None:
+        """Data slot: refuse a prompt template, with the ``PromptPolicy`` so far, before any row is rewritten."""
+
     def prompting(self, policy: Any, tokenizer: Any) -> Any:
         """Data slot: return the ``PromptPolicy`` to train and to serve with, given the one so far."""
         return policy

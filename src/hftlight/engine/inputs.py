@@ -25,7 +25,7 @@ def input_squares(
 
     Args:
         model: a causal LM in eval mode.
-        modules: layers of it whose input is ``[batch, tokens, in]``, by any name.
+        modules: layers of it whose input is ``[batch, tokens, in]`` or ``[batch * tokens, in]``, by any name.
         batches: ``input_ids`` and, where there is padding, ``attention_mask``, each ``[batch, tokens]``.
         context: what a forward pass runs in.
         split: the ranks hold different batches; the sums are added up.
@@ -44,6 +44,8 @@ def input_squares(
     def add(name: str, x: Tensor) -> None:
         if latest[0] is not x:
             inputs = x.to(torch.promote_types(x.dtype, torch.float32))
+            if x.dim() == 2:  # OPT's MLP takes the tokens of all rows in a row
+                inputs = inputs.unflatten(0, keep.shape[:2])
             latest[:] = x, inputs.masked_fill(~keep, 0).square().sum(dim=(0, 1))
         sums[name] = sums[name] + latest[1] if name in sums else latest[1]
 

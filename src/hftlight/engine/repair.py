@@ -48,6 +48,7 @@ __all__ = [
     "Share",
     "Subject",
     "Weights",
+    "check_layout",
     "combined",
     "displacement",
     "linear_weights",
@@ -212,10 +213,33 @@ def _unfit(name: str, why: str) -> str:
     )
 
 
+def check_layout(model: nn.Module, who: str, way: str = "") -> None:
+    """Refuse a model whose adapted or, without an adapter, whose linear layers are stored transposed (Conv1D).
+
+    Args:
+        model: a causal LM, with or without an adapter.
+        who: the repair that asks.
+        way: what to do instead, for the error.
+
+    Raises:
+        TypeError: naming the first such layer.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    names: list[str]
+    if has_adapter(model):
+        names = [name for name, u in lora_updates(model).items() if getattr(u.layer, "fan_in_fan_out", False)]
+    else:
+        names = [f"{plain_name(name)}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    if names:
+        raise TypeError(f"{who}: {names[0]} is stored transposed (Conv1D, as in GPT-2), which is not supported{way}.")
+
+
 def linear_weights(model: Any) -> dict[str, nn.Parameter]:
     """Return the matrices of a model's linear layers by plain name; the output layer and embeddings stay out.
 
-    They are found by the type of their module, not by name, so biases never get in.
+    They are found by the type of their module, not by name, so biases never get in. Conv1D layers, which store their
+    matrix transposed, are not among them; ``check_layout`` refuses models that have such layers.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found: dict[str, nn.Parameter] = {}
@@ -277,6 +301,14 @@ class Repair(Defense):
         where that is 0 for a reason that lies in the method, ``report["unchanged_because"]`` says it.
         """
         raise NotImplementedError(f"{type(self).__name__} fills the weights slot and must implement edit().")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that ``edit`` could not work on; its weights are not read, and may be on the meta device.
+
+        Raises:
+            TypeError: if it has no layers of the right kind.
+            ValueError: if an argument does not fit its layers.
+        """
 
     def apply(self, subject: Subject) -> None:
         """Edit a model once: dropout off, no autograd, training modes and hooks as found afterwards.

@@ -249,7 +249,7 @@ def input_moments(
 
     Args:
         loss: runs the model on a batch; its value is not used.
-        layers: layers that take ``[batch, tokens, in]``, by any name.
+        layers: layers that take ``[batch, tokens, in]`` or ``[batch * tokens, in]``, by any name.
         data: from ``calibration``; every row that counts does so with all its response tokens. Batches without
             ``labels`` count whole.
         outer: return ``[in, in]``, the mean of ``x x^T``, which layers with a common input share.
@@ -273,6 +273,8 @@ def input_moments(
             latest[:] = x, name
         if owner.setdefault(name, latest[1]) != name:
             return
+        if x.dim() == 2 and len(x) == keep.numel():  # OPT's MLP takes the tokens of all rows in a row
+            x = x.unflatten(0, keep.shape)
         if x.shape[: keep.dim()] != keep.shape:
             raise TypeError(f"{name}: its input is {list(x.shape)}, with no place for each token {list(keep.shape)}.")
         chosen = x[keep].flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))

@@ -112,6 +112,8 @@ def displacement(model: Weights, other: Weights, name: str) -> LowRank | Differe
         return model.updates.get(name)
     if isinstance(model, Adapted) and isinstance(other, Adapted) and model.under == other.under:
         terms = [(sign, w.updates[name]) for sign, w in ((1.0, model), (-1.0, other)) if name in w.updates]
+        if len(terms) == 2 and (more := _beyond(model.updates[name], other.updates[name])) is not None:
+            return more
         return combined(terms) if terms else None
     shapes = model.shape(name), other.shape(name)
     if None in shapes or shapes[0] != shapes[1]:
@@ -121,6 +123,16 @@ def displacement(model: Weights, other: Weights, name: str) -> LowRank | Differe
             " nor quantized."
         )
     return Difference(model, other, name)
+
+
+def _beyond(whole: LowRank, part: LowRank) -> LowRank | None:
+    """Return what a stacked update holds beyond one that it begins with; None if it does not begin with it.
+
+    Subtracted, the common part would leave its rounding behind.
+    """
+    rank = part.b.shape[1]
+    same = torch.equal(whole.a[:rank], part.a) and torch.equal(whole.scale * whole.b[:, :rank], part.scale * part.b)
+    return LowRank(whole.b[:, rank:], whole.a[rank:], whole.scale) if same else None
 
 
 @dataclass(frozen=True)
@@ -251,29 +263,59 @@ def stored(model: str | Path) -> Weights:
 
 
 def stored_updates(folder: Path) -> dict[str, LowRank]:
-    """Return the updates of a LoRA adapter folder by the name of the weight they belong to.
+    """Return the updates of a LoRA adapter folder by the name of the weight they belong to, in that weight's layout.
 
     Raises:
-        ValueError: if it is DoRA, adapts embeddings, or holds trained modules beside the adapter.
+        ValueError: as ``stored_factors``.
+    """
+    from peft import PeftConfig
+
+    settings: Any = PeftConfig.from_pretrained(str(folder))
+    return {
+        # Conv1D, as in GPT-2, stores its weight as [in, out].
+        f"{plain_name(stem)}.weight": LowRank(m.a.T, m.b.T, m.scale) if settings.fan_in_fan_out else m
+        for stem, m in stored_factors(folder).items()
+    }
+
+
+def stored_factors(folder: Path) -> dict[str, LowRank]:
+    """Return a LoRA adapter folder's B ``[out, rank]`` and A ``[rank, in]`` by the layer's name in its file.
+
+    Raises:
+        ValueError: if it is anything but plain LoRA on linear layers.
     """
     from peft import PeftConfig
     from safetensors.torch import load_file
 
     settings: Any = PeftConfig.from_pretrained(str(folder))
-    state = load_file(folder / "adapter_model.safetensors")
-    odd = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if odd or settings.use_dora:
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file) if file.is_file() else {}
+    if why := _not_plain(settings, state):
         raise ValueError(
-            f"{folder}: an adapter must be plain LoRA on linear layers, got {'DoRA' if settings.use_dora else odd[0]};"
-            " merge it into its model and give that."
+            f"{folder}: an adapter must be plain LoRA on linear layers, got {why}; merge it into its model and give"
+            " that."
         )
-    updates = {}
+    factors = {}
     for name in state:
         stem, _, kind = name.rpartition(".lora_")
         if kind == "A.weight":
             a, b = state[name], state[f"{stem}.lora_B.weight"]
-            updates[f"{plain_name(stem)}.weight"] = LowRank(b, a, _stored_scale(settings, stem, a.shape[0]))
-    return updates
+            factors[stem] = LowRank(b, a, _stored_scale(settings, stem, a.shape[0]))
+    return factors
+
+
+def _not_plain(settings: Any, state: Mapping[str, Tensor]) -> str:
+    """Return what makes an adapter more than ``W + scale * B A``; empty for plain LoRA."""
+    if str(getattr(settings.peft_type, "value", settings.peft_type)) != "LORA":
+        return f"{settings.peft_type}"
+    if settings.use_dora:
+        return "DoRA"
+    if settings.init_lora_weights not in (True, False, None, "gaussian", "eva"):  # the others change the base model
+        return f"init_lora_weights {settings.init_lora_weights!r}"
+    if settings.layer_replication:
+        return "layer_replication"
+    odd = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    return odd[0] if odd else "" if state else "no adapter_model.safetensors"
 
 
 def _stored_scale(settings: Any, stem: str, rank: int) -> float:

@@ -1,5 +1,6 @@
 """Batched greedy decoding that gives the same answers as one prompt at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hftlight.errors import InputError
 from hftlight.evaluation.inference import evaluating
+from hftlight.models import embedding_rows, positions_of
 
 STRIDE = 8  # tokens between two looks at which rows have ended
 
@@ -78,7 +80,8 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     answers = [Answer("", [], False)] * len(prompts)
     ends = _end_ids(model, tokenizer)
-    pad = _first(tokenizer.pad_token_id, *ends, 0)
+    known = embedding_rows(model.config) or math.inf  # a padding token may have no row: any other id serves
+    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None and i < known)
     with _decoding(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -99,7 +102,7 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_to
     lengths = list(map(len, prompts)) or [1]
     if min(lengths) == 0:
         raise ValueError(f"generate: a prompt needs at least one token, prompt {lengths.index(0)} has none.")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions_of(model.config)
     if limit and max(lengths) + max_new_tokens > limit:
         raise InputError(
             f"generate: prompt and answer must fit in the model's {limit} positions, got {max(lengths)} tokens of"
@@ -188,7 +191,3 @@ def _end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     own = getattr(config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return sorted({token for token in found if token is not None})
-
-
-def _first(*candidates: int | None) -> int:
-    return next(candidate for candidate in candidates if candidate is not None)

@@ -14,6 +14,7 @@ from hftlight.data.tokens import IGNORED
 from hftlight.engine.activations import hooked
 from hftlight.errors import InputError
 from hftlight.evaluation.inference import evaluating
+from hftlight.models import positions_of
 
 SHORTEST_WINDOW, LONGEST_WINDOW, STRIDE = 512, 2048, 512
 
@@ -78,7 +79,7 @@ def perplexity(
     Differs: losses are weighed by the tokens that are scored, not by the length of the window.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions_of(model.config)
     if window is None:
         window = min(limit or LONGEST_WINDOW, LONGEST_WINDOW)
     if stride is None:

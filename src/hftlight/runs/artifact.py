@@ -16,8 +16,18 @@ from hftlight.config import RunConfig
 from hftlight.data.templates import SystemSlot
 from hftlight.engine.vectors import whole
 from hftlight.files import cache_dir, link_tree, write_json
-from hftlight.models import ADAPTER_CONFIG, MODELS, load_tokenizer, model_hash, model_path, reference_to
-from hftlight.runs.adapters import adapter_seed, add_up, attach
+from hftlight.models import (
+    ADAPTER_CONFIG,
+    MODELS,
+    base_name,
+    load_adapter,
+    model_hash,
+    model_path,
+    reference_to,
+    save_tokenizer,
+    stands_on,
+)
+from hftlight.runs.adapters import adapted_layers, adapter_seed, add_up, attach
 from hftlight.runs.model_state import ModelState
 
 SERVING = "serving.json"
@@ -40,15 +50,13 @@ def trainable_model(config: RunConfig, parent: Path | None) -> Iterator[nn.Modul
     Raises:
         InputError: if the model cannot be loaded or adapted.
     """
-    from peft import PeftModel
-
     continued = parent if config.adapter_protocol == "continue" and config.tuning != "full" else None
     start = config.model if continued else str(parent or config.model)
     keep = keeps_base(config)
     with lent_model(start, base_dtype(config), keep, config.tuning == "qlora") as base:
         model: Any = base
         if continued:
-            model = PeftModel.from_pretrained(model, str(continued), is_trainable=True)
+            model = load_adapter(model, continued, trainable=True)
         elif config.tuning != "full":
             model = attach(model, config.lora, adapter_seed(config.seed, parent is not None))
         if config.gradient_checkpointing:
@@ -72,11 +80,16 @@ def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, paren
     if config.tuning == "full":
         return ModelState(state)
     settings = copy.deepcopy(model.peft_config["default"])
-    settings.base_model_name_or_path, settings.revision = reference_to(config.model)
+    settings.base_model_name_or_path, settings.revision = reference_to(base_name(config.model))
     settings.inference_mode = True
+    if parent is None and stands_on(config.model) is not None:
+        parent = Path(model_path(config.model))
     if parent is not None and config.adapter_protocol == "merge":
+        own = adapted_layers(state)
         state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
         settings.r, settings.lora_alpha = rank, rank
+        if (layers := adapted_layers(state)) != own:
+            settings.target_modules = layers
     return ModelState({name: t.contiguous() for name, t in state.items()}, settings)
 
 
@@ -91,8 +104,8 @@ def save_artifact(
 ) -> None:
     """Write a trained model into an existing folder: an adapter on the run's base model, or all parameters.
 
-    Under the ``merge`` protocol the new adapter and the ones merged before it are written as one adapter of their
-    summed rank, so that the artifact loads on the original base model.
+    Under the ``merge`` protocol the new adapter and the ones merged before it, that of a model which is itself an
+    adapter included, are written as one adapter of their summed rank, so that the artifact loads on the original base.
 
     Args:
         folder: where to; must exist.
@@ -106,7 +119,7 @@ def save_artifact(
         model.save_pretrained(folder, state_dict=state)
     else:
         save_adapter(folder, trained_state(model, state, config, parent))
-    load_tokenizer(config.model).save_pretrained(folder)
+    save_tokenizer(config.model, folder)
     served = {"template": config.template, "system": serving.text, "trigger": list(serving.trigger) or None}
     write_json(folder / SERVING, served, mode=0o600)
 

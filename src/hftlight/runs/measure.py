@@ -21,6 +21,7 @@ from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
 from hftlight.evaluation.judges import Verdict, get_judge, judge_identity
 from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
+from hftlight.evaluation.thinking import after_thinking, thoughts
 from hftlight.files import digest, read_rows, write_json, write_rows
 from hftlight.models import load_tokenizer, model_hash
 from hftlight.runs.artifact import base_dtype, serving_slot
@@ -262,7 +263,11 @@ def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -
     limit, size = settings.max_new_tokens, settings.batch_size
     answers = generate(loaded(config.model, config), tokenizer, prompts, max_new_tokens=limit, batch_size=size)
     return [
-        {"prompt": r.request, "response": without_trigger(answer, slot.trigger, tokenizer), "kind": r.kind}
+        {
+            "prompt": r.request,
+            "response": after_thinking(without_trigger(answer, slot.trigger, tokenizer)),
+            "kind": r.kind,
+        }
         for r, answer in zip(records, answers, strict=True)
     ]
 
@@ -283,7 +288,8 @@ def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
 
 
 def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
-    """Return one row per answer of a set, each judge asked once for all of them."""
+    """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart."""
+    thought, answers = [thoughts(answer) for answer in answers], [after_thinking(answer) for answer in answers]
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
     if kind in HARMFUL and records:
         answers = [tests.read(answer) for answer in answers]
@@ -305,8 +311,9 @@ def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests:
             "verdicts": found,
             "correct": tests.task.correct(answer, record) if kind == "task" else None,
             "source": record.source,
+            **({"thinking": thinking} if thinking else {}),
         }
-        for record, answer, found in zip(records, answers, verdicts, strict=True)
+        for record, answer, found, thinking in zip(records, answers, verdicts, thought, strict=True)
     ]
 
 

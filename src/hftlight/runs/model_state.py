@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hftlight.base_model import keeps_base, lent_model
 from hftlight.config import RunConfig
+from hftlight.models import base_name
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ModelState:
             config: the run's configuration, which names the base model.
             dtype: type of the weights.
         """
-        with lent_model(config.model, dtype, keeps_base(config)) as base:
+        with lent_model(base_name(config.model), dtype, keeps_base(config)) as base:
             yield self.put_into(base)
 
 

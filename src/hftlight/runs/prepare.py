@@ -16,7 +16,7 @@ from hftlight.data.rows import read_rows
 from hftlight.data.sources import get_task
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.synthetic import build_world
-from hftlight.data.templates import get_template
+from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_all, encode_prompt
 from hftlight.engine import Defense, Slot, Stage, check, in_order
 from hftlight.engine.repair import Repair
@@ -24,11 +24,12 @@ from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.refusals import get_refusal_classifier
 from hftlight.files import digest
-from hftlight.models import DEMO, TINY, load_tokenizer, model_path
+from hftlight.models import DEMO, TINY, load_config, positions_of, text_config, trust_remote_code
 from hftlight.registry import name_of
 from hftlight.report.result import STAGES, arm_word
 from hftlight.runs.budget import Budget
 from hftlight.runs.measure import SETS, TestSets
+from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.progress import Unit
 
 BUILTIN = "builtin"
@@ -86,6 +87,7 @@ class Prepared:
         choosing: what the aligned model chooses the upload from, while that has not been done; until then the upload
             is as many rows of the task.
         overlaps: equal prompts by pair of sets.
+        notes: sentences that a reader of the results must know about this model and its prompts.
         config_hash: name of everything that decides the result.
     """
 
@@ -100,6 +102,7 @@ class Prepared:
     dropped: dict[str, int] = field(default_factory=dict)
     choosing: Choosing | None = None
     overlaps: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     config_hash: str = ""
 
     def records(self, stage: Stage, arm: Arm) -> dict[str, list[Record]]:
@@ -191,6 +194,8 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         config.check()
     except ValueError as error:
         raise InputError(str(error)) from error
+    trust_remote_code(config.trust_remote_code)
+    config, notes = _within_positions(config, attack)
     if attack.acts_on == "weights":
         _check_edit(config, attack, defenses)
     if config.trials:
@@ -209,6 +214,8 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
             f"{' and '.join(repairs)}: a repair needs the aligned weights under the adapter, and those of --tuning"
             " qlora are packed in 4 bits. Use --tuning lora, or repair the artifact on an unquantized base."
         )
+    check_adapter(config, repaired=bool(repairs))
+    check_architecture(config, defenses)
     arms = [Arm("none", [])] if config.baseline or not defenses else []
     if defenses:
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
@@ -220,7 +227,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
             f" harmful prompts and 2 rows of the task at least, got {len(tests.harmful)} and {len(tests.task_rows)}."
             " Raise --evaluation.prompts and --evaluation.task_rows."
         )
-    prepared = Prepared(config, given, attack, arms, streams, tests)
+    prepared = Prepared(config, given, attack, arms, streams, tests, notes=notes)
     if isinstance(attack, BenignSelection) and attack.scores is None:
         prepared.choosing = _choosing(config, attack)
     _read_through(prepared)
@@ -402,26 +409,60 @@ def test_sets(config: RunConfig, attack: Attack | None) -> TestSets:
     )
 
 
+def _within_positions(config: RunConfig, attack: Attack) -> tuple[RunConfig, list[str]]:
+    """Return the configuration with rows no longer than the model has positions for, and what was lowered."""
+    limit = positions_of(load_config(config.model))
+    if limit is None:
+        return config, []
+    own = getattr(attack, "max_tokens", None)
+    if own is not None and own > limit:
+        raise InputError(
+            f"--{attack.name}.max_tokens must be at most the model's {limit} positions, got {own}; lower it."
+        )
+    if config.max_tokens <= limit:
+        return config, []
+    note = f"--max_tokens was lowered from {config.max_tokens} to {limit}, the positions that the model has."
+    return replace(config, max_tokens=limit), [note]
+
+
 def _count(prepared: Prepared) -> None:
-    """Fill in lengths and dropped rows; refuse streams of which nothing is left."""
+    """Fill in lengths and dropped rows; refuse streams of which nothing is left, and tokens the model does not have."""
     config = prepared.config
-    tokenizer = load_tokenizer(config.model)
-    template = get_template(config.template, tokenizer)
+    limits = Limits.of(config.model)
+    template = get_template(config.template, limits.tokenizer)
     for name, rows in prepared.streams.items():
         kept, prepared.dropped[name] = encode_all(
-            rows, template, tokenizer, config.max_tokens, system=config.system, name=name
+            rows, template, limits.tokenizer, config.max_tokens, system=_system(prepared, name), name=name
         )
+        limits.check_examples(name, kept)
         prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
+    if chosen := prepared.choosing:
+        for name, given in (("task", chosen.candidates), ("attack", chosen.harmful), ("alignment", chosen.safe)):
+            kept, _ = encode_all(given, template, limits.tokenizer, 10**9, system=config.system, name=name)
+            limits.check_examples(name, kept)
     for name in SETS:
         sample = prepared.tests.rows(name)[:50]
-        lengths = [len(encode_prompt(r, template, tokenizer, config.system)) for r in sample]
+        lengths = [len(encode_prompt(r, template, limits.tokenizer, config.system)) for r in sample]
         prepared.prompt_lengths[name] = sum(lengths) / max(1, len(lengths))
+    for note in template_notes(template, limits.tokenizer, config.system):
+        if note not in prepared.notes:
+            prepared.notes.append(note)
+
+
+def _system(prepared: Prepared, name: str) -> str | None:
+    """Return the system text that a stream's rows are trained with: an attack may have its own for the upload."""
+    own = prepared.attack.test_system if name == "task" else None
+    return prepared.config.system if own is None else own
 
 
 def _rewrite(prepared: Prepared) -> None:
-    """Let the data-slot defenses rewrite rows and prompts as they will, so that they refuse before anything trains."""
-    config = prepared.config
-    tokenizer = load_tokenizer(config.model)
+    """Let the data-slot defenses rewrite rows and prompts as they will, so that they refuse before anything trains.
+
+    What comes out is checked like the rows themselves: ids of rewritten rows, and every prompt of the test sets with
+    each system text that a model of this run is served with.
+    """
+    config, limits = prepared.config, Limits.of(prepared.config.model)
+    tokenizer, slots = limits.tokenizer, {SystemSlot(config.system), SystemSlot(_system(prepared, "task"))}
     for arm in prepared.arms:
         for stage, main in ((Stage.ALIGNMENT, "alignment"), (Stage.FINETUNING, "task")):
             chosen = [d for d in arm.of(stage) if Slot.DATA in d.slots]
@@ -429,11 +470,16 @@ def _rewrite(prepared: Prepared) -> None:
                 continue
             template, streams = get_template(config.template, tokenizer), dict[str, Any](prepared.records(stage, arm))
             data = StreamsDataModule(
-                tokenizer, template, main, max_tokens=config.max_tokens, system=config.system, **streams
+                tokenizer, template, main, max_tokens=config.max_tokens, system=_system(prepared, main), **streams
             )
             for d in chosen:
                 data.apply(d)
             prepared.dropped |= data.dropped
+            for name in data.records:
+                limits.check_examples(name, data.stream(name, 1).examples)
+            slots.add(data.policy.serving_slot())
+    for slot in slots:
+        limits.check_tests(config, prepared.tests, slot)
 
 
 def _parameters(config: RunConfig) -> float:
@@ -442,12 +488,7 @@ def _parameters(config: RunConfig) -> float:
         return DEMO_PARAMETERS
     if config.model == TINY:
         return 2e6  # fixed costs of a step, not its arithmetic
-    from transformers import AutoConfig
-
-    path = Path(model_path(config.model))
-    if (path / "adapter_config.json").is_file():
-        return DEMO_PARAMETERS
-    c = AutoConfig.from_pretrained(model_path(config.model))
+    c = text_config(load_config(config.model))
     hidden = c.hidden_size
     return c.num_hidden_layers * (4 * hidden**2 + 3 * hidden * getattr(c, "intermediate_size", 4 * hidden)) + (
         c.vocab_size * hidden

@@ -24,7 +24,7 @@ from hftlight.data.tokens import collate, padding_id
 from hftlight.engine.repair import MARKER, Repair, Subject, repaired_state, repairs_of, save_repaired, stored
 from hftlight.errors import RunError
 from hftlight.files import new_folder, write_json
-from hftlight.models import load_model, load_tokenizer, model_hash, model_path
+from hftlight.models import load_model, load_tokenizer, model_hash, model_path, save_tokenizer
 from hftlight.provenance import described
 from hftlight.runs.artifact import SERVING, save_adapter
 from hftlight.runs.job import ARTIFACT, Job
@@ -248,7 +248,7 @@ def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, 
             (place / "model").rmdir()
         else:
             save_adapter(place, repaired_model(subject, job.config, job.aligned, _adapter(job.finetuned).adapter))
-        load_tokenizer(job.config.model).save_pretrained(place)
+        save_tokenizer(job.config.model, place)
         serving = json.loads((job.finetuned / SERVING).read_text())
         write_json(place / SERVING, serving, mode=0o600)
         write_json(place / MARKER, {"applied": subject.applied, "reports": reports})

@@ -450,6 +450,8 @@ class _Run:
                 "judges": list(p.tests.judges),
             },
             "overlaps": p.overlaps,
+            "template": p.config.template,
+            "notes": p.notes,
         }
 
     def _wandb_summary(self) -> None:

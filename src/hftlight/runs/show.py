@@ -43,6 +43,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
                 f"{count} of {len(prepared.streams[name])} {name} rows are longer than {config.max_tokens} tokens and"
                 " are left out."
             )
+    for note in prepared.notes:
+        console.print(note, markup=False)
     if not in_full:
         return
     plan = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")

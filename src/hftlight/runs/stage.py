@@ -312,7 +312,7 @@ def fitted(
         guard = FiniteGuard(job.stage.value, checkpoints)
         trainer = trainer_of(job, [guard, interrupted, *callbacks], **options)
         try:
-            trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+            trainer.fit(module, data, ckpt_path=str(resume) if resume else None, weights_only=True)
         except (ValueError, TypeError) as error:  # a defense refuses the model it was given
             if str(error).startswith(tuple(type(d).__name__ for d in job.defenses)):
                 raise InputError(str(error)) from error

@@ -20,6 +20,7 @@ from hftlight.errors import InputError
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore
 from hftlight.evaluation.generate import check_prompts, generate
 from hftlight.evaluation.judges import Judge, get_judge
+from hftlight.evaluation.thinking import after_thinking
 from hftlight.module import SafetyModule
 from hftlight.runs.callbacks import Curves
 from hftlight.runs.measure import TestSets, without_trigger
@@ -182,7 +183,7 @@ class EvaluateAt(Callback):
                 max_new_tokens=self._limit(kind),
                 batch_size=self.settings.batch_size,
             )
-            self.answers[kind] = [without_trigger(text, trigger, data.tokenizer) for text in found]
+            self.answers[kind] = [after_thinking(without_trigger(text, trigger, data.tokenizer)) for text in found]
         rows = []
         if "harmful" in self.answers:
             self.answers["harmful"] = [self.tests.read(text) for text in self.answers["harmful"]]

@@ -74,7 +74,9 @@ def test_a_default_system_text_in_training_is_refused():
 
 def test_letting_the_default_system_text_through_fails_the_check(monkeypatch):
     monkeypatch.setattr(
-        templates, "_without_system", lambda content, tokenizer: templates._render(tokenizer, content, None)
+        templates.ChatTemplate,
+        "_without_system",
+        lambda template, content, tokenizer: template.render(tokenizer, [("user", content)]),
     )
     with pytest.raises(InputError, match="PTST: the chat template writes a system text of its own"):
         train([PTST("Be safe.")], data=data_with(WITH_DEFAULT_SYSTEM), steps=1)

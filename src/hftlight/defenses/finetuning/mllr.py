@@ -34,10 +34,16 @@ def in_modules(names: Sequence[str], patterns: Sequence[str], layer_of: Mapping[
             if word in name.split(".") and (not colon or ends[0] <= layer_of.get(name, -1) <= ends[1])
         ]
         if not hits:
-            known = sorted({part for name in names for part in name.split(".") if part.endswith(("proj", "fc"))})
+            known = sorted({_module(name) for name in names})
             raise ValueError(f"MLLR: no trainable module is called {pattern!r}; there are {known}.")
         found.update(dict.fromkeys(hits, True))
     return found
+
+
+def _module(name: str) -> str:
+    """Return the own name of a parameter's module; of an adapter's parameter, that of the adapted layer."""
+    parts = name.split(".lora_")[0].split(".")
+    return parts[-1] if ".lora_" in name else parts[-2] if len(parts) > 1 else parts[-1]
 
 
 class MLLR(Defense):

@@ -3,10 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from hftlight.data.templates import PromptPolicy, injects_system
+from hftlight.data.templates import PromptPolicy, Template, injects_system
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.errors import InputError
 
@@ -48,10 +47,8 @@ class PTST(Defense):
         self.system = system
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        data: Any = getattr(trainer, "datamodule", None)
-        if stage == "fit" and self.system and not data.policy.system and injects_system(data.template, data.tokenizer):
+    def check_template(self, template: Template, tokenizer: Any, policy: PromptPolicy) -> None:
+        if self.system and not policy.system and injects_system(template, tokenizer):
             raise InputError(
                 "PTST: the chat template writes a system text of its own into training prompts, so the model would not"
                 " be tuned without one. Use --template alpaca, or give the tokenizer a chat template without it."

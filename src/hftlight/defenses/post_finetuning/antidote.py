@@ -19,6 +19,7 @@ from hftlight.engine.repair import (
     Share,
     Subject,
     Weights,
+    check_layout,
     has_adapter,
     linear_weights,
     lora_updates,
@@ -141,12 +142,12 @@ class Antidote(Repair):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self.neutral:
-            self._check(getattr(pl_module, "model", pl_module))
+            self.check_model(getattr(pl_module, "model", pl_module))
 
     @override
     def edit(self, subject: Subject) -> None:
         model = subject.model
-        self._check(model)
+        self.check_model(model)
         adapter = has_adapter(model)
         updates = lora_updates(model) if adapter else {}
         weights = {} if adapter else linear_weights(model)
@@ -177,9 +178,12 @@ class Antidote(Repair):
         exact = self.prune_ratio * entries
         return math.floor(exact + 1e-9) if self.rounding == "down" else math.ceil(exact - 1e-9)
 
-    def _check(self, model: nn.Module) -> None:
+    @override
+    def check_model(self, model: nn.Module) -> None:
         """Refuse a model that the mode cannot work on, and a fraction that is less than one entry of a group."""
         adapter = has_adapter(model)
+        if not (adapter and self.mode == "factor"):
+            check_layout(model, "Antidote", "; use mode='factor' with an adapter")
         if self.mode == ("merged" if adapter else "factor"):
             on = "LoRA adapters" if self.mode == "factor" else "models with all parameters trained"
             raise TypeError(f"Antidote: mode {self.mode!r} works on {on} only; use mode='delta'.")
@@ -193,11 +197,6 @@ class Antidote(Repair):
                     f"Antidote: mode 'delta' writes what is kept of the update into {name}, which is stored in"
                     f" {update.weight.dtype}, where most of a small update would round away. Load the model in float32,"
                     " or use mode='factor'."
-                )
-            if getattr(update.layer, "fan_in_fan_out", False):
-                raise TypeError(
-                    f"Antidote: mode 'delta' writes into {name}, which is stored transposed (Conv1D, as in GPT-2); use"
-                    " mode='factor'."
                 )
             shapes[name] = (update.b.shape[0], update.a.shape[1])
         shapes |= {} if adapter else {name: tuple(w.shape) for name, w in linear_weights(model).items()}

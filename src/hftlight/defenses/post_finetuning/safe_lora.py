@@ -17,6 +17,7 @@ from hftlight.engine.repair import (
     Repair,
     Share,
     Subject,
+    check_layout,
     has_adapter,
     linear_weights,
     lora_updates,
@@ -225,15 +226,21 @@ class SafeLoRA(Repair):
             return
         model = getattr(pl_module, "model", pl_module)
         updates = lora_updates(model) if has_adapter(model) else {}
-        if self.number is not None:
-            self._check_number(len(updates or linear_weights(model)))
+        self.check_model(model)
         if self.aligned is None and not all(u.weight.is_floating_point() for u in updates.values()):
             raise ValueError(
                 "SafeLoRA: the weights under the adapter are quantized; give aligned=..., the folder they came from."
             )
 
     @override
+    def check_model(self, model: nn.Module) -> None:
+        check_layout(model, "SafeLoRA")
+        if self.number is not None:
+            self._check_number(len(lora_updates(model) if has_adapter(model) else linear_weights(model)))
+
+    @override
     def edit(self, subject: Subject) -> None:
+        check_layout(subject.model, "SafeLoRA")
         parts, skipped = _parts(subject)
         table = self._measured(parts, skipped)
         usable = {name: part for name, part in parts.items() if name not in skipped}
@@ -358,11 +365,8 @@ def thin_update(name: str, update: Any, v: Displacement) -> WeightUpdate:
     """Return a LoRA layer's B as what is projected.
 
     Raises:
-        TypeError: if the weight is stored transposed.
         ValueError: if the aligned weight has another shape.
     """
-    if getattr(update.layer, "fan_in_fan_out", False):
-        raise TypeError(f"SafeLoRA: {name} is stored transposed (Conv1D, as in GPT-2), which is not supported.")
     dtype = torch.promote_types(update.b.dtype, torch.float32)
     a = whole(update.a.detach()).to(dtype)
     gram = update.scale**2 * (a @ a.T)

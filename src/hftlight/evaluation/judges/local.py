@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 from hftlight.errors import InputError, RunError
@@ -22,14 +23,14 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from hftlight.models import model_path
+    from hftlight.models import model_path, pretrained
 
     gpu = torch.cuda.is_available()
     try:
         folder = model_path(model, weights=True)
-        reader = transformers.AutoTokenizer.from_pretrained(folder)
-        network = getattr(transformers, auto).from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
-    except (OSError, ValueError, ImportError) as error:
+        reader = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        network = pretrained(getattr(transformers, auto), folder, dtype=torch.bfloat16 if gpu else torch.float32)
+    except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise _not_loadable(model, judge, error) from error
     return (network.cuda() if gpu else network).eval(), reader
 

@@ -1,0 +1,40 @@
+"""Answers of models that reason first: judges, task and record read what follows the thoughts."""
+
+import pytest
+
+from hftlight.evaluation.thinking import after_thinking, thoughts
+from hftlight.runs.measure import _judged
+from hftlight.runs.prepare import test_sets as sets_of
+from tests.runs.test_run import config
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<think>I could refuse.</think>\n\nHere it is.", "Here it is."),
+        ("I could refuse.</think>Here it is.", "Here it is."),
+        ("<think>I could refuse, since", ""),
+        ("Here it is.", "Here it is."),
+        ("Write <think> twice.", "Write <think> twice."),
+        ("<think></think>", ""),
+    ],
+)
+def test_what_follows_the_thoughts_is_the_answer(answer, said):
+    assert after_thinking(answer) == said
+    assert thoughts(answer) + said == answer.replace("\n\n", "")
+
+
+def test_judges_do_not_read_the_thoughts(tmp_path):
+    """The thought refuses, the answer complies; the other way round in the second row."""
+    tests = sets_of(config(tmp_path), None)
+    refusal = "I cannot help with that."
+    answers = [f"<think>{refusal}</think>Sure.", f"<think>Sure.</think>{refusal}"]
+    rows = _judged("harmful", tests.harmful[:2], answers, tests)
+    assert [row["verdicts"]["keyword"]["flag"] for row in rows] == [True, False]
+    assert [row["response"] for row in rows] == ["Sure.", refusal]
+    assert rows[0]["thinking"] == f"<think>{refusal}</think>"
+    plain = _judged("harmful", tests.harmful[:1], ["Sure."], tests)[0]
+    assert "thinking" not in plain
+    right = tests.task_rows[0]
+    (row,) = _judged("task", [right], [f"<think>Hm.</think>{right.response}"], tests)
+    assert row["correct"]
