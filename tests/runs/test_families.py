@@ -1,6 +1,5 @@
 """Six families through every stage: aligned, attacked, repaired, evaluated, exported, and loaded elsewhere."""
 
-import gc
 import json
 
 import pytest
@@ -41,10 +40,6 @@ def settings(tmp_path, folder, **changes):
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)  # figures, which others test
-    gc.collect()
-    gc.freeze()  # a run collects garbage nine times, and the libraries' objects are none
-    yield
-    gc.unfreeze()
 
 
 def plain(folder):
