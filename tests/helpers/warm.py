@@ -24,8 +24,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = (
-    "hftlight.runs.run",
-    "hftlight.runs.sweep",
+    *(f"hftlight.runs.{path.stem}" for path in sorted((ROOT / "src" / "hftlight" / "runs").glob("[a-z]*.py"))),
     "hftlight.cli",
     "hftlight.defenses",
     "hftlight.report.page",
