@@ -205,7 +205,9 @@ def test_run_and_search_have_one_road(tmp_path, monkeypatch):
     result = run(values, defenses, IdentityShift())
     (arm,) = result.arms
     prepared = prepare(values, defenses, IdentityShift())
-    attacker = Attacker(prepared.config, defenses, result.folder / arm / "aligned", prepared.attack)
+    key = result.manifest["arms"][arm]["stages"]["alignment"]["key"]
+    aligned = cache_dir() / "stages" / f"alignment-{key}" / "artifact"  # what the run's folder links stands alone
+    attacker = Attacker(prepared.config, defenses, aligned, prepared.attack)
     state, slot = attacker.trained(Trial.of(attacker.config))
     assert slot.text == SYSTEM
     assert same(state, result.folder / arm / "repaired")
