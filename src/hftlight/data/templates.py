@@ -187,20 +187,25 @@ def own_text(template: Template, tokenizer: Any) -> str:
     before, _, rest = template.prompt(probe, tokenizer, _MARK).partition(_MARK)
     after = rest.partition(_USER)[0]
     if not any(before.startswith(plain[:cut]) and after.endswith(plain[cut:]) for cut in range(len(plain) + 1)):
-        return _spoken(plain, tokenizer) or plain
+        return _words(_bare(plain, tokenizer)) or plain
     try:
         talk = template.render(tokenizer, [("user", "\x02first\x03"), ("assistant", _MARK), ("user", _USER)])
     except TemplateError:  # one turn is all that it takes
         return ""
-    opening = talk.partition(_MARK)[2].partition(_USER)[0]
+    opening = _bare(talk.partition(_MARK)[2].partition(_USER)[0], tokenizer)
+    plain = _bare(plain, tokenizer)
     same = next(n for n in range(len(plain), -1, -1) if opening.endswith(plain[len(plain) - n :]))
-    return _spoken(plain[: len(plain) - same], tokenizer)
+    return _words(plain[: len(plain) - same])
 
 
-def _spoken(text: str, tokenizer: Any) -> str:
-    """Return a text without special tokens if it has words; else nothing."""
+def _bare(text: str, tokenizer: Any) -> str:
+    """Return a text without special tokens."""
     for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
         text = text.replace(token, "")
+    return text
+
+
+def _words(text: str) -> str:
     return text.strip() if any(map(str.isalpha, text)) else ""
 
 
