@@ -32,6 +32,8 @@ from hftlight.runs.model_state import ModelState, with_adapter
 from hftlight.runs.stage import records_digest
 
 ADAPTER = "adapter_model.safetensors"
+# The first process repairs alone, in float32 and without an optimizer step.
+OF_NO_REPAIR = frozenset({"devices", "num_nodes", "strategy", "gradient_checkpointing", "log_every", "precision"})
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class RepairJob(Job):
     @override
     def inputs(self) -> dict[str, Any]:
         """Return everything that decides the repaired weights."""
-        size = self.config.evaluation.batch_size
+        ignored = {*OF_NO_STAGE, *OF_NO_REPAIR, "alignment", "finetuning", "evaluation"}
         return {
-            "config": {**self.config.without({*OF_NO_STAGE, "alignment", "finetuning", "evaluation"}), "rows": size},
+            "config": {**self.config.without(ignored), "rows": self.config.evaluation.batch_size},
             "base": self.base_hash,
             "aligned": model_hash(str(self.aligned)),
             "finetuned": model_hash(str(self.finetuned)),
