@@ -80,8 +80,8 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     answers = [Answer("", [], False)] * len(prompts)
     ends = _end_ids(model, tokenizer)
-    rows = embedding_rows(model.config) or math.inf  # a padding token may have no row: any other id serves
-    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None and i < rows)
+    known = embedding_rows(model.config) or math.inf  # a padding token may have no row: any other id serves
+    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None and i < known)
     with _decoding(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
