@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,9 @@ def test_rows_are_no_longer_than_the_positions(family, tmp_path):
     assert prepared.notes == [f"--max_tokens was lowered from 2000 to {POSITIONS}, the positions that the model has."]
     assert prepared.dropped["harmful"] == 20
     assert prepared.dropped["task"] > 0
+    long = Data(task=jsonl(tmp_path / "long.jsonl", rows[1::2]))
+    with pytest.raises(InputError, match=r"lowered from 2000 to 512, the positions.* Stream 'task'.* shorter rows"):
+        prepare(replace(config, data=long), [])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -431,14 +431,21 @@ def _count(prepared: Prepared) -> None:
     limits = Limits.of(config.model)
     template = get_template(config.template, limits.tokenizer)
     for name, rows in prepared.streams.items():
-        kept, prepared.dropped[name] = encode_all(
-            rows, template, limits.tokenizer, config.max_tokens, system=_system(prepared, name), name=name
-        )
+        try:
+            kept, prepared.dropped[name] = encode_all(
+                rows, template, limits.tokenizer, config.max_tokens, system=_system(prepared, name), name=name
+            )
+        except InputError as error:
+            lowered = next((note for note in prepared.notes if note.startswith("--max_tokens")), None)
+            if lowered is None:
+                raise
+            reason = str(error).partition(" Raise max_tokens")[0]
+            raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
         limits.check_examples(name, kept)
         prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
     if chosen := prepared.choosing:
-        for name, given in (("task", chosen.candidates), ("attack", chosen.harmful), ("alignment", chosen.safe)):
-            kept, _ = encode_all(given, template, limits.tokenizer, 10**9, system=config.system, name=name)
+        for name, some in (("task", chosen.candidates), ("attack", chosen.harmful), ("alignment", chosen.safe)):
+            kept, _ = encode_all(some, template, limits.tokenizer, 10**9, system=config.system, name=name)
             limits.check_examples(name, kept)
     for name in SETS:
         sample = prepared.tests.rows(name)[:50]
