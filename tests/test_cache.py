@@ -19,7 +19,7 @@ from hftlight.engine import Stage
 from hftlight.runs.edit import EditJob
 from hftlight.runs.measure import TestSets, answers_key, verdicts_key
 from hftlight.runs.model_metrics import Reference, metric_keys
-from hftlight.runs.repair import RepairJob
+from hftlight.runs.repair import OF_NO_REPAIR, RepairJob
 from hftlight.runs.select import SelectionJob
 from hftlight.runs.stage import StageJob
 from tests.helpers.jobs import rows, small_config
