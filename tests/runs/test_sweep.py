@@ -380,7 +380,7 @@ def test_cells_in_other_processes_say_that_they_start(tmp_path):
 @pytest.fixture
 def forked(monkeypatch):
     """Fork the processes of cells that only count and die: a fresh interpreter each would only import."""
-    monkeypatch.setattr(workers, "get_context", lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(workers, "_Workers", lambda: multiprocessing.get_context("fork"))
 
 
 def die_or_not(spec):
