@@ -469,7 +469,7 @@ def test_checkpoints_hold_what_was_trained(tmp_path, options):
     for name, p in plain.named_parameters():
         if p.requires_grad:
             assert_close(found["state_dict"][f"model.{name}"], p.detach(), rtol=1e-9, atol=0)
-    assert not next(v for k, v in found["callbacks"].items() if k.startswith("Half"))["applied"]
+    assert not next(v for k, v in found["callbacks"].items() if "Half{" in k)["applied"]
 
 
 def test_a_run_resumed_behind_its_last_step_is_repaired_once(tmp_path):
@@ -554,3 +554,16 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
     refused([Half(output=out), Booster(streams=harmful)], "post_finetuning stage")
     refused([SafeLoRA(output=out), SafeLoRA(2, output=out)], "both set the projection")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_a_models_files_is_the_same_model(tmp_path):
+    """An update on a copy of the base, as a moved cache leaves it, is still known to be thin."""
+    for name, seed in (("here", 0), ("there", 0), ("other", 1)):
+        small_llama(seed).save_pretrained(tmp_path / name)
+    here, there, other = (FileWeights(tmp_path / name) for name in ("here", "there", "other"))
+    assert (here == there, here == other, here == "here") == (True, False, False)
+    assert len({here, there}) == 1
+    name = "model.layers.0.self_attn.q_proj.weight"
+    update = LowRank(torch.ones(here.shape(name)[0], 1), torch.ones(1, here.shape(name)[1]))
+    assert displacement(Adapted(here, {name: update}), there, name) is update
+    assert isinstance(displacement(Adapted(here, {name: update}), other, name), Difference)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hftlight.engine.lowrank import LowRank, combined
 from hftlight.engine.shards import share
 from hftlight.engine.vectors import local
+from hftlight.files import folder_digest
 
 BLOCK = 1 << 18  # entries of a matrix that are worked on at one time on a CPU: what fits a core's cache
 BLOCK_ELSEWHERE = 1 << 22
@@ -135,9 +137,11 @@ def _beyond(whole: LowRank, part: LowRank) -> LowRank | None:
     return LowRank(whole.b[:, rank:], whole.a[rank:], whole.scale) if same else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileWeights:
     """A model folder with safetensors files, as ``save_pretrained`` writes it; only the rows asked for are read.
+
+    Two folders with files of the same content are equal: a model may lie in a cache and, as a copy, beside an adapter.
 
     Raises:
         ValueError: if the folder holds no safetensors file.
@@ -160,6 +164,18 @@ class FileWeights:
                 " model with save_pretrained first."
             )
         object.__setattr__(self, "_files", files)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FileWeights):
+            return NotImplemented
+        return self.folder == other.folder or self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(FileWeights)
+
+    @cached_property
+    def _content(self) -> str:
+        return folder_digest(self.folder, "*.safetensors")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return a weight's shape, or None."""
