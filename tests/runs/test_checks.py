@@ -1,11 +1,7 @@
-"""Refusals and collapse beside the harmful score, by hand; answers cached before they existed stay valid."""
-
-from dataclasses import asdict
-from importlib.metadata import version
+"""Refusals and collapse beside the harmful score, by hand."""
 
 import pytest
 
-from hftlight import __version__
 from hftlight.config import Evaluation, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.sources import get_task
@@ -13,12 +9,12 @@ from hftlight.data.templates import SystemSlot
 from hftlight.errors import InputError
 from hftlight.evaluation import StringRefusals
 from hftlight.evaluation.refusals import refusal_verdict
-from hftlight.files import digest, write_rows
+from hftlight.files import write_rows
 from hftlight.report.claims import collapses
 from hftlight.report.result import Result, Score
 from hftlight.runs import measure as measuring
 from hftlight.runs.measure import TestSets as Sets
-from hftlight.runs.measure import measure, scores
+from hftlight.runs.measure import answers_key, measure, scores, verdicts_key
 
 SORRY = "I'm sorry, but I can't help with that."
 ANSWERS = {  # to harmful prompts: answer, flag of the judge
@@ -148,19 +144,17 @@ def test_a_collapse_is_said_beyond_the_intervals_alone(values, said):
         assert remarks[0].endswith("not by refusals (2.0 %).")
 
 
-def test_answers_cached_before_these_metrics_existed_stay_valid(tmp_path, monkeypatch):
+def test_answers_that_nobody_sealed_are_not_taken(tmp_path, monkeypatch):
+    """A file of an older version, or one that was put there, says nothing of what it was made by."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    monkeypatch.setattr(measuring, "_answers", lambda *_: pytest.fail("asked again"))
-    config, tests = RunConfig(model="tiny", evaluation=Evaluation(at=[3], stop_below=5.0)), asked()
-    old = {name: asdict(config.evaluation)[name] for name in OLD}
-    settings = ["chat", "be kind", digest(()), old, "32-true", False]
-    versions = [__version__, version("torch"), version("transformers")]
-    (tmp_path / "evaluations").mkdir()
-    path = tmp_path / "evaluations" / f"{digest(['hash', settings, versions, tests.digest()])}.jsonl"
-    write_rows(path, generations())
-    rows, answers = measure("tiny", "hash", config, tests, slot=SystemSlot("be kind"))
-    assert answers == generations()
-    assert {r["metric"] for r in rows} >= {"harmful_score", "collapsed_answers"}
+    config, tests, slot = RunConfig(model="tiny"), asked(), SystemSlot("be kind")
+    name = verdicts_key(answers_key("hash", config, tests, slot), tests)
+    (tmp_path / "evaluations" / name).mkdir(parents=True)
+    write_rows(tmp_path / "evaluations" / name / "generations.jsonl", generations())
+    asked_again = []
+    monkeypatch.setattr(measuring, "_answers", lambda *_: asked_again.append(1) or {})
+    measure("tiny", "hash", config, tests, slot=slot)
+    assert asked_again == [1]
 
 
 def test_what_is_not_asked_for_leaves_a_runs_hash_alone():

@@ -19,7 +19,7 @@ from hftlight.files import read_rows
 from hftlight.models import load_model, load_tokenizer
 from hftlight.report import read_result
 from hftlight.report.figure import evaluated_figure
-from hftlight.runs import watch
+from hftlight.runs import measure, watch
 from hftlight.runs.job import RESULT
 from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.prepare import prepare
@@ -44,7 +44,8 @@ class Odd:
 
 @pytest.fixture
 def odd(monkeypatch):
-    monkeypatch.setattr(watch, "get_judge", lambda name: Odd())
+    for module in (watch, measure):
+        monkeypatch.setattr(module, "get_judge", lambda name: Odd())
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def job(at=(), **more):
     return StageJob(Stage.FINETUNING, settings, "tiny", None, {"task": rows(7, "task")}, [], None, tests)
 
 
-def test_evaluating_leaves_weights_alone_and_is_in_the_key_only_where_given():
+def test_evaluating_leaves_weights_alone_and_is_in_the_key_only_where_given(odd):
     plain, unseen = job(), replace(job(), tests=None)
     assert plain.key() == unseen.key()
     keys = {j.key() for j in (plain, job([2]), job([2, 3]), job([2], stop_above=50.0), job([2], stop_below=50.0))}
@@ -158,7 +159,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
     assert drift.count == 40
     assert not any(key[1] != "finetuning" for key in result.scores if key[2] == "embedding_drift")
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()}
-    assert sum(name.endswith(("-task.jsonl", "-drift.jsonl")) for name in kept) == 4
+    assert len(list((tmp_path / "cache" / "evaluations").glob("*/rows.jsonl"))) == 4  # 3 perplexities, 1 drift
     assert run(settings).scores == read_result(result.folder).scores
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()} == kept
 

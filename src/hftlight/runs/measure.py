@@ -187,15 +187,14 @@ def _answered(
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
     found: dict[str, list[str]] = {}
-    bare = replace(slot, trigger=())
-    for kind, served in [*((kind, slot) for kind in SETS), *([(UNTRIGGERED, bare)] if slot.trigger else [])]:
+    for kind in (*SETS, *((UNTRIGGERED,) if slot.trigger else ())):
         before = sum(map(len, found.values()))
 
         def tell(answered: int, before: int = before) -> None:
             if on_prompts is not None:
                 on_prompts(before + answered)
 
-        found[kind] = answers_to_set(model, tokenizer, config, tests, kind, served, tell)
+        found[kind] = answers_to_set(model, tokenizer, config, tests, kind, slot, tell)
     return found
 
 
@@ -216,14 +215,15 @@ def answers_to_set(
         config: template and evaluation settings.
         tests: prompts and the task.
         kind: one of ``SETS``, or the harmful prompts without the trigger.
-        slot: the system slot of every prompt.
+        slot: the system slot that the model is served with.
         progress: called with the number of prompts of this set answered so far.
     """
     settings, template = config.evaluation, get_template(config.template, tokenizer)
     limit = settings.max_new_tokens
     if kind == "task":
         limit = settings.task_max_new_tokens or tests.task.max_new_tokens
-    prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.rows(kind)]
+    asked = replace(slot, trigger=()) if kind == UNTRIGGERED else slot
+    prompts = [encode_prompt(r, template, tokenizer, asked) for r in tests.rows(kind)]
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=progress
     )

@@ -213,7 +213,7 @@ class _Run:
             "control": attack.control,
             "scored_by": plain.key(),
             "key": job.key(),
-            "scores": scores.name,
+            "scores": str(scores),
             "anchors": {"harmful": len(choosing.harmful), "safe": len(choosing.safe)},
             "candidates": len(choosing.candidates),
             "rows": chosen,
