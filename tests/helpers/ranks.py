@@ -22,6 +22,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+import hftlight.runs.measure as measure_module
 import hftlight.runs.run as run_module
 import hftlight.runs.stage as stage_module
 import hftlight.runs.watch as watch_module
@@ -98,7 +99,8 @@ def slow_judge(rank: int) -> dict[str, Any]:
             time.sleep(SLOW)
             return [Verdict.of(False) for _ in responses]
 
-    watch_module.get_judge = lambda name: Slow()
+    for module in (watch_module, measure_module):
+        module.get_judge = lambda name: Slow()
     evaluation = Evaluation(at=[2], max_new_tokens=2, task_max_new_tokens=2)
     tests = TestSets(rows(2, "test"), (), (), get_task("sst2"), ("slow",))
     watched = replace(job(2, evaluation=evaluation), tests=tests)
