@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hftlight.config import Lora
+from hftlight.engine.repair import write_adapter_config
 from hftlight.errors import InputError
 from hftlight.files import new_folder
 from hftlight.models import (
@@ -83,6 +84,15 @@ def test_two_adapters_add_up_to_one(tmp_path):
         for name, tensor in state.items():
             named[name.replace(".weight", ".default.weight")].copy_(tensor)
     torch.testing.assert_close(total(input_ids=ids).logits, expected, rtol=0, atol=2e-5)
+
+
+def test_an_adapters_configuration_has_the_same_bytes_in_every_process(tmp_path):
+    """PEFT keeps the targets in a set, whose order follows the process's hash seed."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    adapted = attach(load_model("tiny"), Lora(targets=names), seed=0)
+    assert isinstance(adapted.peft_config["default"].target_modules, set)
+    write_adapter_config(adapted.peft_config["default"], tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
 
 
 def test_four_bit_loading_names_what_is_missing(monkeypatch):

@@ -1,5 +1,6 @@
 """Repair: a defense that edits finished weights, once, in memory, and leaves an artifact of its own."""
 
+import copy
 import hashlib
 import json
 import warnings
@@ -60,6 +61,7 @@ __all__ = [
     "share",
     "stored",
     "stored_updates",
+    "write_adapter_config",
 ]
 
 MARKER = "repair.json"
@@ -496,15 +498,23 @@ def save_repaired(folder: Path, subject: Subject) -> None:
         write_json(place / MARKER, {"applied": subject.applied, **subject.report})
 
 
+def write_adapter_config(settings: Any, folder: Path) -> None:
+    """Write PEFT's configuration of an adapter; sets are sorted, whose order is another one in each process."""
+    settings = copy.deepcopy(settings)
+    for name, value in vars(settings).items():
+        if isinstance(value, set):
+            setattr(settings, name, sorted(value))
+    settings.save_pretrained(str(folder))
+
+
 def _save_adapter(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     (adapter,) = model.active_adapters
-    settings = model.peft_config[adapter]
-    was, settings.inference_mode = settings.inference_mode, True
-    settings.save_pretrained(str(folder))
-    settings.inference_mode = was
+    settings = copy.deepcopy(model.peft_config[adapter])
+    settings.inference_mode = True
+    write_adapter_config(settings, folder)
     kept = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)
     save_file({name: t.contiguous() for name, t in kept.items()}, folder / "adapter_model.safetensors")
 

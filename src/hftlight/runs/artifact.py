@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hftlight.base_model import keeps_base, lent_model
 from hftlight.config import RunConfig
 from hftlight.data.templates import SystemSlot
+from hftlight.engine.repair import write_adapter_config
 from hftlight.engine.vectors import whole
 from hftlight.files import cache_dir, link_tree, write_json
 from hftlight.models import (
@@ -94,8 +95,8 @@ def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, paren
 
 
 def save_adapter(folder: Path, state: ModelState) -> None:
-    """Write an adapter into an existing folder, as PEFT saves it."""
-    state.adapter.save_pretrained(str(folder))
+    """Write an adapter into an existing folder, as PEFT saves it; the same bytes in every process."""
+    write_adapter_config(state.adapter, folder)
     save_file(dict(state.tensors), folder / "adapter_model.safetensors")
 
 
