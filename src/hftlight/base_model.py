@@ -36,7 +36,7 @@ def keeps_base(config: RunConfig) -> bool:
 
 
 def device_of(config: RunConfig) -> str:
-    """Return the device that a run computes on: ``cpu``, ``mps``, or a GPU's name; it decides the last bits."""
+    """Return the device that a run computes on, which decides the last bits: ``cpu``, ``mps``, or a GPU's name."""
     if config.accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return "mps" if config.accelerator != "cpu" and torch.backends.mps.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The cache: results kept under the hash of everything that decides them, and read back only if they are whole."""
+"""The cache: results under the hash of everything that decides them, read back only if they are whole."""
 
 import json
 import sys
@@ -73,7 +73,10 @@ def fault(folder: Path) -> str | None:
 
 
 def whole(folder: Path) -> bool:
-    """Tell whether an entry is finished and every file as it was written; one that changed is named and removed."""
+    """Tell whether an entry is finished and every file is as it was written.
+
+    An entry that changed is named on standard error and counts as unfinished from then on.
+    """
     changed = fault(folder)
     if changed:
         print(
@@ -86,7 +89,7 @@ def whole(folder: Path) -> bool:
 
 
 def kept(kind: str, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder of an entry; where it is missing, or not whole, ``make`` fills it first.
+    """Return the folder of an entry. If it is missing or not whole, ``make`` fills it first.
 
     Args:
         kind: one of ``KINDS``.

@@ -170,7 +170,7 @@ def injects_system(template: Template, tokenizer: Any) -> bool:
 
 
 def own_text(template: Template, tokenizer: Any) -> str:
-    """Return the system text that a chat template writes by itself in front of a prompt; empty where it writes none.
+    """Return the system text that a chat template itself writes in front of a prompt, or an empty text.
 
     What stands in front of the user's words must be a beginning of what stands in front of a system text, followed by
     an end of what stands between it and the user's words. And it must open a user's later turn too, special tokens

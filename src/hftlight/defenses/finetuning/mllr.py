@@ -41,7 +41,7 @@ def in_modules(names: Sequence[str], patterns: Sequence[str], layer_of: Mapping[
 
 
 def _module(name: str) -> str:
-    """Return the own name of a parameter's module; of an adapter's parameter, that of the adapted layer."""
+    """Return the own name of a parameter's module, or of the layer that an adapter's parameter adapts."""
     parts = name.split(".lora_")[0].split(".")
     return parts[-1] if ".lora_" in name else parts[-2] if len(parts) > 1 else parts[-1]
 
