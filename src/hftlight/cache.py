@@ -55,7 +55,8 @@ def seal(folder: Path, *parts: str) -> None:
         parts: names of the files and folders in it that belong to the result; all by default.
     """
     chosen = parts or tuple(sorted(p.name for p in folder.iterdir() if p.name != SEAL))
-    write_json(folder / SEAL, {"parts": chosen, "files": _digests(folder, chosen)})
+    files = _digests(folder, chosen)
+    write_json(folder / SEAL, {"parts": chosen, "files": files, "seal": digest([chosen, files])})
 
 
 def fault(folder: Path) -> str | None:
@@ -65,8 +66,10 @@ def fault(folder: Path) -> str | None:
         return None
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
-        parts, files = sealed["parts"], dict(sealed["files"])
+        parts, files, own = sealed["parts"], sealed["files"], sealed["seal"]
     except (OSError, ValueError, KeyError, TypeError):
+        return SEAL
+    if own != digest([parts, files]):
         return SEAL
     found = _digests(folder, parts)
     return next((name for name in sorted({*files, *found}) if files.get(name) != found.get(name)), "")

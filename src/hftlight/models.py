@@ -91,8 +91,9 @@ def _fetched(name: str, weights: bool) -> str:
     from huggingface_hub import snapshot_download
 
     known = _snapshots.get(name, {})
-    if weights in known:
-        return known[weights]
+    for enough in (True, weights):
+        if enough in known:
+            return known[enough]
     hub_id, _, revision = name.partition("@")
     pinned = Path(next(iter(known.values()))).name if known else revision or None
 
