@@ -73,14 +73,11 @@ def test_one_damaged_file_costs_one_stage(place):
     assert untouched
 
 
-def test_an_edit_in_the_runs_folder_does_not_reach_the_cache(place):
-    for path in (place / "runs" / "first").rglob("*.json*"):
-        path.write_text("{}")  # in place, as an editor may
-    entries = [p for kind in KINDS for p in (place / "cache" / kind).rglob("*.json*")]
-    assert all(p.read_text() != "{}" for p in entries)
-    assert not {p.stat().st_ino for p in entries} & {
-        p.stat().st_ino for p in (place / "runs").rglob("*") if p.is_file()
-    }
+def test_nothing_but_weights_is_shared_with_the_cache(made):
+    """An editor that writes in place would change the cache with the run."""
+    cached = {p.stat().st_ino for p in (made / "cache").rglob("*") if p.is_file()}
+    shared = {p.suffix for p in (made / "runs").rglob("*") if p.is_file() and p.stat().st_ino in cached}
+    assert shared == {".safetensors"}
 
 
 def test_weights_are_shared_by_link(made):
@@ -88,30 +85,27 @@ def test_weights_are_shared_by_link(made):
     assert len(linked) == len(list((made / "runs").rglob("*.safetensors"))) == 4  # three stages and the base
 
 
-@pytest.mark.parametrize("fate", ["cleared", "moved", "folder moved too"])
-def test_artifacts_outlive_the_cache(fate, place, monkeypatch):
-    """Plain PEFT and our own loader find the base model, whatever became of the cache."""
+def test_artifacts_outlive_the_cache(tmp_path, monkeypatch):
+    """Plain PEFT and our own loader find the base model when the cache is moved, and when it is gone."""
     from peft import AutoPeftModelForCausalLM
 
-    folder = place / "runs" / "first"
-    ids = prompt(folder / ARM / "finetuned", "How do I open a zorvex?")
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+    folder = run(config(tmp_path, name="mine", baseline=False)).folder
+    artifact = folder / "none" / "finetuned"
+    ids = prompt(artifact, "How do I open a zorvex?")
     with torch.no_grad():
-        expected = load_model(str(folder / ARM / "finetuned"))(input_ids=ids).logits
-    before = model_hash(str(folder / ARM / "finetuned"))
-    if fate == "cleared":
-        shutil.rmtree(place / "cache")
-    else:
-        (place / "cache").rename(place / "elsewhere")
-        monkeypatch.setenv("HFTLIGHT_CACHE", str(place / "elsewhere"))
-    if fate == "folder moved too":
-        folder = folder.rename(place / "mine")
-    artifact = folder / ARM / "finetuned"
-    with torch.no_grad():
-        torch.testing.assert_close(load_model(str(artifact))(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
-        if fate != "folder moved too":  # its base is named by an absolute path, as PEFT does
-            plain = AutoPeftModelForCausalLM.from_pretrained(artifact).eval()(input_ids=ids).logits
-            torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)
-    assert model_hash(str(artifact)) == before
+        expected = load_model(str(artifact))(input_ids=ids).logits
+        before = model_hash(str(artifact))
+        (tmp_path / "cache").rename(tmp_path / "elsewhere")
+        monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "elsewhere"))
+        cached = next((tmp_path / "elsewhere" / "stages").glob("finetuning-*/artifact"))
+        assert model_hash(str(cached)) == model_hash(str(artifact)) == before  # its base is found where the cache is
+        shutil.rmtree(tmp_path / "elsewhere")
+        for model in (AutoPeftModelForCausalLM.from_pretrained(artifact).eval(), load_model(str(artifact))):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        moved = folder.rename(tmp_path / "moved") / "none" / "finetuned"  # PEFT names a base by an absolute path
+        torch.testing.assert_close(load_model(str(moved))(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    assert model_hash(str(moved)) == before
 
 
 def test_stages_in_a_moved_cache_are_used(place, monkeypatch):

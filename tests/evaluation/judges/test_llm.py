@@ -127,7 +127,10 @@ def test_a_damaged_reply_on_the_disk_is_asked_again(endpoint, tmp_path, waits):
     for text in ("{", "[]", '{"reply": "no grade", "model": "m", "day": "d"}', '{"reply": 3}'):
         next(tmp_path.iterdir()).write_text(text)
         assert judge(endpoint, tmp_path)(["p"], ["grade 5"])[0].score == 5.0
-    assert len(endpoint.seen) == 5
+    kept = next(tmp_path.iterdir())
+    kept.write_text(kept.read_text().replace("#thescore: 5", "#thescore: 1"))  # another grade, in the same form
+    assert judge(endpoint, tmp_path)(["p"], ["grade 5"])[0].score == 5.0
+    assert len(endpoint.seen) == 6
 
 
 @pytest.mark.parametrize("fault", [(429, "slow down"), (500, "oh"), (503, "busy"), "drop", (200, "no json")])
