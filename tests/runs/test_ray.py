@@ -5,7 +5,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -64,14 +63,13 @@ def results(folder):
 @pytest.mark.slow
 def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, monkeypatch):
     settings = config(tmp_path, finetuning=Training(steps=60, batch_size=2, lr=1e-3), checkpoint_every=5)
-    folder, killed, told = tmp_path / "ray", {}, []
+    folder, killed, told, ended = tmp_path / "ray", {}, [], threading.Event()
     import ray
 
     def watch():
         """Kill the second node once a cell that runs there trains on the upload."""
-        pids, until = set(), time.monotonic() + 200
-        while time.monotonic() < until and not killed:
-            time.sleep(0.05)
+        pids = set()
+        while not ended.wait(0.05):
             for path in (folder / CELLS).glob(f"*/{STARTED}"):
                 pid = json.loads(path.read_text())["process"]
                 if pid in pids or second.pid in parents(pid):
@@ -85,8 +83,12 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
     second = cluster.second.all_processes["raylet"][0].process
     thread = threading.Thread(target=watch)
     thread.start()
-    outcome = compare(settings, GRID, folder, backend="ray", on_cell=lambda cell, what: told.append((cell.name, what)))
-    thread.join()
+    try:
+        given = {"backend": "ray", "on_cell": lambda cell, what: told.append((cell.name, what))}
+        outcome = compare(settings, GRID, folder, **given)
+    finally:
+        ended.set()
+        thread.join()
     assert set(outcome.values()) == {"done"}
     assert killed
     assert not alive(killed["process"])
