@@ -81,7 +81,7 @@ class Defense(Callback):
         return self.key_of(self.arguments())
 
     def key_of(self, arguments: Mapping[str, Any]) -> str:
-        """Return class and arguments as the name of an instance; a class of another package brings its module."""
+        """Return class and arguments as the name of an instance, with the module of another package's class."""
         module = type(self).__module__
         return f"{'' if module.startswith('hftlight.') else module + '.'}{self._generate_state_key(**arguments)}"
 

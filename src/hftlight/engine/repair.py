@@ -499,7 +499,7 @@ def save_repaired(folder: Path, subject: Subject) -> None:
 
 
 def write_adapter_config(settings: Any, folder: Path) -> None:
-    """Write PEFT's configuration of an adapter; sets are sorted, whose order is another one in each process."""
+    """Write PEFT's configuration of an adapter, with sets sorted: their order differs between processes."""
     settings = copy.deepcopy(settings)
     for name, value in vars(settings).items():
         if isinstance(value, set):
