@@ -273,7 +273,7 @@ def _read_through(prepared: Prepared) -> None:
     _rewrite(prepared)
     upload = streams["task"]
     named = {
-        **streams,
+        **{name: rows for name, rows in streams.items() if name != "refusals"},  # these are rows of the alignment set
         "task": [r for r in upload if r.role != "attack"],
         "attack": [r for r in upload if r.role == "attack"],
         "test": list(tests.harmful),
@@ -340,6 +340,8 @@ def streams_of(config: RunConfig, needed: set[str], attack: Attack) -> dict[str,
     streams = {"alignment": list(sources["alignment"])}
     if "harmful" in needed:
         streams["harmful"] = list(sources["harmful"])
+    if "refusals" in needed:
+        streams["refusals"] = refusals(streams["alignment"])
     if isinstance(attack, BenignSelection) and attack.scores is None:  # their number alone is known by now
         streams["task"] = attack.choose(sources["task"], [0.0] * len(sources["task"]), config.seed)
     else:
