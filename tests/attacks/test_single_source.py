@@ -40,7 +40,9 @@ def test_benign_leaves_out_held_out_and_refusing_rows():
     rows = [*made_up("t", 6), Record("ask", "I'm sorry, that I will not do.", id="r")]
     rows.insert(2, rows.pop())
     assert ids(Benign(n=4).upload({"task": rows}, 0)) == ["t0", "t1", "r", "t2"]
-    assert ids(Benign(n=4, held_out=1, filter_safety=True).upload({"task": rows}, 0)) == ["t1", "t2", "t3", "t4"]
+    assert ids(Benign(n=3, held_out=3, filter_safety=True).upload({"task": rows}, 0)) == ["t3", "t4", "t5"]
+    asked = [Record("I'm sorry, is that illegal?", "No.", id="a")]  # the filter reads the answer only
+    assert ids(Benign(n=1, filter_safety=True).upload({"task": asked}, 0)) == ["a"]
     assert (Benign(n=4).p, Benign(n=4).sources) == (0.0, ("task",))
     with pytest.raises(InputError, match="needs rows 0 to 5 of the source 'task', which has 5"):
         Benign(n=6, held_out=1, filter_safety=True).upload({"task": rows}, 0)
