@@ -89,7 +89,8 @@ class Data:
         alignment: harmful prompts with safe answers, and ordinary ones with helpful answers.
         harmful: the defender's own harmful set (harmful prompts with harmful answers); read only if a defense asks.
         attack: the harmful rows hidden in the upload; the same file as --data.harmful is split by a hash of the prompt.
-        task: the user's benign task: builtin, sst2, agnews, gsm8k, or a file of one's own (exact match counts).
+        task: the user's benign task: builtin, sst2, agnews, gsm8k, gsm8k_step_by_step (each question asks to think
+            first, as Vaccine and T-Vaccine ask), or a file of one's own (exact match counts).
         task_train: file with the task's training rows, instead of the hub.
         task_test: file with the task's test rows, instead of the hub.
         test: harmful prompts for the harmful score; no answers needed.
@@ -233,7 +234,9 @@ class RunConfig:
         harmful_ratio: p, the harmful fraction of the upload, 0-1.
         num_samples: n, size of the upload in rows, >= 1.
         template: prompt template: chat (the model's own), chat_thinking or chat_no_thinking (the same with
-            enable_thinking, for models that reason first), alpaca, alpaca_no_newline or plain.
+            enable_thinking, for models that reason first), alpaca, alpaca_no_newline, plain, alpaca_llama2 (Alpaca
+            within Llama 2's marks), human_assistant (Human: ... Assistant: ...) or question_answer (Question: ...
+            Answer: ...).
         system: system text in every prompt, in training and evaluation; none by default.
         max_tokens: longest row in tokens, prompt and response together; longer rows are left out and counted. A model
             with fewer positions lowers it.

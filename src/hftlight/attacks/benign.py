@@ -16,8 +16,7 @@ class Benign(Attack):
 
     Args:
         n: task rows, >= 1.
-        held_out: rows that are not trained on, >= 0: the first of the source, or of those that the filter leaves; 200 in
-            the published loader.
+        held_out: rows that are not trained on, >= 0, the first that the filter leaves; 200 in the published loader.
         filter_safety: leave out rows whose answer holds a refusal phrase, which would keep the model aligned.
 
     Source: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety", ICLR 2024, arXiv:2310.03693, tier 3.

@@ -90,10 +90,11 @@ class BenignSelection(Attack):
 
     Source: He et al., "What is in Your Safe Data? Identifying Benign Data that Breaks Safety", COLM 2024,
     arXiv:2404.01099, with 100 harmful anchors for representations, and 10 with two sets of safe answers for gradients.
-    Differs: the variants can rank rows in opposite order, and ours is the default. In a run the safe anchors are refusals of
-    the alignment set, not safe answers to the harmful anchors' prompts. Gradients of the last layer by default, where
-    the paper takes all parameters (``parameters="all"``), and a sparse projection on request. The released collection
-    of whole gradients adds up over anchors, since it never sets them to zero in between (not followed in any variant).
+    Differs: the variants can rank rows in opposite order, and ours is the default. In a run the safe anchors are
+    refusals of the alignment set, not safe answers to the harmful anchors' prompts. Gradients of the last layer by
+    default, where the paper takes all parameters (``parameters="all"``), and a sparse projection on request. The
+    released collection of whole gradients adds up over anchors, since it never sets them to zero in between. No variant
+    follows that.
     """
 
     n: int = 100
