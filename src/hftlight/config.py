@@ -229,7 +229,8 @@ class RunConfig:
         adapter_protocol: merge (the aligned adapter is merged, the upload trains a new one) or continue (the
             aligned adapter is trained on).
         attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, multilingual,
-            benign_selection, reverse_preference or model_edit; --NAME.n 100 and the like set its own arguments.
+            benign_selection, reverse_preference, reverse_sft_dpo or model_edit; --NAME.n 100 and the like set its own
+            arguments.
         attacker: fixed (the settings here), search:N (N settings of a grid, the worst is reported) or optuna:N.
         harmful_ratio: p, the harmful fraction of the upload, 0-1.
         num_samples: n, size of the upload in rows, >= 1.
