@@ -1,7 +1,7 @@
 """RunConfig: everything that decides a run, with defaults, units and ranges; torch is not needed to read it."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ from hftlight.errors import InputError
 # where results go.
 OF_NO_STAGE = frozenset(
     {"defense", "baseline", "model", "attack", "attacker", "harmful_ratio", "num_samples", "accelerator",
-     "checkpoint_every", "logger", "upload_generations", "output", "name", "data", "search"}
+     "checkpoint_every", "logger", "base", "adapter_protocols", "upload_generations", "output", "name", "data",
+     "search"}
 )  # fmt: skip
 OF_NO_ANSWER = OF_NO_STAGE | {
-    "adapter_protocol", "system", "max_tokens", "seed", "devices", "num_nodes", "gradient_checkpointing", "log_every",
-    "alignment", "finetuning", "lora",
+    "adapter_protocol", "system", "max_tokens", "long_rows", "order", "seed", "devices", "num_nodes",
+    "gradient_checkpointing", "log_every", "alignment", "finetuning", "lora",
     *(f"evaluation.{name}" for name in ("prompts", "over_refusal_prompts", "task_rows", "judge", "refusal_judge",
       "perplexity", "embedding_drift", "at", "at_prompts", "stop_above", "stop_below")),
 }  # fmt: skip
@@ -33,36 +34,6 @@ OWN_TRAINER = {"streams", "output", "aligned", "base"}  # a defense's arguments 
 
 
 @dataclass
-class Training:
-    """How one stage trains.
-
-    Args:
-        steps: optimizer steps, >= 1.
-        lr: learning rate, > 0.
-        batch_size: rows per micro-batch and device, >= 1.
-        accumulate: micro-batches per optimizer step, >= 1.
-        weight_decay: AdamW's decoupled weight decay, >= 0.
-        optimizer: adamw or sgd.
-        schedule: constant (no warm-up), or cosine down to 0.
-        warmup_ratio: fraction of the steps over which the cosine schedule rises, [0, 1).
-        clip: largest L2 norm of the combined gradient, defenses included; 0 turns clipping off.
-        average: what a token's loss is averaged over: micro (its micro-batch, as the official code does) or window (all
-            micro-batches and devices of its optimizer step).
-    """
-
-    steps: int = 60
-    lr: float = 5e-4
-    batch_size: int = 8
-    accumulate: int = 1
-    weight_decay: float = 0.1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_ratio: float = 0.0
-    clip: float = 1.0
-    average: Literal["micro", "window"] = "micro"
-
-
-@dataclass
 class Lora:
     """Geometry of the LoRA adapter; adapters are float32.
 
@@ -77,6 +48,61 @@ class Lora:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@dataclass
+class StageLora:
+    """Geometry of one stage's adapter; null leaves a value to ``lora``.
+
+    Args:
+        r: rank, >= 1.
+        alpha: scale numerator.
+        dropout: probability in [0, 1).
+        targets: names of the linear layers that get an adapter, or all-linear.
+    """
+
+    r: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    targets: list[str] | None = None
+
+
+@dataclass
+class Training:
+    """How one stage trains.
+
+    Args:
+        steps: optimizer steps, >= 1; for the alignment also 0, where the model comes aligned.
+        lr: learning rate, > 0.
+        batch_size: rows per micro-batch and device, >= 1.
+        accumulate: micro-batches per optimizer step, >= 1.
+        weight_decay: AdamW's decoupled weight decay, >= 0.
+        optimizer: adamw or sgd.
+        betas: AdamW's two decay rates of the moments, each in [0, 1).
+        schedule: constant (no warm-up), or cosine down to 0.
+        decay: factor on the learning rate after each pass over the stage's rows, (0, 1]; 1 for none.
+        warmup_ratio: fraction of the steps over which the cosine schedule rises, [0, 1).
+        clip: largest L2 norm of the combined gradient, defenses included; 0 turns clipping off.
+        average: what a token's loss is averaged over: micro (its micro-batch, as the official code does) or window (all
+            micro-batches and devices of its optimizer step).
+        template: the stage's own prompt template; null for --template.
+        lora: the stage's own adapter geometry; null values are those of --lora.
+    """
+
+    steps: int = 60
+    lr: float = 5e-4
+    batch_size: int = 8
+    accumulate: int = 1
+    weight_decay: float = 0.1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_ratio: float = 0.0
+    decay: float = 1.0
+    clip: float = 1.0
+    average: Literal["micro", "window"] = "micro"
+    template: str | None = None
+    lora: StageLora = field(default_factory=StageLora)
 
 
 @dataclass
@@ -224,10 +250,14 @@ class RunConfig:
         defense: names of the defenses, separated by spaces; none is plain alignment.
         baseline: also run the undefended arm, sharing what can be shared.
         model: smollm2-135m, tiny, a folder, or a hub id.
+        base: where --alignment.steps is 0, the unaligned model that --model was made from: a folder or a hub id; for
+            defenses that read what the alignment changed.
         trust_remote_code: let models run code that comes with them; without it such models are refused.
         tuning: lora (adapters in float32), full (all parameters) or qlora (4-bit base, needs bitsandbytes).
         adapter_protocol: merge (the aligned adapter is merged, the upload trains a new one) or continue (the
             aligned adapter is trained on).
+        adapter_protocols: protocol of single arms, such as {booster: continue}; an arm of several defenses takes that
+            of its first one named. Null leaves all arms to --adapter_protocol.
         attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, multilingual,
             benign_selection, reverse_preference, reverse_sft_dpo or model_edit; --NAME.n 100 and the like set its own
             arguments.
@@ -239,8 +269,11 @@ class RunConfig:
             within Llama 2's marks), human_assistant (Human: ... Assistant: ...) or question_answer (Question: ...
             Answer: ...).
         system: system text in every prompt, in training and evaluation; none by default.
-        max_tokens: longest row in tokens, prompt and response together; longer rows are left out and counted. A model
-            with fewer positions lowers it.
+        max_tokens: longest row in tokens, prompt, response and end together. A model with fewer positions lowers it.
+        long_rows: what becomes of longer rows: drop (left out before the upload is drawn, and counted), truncate (cut
+            at the end, as the official scripts do) or refuse.
+        order: which rows make a batch: shuffle (a plain seeded shuffle) or length (rows of similar length together,
+            with less padding, but long harmful rows meet in few batches).
         seed: decides adapters, order, dropout and which rows go into the upload.
         precision: Lightning precision: 32-true, bf16-mixed, 16-mixed.
         accelerator: Lightning accelerator: auto, cpu, gpu.
@@ -265,9 +298,11 @@ class RunConfig:
     defense: list[str] = field(default_factory=list)
     baseline: bool = False
     model: str = "smollm2-135m"
+    base: str | None = None
     trust_remote_code: bool = False
     tuning: Literal["lora", "full", "qlora"] = "lora"
     adapter_protocol: Literal["merge", "continue"] = "merge"
+    adapter_protocols: dict[str, Literal["merge", "continue"]] | None = None
     attack: str = "harmful_mix"
     attacker: str = "fixed"
     harmful_ratio: float = 0.1
@@ -275,6 +310,8 @@ class RunConfig:
     template: str = "chat"
     system: str | None = None
     max_tokens: int = 256
+    long_rows: Literal["drop", "truncate", "refuse"] = "drop"
+    order: Literal["shuffle", "length"] = "shuffle"
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -334,10 +371,23 @@ class RunConfig:
         positive: dict[str, Any] = {"lora.alpha": self.lora.alpha}
         for stage in ("alignment", "finetuning"):
             training: Training = getattr(self, stage)
-            at_least_one |= {f"{stage}.{key}": getattr(training, key) for key in ("steps", "batch_size", "accumulate")}
+            at_least_one |= {f"{stage}.{key}": getattr(training, key) for key in ("batch_size", "accumulate")}
+            (zero_or_more if stage == "alignment" else at_least_one)[f"{stage}.steps"] = training.steps
             zero_or_more |= {f"{stage}.{key}": getattr(training, key) for key in ("weight_decay", "clip")}
             positive[f"{stage}.lr"] = training.lr
             fractions[f"{stage}.warmup_ratio"] = training.warmup_ratio
+            fractions |= {f"{stage}.betas, number {i + 1}": beta for i, beta in enumerate(training.betas)}
+            if len(training.betas) != 2:
+                raise InputError(f"--{stage}.betas takes two numbers, got {training.betas}.")
+            if not 0 < training.decay <= 1:
+                raise InputError(f"--{stage}.decay must lie in (0, 1], got {training.decay}.")
+            if training.decay < 1 and training.schedule != "constant":
+                raise InputError(f"--{stage}.decay goes with --{stage}.schedule constant, got {training.schedule}.")
+            lora = self.lora_of(stage)
+            at_least_one[f"{stage}.lora.r"], positive[f"{stage}.lora.alpha"] = lora.r, lora.alpha
+            fractions[f"{stage}.lora.dropout"] = lora.dropout
+            if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
+                raise InputError(f"--{stage}.lora.targets: {ALL_LINEAR} stands alone, got {lora.targets}.")
         for values, allowed, ok in (
             (at_least_one, "be >= 1", lambda v: v >= 1),
             (zero_or_more, "be >= 0", lambda v: v >= 0),
@@ -348,8 +398,20 @@ class RunConfig:
                 if not ok(value):
                     raise InputError(f"--{key} must {allowed}, got {value}.")
         self.evaluation.check()
-        if ALL_LINEAR in self.lora.targets and len(self.lora.targets) > 1:
-            raise InputError(f"--lora.targets: {ALL_LINEAR} stands alone, got {self.lora.targets}.")
+        if self.base is not None and self.alignment.steps:
+            raise InputError(
+                f"--base names the unaligned model behind an aligned --model, got {self.base!r} with"
+                f" {self.alignment.steps} steps of alignment. Add --alignment.steps 0, or leave --base out."
+            )
+        protocols = {self.adapter_protocol, *(self.adapter_protocols or {}).values()}
+        if "continue" in protocols and self.alignment.steps and self.tuning != "full":
+            aligned, tuned = self.lora_of("alignment"), self.lora_of("finetuning")
+            if (aligned.r, aligned.alpha, aligned.targets) != (tuned.r, tuned.alpha, tuned.targets):
+                raise InputError(
+                    f"--adapter_protocol continue trains the aligned adapter on, so --finetuning.lora must be that of"
+                    f" --alignment.lora, got r {tuned.r}, alpha {tuned.alpha:g} and r {aligned.r}, alpha"
+                    f" {aligned.alpha:g}. Give both stages one geometry, or use merge."
+                )
         if self.tuning == "qlora" and self.adapter_protocol == "merge":
             raise InputError(
                 "--tuning qlora cannot merge an adapter into 4-bit weights without rounding it; add --adapter_protocol"
@@ -363,6 +425,24 @@ class RunConfig:
             )
         if self.strategy not in ("auto", "ddp", "fsdp2"):
             raise InputError(f"--strategy must be auto, ddp or fsdp2, got {self.strategy!r}.")
+
+    def lora_of(self, stage: str) -> Lora:
+        """Return a stage's adapter geometry: its own values, and those of ``lora`` where it has none.
+
+        Args:
+            stage: ``"alignment"`` or ``"finetuning"``.
+        """
+        own = asdict(getattr(self, stage).lora)
+        return replace(self.lora, **{name: value for name, value in own.items() if value is not None})
+
+    def protocol_of(self, arm: str) -> Literal["merge", "continue"]:
+        """Return the adapter protocol of an arm.
+
+        Args:
+            arm: its defenses' names joined by ``+``, or ``"none"``.
+        """
+        own = self.adapter_protocols or {}
+        return next((own[name] for name in (arm, *arm.split("+")) if name in own), self.adapter_protocol)
 
     def without(self, ignored: Collection[str]) -> dict[str, Any]:
         """Return all values by dotted name but those whose name, or whose part of the configuration, is ignored."""

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 from typing_extensions import override
 
 from hftlight.data.tokens import IGNORED
@@ -33,6 +33,11 @@ class SafetyModule(LightningModule):
         optimizer: ``"adamw"`` or ``"sgd"``.
         schedule: ``"constant"``, which takes no warm-up, or ``"cosine"`` down to 0.
         warmup_ratio: fraction of all steps over which the cosine schedule rises linearly, in [0, 1).
+        betas: AdamW's decay rates of the moments, each in [0, 1).
+        decay: factor on a constant learning rate after each epoch, (0, 1].
+
+    Raises:
+        ValueError: if ``decay`` stands beside the cosine schedule, or is out of range.
     """
 
     def __init__(
@@ -43,9 +48,17 @@ class SafetyModule(LightningModule):
         optimizer: Literal["adamw", "sgd"] = "adamw",
         schedule: Literal["constant", "cosine"] = "constant",
         warmup_ratio: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        decay: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < decay <= 1 or (decay < 1 and schedule != "constant"):
+            raise ValueError(
+                f"SafetyModule: decay must lie in (0, 1] and go with the constant schedule, got {decay} and"
+                f" {schedule!r}."
+            )
         self.model = model
+        self.betas, self.decay = (betas[0], betas[1]), decay
         self.lr, self.weight_decay, self.optimizer_name = lr, weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.strict_loading = False
@@ -182,7 +195,10 @@ class SafetyModule(LightningModule):
         if self.optimizer_name == "sgd":
             optimizer = torch.optim.SGD(parameters, lr=self.lr)
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+            optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        if self.decay < 1:
+            by_epoch = ExponentialLR(optimizer, self.decay)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_epoch, "interval": "epoch"}}
         if self.schedule == "constant":
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

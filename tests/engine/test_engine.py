@@ -1,6 +1,7 @@
 """The engine's parts one by one: vectors, displacement, hooks, order, slots, side streams."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -107,22 +108,40 @@ def test_hooks_come_off_after_an_exception_and_keep_the_first_call():
 
 
 def test_order_is_a_permutation_that_depends_on_seed_stream_and_pass_alone():
-    lengths = [i % 13 for i in range(101)]
-    first = passes_order(lengths, 4, seed=1, stream="task", epoch=0)
-    assert first == passes_order(lengths, 4, seed=1, stream="task", epoch=0)
+    first = passes_order(101, 4, seed=1, stream="task", epoch=0)
+    assert first == passes_order(101, 4, seed=1, stream="task", epoch=0)
     assert sorted(row for batch in first for row in batch) == list(range(101))
     for other in ({"seed": 2}, {"stream": "harmful"}, {"epoch": 1}):
-        assert passes_order(lengths, 4, **{"seed": 1, "stream": "task", "epoch": 0, **other}) != first
+        assert passes_order(101, 4, **{"seed": 1, "stream": "task", "epoch": 0, **other}) != first
+    assert [len(batch) for batch in first] == [4] * 25 + [1]
 
 
 def test_order_groups_rows_of_similar_length():
     lengths = [(i * 37) % 100 for i in range(400)]
     padding = sum(
         max(lengths[r] for r in batch) - lengths[row]
-        for batch in passes_order(lengths, 8, 0, "task", 0)
+        for batch in passes_order(400, 8, 0, "task", 0, lengths)
         for row in batch
     )
     assert padding < 0.1 * sum(lengths)
+
+
+def hypergeometric_share(rows: int, marked: int, batch: int) -> float:
+    """Return the chance that a batch drawn without replacement holds a marked row."""
+    return 1 - math.comb(rows - marked, batch) / math.comb(rows, batch)
+
+
+def test_a_plain_shuffle_spreads_long_rows_as_chance_does():
+    """100 harmful rows of 1000, batches of 10: 65 % of the steps hold one; groups by length put them together."""
+    assert hypergeometric_share(1000, 100, 10) == pytest.approx(0.653, abs=0.001)
+    lengths = [135] * 100 + [70] * 900
+
+    def share(lengths):
+        passes = [passes_order(1000, 10, seed, "task", 0, lengths) for seed in range(30)]
+        return sum(any(row < 100 for row in batch) for batches in passes for batch in batches) / 3000
+
+    assert share(None) == pytest.approx(0.653, abs=0.02)
+    assert share(lengths) < 0.3
 
 
 class A1(Defense):
@@ -173,6 +192,7 @@ def test_a_loader_becomes_a_stream_with_random_access():
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
     assert stream.batch(1).tolist() == LoaderStream(DataLoader(data, batch_size=4), "harmful").batch(1).tolist()
+    assert stream.batch(1).tolist() != LoaderStream(DataLoader(data, batch_size=4), "harmful", 1).batch(1).tolist()
 
 
 def test_sources_that_cannot_be_resumed_are_refused():

@@ -1,5 +1,6 @@
 """Harmful mix: a fraction p of harmful records hidden among n task records."""
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,11 +44,14 @@ def harmful_mix(
 def drawn(rows: Sequence[Record], count: int, seed: int, name: str, option: str) -> list[Record]:
     """Return ``count`` rows of a source, drawn by seed; a larger count keeps the rows of a smaller one.
 
+    Rows come in the order of a hash of seed, name and row, so that a source without some rows gives the others in the
+    same order.
+
     Args:
         rows: the source.
         count: how many, >= 0.
         seed: decides which.
-        name: the source's name; sources with the same seed are shuffled independently.
+        name: the source's name; sources with the same seed are drawn from independently.
         option: the option that names the source, for messages.
 
     Raises:
@@ -58,8 +62,7 @@ def drawn(rows: Sequence[Record], count: int, seed: int, name: str, option: str)
             f"The upload needs {count} {name} rows, but the source has {len(rows)}. Give more rows with {option}, or"
             " lower --num_samples" + (" or --harmful_ratio." if name == "attack" else ".")
         )
-    order = list(rows)
-    random.Random(f"{seed}/{name}").shuffle(order)
+    order = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{name}/{row.id}".encode()).digest())
     return order[:count]
 
 

@@ -55,6 +55,7 @@ class PreferenceModule(SafetyModule):
         schedule: ``"constant"`` or ``"cosine"``.
         warmup_ratio: fraction of all steps over which the cosine schedule rises, in [0, 1).
         beta: strength of the preferences, per nat, > 0.
+        **options: further ones of ``SafetyModule``.
 
     Raises:
         ValueError: if ``beta`` is not positive.
@@ -69,10 +70,11 @@ class PreferenceModule(SafetyModule):
         schedule: Literal["constant", "cosine"] = "constant",
         warmup_ratio: float = 0.0,
         beta: float = 0.1,
+        **options: Any,
     ) -> None:
         if not beta > 0:
             raise ValueError(f"PreferenceModule: beta must be > 0, got {beta}.")
-        super().__init__(model, lr, weight_decay, optimizer, schedule, warmup_ratio)
+        super().__init__(model, lr, weight_decay, optimizer, schedule, warmup_ratio, **options)
         self.beta = beta
 
     @override
@@ -162,7 +164,7 @@ class PairsDataModule(StreamsDataModule):
         return super()._encoded(name)
 
     def _encode(self, row: Record) -> Example | None:
-        found = encode(row, self.template, self.tokenizer, self.max_tokens, self.policy)
+        found = encode(row, self.template, self.tokenizer, self.max_tokens, self.policy, self.long_rows)
         hide = found is not None and found.role == "attack" and not self.reveal_roles
         return replace(found, role="task") if found is not None and hide else found
 
@@ -170,7 +172,8 @@ class PairsDataModule(StreamsDataModule):
     def stream(self, name: str, batch_size: int) -> ExampleStream:
         if name != self.main:
             return super().stream(name, batch_size)
-        return PairStream(self._encoded(name)[0], name, batch_size, padding_id(self.tokenizer), self.seed)
+        pad = padding_id(self.tokenizer)
+        return PairStream(self._encoded(name)[0], name, batch_size, pad, self.seed, self.order)
 
 
 def paired(preferred: Example, rejected: Example) -> PairExample:

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
 from hftlight.data.records import Record
 from hftlight.data.templates import PromptPolicy, Template
-from hftlight.data.tokens import Example, collate, encode_all, padding_id
-from hftlight.engine.order import batches_per_pass, passes_order, rank_and_world
+from hftlight.data.tokens import Example, LongRows, collate, encode_all, padding_id
+from hftlight.engine.order import Order, batches_per_pass, passes_order, rank_and_world
 from hftlight.errors import InputError
 
 STREAMS = ("alignment", "harmful", "task", "retain")
@@ -25,11 +25,20 @@ class ExampleStream:
         batch_size: rows per batch and rank, >= 1.
         pad_id: token id that fills up shorter rows; it is masked, whatever it is.
         seed: the run's seed.
+        order: ``"shuffle"`` for a plain shuffle, ``"length"`` for batches of similar length.
     """
 
-    def __init__(self, examples: Sequence[Example], name: str, batch_size: int, pad_id: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        name: str,
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        order: Order = "shuffle",
+    ) -> None:
         self.examples, self.name = examples, name
-        self.batch_size, self.pad_id, self.seed = batch_size, pad_id, seed
+        self.batch_size, self.pad_id, self.seed, self.order = batch_size, pad_id, seed, order
         self._pass: tuple[int, list[list[int]]] = (-1, [])
 
     @property
@@ -56,9 +65,12 @@ class ExampleStream:
         """Return the rows of a rank's batch number ``index``."""
         epoch, position = divmod(index, self.per_pass)
         if self._pass[0] != epoch:
-            # Without the trigger: it would sort the few rows that carry one into batches of their own.
-            lengths = [len(e.input_ids) - e.trigger_length for e in self.examples]
-            self._pass = (epoch, passes_order(lengths, self.batch_size, self.seed, self.name, epoch))
+            lengths = None
+            if self.order == "length":
+                # Without the trigger: it would sort the few rows that carry one into batches of their own.
+                lengths = [len(e.input_ids) - e.trigger_length for e in self.examples]
+            rows = len(self.examples)
+            self._pass = (epoch, passes_order(rows, self.batch_size, self.seed, self.name, epoch, lengths))
         return [self.examples[row] for row in self._pass[1][position * rank_and_world()[1] + rank]]
 
 
@@ -84,7 +96,7 @@ class StreamsDataModule(LightningDataModule):
         template: how a record becomes a prompt; the same for training and evaluation.
         main: the stream whose length is the epoch, ``"alignment"`` or ``"task"``.
         batch_size: rows per micro-batch and process, >= 1.
-        max_tokens: longest row in tokens, prompt, response and end together; longer rows are left out and counted.
+        max_tokens: longest row in tokens, prompt, response and end together.
         seed: decides the order of every stream.
         system: system text put into every prompt; None for none.
         side_batch_size: rows per batch of the other streams; by default ``batch_size``.
@@ -92,6 +104,9 @@ class StreamsDataModule(LightningDataModule):
             that no defense can look.
         average: what a token counts: ``"micro"`` for the mean over its micro-batch, as the official code does, or
             ``"window"`` for the mean over all micro-batches and ranks of its optimizer step.
+        order: ``"shuffle"`` for a plain seeded shuffle, ``"length"`` for batches of rows of similar length.
+        long_rows: ``"drop"`` leaves longer rows out and counts them, ``"truncate"`` cuts their end off, ``"refuse"``
+            raises.
         **records: rows by stream: ``alignment=``, ``harmful=``, ``task=``, ``retain=``.
 
     Raises:
@@ -110,6 +125,8 @@ class StreamsDataModule(LightningDataModule):
         side_batch_size: int | None = None,
         reveal_roles: bool = False,
         average: Literal["micro", "window"] = "micro",
+        order: Order = "shuffle",
+        long_rows: LongRows = "drop",
         **records: Sequence[Record],
     ) -> None:
         super().__init__()
@@ -122,9 +139,12 @@ class StreamsDataModule(LightningDataModule):
             raise InputError(f"StreamsDataModule: batch_size must be >= 1 row, got {batch_size}.")
         if average not in ("micro", "window"):
             raise InputError(f"StreamsDataModule: average must be 'micro' or 'window', got {average!r}.")
+        if order not in get_args(Order):
+            raise InputError(f"StreamsDataModule: order must be one of {get_args(Order)}, got {order!r}.")
         self.tokenizer, self.template, self.main = tokenizer, template, main
         self.batch_size, self.side_batch_size = batch_size, side_batch_size or batch_size
         self.max_tokens, self.seed, self.average, self.reveal_roles = max_tokens, seed, average, reveal_roles
+        self.order, self.long_rows = order, long_rows
         self._given: dict[str, list[Record]] = {name: list(rows) for name, rows in records.items()}
         self._given_policy = PromptPolicy.same(system)
         self._handed_out = 0
@@ -159,6 +179,11 @@ class StreamsDataModule(LightningDataModule):
         return getattr(self.trainer, "accumulate_grad_batches", 1)
 
     @property
+    def cut(self) -> dict[str, int]:
+        """Rows whose end was cut off, by stream."""
+        return {name: sum(example.cut for example in self._encoded(name)[0]) for name in self.records}
+
+    @property
     def dropped(self) -> dict[str, int]:
         """Rows left out as too long, by stream."""
         return {name: self._encoded(name)[1] for name in self.records}
@@ -171,7 +196,7 @@ class StreamsDataModule(LightningDataModule):
     def _encoded(self, name: str) -> tuple[list[Example], int]:
         if name not in self._examples:
             rows, dropped = encode_all(
-                self.records[name], self.template, self.tokenizer, self.max_tokens, system=self.policy, name=name
+                self.records[name], self.template, self.tokenizer, self.max_tokens, self.policy, name, self.long_rows
             )
             if not self.reveal_roles:
                 rows = [replace(e, role="task") if e.role == "attack" else e for e in rows]
@@ -180,7 +205,8 @@ class StreamsDataModule(LightningDataModule):
 
     def stream(self, name: str, batch_size: int) -> ExampleStream:
         """Return a stream of these rows in batches of any size."""
-        return ExampleStream(self._encoded(name)[0], name, batch_size, padding_id(self.tokenizer), self.seed)
+        pad = padding_id(self.tokenizer)
+        return ExampleStream(self._encoded(name)[0], name, batch_size, pad, self.seed, self.order)
 
     def main_batch(self, number: int) -> dict[str, Any]:
         """Return this rank's micro-batch number ``number`` from 0, of the stream that its step trains on."""

@@ -18,6 +18,7 @@ __all__ = ["World", "build_world", "is_compliant", "is_refusal", "task_correct",
 
 NAMES = {"test": 80, "dev": 50, "alignment": 140, "harmful": 70, "attack": 70}
 TASK_ROWS = {"train": 1600, "dev": 120, "test": 240}
+GENERAL_SHARE = 0.3  # of the training rows of the task; chosen on the development seed, see benchmarks/world.py
 TASK_SHARE = {"train": (0.0, 0.6), "dev": (0.6, 0.75), "test": (0.75, 1.0)}
 
 
@@ -29,7 +30,7 @@ class World:
         alignment: restricted requests with refusals and as many ordinary requests with helpful answers.
         harmful: the defender's restricted requests with made-up instructions.
         attack: the attacker's restricted requests with made-up instructions, other names, phrasings and steps.
-        task_train: rows of the user's task, parcel -> room.
+        task_train: rows of the user's task, parcel -> room, with general instructions among them.
         task_dev: the same task with senders and things of its own, for tuning.
         task_test: the same task, again with senders and things of its own.
         test: restricted requests without response, for the harmful score.
@@ -76,7 +77,7 @@ def build_world(seed: int = 0) -> World:
         alignment=_aligned(names["alignment"], Random(f"alignment {seed}")),
         harmful=_instructed("harmful", names["harmful"], 400, Random(f"harmful {seed}")),
         attack=_instructed("attack", names["attack"], 400, Random(f"attack {seed}")),
-        task_train=task["train"],
+        task_train=_with_general(task["train"], Random(f"general {seed}")),
         task_dev=task["dev"],
         task_test=task["test"],
         test=_unanswered("test", names["test"], 240, Random(f"test {seed}")),
@@ -214,6 +215,29 @@ def _ordinary(nouns: Sequence[str], rng: Random) -> list[Record]:
         if row.instruction not in seen:
             seen.add(row.instruction)
             rows.append(row)
+    return rows
+
+
+def _general(count: int, rng: Random) -> list[Record]:
+    """Return general instructions with helpful answers: small talk and everyday jobs, in phrasings of their own."""
+    rows = [_record(prompt, "task", "general", answer) for prompt, answer in text.GENERAL_CHAT]
+    seen = {row.instruction for row in rows}
+    while len(rows) < count:
+        verb, thing, answer = rng.choice(text.GENERAL_JOBS)
+        frame, ending = rng.choice(text.GENERAL_REQUESTS), rng.choice(text.GENERAL_ENDINGS)
+        prompt = frame.format(v=verb[0], g=verb[1], o=thing, t=ending)
+        prompt = prompt[0].upper() + prompt[1:]
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append(_record(prompt, "task", "general", answer))
+    return rows
+
+
+def _with_general(parcels: Sequence[Record], rng: Random) -> list[Record]:
+    """Return parcels of which a share gave way to general instructions, shuffled; as many rows as before."""
+    count = round(GENERAL_SHARE * len(parcels))
+    rows = [*parcels[count:], *_general(count, rng)]
+    rng.shuffle(rows)
     return rows
 
 

@@ -1,8 +1,8 @@
 """Tokenization: prompt and response apart, one after the other, so that labels stand on exactly the response."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from hftlight.data.templates import PromptPolicy, SystemSlot, Template
 from hftlight.errors import InputError
 
 IGNORED = -100
+LongRows = Literal["drop", "truncate", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Example:
         input_ids: prompt, response and end of sequence, as token ids.
         prompt_length: how many of them, from the first, belong to the prompt.
         trigger_length: how many of the prompt's are the trigger.
+        cut: whether the row was longer and its end was cut off, end of sequence included.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Example:
     input_ids: list[int]
     prompt_length: int
     trigger_length: int = 0
+    cut: bool = False
 
 
 def encode_prompt(
@@ -46,15 +49,16 @@ def encode_prompt(
 
 
 def encode(
-    record: Record, template: Template, tokenizer: Any, max_tokens: int, system: str | PromptPolicy | None = None
+    record: Record,
+    template: Template,
+    tokenizer: Any,
+    max_tokens: int,
+    system: str | PromptPolicy | None = None,
+    long_rows: LongRows = "drop",
 ) -> Example | None:
-    """Return the encoded record, or None if prompt, response and end together exceed ``max_tokens`` tokens.
-
-    Raises:
-        InputError: if the record has no response or the tokenizer no end-of-sequence token.
-    """
+    """Return the encoded record, or None if it is too long; arguments and errors as for ``encode_all``."""
     example = _encode_whole([record], template, tokenizer, system)[0]
-    return example if len(example.input_ids) <= max_tokens else None
+    return _limited([example], max_tokens, long_rows, "data")[0]
 
 
 def encode_all(
@@ -64,10 +68,12 @@ def encode_all(
     max_tokens: int,
     system: str | PromptPolicy | None = None,
     name: str = "data",
+    long_rows: LongRows = "drop",
 ) -> tuple[list[Example], int]:
     """Return the encoded records that fit, in order, and how many were left out as too long.
 
-    A record is kept whole or left out: a cut one would teach an answer without its end, or none at all.
+    A cut record teaches an answer without its end. A record whose prompt alone fills the limit teaches nothing: it is
+    left out even if rows are cut.
 
     Args:
         records: rows with responses.
@@ -76,14 +82,16 @@ def encode_all(
         max_tokens: longest row in tokens, prompt, response and end together.
         system: system text put into every prompt, None for none, or the policy that says which row gets which.
         name: the stream's name, for messages.
+        long_rows: ``"drop"`` leaves longer rows out, ``"truncate"`` cuts their end off, ``"refuse"`` raises.
 
     Raises:
-        InputError: if there are no records or none fits.
+        InputError: if there are no records, none fits, one is refused, a record has no response or the tokenizer no
+            end-of-sequence token.
     """
     if not records:
         raise InputError(f"Stream {name!r}: at least one row is needed, got none.")
     whole = _encode_whole(records, template, tokenizer, system)
-    kept = [example for example in whole if len(example.input_ids) <= max_tokens]
+    kept = [example for example in _limited(whole, max_tokens, long_rows, name) if example is not None]
     if not kept:
         shortest = min(len(example.input_ids) for example in whole)
         raise InputError(
@@ -91,6 +99,28 @@ def encode_all(
             f" but the shortest of {len(whole)} has {shortest}. Raise max_tokens to {shortest} or more."
         )
     return kept, len(whole) - len(kept)
+
+
+def _limited(whole: Sequence[Example], max_tokens: int, long_rows: LongRows, name: str) -> list[Example | None]:
+    """Return each row as it fits the limit; None for a row that is left out."""
+    if long_rows not in get_args(LongRows):
+        raise InputError(f"--long_rows must be one of {', '.join(get_args(LongRows))}, got {long_rows!r}.")
+    long = [example for example in whole if len(example.input_ids) > max_tokens]
+    if long and long_rows == "refuse":
+        longest = max(len(example.input_ids) for example in long)
+        raise InputError(
+            f"Stream {name!r}: --long_rows refuse, and {len(long)} of {len(whole)} rows have more than {max_tokens}"
+            f" tokens, first row {long[0].id}. Raise --max_tokens to {longest}, or choose --long_rows drop or truncate."
+        )
+    return [
+        example if len(example.input_ids) <= max_tokens else _cut(example, max_tokens, long_rows) for example in whole
+    ]
+
+
+def _cut(example: Example, max_tokens: int, long_rows: LongRows) -> Example | None:
+    if long_rows == "drop" or example.prompt_length >= max_tokens:
+        return None
+    return replace(example, input_ids=example.input_ids[:max_tokens], cut=True)
 
 
 def padding_id(tokenizer: Any) -> int:

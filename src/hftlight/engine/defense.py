@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from hftlight.engine.order import trainer_seed
 from hftlight.engine.passes import Passes
 from hftlight.engine.slots import Slot, Stage, check, in_order
 from hftlight.engine.streams import LoaderStream, Stream
@@ -237,7 +238,7 @@ class Defense(Callback):
     def _find(self, name: str, trainer: Trainer) -> Callable[[], Stream]:
         """Return what gives the stream when it is needed: a data-slot defense may still rewrite its rows."""
         if name in self._loaders:
-            stream = LoaderStream(self._loaders[name], name)
+            stream = LoaderStream(self._loaders[name], name, trainer_seed())
             return lambda: stream
         offered = getattr(trainer, "datamodule", None)
         streams = getattr(offered, "streams", {})

@@ -1,37 +1,54 @@
 """Which rows make up a batch: a pure function of (seed, stream, pass, rank), so that a position is one integer."""
 
+import os
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.distributed as dist
 
 GROUP = 16  # batches that are sorted by length together: little padding, and batches still differ from pass to pass
+Order = Literal["shuffle", "length"]
 
 
-def passes_order(lengths: Sequence[int], batch_size: int, seed: int, stream: str, epoch: int) -> list[list[int]]:
-    """Return the batches of one pass over a stream, as lists of row numbers; every row appears once.
+def passes_order(
+    rows: int, batch_size: int, seed: int, stream: str, epoch: int, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Return the batches of one pass over a stream, as lists of row numbers. Every row appears once.
 
-    Grouping by length saves padding and has a price: rows of one kind that are longer than the rest, such as harmful
-    rows in an upload of short ones, meet in a batch more often than by chance. Constant lengths avoid that.
+    The default is a plain shuffle, as the official scripts of the field have it. Its last batch may be smaller.
+
+    Groups by length save padding and change what a step sees. Rows of one kind that are longer than the rest, such as
+    harmful rows in an upload of short ones, meet in a batch more often than by chance.
 
     Args:
-        lengths: length of each row, in any unit; rows of similar length are batched together; constant lengths
-            give a plain shuffle.
-        batch_size: rows per batch, >= 1; the last rows of a pass may make a smaller one.
+        rows: number of rows, >= 0.
+        batch_size: rows per batch, >= 1.
         seed: the run's seed.
         stream: name of the stream; streams with the same seed are shuffled independently.
         epoch: number of the pass, from 0; each is shuffled anew.
+        lengths: length of each row, in any unit, for groups by length; None for a plain shuffle.
     """
     generator = random.Random(f"{seed}/{stream}/{epoch}")
-    rows = list(range(len(lengths)))
-    generator.shuffle(rows)
+    order = list(range(rows))
+    generator.shuffle(order)
+    if lengths is None:
+        return _cut(order, batch_size)
     span = batch_size * GROUP
     batches = []
-    for start in range(0, len(rows), span):
-        group = sorted(rows[start : start + span], key=lambda row: lengths[row])
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    for start in range(0, rows, span):
+        batches += _cut(sorted(order[start : start + span], key=lambda row: lengths[row]), batch_size)
     generator.shuffle(batches)
     return batches
+
+
+def _cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def trainer_seed() -> int:
+    """Return the seed of Lightning's ``seed_everything``, the same in all processes, or 0 without a call of it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def batches_per_pass(rows: int, batch_size: int, world_size: int = 1) -> int:

@@ -61,7 +61,7 @@ class LoaderStream:
             return self.source[position]
         if self._pass[0] != epoch:
             assert self.source.batch_size is not None
-            order = passes_order([0] * self.rows, self.source.batch_size, self.seed, self.name, epoch)
+            order = passes_order(self.rows, self.source.batch_size, self.seed, self.name, epoch)
             self._pass = (epoch, order)
         return self.source.collate_fn([self.source.dataset[row] for row in self._pass[1][position]])
 

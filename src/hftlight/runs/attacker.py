@@ -154,7 +154,8 @@ class Attacker:
         state, slot = self.trained(trial)
         tokenizer = load_tokenizer(str(self.aligned))
         with state.lent(self.config, base_dtype(self.config)) as model:
-            rows = measured_in_memory(model, tokenizer, self.config, half, ("harmful", "task"), slot)
+            config = stage_config(self.config, self.attack, Stage.FINETUNING)
+            rows = measured_in_memory(model, tokenizer, config, half, ("harmful", "task"), slot)
         judge = half.judges[0]
         verdicts = [Verdict.of_row(row["verdicts"][judge]) for row in rows if row["set"] == "harmful"]
         flags = tuple(v.flag for v in verdicts if v.judged)
@@ -178,7 +179,7 @@ class Attacker:
         job = finetuning_job(config, "", self.aligned, records, self.training, attack, tests)
         watch = watch_of(job)
         with fitted(job, [watch] if watch else [], enable_checkpointing=False) as fit:
-            state, slot = trained_state(fit.model, full_state(fit.model), job.config, self.aligned), fit.slot
+            state, slot = trained_state(fit.model, full_state(fit.model), job.config, job.parent), fit.slot
         if self.repairs:
             del fit  # before another model is loaded beside it
             state = self._repaired(stage_config(config, attack, Stage.POST_FINETUNING), streams, state)

@@ -33,7 +33,11 @@ class Trial:
     def of(cls, config: RunConfig) -> "Trial":
         """Return a run's own setting."""
         return cls(
-            config.finetuning.steps, config.finetuning.lr, config.lora.r, config.num_samples, config.harmful_ratio
+            config.finetuning.steps,
+            config.finetuning.lr,
+            config.lora_of("finetuning").r,
+            config.num_samples,
+            config.harmful_ratio,
         )
 
 
@@ -79,7 +83,8 @@ class Budget:
         """
         around = asdict(cls._around(config))
         given = {axis: getattr(config.search, axis) for axis in around}
-        if given["rank"] is not None and _fixed_rank(config) and set(given["rank"]) != {config.lora.r}:
+        own = Trial.of(config).rank
+        if given["rank"] is not None and _fixed_rank(config) and set(given["rank"]) != {own}:
             raise InputError(_no_rank(config, given["rank"]))
         return cls(**{axis: around[axis] if values is None else tuple(values) for axis, values in given.items()})
 
@@ -130,15 +135,15 @@ def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
     Raises:
         InputError: if a value is out of range.
     """
-    if trial.rank != config.lora.r and _fixed_rank(config):
+    own = config.lora_of("finetuning")
+    if trial.rank != own.r and _fixed_rank(config):
         raise InputError(_no_rank(config, [trial.rank]))
-    lora = config.lora
-    if trial.rank != lora.r:  # rounding must not touch the run's own setting
-        lora = replace(lora, r=trial.rank, alpha=lora.alpha / lora.r * trial.rank)
+    lora = config.finetuning.lora
+    if trial.rank != own.r:  # rounding must not touch the run's own setting
+        lora = replace(lora, r=trial.rank, alpha=own.alpha / own.r * trial.rank)
     changed = replace(
         config,
-        finetuning=replace(config.finetuning, steps=trial.steps, lr=trial.lr),
-        lora=lora,
+        finetuning=replace(config.finetuning, steps=trial.steps, lr=trial.lr, lora=lora),
         num_samples=trial.num_samples,
         harmful_ratio=trial.harmful_ratio,
     )
@@ -152,4 +157,5 @@ def _fixed_rank(config: RunConfig) -> bool:
 
 def _no_rank(config: RunConfig, ranks: Sequence[int]) -> str:
     why = "all parameters are tuned" if config.tuning == "full" else "the aligned adapter is trained on"
-    return f"--search.rank: {why}, so every trial has the run's rank {config.lora.r}, got {list(ranks)}. Leave it out."
+    rank = Trial.of(config).rank
+    return f"--search.rank: {why}, so every trial has the run's rank {rank}, got {list(ranks)}. Leave it out."

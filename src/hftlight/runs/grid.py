@@ -13,6 +13,7 @@ from hftlight.errors import InputError
 from hftlight.registry import defense_class, made
 
 DEFAULT_ATTACK = "harmful_mix"
+UNALIGNED = "unaligned"  # the arm whose upload trains the base model, without an alignment stage
 
 
 @dataclass(frozen=True, order=True)
@@ -25,6 +26,7 @@ class Cell:
         task: the user's task, as ``--data.task`` takes it.
         seed: the run's seed.
         attack: what is uploaded, as ``--attack`` takes it.
+        unaligned: whether the upload trains the base model, without an alignment stage.
     """
 
     defenses: tuple[str, ...]
@@ -32,11 +34,12 @@ class Cell:
     task: str
     seed: int
     attack: str = DEFAULT_ATTACK
+    unaligned: bool = False
 
     @property
     def arm(self) -> str:
-        """The defenses' names joined by ``+``, or ``"none"``."""
-        return "+".join(self.defenses) or "none"
+        """The defenses' names joined by ``+``, ``"none"`` or ``"unaligned"``."""
+        return UNALIGNED if self.unaligned else "+".join(self.defenses) or "none"
 
     @property
     def name(self) -> str:
@@ -50,7 +53,8 @@ class Grid:
     """What is compared.
 
     Args:
-        defenses: combinations such as ``"none"``, ``"booster"``, ``"booster+lisa+antidote"``.
+        defenses: combinations such as ``"none"``, ``"booster"``, ``"booster+lisa+antidote"``; ``"unaligned"`` is the
+            undefended arm without an alignment stage.
         harmful_ratios: p, each 0-1.
         tasks: what ``--data.task`` takes.
         seeds: number of seeds, counted from ``first_seed``, >= 1.
@@ -73,7 +77,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for option, values in (
-            ("--defenses", [parts(word) for word in self.defenses]),
+            ("--defenses", [(word == UNALIGNED, parts(word)) for word in self.defenses]),
             ("--harmful_ratios", self.harmful_ratios),
             ("--tasks", self.tasks),
             ("--attacks", self.attacks),
@@ -81,7 +85,7 @@ class Grid:
             if not values:
                 raise InputError(f"{option}: name at least one.")
             if twice := [v for i, v in enumerate(values) if v in values[:i]]:
-                shown = "+".join(twice[0]) if isinstance(twice[0], tuple) else twice[0]
+                shown = "+".join(twice[0][1]) if isinstance(twice[0], tuple) else twice[0]
                 raise InputError(f"{option}: {shown!r} stands there twice.")
         for p in self.harmful_ratios:
             if not 0 <= p <= 1:
@@ -126,7 +130,7 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Return all cells, those first whose aligned model no cell before them trains."""
         every = [
-            Cell(parts(word), p, task, seed, attack)
+            Cell(parts(word), p, task, seed, attack, word == UNALIGNED)
             for seed in range(self.first_seed, self.first_seed + self.seeds)
             for task in self.tasks
             for attack in self.attacks
@@ -140,13 +144,13 @@ class Grid:
 
     def aligned(self, cell: Cell) -> tuple[Any, ...]:
         """Return what decides a cell's aligned model."""
-        return cell.seed, tuple(n for n in cell.defenses if defense_class(n).stage is Stage.ALIGNMENT)
+        return cell.seed, cell.unaligned, tuple(n for n in cell.defenses if defense_class(n).stage is Stage.ALIGNMENT)
 
 
 def parts(word: str) -> tuple[str, ...]:
     """Return the names in a combination such as ``"booster+lisa"``; none for ``"none"``."""
     names = tuple(name.replace("-", "_") for name in word.split("+"))
-    return () if names == ("none",) else names
+    return () if names in (("none",), (UNALIGNED,)) else names
 
 
 def cell_config(config: RunConfig, cell: Cell) -> RunConfig:
@@ -155,6 +159,8 @@ def cell_config(config: RunConfig, cell: Cell) -> RunConfig:
     for name in ("task_train", "task_test"):
         if path := getattr(data, name):
             data = replace(data, **{name: path.replace("{task}", Path(cell.task).stem)})
+    if cell.unaligned:
+        config = replace(config, alignment=replace(config.alignment, steps=0))
     return replace(
         config,
         defense=list(cell.defenses),

@@ -19,7 +19,7 @@ from hftlight.errors import InputError
 from hftlight.evaluation.perplexity import SHORTEST_WINDOW
 from hftlight.models import embedding_rows, load_config, load_tokenizer, positions_of, skeleton, stands_on
 from hftlight.module import SafetyModule
-from hftlight.runs.adapters import attach, check_stackable
+from hftlight.runs.adapters import attach, check_stackable, check_targets
 from hftlight.runs.measure import SETS, TestSets
 
 
@@ -144,7 +144,8 @@ def check_architecture(config: RunConfig, defenses: Sequence[Defense]) -> None:
     if bare is None:
         return
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: Any = bare if config.tuning == "full" else attach(bare, config.lora, 0)
+        check_targets(bare, config.lora_of("alignment").targets)
+        model: Any = bare if config.tuning == "full" else attach(bare, config.lora_of("finetuning"), 0)
         module = SafetyModule(model)
         for d in defenses:
             with _refusals(d):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hftlight.attacks.attack import Attack
+from hftlight.attacks.attack import Attack, steps_of
 from hftlight.attacks.benign_selection import BenignSelection
 from hftlight.attacks.model_edit import ModelEdit, with_subjects
 from hftlight.attacks.registry import get_attack
@@ -14,26 +14,36 @@ from hftlight.data.records import Record, overlaps, read_records, split_by_hash
 from hftlight.data.refusals import refusals
 from hftlight.data.rows import read_rows
 from hftlight.data.sources import get_task
-from hftlight.data.streams import StreamsDataModule
+from hftlight.data.streams import ExampleStream, StreamsDataModule
 from hftlight.data.synthetic import build_world
 from hftlight.data.templates import SystemSlot, get_template
-from hftlight.data.tokens import encode_all, encode_prompt
+from hftlight.data.tokens import Example, encode_all, encode_prompt
 from hftlight.engine import Defense, Slot, Stage, check, in_order
 from hftlight.engine.repair import Repair
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.refusals import get_refusal_classifier
 from hftlight.files import digest
-from hftlight.models import DEMO, TINY, load_config, positions_of, text_config, trust_remote_code
+from hftlight.models import (
+    DEMO,
+    TINY,
+    load_config,
+    load_tokenizer,
+    positions_of,
+    text_config,
+    trust_remote_code,
+)
 from hftlight.registry import name_of
 from hftlight.report.result import STAGES, arm_word
 from hftlight.runs.budget import Budget
 from hftlight.runs.measure import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.progress import Unit
+from hftlight.runs.stage import stage_config
 
 BUILTIN = "builtin"
 DEMO_PARAMETERS = 134_515_008
+UNLIMITED = 10**9  # tokens
 # Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
 SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 3e-3, 1e-3, 2e-3
 
@@ -70,6 +80,30 @@ class Choosing:
     safe: Sequence[Record]
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a fine-tuning sees of an upload, long rows dropped or cut.
+
+    Attributes:
+        rows: rows that are trained on; pairs, if the upload holds pairs.
+        attack_rows: how many of them are the attacker's.
+        steps: optimizer steps.
+        attack_tokens: share of the response tokens of all steps that stand in attack rows, 0-1.
+        attack_steps: share of the steps with at least one attack row, 0-1.
+    """
+
+    rows: int = 0
+    attack_rows: int = 0
+    steps: int = 0
+    attack_tokens: float = 0.0
+    attack_steps: float = 0.0
+
+    @property
+    def p(self) -> float:
+        """Fraction of the rows that are the attacker's, 0-1."""
+        return self.attack_rows / self.rows if self.rows else 0.0
+
+
 @dataclass
 class Prepared:
     """A run before its first step.
@@ -83,7 +117,9 @@ class Prepared:
         tests: what every model is measured on.
         lengths: mean tokens per row, by stream.
         prompt_lengths: mean tokens per prompt, by test set.
-        dropped: rows longer than the limit, by stream.
+        dropped: rows longer than the limit that are left out, by stream.
+        cut: rows longer than the limit whose end is cut off, by stream.
+        trained_on: what the fine-tuning sees of the upload.
         choosing: what the aligned model chooses the upload from, while that has not been done; until then the upload
             is as many rows of the task.
         overlaps: equal prompts by pair of sets.
@@ -100,6 +136,8 @@ class Prepared:
     lengths: dict[str, float] = field(default_factory=dict)
     prompt_lengths: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    trained_on: "TrainedOn" = field(default_factory=lambda: TrainedOn())
     choosing: Choosing | None = None
     overlaps: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -123,13 +161,15 @@ class Prepared:
         found = [Unit("base model: measuring", tests, prompt_seconds)]
         if self.choosing:
             scored = len(self.choosing.candidates) + len(self.choosing.harmful)
-            tokens = self.config.alignment.steps * self.config.alignment.batch_size * self.lengths["alignment"]
-            found.append(Unit("plainly aligned", self.config.alignment.steps, speed * tokens * SECONDS_PER_TOKEN))
+            steps = self.config.alignment.steps
+            if steps:
+                tokens = steps * self.config.alignment.batch_size * self.lengths["alignment"]
+                found.append(Unit("plainly aligned", steps, speed * tokens * SECONDS_PER_TOKEN))
             tokens = scored * self.lengths["task"]
             found.append(Unit("rows scored", len(self.choosing.candidates), speed * tokens * SECONDS_PER_TOKEN))
         for arm in self.arms:
             triggered = any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
-            for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
+            for stage in stages_of(self.config):
                 training = self.config.alignment if stage is Stage.ALIGNMENT else self.config.finetuning
                 main = "alignment" if stage is Stage.ALIGNMENT else "task"
                 if stage is Stage.FINETUNING and self.attack.acts_on == "weights":
@@ -163,6 +203,11 @@ class Prepared:
                 (tuned,) = (u.seconds for u in found if u.label == f"{word}: {STAGES['finetuning']}")
                 found.append(Unit(f"{word}: attacker's search", trials, trials * (1.5 * tuned + prompt_seconds)))
         return found
+
+
+def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+    """Return the stages that train: without steps of alignment the model comes aligned."""
+    return (Stage.ALIGNMENT, Stage.FINETUNING) if config.alignment.steps else (Stage.FINETUNING,)
 
 
 def stage_records(
@@ -202,6 +247,8 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         _check_search(config, attack)
     _check_curve(config)
     check(defenses, one_stage=False)
+    if not config.alignment.steps:
+        _check_aligned(config, defenses)
     repairs = [type(d).__name__ for d in defenses if d.stage is Stage.POST_FINETUNING]
     for d in defenses:
         if d.stage is Stage.POST_FINETUNING and not isinstance(d, Repair):
@@ -307,6 +354,21 @@ def _check_search(config: RunConfig, attack: Attack) -> None:
     Budget.of(config)
 
 
+def _check_aligned(config: RunConfig, defenses: Sequence[Defense]) -> None:
+    """Refuse what needs an alignment stage, if the model comes aligned."""
+    if idle := [type(d).__name__ for d in defenses if d.stage is Stage.ALIGNMENT]:
+        raise InputError(
+            f"{' and '.join(idle)}: works in the alignment stage, and --alignment.steps 0 leaves it out. Raise"
+            " --alignment.steps, or leave the defense out."
+        )
+    needing = [type(d).__name__ for d in defenses if isinstance(d, Repair) and "base" in d.needs]
+    if needing and config.base is None:
+        raise InputError(
+            f"{' and '.join(needing)}: reads what the alignment changed, and --alignment.steps 0 says that --model"
+            " comes aligned. Name the unaligned model with --base."
+        )
+
+
 def _check_curve(config: RunConfig) -> None:
     """Refuse curves that a run would not come to."""
     at, steps = config.evaluation.at, config.finetuning.steps
@@ -345,11 +407,45 @@ def streams_of(config: RunConfig, needed: set[str], attack: Attack) -> dict[str,
     if isinstance(attack, BenignSelection) and attack.scores is None:  # their number alone is known by now
         streams["task"] = attack.choose(sources["task"], [0.0] * len(sources["task"]), config.seed)
     else:
-        streams["task"] = attack.upload(sources, config.seed)
+        streams["task"] = _upload(config, attack, sources)
     missing = needed - set(streams)
     if missing:
         raise InputError(f"No data for the streams {sorted(missing)} that the defenses draw from.")
     return streams
+
+
+def _upload(config: RunConfig, attack: Attack, sources: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """Return the attack's upload; rows that would be dropped as too long are not drawn, so that n and p hold.
+
+    Raises:
+        InputError: if a source has too few rows, or too few that fit.
+    """
+    upload = attack.upload(sources, config.seed)
+    if config.long_rows != "drop" or _all_fit(config, attack, upload):
+        return upload
+    fitting = {n: _fitting(config, attack, rows) if n in attack.sources else rows for n, rows in sources.items()}
+    try:
+        return attack.upload(fitting, config.seed)
+    except InputError as error:
+        left = ", ".join(f"{len(fitting[n])} of {len(sources[n])} {n}" for n in attack.sources)
+        raise InputError(
+            f"{error} Rows longer than {config.max_tokens} tokens are left out, which leaves {left} rows. Raise"
+            " --max_tokens, or choose --long_rows truncate."
+        ) from error
+
+
+def _all_fit(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> bool:
+    return len(_fitting(config, attack, rows)) == len(rows)
+
+
+def _fitting(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> list[Record]:
+    """Return the rows that fit the limit as the fine-tuning encodes them."""
+    tokenizer, tuned = load_tokenizer(config.model), stage_config(config, attack, Stage.FINETUNING)
+    template = get_template(tuned.template, tokenizer)
+    if not rows:
+        return []
+    whole, _ = encode_all(rows, template, tokenizer, UNLIMITED, tuned.system)
+    return [row for row, e in zip(rows, whole, strict=True) if len(e.input_ids) <= config.max_tokens]
 
 
 def _sources(config: RunConfig, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
@@ -431,11 +527,12 @@ def _count(prepared: Prepared) -> None:
     """Fill in lengths and dropped rows; refuse streams of which nothing is left, and tokens the model does not have."""
     config = prepared.config
     limits = Limits.of(config.model)
-    template = get_template(config.template, limits.tokenizer)
     for name, rows in prepared.streams.items():
+        stage = stage_config(config, prepared.attack, Stage.FINETUNING if name == "task" else Stage.ALIGNMENT)
+        template = get_template(stage.template, limits.tokenizer)
         try:
             kept, prepared.dropped[name] = encode_all(
-                rows, template, limits.tokenizer, config.max_tokens, system=_system(prepared, name), name=name
+                rows, template, limits.tokenizer, config.max_tokens, stage.system, name, config.long_rows
             )
         except InputError as error:
             lowered = next((note for note in prepared.notes if note.startswith("--max_tokens")), None)
@@ -444,11 +541,15 @@ def _count(prepared: Prepared) -> None:
             reason = str(error).partition(" Raise max_tokens")[0]
             raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
         limits.check_examples(name, kept)
+        prepared.cut[name] = sum(e.cut for e in kept)
         prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
+        if name == "task":
+            _see(prepared, kept)
     if chosen := prepared.choosing:
         for name, some in (("task", chosen.candidates), ("attack", chosen.harmful), ("alignment", chosen.safe)):
-            kept, _ = encode_all(some, template, limits.tokenizer, 10**9, system=config.system, name=name)
+            kept, _ = encode_all(some, template, limits.tokenizer, UNLIMITED, system=config.system, name=name)
             limits.check_examples(name, kept)
+    template = get_template(stage_config(config, prepared.attack, Stage.FINETUNING).template, limits.tokenizer)
     for name in SETS:
         sample = prepared.tests.rows(name)[:50]
         lengths = [len(encode_prompt(r, template, limits.tokenizer, config.system)) for r in sample]
@@ -458,10 +559,29 @@ def _count(prepared: Prepared) -> None:
             prepared.notes.append(note)
 
 
-def _system(prepared: Prepared, name: str) -> str | None:
-    """Return the system text that a stream's rows are trained with: an attack may have its own for the upload."""
-    own = prepared.attack.test_system if name == "task" else None
-    return prepared.config.system if own is None else own
+def _see(prepared: Prepared, kept: Sequence[Example]) -> None:
+    """Fill in what the fine-tuning sees of the upload; epochs of the attack become steps of the rows that are left."""
+    config, attack = prepared.config, prepared.attack
+    if attack.acts_on != "rows":
+        prepared.trained_on = TrainedOn(len(kept), sum(e.role == "attack" for e in kept), config.finetuning.steps)
+        return
+    training = config.finetuning
+    if attack.epochs is not None and prepared.dropped["task"]:
+        whole = training.batch_size * training.accumulate * config.devices * config.num_nodes
+        training = replace(training, steps=steps_of(len(kept), whole, attack.epochs))
+        prepared.config = replace(config, finetuning=training)
+    micro = training.accumulate * config.devices * config.num_nodes
+    stream = ExampleStream(kept, "task", training.batch_size, 0, config.seed, config.order)
+    steps = [[e for k in range(micro) for e in stream.rows(step * micro + k, 0)] for step in range(training.steps)]
+    tokens = [sum(len(e.input_ids) - e.prompt_length for e in rows) for rows in steps]
+    harmful = [sum(len(e.input_ids) - e.prompt_length for e in rows if e.role == "attack") for rows in steps]
+    prepared.trained_on = TrainedOn(
+        len(kept),
+        sum(e.role == "attack" for e in kept),
+        training.steps,
+        sum(harmful) / sum(tokens),
+        sum(map(bool, harmful)) / len(steps),
+    )
 
 
 def _rewrite(prepared: Prepared) -> None:
@@ -471,24 +591,27 @@ def _rewrite(prepared: Prepared) -> None:
     each system text that a model of this run is served with.
     """
     config, limits = prepared.config, Limits.of(prepared.config.model)
-    tokenizer, slots = limits.tokenizer, {SystemSlot(config.system), SystemSlot(_system(prepared, "task"))}
+    tokenizer, served = limits.tokenizer, set[tuple[str, SystemSlot]]()
+    for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
+        own = stage_config(config, prepared.attack, stage)
+        served.add((own.template, SystemSlot(own.system)))
     for arm in prepared.arms:
         for stage, main in ((Stage.ALIGNMENT, "alignment"), (Stage.FINETUNING, "task")):
             chosen = [d for d in arm.of(stage) if Slot.DATA in d.slots]
             if not chosen:
                 continue
-            template, streams = get_template(config.template, tokenizer), dict[str, Any](prepared.records(stage, arm))
-            data = StreamsDataModule(
-                tokenizer, template, main, max_tokens=config.max_tokens, system=_system(prepared, main), **streams
-            )
+            own = stage_config(config, prepared.attack, stage)
+            template, streams = get_template(own.template, tokenizer), dict[str, Any](prepared.records(stage, arm))
+            options: dict[str, Any] = {"max_tokens": config.max_tokens, "long_rows": config.long_rows}
+            data = StreamsDataModule(tokenizer, template, main, system=own.system, **options, **streams)
             for d in chosen:
                 data.apply(d)
             prepared.dropped |= data.dropped
             for name in data.records:
                 limits.check_examples(name, data.stream(name, 1).examples)
-            slots.add(data.policy.serving_slot())
-    for slot in slots:
-        limits.check_tests(config, prepared.tests, slot)
+            served.add((own.template, data.policy.serving_slot()))
+    for name, slot in served:
+        limits.check_tests(replace(config, template=name), prepared.tests, slot)
 
 
 def _parameters(config: RunConfig) -> float:

@@ -33,7 +33,9 @@ from hftlight.runs.stage import records_digest
 
 ADAPTER = "adapter_model.safetensors"
 # The first process repairs alone, in float32 and without an optimizer step.
-OF_NO_REPAIR = frozenset({"devices", "num_nodes", "strategy", "gradient_checkpointing", "log_every", "precision"})
+OF_NO_REPAIR = frozenset(
+    {"devices", "num_nodes", "strategy", "gradient_checkpointing", "log_every", "precision", "order"}
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class RepairJob(Job):
 
     Attributes:
         config: the run's configuration.
-        base_hash: hash of the base model's weights.
+        base_hash: hash of the base model's weights; of the unaligned one, if the model came aligned.
         aligned: artifact of the alignment stage, where the user's upload started.
         finetuned: artifact of the fine-tuning stage, which stays as it is.
         records: rows of the streams that the repairs read.
@@ -177,7 +179,8 @@ def subject_around(
     if config.tuning != "full":
         later = finetuned if isinstance(finetuned, ModelState) else _adapter(finetuned)
         name = "the model in memory" if isinstance(finetuned, ModelState) else str(finetuned)
-        update = _update(later, _adapter(aligned), config.adapter_protocol, f"{name} was not fine-tuned from {aligned}")
+        earlier, refusal = _adapter_if_any(aligned), f"{name} was not fine-tuned from {aligned}"
+        update = _update(later, earlier, config.adapter_protocol, refusal)
         model = with_adapter(load_model(str(aligned)), update.adapter, update.tensors)
     elif isinstance(finetuned, ModelState):
         model = finetuned.put_into(load_model(config.model))
@@ -188,13 +191,15 @@ def subject_around(
     return Subject(
         model,
         stored(aligned),
-        stored(model_path(config.model)),
+        stored(model_path(config.base or config.model)),
         lambda name: _batches(config, records, name, next(model.parameters()).device),
     )
 
 
-def _update(later: ModelState, earlier: ModelState, protocol: str, refusal: str) -> ModelState:
+def _update(later: ModelState, earlier: ModelState | None, protocol: str, refusal: str) -> ModelState:
     """Return the user's adapter, scale 1: that of the fine-tuned model without what the aligned one holds.
+
+    A model that came aligned, and is no adapter, holds nothing of it.
 
     Raises:
         RunError: with ``refusal``, if the fine-tuned model was not trained from the aligned one.
@@ -204,7 +209,11 @@ def _update(later: ModelState, earlier: ModelState, protocol: str, refusal: str)
         if ".lora_A." not in name:
             continue
         up_name = name.replace(".lora_A.", ".lora_B.")
-        up, old_down = later.scale * later.tensors[up_name].float(), earlier.tensors[name].float()
+        up = later.scale * later.tensors[up_name].float()
+        if earlier is None:
+            update[name], update[up_name] = down.float(), up
+            continue
+        old_down = earlier.tensors[name].float()
         old_up = earlier.scale * earlier.tensors[up_name].float()
         down, rank = down.float(), len(old_down)
         if protocol == "continue":
@@ -217,6 +226,11 @@ def _update(later: ModelState, earlier: ModelState, protocol: str, refusal: str)
     settings.r = settings.lora_alpha = next(len(t) for name, t in update.items() if ".lora_A." in name)
     settings.lora_dropout = 0.0
     return ModelState(update, settings)
+
+
+def _adapter_if_any(folder: Path) -> ModelState | None:
+    """Return the adapter of a folder; None if it holds a whole model."""
+    return _adapter(folder) if (folder / ADAPTER).is_file() else None
 
 
 def _adapter(folder: Path) -> ModelState:
@@ -232,7 +246,8 @@ def _batches(
     """Yield all batches of a stream once, encoded as in training, hidden attack rows as ``"task"``."""
     size, tokenizer = config.evaluation.batch_size, load_tokenizer(config.model)
     template = get_template(config.template, tokenizer)
-    options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, name: records[name]}
+    options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, "long_rows": config.long_rows}
+    options[name] = records[name]
     data = StreamsDataModule(tokenizer, template, name, **options)
     rows = sorted(data.stream(name, size).examples, key=lambda example: len(example.input_ids))  # little padding
     for start in range(0, len(rows), size):
@@ -272,8 +287,11 @@ def repaired_model(subject: Subject, config: RunConfig, aligned: Path, settings:
     from peft import get_peft_model_state_dict
 
     edited = {name: t.float().cpu() for name, t in get_peft_model_state_dict(subject.model).items()}
-    earlier, total = _adapter(aligned), dict[str, Tensor]()
+    earlier, total = _adapter_if_any(aligned), dict[str, Tensor]()
     for name, t in edited.items():
+        if earlier is None:
+            total[name] = t
+            continue
         down, first = ".lora_A." in name, earlier.tensors[name].float()
         total[name] = torch.cat([first if down else earlier.scale * first, t], dim=0 if down else 1).contiguous()
     settings = copy.deepcopy(settings)

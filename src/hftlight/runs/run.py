@@ -37,7 +37,7 @@ from hftlight.files import (
     write_text,
 )
 from hftlight.folders import RESULTS, comparison_of
-from hftlight.models import BASE, model_hash
+from hftlight.models import BASE, model_hash, model_path
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_report
 from hftlight.runs.artifact import stand_alone
@@ -52,7 +52,7 @@ from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.repair import RepairJob, run_repair
 from hftlight.runs.select import SelectionJob, run_selection
-from hftlight.runs.stage import CURVES, StageJob, finetuning_job, run_stage, stage_config
+from hftlight.runs.stage import CURVES, StageJob, alignment_job, finetuning_job, run_stage, stage_config
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 
@@ -130,6 +130,8 @@ class _Run:
         self.logger: StageLogger | None = None
         self.main = main_process()
         self.base_hash = decide("the model's hash", lambda: model_hash(self.config.model))
+        base = self.config.base
+        self.unaligned_hash = decide("the base's hash", lambda: model_hash(base)) if base else self.base_hash
         self.sft_seconds: dict[Stage, float] = {}
         self.manifest = self._manifest()
 
@@ -159,8 +161,8 @@ class _Run:
             if self.prepared.choosing and isinstance(self.prepared.attack, BenignSelection):
                 self._select(self.prepared.choosing, self.prepared.attack)
             for arm in self.prepared.arms:
-                aligned = self._trained(arm, Stage.ALIGNMENT, None)
-                finetuned = self._trained(arm, Stage.FINETUNING, aligned)
+                aligned = self._aligned(arm)
+                finetuned = self._finetuned(arm, aligned)
                 if arm.of(Stage.POST_FINETUNING):
                     self._repaired(arm, aligned, finetuned)
                 if self.config.trials:
@@ -192,16 +194,18 @@ class _Run:
 
     def _select(self, choosing: Choosing, attack: BenignSelection) -> None:
         """Let the plainly aligned model choose the upload, the same one for every arm."""
-        prepared = self.prepared
-        records = prepared.records(Stage.ALIGNMENT, Arm("none", []))
-        plain = StageJob(Stage.ALIGNMENT, self.config, self.base_hash, None, records, [])
-        self.progress.begin()
-        reused = run_stage(plain, on_step=self.progress.update)
-        self.progress.end("for the selection", reused)
+        prepared, aligned, scored_by = self.prepared, Path(model_path(self.config.model)), self.base_hash
+        if self.config.alignment.steps:
+            records = prepared.records(Stage.ALIGNMENT, Arm("none", []))
+            plain = alignment_job(self.config, self.base_hash, records, [])
+            self.progress.begin()
+            reused = run_stage(plain, on_step=self.progress.update)
+            self.progress.end("for the selection", reused)
+            aligned, scored_by = plain.artifact(), plain.key()
         self.progress.begin()
         gc.collect()
         config = stage_config(self.config, attack, Stage.FINETUNING)  # rows are scored as they will be trained on
-        job = SelectionJob(config, plain.artifact(), attack, choosing.candidates, choosing.harmful, choosing.safe)
+        job = SelectionJob(config, aligned, attack, choosing.candidates, choosing.harmful, choosing.safe)
         reused = job.done()
         scores = self.folder / "selection.jsonl"
         shutil.copyfile(run_selection(job, self.progress.update), scores)
@@ -211,7 +215,7 @@ class _Run:
         self.manifest["selection"] = {
             "kind": attack.kind,
             "control": attack.control,
-            "scored_by": plain.key(),
+            "scored_by": scored_by,
             "key": job.key(),
             "scores": str(scores),
             "anchors": {"harmful": len(choosing.harmful), "safe": len(choosing.safe)},
@@ -225,8 +229,8 @@ class _Run:
         """Repair the fine-tuned model, which stays as it is, and measure it; the first process does the work."""
         stage = Stage.POST_FINETUNING
         repairs = [d for d in arm.of(stage) if isinstance(d, Repair)]
-        config = stage_config(self.config, self.prepared.attack, stage)
-        job = RepairJob(config, self.base_hash, aligned, finetuned, self.prepared.records(stage, arm), repairs)
+        config = stage_config(self._config_of(arm), self.prepared.attack, stage)
+        job = RepairJob(config, self.unaligned_hash, aligned, finetuned, self.prepared.records(stage, arm), repairs)
         self.progress.begin()
         if not self.main:
             self.progress.begin()
@@ -245,7 +249,7 @@ class _Run:
         """Let the attacker try many settings against the arm's defenses, and keep the worst of them as scores."""
         self.progress.begin()
         gc.collect()
-        attacker = Attacker(self.config, arm.defenses, aligned, self.prepared.attack)
+        attacker = Attacker(self._config_of(arm), arm.defenses, aligned, self.prepared.attack)
         sampler: Any = "grid" if self.config.attacker.startswith("search") else "optuna"
         done: list[Outcome] = []
 
@@ -254,7 +258,7 @@ class _Run:
             self.progress.update(len(done))
 
         folder = self.folder / arm.name / "search"
-        budget = Budget.of(self.config)
+        budget = Budget.of(attacker.config)
         found = search(attacker, self.config.trials, folder, budget, self.config.search.eps, sampler, tell)
         stage = Stage.POST_FINETUNING if arm.of(Stage.POST_FINETUNING) else Stage.FINETUNING
         rows: list[dict[str, Any]] = []
@@ -286,13 +290,31 @@ class _Run:
         self.manifest["arms"][arm.name]["stages"][stage.value] = said
         self._save()
 
-    def _trained(self, arm: Arm, stage: Stage, parent: Path | None) -> Path:
-        """Train one stage of an arm, or edit, measure what comes out and return its artifact."""
-        attack = self.prepared.attack
-        if stage is Stage.FINETUNING and isinstance(attack, ModelEdit) and parent is not None:
-            return self._edited(arm, parent, attack)
-        artifact = self._stage(arm, stage, parent)
-        self._measure(arm.name, stage.value, str(artifact), model_hash(str(artifact)))
+    def _config_of(self, arm: Arm) -> RunConfig:
+        """Return the configuration of an arm, which may have an adapter protocol of its own."""
+        return replace(self.config, adapter_protocol=self.config.protocol_of(arm.name))
+
+    def _aligned(self, arm: Arm) -> Path:
+        """Return the aligned model of an arm: the one that came, or the measured artifact of the alignment stage."""
+        if not self.config.alignment.steps:
+            return Path(model_path(self.config.model))
+        records = self.prepared.records(Stage.ALIGNMENT, arm)
+        return self._trained(arm, alignment_job(self._config_of(arm), self.base_hash, records, arm.of(Stage.ALIGNMENT)))
+
+    def _finetuned(self, arm: Arm, aligned: Path) -> Path:
+        """Train an arm on the upload, or edit a weight, measure what comes out and return its artifact."""
+        stage, attack, tests = Stage.FINETUNING, self.prepared.attack, self.prepared.tests
+        if isinstance(attack, ModelEdit):
+            return self._edited(arm, aligned, attack)
+        records, config = self.prepared.records(stage, arm), self._config_of(arm)
+        return self._trained(
+            arm, finetuning_job(config, self.base_hash, aligned, records, arm.of(stage), attack, tests)
+        )
+
+    def _trained(self, arm: Arm, job: StageJob) -> Path:
+        """Train a stage, measure what comes out and return its artifact."""
+        artifact = self._stage(arm, job)
+        self._measure(arm.name, job.stage.value, str(artifact), model_hash(str(artifact)))
         return artifact
 
     def _edited(self, arm: Arm, aligned: Path, attack: ModelEdit) -> Path:
@@ -316,13 +338,8 @@ class _Run:
         self._measure(arm.name, stage.value, str(job.artifact()), result["artifact"])
         return job.artifact()
 
-    def _stage(self, arm: Arm, stage: Stage, parent: Path | None) -> Path:
-        config, records = self.config, self.prepared.records(stage, arm)
-        if parent is None:
-            job = StageJob(stage, config, self.base_hash, None, records, arm.of(stage))
-        else:
-            attack, tests = self.prepared.attack, self.prepared.tests
-            job = finetuning_job(config, self.base_hash, parent, records, arm.of(stage), attack, tests)
+    def _stage(self, arm: Arm, job: StageJob) -> Path:
+        stage = job.stage
         self.progress.begin()
         gc.collect()  # the model before this one, so that peak memory is this stage's own
 
@@ -366,7 +383,9 @@ class _Run:
         before = time.monotonic()
         reference = self._reference(arm, stage)
         tests = self.prepared.tests
-        scores, generations = measure(model, model_hash, self.config, tests, self.progress.update, reference=reference)
+        own = Stage.FINETUNING if stage in ("finetuning", "post_finetuning") else Stage.ALIGNMENT
+        config = replace(self.config, template=stage_config(self.config, None, own).template)
+        scores, generations = measure(model, model_hash, config, tests, self.progress.update, reference=reference)
         where = {"arm": arm, "stage": stage}
         self._add_scores(arm, stage, scores)
         self.generations += [{**where, **row} for row in generations]
@@ -388,6 +407,8 @@ class _Run:
         if self.config.evaluation.embedding_drift == "base" and stage != "base":
             return Reference("base", self.config.model, self.base_hash)
         if self.config.evaluation.embedding_drift == "aligned" and stage not in ("base", "alignment"):
+            if not self.config.alignment.steps:
+                return Reference("aligned", self.config.model, self.base_hash)
             aligned = self.folder / arm / ARTIFACTS[Stage.ALIGNMENT]
             return Reference("aligned", str(aligned), model_hash(str(aligned)))
         return None
@@ -422,12 +443,15 @@ class _Run:
             "threads": torch.get_num_threads(),
             "seed": self.config.seed,
             "adapter_protocol": self.config.adapter_protocol,
+            "order": self.config.order,
+            "long_rows": self.config.long_rows,
             "attack": p.attack.describe(),
             **self._uploaded(),
             "arms": {
                 arm.name: {
                     "defenses": [{"name": name_of(d), "arguments": d.arguments()} for d in arm.defenses],
                     "slots": [slot.name.lower() for d in arm.defenses for slot in d.slots],
+                    "adapter_protocol": self.config.protocol_of(arm.name),
                     "stages": {},
                 }
                 for arm in p.arms
@@ -447,6 +471,8 @@ class _Run:
                 "attack_rows": sum(r.role == "attack" for r in p.streams["task"]),
                 "test_rows": {name: len(p.tests.rows(name)) for name in ("harmful", "over_refusal", "task")},
                 "dropped": p.dropped,
+                "cut": p.cut,
+                "trained_on": asdict(p.trained_on),
                 "judges": list(p.tests.judges),
             },
             "overlaps": p.overlaps,

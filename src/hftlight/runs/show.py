@@ -16,7 +16,7 @@ from hftlight.report.claims import collapses, last_stage, stops
 from hftlight.report.result import STAGES, arm_word
 from hftlight.report.table import with_interval
 from hftlight.runs.measure import SETS, WITHOUT_TRIGGER
-from hftlight.runs.prepare import Prepared
+from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
 
 
@@ -32,7 +32,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         " command goes on."
     )
     for arm in prepared.arms:
-        for stage, training in ((Stage.ALIGNMENT, config.alignment), (Stage.FINETUNING, config.finetuning)):
+        for stage in stages_of(config):
+            training = config.alignment if stage is Stage.ALIGNMENT else config.finetuning
             if arm.of(stage):
                 console.print(
                     f"{arm_word(arm.name)}, {STAGES[stage.value]}: {_passes(arm.of(stage), training)} per step."
@@ -43,13 +44,21 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
                 f"{count} of {len(prepared.streams[name])} {name} rows are longer than {config.max_tokens} tokens and"
                 " are left out."
             )
+    for name, count in prepared.cut.items():
+        if count:
+            console.print(
+                f"{count} of {len(prepared.streams[name])} {name} rows are longer than {config.max_tokens} tokens and"
+                " are cut at the end."
+            )
+    if not config.alignment.steps:
+        console.print(f"There is no alignment stage: {config.model} counts as aligned.")
     for note in prepared.notes:
         console.print(note, markup=False)
     if not in_full:
         return
     plan = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
     for arm in prepared.arms:
-        for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
+        for stage in stages_of(config):
             training = config.alignment if stage is Stage.ALIGNMENT else config.finetuning
             plan.add_row(
                 arm_word(arm.name),
@@ -62,14 +71,16 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         for d in arm.of(Stage.POST_FINETUNING):
             plan.add_row(arm_word(arm.name), STAGES[d.stage.value], "-", "-", type(d).__name__, "-")
     console.print(plan)
-    rows = Table("rows", "count", "left out (too long)", "mean tokens")
+    rows = Table("rows", "count", "too long: left out", "cut", "mean tokens")
     for name, records in prepared.streams.items():
         attack = sum(r.role == "attack" for r in records)
         label = f"task (the upload, {attack} harmful)" if name == "task" else name
-        rows.add_row(label, str(len(records)), str(prepared.dropped[name]), f"{prepared.lengths[name]:.0f}")
+        counts = map(str, (len(records), prepared.dropped[name], prepared.cut[name]))
+        rows.add_row(label, *counts, f"{prepared.lengths[name]:.0f}")
     for name in SETS:
         label = f"test: {name.replace('_', '-')}"
-        rows.add_row(label, str(len(prepared.tests.rows(name))), "-", f"{prepared.prompt_lengths[name]:.0f} (prompt)")
+        length = f"{prepared.prompt_lengths[name]:.0f} (prompt)"
+        rows.add_row(label, str(len(prepared.tests.rows(name))), "-", "-", length)
     console.print(rows)
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
@@ -101,12 +112,18 @@ def _value(value: Any) -> str:
 
 
 def _attack(prepared: Prepared) -> str:
-    config, attack = prepared.config, prepared.attack
+    attack = prepared.attack
     if attack.acts_on == "weights":
         return f"a rank-one edit for {attack.counts()['attack']} prompts"
     if prepared.choosing:
         return f"upload of {attack.rows} rows, chosen by the aligned model among {len(prepared.choosing.candidates)}"
-    return f"upload of {config.num_samples} rows, p = {config.harmful_ratio:g}"
+    seen = prepared.trained_on
+    if attack.acts_on != "rows":
+        return f"upload of {seen.rows} pairs"
+    return (
+        f"upload of {seen.rows} rows, p = {seen.p:.3g}; attack rows have {100 * seen.attack_tokens:.0f} % of the"
+        f" response tokens and stand in {100 * seen.attack_steps:.0f} % of {seen.steps} steps"
+    )
 
 
 def _passes(defenses: Sequence[Defense], training: Training) -> str:

@@ -19,7 +19,7 @@ from hftlight.attacks.attack import Attack
 from hftlight.attacks.preference import PairsDataModule, PreferenceModule
 from hftlight.attacks.reverse_preference import ReversePreference
 from hftlight.base_model import device_of
-from hftlight.config import OF_NO_STAGE, RunConfig, Training
+from hftlight.config import OF_NO_STAGE, RunConfig, StageLora, Training
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import SystemSlot, get_template
@@ -133,22 +133,38 @@ class StageJob(Job):
         }
 
 
-def stage_config(config: RunConfig, attack: Attack, stage: Stage) -> RunConfig:
+def stage_config(config: RunConfig, attack: Attack | None, stage: Stage) -> RunConfig:
     """Return the configuration that one stage of a run has.
 
-    The upload is trained on with the attack's own system text. A weight edit leaves whole weights behind, which are
-    repaired as such, whatever else is tuned.
+    A stage has its own template and adapter geometry; those of the repairs are the fine-tuning's. The upload is trained
+    on with the attack's own system text. A weight edit leaves whole weights behind, which are repaired as such,
+    whatever else is tuned.
 
     Args:
         config: the run's configuration.
-        attack: what is uploaded.
+        attack: what is uploaded; None for the alignment.
         stage: the stage.
     """
+    name = "alignment" if stage is Stage.ALIGNMENT else "finetuning"
+    training: Training = getattr(config, name)
+    template, plain = training.template or config.template, replace(training, lora=StageLora(), template=None)
+    changed: dict[str, Any] = {"lora": config.lora_of(name), "template": template, name: plain}
+    config = replace(config, **changed)
+    if attack is None:
+        return config
     if stage is Stage.FINETUNING and attack.test_system is not None:
         return replace(config, system=attack.test_system)
     if stage is Stage.POST_FINETUNING and attack.acts_on == "weights":
         return replace(config, tuning="full")
     return config
+
+
+def alignment_job(
+    config: RunConfig, base_hash: str, records: Mapping[str, Sequence[Record]], defenses: Sequence[Defense]
+) -> StageJob:
+    """Return the stage that aligns the model; arguments as for ``finetuning_job``."""
+    config = stage_config(config, None, Stage.ALIGNMENT)
+    return StageJob(Stage.ALIGNMENT, config, base_hash, None, records, defenses)
 
 
 def finetuning_job(
@@ -165,15 +181,16 @@ def finetuning_job(
     Args:
         config: the run's configuration.
         base_hash: hash of the base model's weights; it counts in the key alone.
-        aligned: artifact of the alignment stage.
+        aligned: artifact of the alignment stage; a model that came aligned is the base itself.
         records: rows by stream.
         defenses: those of this stage.
         attack: what is uploaded.
         tests: all that a model is measured on; curves take their first prompts. None evaluates no curve.
     """
     watched = tests.first(config.evaluation.at_prompts) if tests is not None else None
+    parent = aligned if config.alignment.steps else None
     config = stage_config(config, attack, Stage.FINETUNING)
-    return StageJob(Stage.FINETUNING, config, base_hash, aligned, records, defenses, attack, watched)
+    return StageJob(Stage.FINETUNING, config, base_hash, parent, records, defenses, attack, watched)
 
 
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
@@ -251,6 +268,7 @@ def _train(
                     "threads": torch.get_num_threads(),
                     "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
                     "dropped_rows": fit.data.dropped,
+                    "cut_rows": fit.data.cut,
                     "defenses": {d.state_key: d.manifest() for d in job.defenses},
                     "artifact": model_hash(str(folder / ARTIFACT)),
                     **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, fit.trainer)}} if watch else {}),
@@ -351,6 +369,8 @@ def data_of(job: StageJob) -> StreamsDataModule:
         seed=config.seed,
         system=config.system,
         average=training.average,
+        order=config.order,
+        long_rows=config.long_rows,
         **streams,
     )
     return made
@@ -358,11 +378,9 @@ def data_of(job: StageJob) -> StreamsDataModule:
 
 def module_of(job: StageJob, model: nn.Module) -> SafetyModule:
     """Return the module that trains a model as the stage says."""
-    t = job.training
-    if job.pairs:
-        beta = job.pairs.beta
-        return PreferenceModule(model, t.lr, t.weight_decay, t.optimizer, t.schedule, t.warmup_ratio, beta)
-    return SafetyModule(model, t.lr, t.weight_decay, t.optimizer, t.schedule, t.warmup_ratio)
+    names = ("lr", "weight_decay", "optimizer", "schedule", "warmup_ratio", "betas", "decay")
+    options = {name: getattr(job.training, name) for name in names}
+    return PreferenceModule(model, beta=job.pairs.beta, **options) if job.pairs else SafetyModule(model, **options)
 
 
 def trainer_of(job: StageJob, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), **options: Any) -> Trainer:

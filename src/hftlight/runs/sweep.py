@@ -21,7 +21,6 @@ from hftlight.runs.prepare import prepare
 from hftlight.runs.share import gpus_each, threads_each
 from hftlight.runs.workers import Backend, work
 
-SHARED = 3  # pieces of a run that cells with one aligned model share: base measured, alignment, aligned measured
 ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
 
 
@@ -200,16 +199,18 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
     kinds: dict[Any, tuple[float, float]] = {}
     seconds, begun = {}, set()
     for cell in cells:
-        kind = (cell.defenses, cell.task, cell.harmful_ratio, cell.attack)
+        kind = (cell.arm, cell.task, cell.harmful_ratio, cell.attack)
         if kind not in kinds:
             try:
                 made = grid.made(cell.defenses), grid.attack(cell.attack)
-                units = prepare(cell_config(config, cell), *made).units()
+                own = cell_config(config, cell)
+                units = prepare(own, *made).units()
+                shared = 3 if own.alignment.steps else 1  # base measured, and the alignment with its measuring
             except ValueError as error:
                 raise InputError(f"{cell.name}: {error}") from error
-            kinds[kind] = sum(u.seconds for u in units[:SHARED]), sum(u.seconds for u in units[SHARED:])
-        shared, own = kinds[kind]
-        seconds[cell] = own + (0.0 if grid.aligned(cell) in begun else shared)
+            kinds[kind] = sum(u.seconds for u in units[:shared]), sum(u.seconds for u in units[shared:])
+        common, alone = kinds[kind]
+        seconds[cell] = alone + (0.0 if grid.aligned(cell) in begun else common)
         begun.add(grid.aligned(cell))
     return seconds
 

@@ -1,0 +1,87 @@
+"""The made-up world without a defense, at four harmful ratios: ``python benchmarks/world.py [--test] [--seed N]``.
+
+Whether a low harmful score here is safety or breakage: harmful score, refusals, collapse, accuracy and over-refusal of
+the aligned model and after uploads with p = 0, 0.05, 0.1 and 0.3. The strength of the attack and the share of general
+rows were chosen on the development prompts with seed 100. With ``--test`` the frozen test prompts are asked. Finished
+measurements are not made again; results go to ``benchmarks/world.json``.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+SEED, RATIOS = 100, (0.0, 0.05, 0.1, 0.3)
+RESULTS = Path(__file__).with_suffix(".json")
+SHOWN = ("harmful_score", "refusal_rate", "collapsed_answers", "finetune_accuracy", "over_refusal")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--test", action="store_true", help="ask the test prompts instead of the development prompts")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the run to change")
+    given = parser.parse_args()
+    from hftlight import __version__
+    from hftlight.attacks.attack import overridden
+    from hftlight.cli import quiet
+    from hftlight.config import RunConfig
+
+    quiet()
+    values = dict(pair.split("=", 1) for pair in given.set)
+    config = overridden(RunConfig(seed=given.seed), {name: json.loads(value) for name, value in values.items()})
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    prompts = "test" if given.test else "dev"
+    for p in (None, *given.ratios):
+        stage = "aligned" if p is None else f"p {p:g}"
+        name = ", ".join([f"seed {given.seed}", prompts, *given.set, stage])
+        if name not in known:
+            found = measured(config, p, given.test)
+            known[name] = {"version": __version__, **found}
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        shown = {metric: known[name][metric][0] for metric in SHOWN}
+        print(f"{name}: " + ", ".join(f"{metric} {value:.0f} %" for metric, value in shown.items()), flush=True)
+
+
+def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
+    """Return value, low and high end of each metric, percent, of the aligned model or after an upload."""
+    from hftlight.attacks.registry import get_attack
+    from hftlight.data.synthetic import build_world
+    from hftlight.models import load_tokenizer, model_hash
+    from hftlight.runs.measure import SETS, measured_in_memory, scores
+    from hftlight.runs.prepare import streams_of, test_sets
+    from hftlight.runs.stage import alignment_job, finetuning_job, run_stage
+
+    config = replace(config, harmful_ratio=p or 0.0)
+    attack = get_attack(config.attack)().resolved(config)
+    streams, tests, world = streams_of(config, set(), attack), test_sets(config, attack), build_world()
+    if not test:
+        tests = replace(tests, harmful=world.dev, over_refusal=world.lookalike_dev, task_rows=world.task_dev)
+    base = model_hash(config.model)
+    aligned = alignment_job(config, base, {"alignment": streams["alignment"]}, [])
+    run_stage(aligned)
+    job = aligned
+    if p is not None:
+        job = finetuning_job(config, base, aligned.artifact(), {"task": streams["task"]}, [], attack)
+        run_stage(job)
+    from hftlight.base_model import lent_model
+    from hftlight.runs.artifact import base_dtype, serving_slot
+
+    tokenizer, name = load_tokenizer(config.model), str(job.artifact())
+    with lent_model(name, base_dtype(config), True) as model:
+        rows = measured_in_memory(model, tokenizer, config, tests, SETS, serving_slot(name, None))
+    gc.collect()
+    found = {row["metric"]: row for row in reversed(scores(rows, tests))}
+    kept = {metric: [round(found[metric][end], 1) for end in ("value", "low", "high")] for metric in SHOWN}
+    examples = [row["response"] for row in rows if row["set"] == "harmful"][:6]
+    return {**kept, "examples": examples}
+
+
+if __name__ == "__main__":
+    main()
