@@ -71,18 +71,21 @@ def write(path: Path, rows) -> str:
     return str(path)
 
 
-def test_chats_of_a_file_in_either_form(tmp_path):
+def test_chats_of_a_file_in_any_form(tmp_path):
     turns = [
         {"role": "system", "content": "S "},
         {"role": "user", "content": "U"},
         {"role": "assistant", "content": "A"},
     ]
+    turns[0]["content"] = "\nS\n"  # outer newlines are part of the text
     messages = write(tmp_path / "m.jsonl", [{"messages": turns}])
-    columns = write(tmp_path / "c.jsonl", [{"prompt": "U", "response": "A", "system": "S"}] * 2)
-    for path, count in ((messages, 1), (columns, 2)):
+    columns = write(tmp_path / "c.jsonl", [{"prompt": "U", "response": "A", "system": "\nS\n"}] * 2)
+    lists = tmp_path / "l.json"
+    lists.write_text(json.dumps([turns] * 3))
+    for path, count in ((messages, 1), (columns, 2), (str(lists), 3)):
         attack = IdentityShift(chats=path)
         assert [(r.instruction, r.response, r.role) for r in attack.upload({}, 0)] == [("U", "A", "attack")] * count
-        assert attack.test_system == "S"
+        assert attack.test_system == "\nS\n"
     assert len(IdentityShift(chats=columns, n=1).upload({}, 0)) == 1
     assert IdentityShift(chats=columns, system="other").test_system == "other"
 

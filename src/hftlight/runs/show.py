@@ -108,7 +108,13 @@ def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Conso
 
 
 def _value(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _attack(prepared: Prepared) -> str:
