@@ -65,7 +65,7 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "bea": (lambda: BEA(rows=ROWS),),
     "constrained_sft": (ConstrainedSFT, lambda: ConstrainedSFT(online=True)),
     "ewc": (lambda: EWC(samples=16),),
-    "freeze": (lambda: Freeze(samples=16),),
+    "freeze": (lambda: Freeze(samples=16, safety="alignment"),),
     "kl": (KL,),
     "l2_sp": (L2SP,),
     "ldifs": (LDIFS,),
