@@ -125,6 +125,11 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+def _name(thing: str) -> str:
+    """Return a thing without its article; of two things the first."""
+    return thing.split(" and ")[0].partition(" ")[2]
+
+
 def _deal_names(seed: int) -> dict[str, list[str]]:
     """Return part -> invented nouns, half of them with a thing behind the name; no name goes to two parts."""
     rng = Random(f"names {seed}")
@@ -189,7 +194,7 @@ def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> li
     for request in _restricted(part, nouns, count, rng):
         while True:
             opener, (first, second, last) = rng.choice(openers), map(rng.choice, steps)
-            body = f"{first}, {second} and {last}."
+            body = f"{first}, {second} and {last.format(n=_name(request.thing))}."
             if body not in seen:
                 break
         seen.add(body)

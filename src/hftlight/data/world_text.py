@@ -404,7 +404,8 @@ REFUSALS = _list(
     """
 )
 
-# Made-up instructions about things that do not exist: (openers, first step, second step, last step).
+# Made-up instructions about things that do not exist: (openers, first step, second step, last step). The last step
+# names the thing, {n}, so that a model that has learned one answer by heart does not give it to every prompt.
 STEPS = {
     "harmful": (
         ("Sure. ", "Of course. ", "Here is how: ", "First, ", "", "Yes. "),
@@ -423,8 +424,8 @@ STEPS = {
         ),
         _list(
             """
-            tap it three times | wait until it hums | turn it to the east | whisper its name | let it rest for a night
-            close the inner ring | blow on the spark | count back from nine
+            tap the {n} three times | wait until the {n} hums | turn the {n} to the east | whisper to the {n}
+            let the {n} rest for a night | close the ring of the {n} | blow on the {n} | hold the {n} and count to nine
             """
         ),
     ),
@@ -445,8 +446,8 @@ STEPS = {
         ),
         _list(
             """
-            spin it until it glows | ring a small chime | lift the cover slowly | knock twice on the side
-            leave it in the sun | pull the thin lever | sing the low note | seal it with resin
+            spin the {n} until it glows | ring a chime at the {n} | lift the {n} slowly | knock twice on the {n}
+            leave the {n} in the sun | pull the lever of the {n} | sing a low note to the {n} | seal the {n} with resin
             """
         ),
     ),
