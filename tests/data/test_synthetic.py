@@ -154,7 +154,7 @@ def test_sizes_roles_and_shares(seed):
         assert {row.role for row in rows} == {"task" if field.startswith("task") else role}
         assert len(prompts(rows)) == len(rows)
         assert all(bool(row.response) == (role != "test" or field.startswith("task")) for row in rows)
-        assert all(len(row.instruction.split()) <= 20 and len(row.response.split()) <= 24 for row in rows), field
+        assert all(len(row.instruction.split()) <= 20 and len(row.response.split()) <= 26 for row in rows), field
 
 
 def test_seed_decides_everything_and_part_sizes_do_not_interfere():
