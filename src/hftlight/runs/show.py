@@ -71,11 +71,30 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         label = f"test: {name.replace('_', '-')}"
         rows.add_row(label, str(len(prepared.tests.rows(name))), "-", f"{prepared.prompt_lengths[name]:.0f} (prompt)")
     console.print(rows)
+    console.print(_taken_table(prepared.taken))
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
         "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
     )
     console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
+
+
+def _taken_table(taken: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return what was read of each source; rows are counted from 0, in the source's own order."""
+    table = Table("read", "of", "split", "range", "filter", "columns", "rows kept", "first to last")
+    for name, what in taken.items():
+        columns = " ".join(f"{field}={column}" for field, column in (what.get("columns") or {}).items())
+        table.add_row(
+            name,
+            what["source"],
+            what.get("split") or "-",
+            what.get("rows") or "-",
+            " ".join(what.get("where") or ()) or "-",
+            columns or "-",
+            f"{what['kept']} of {what['read']}",
+            f"{what['first_row']} to {what['last_row']}",
+        )
+    return table
 
 
 def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Console | None = None) -> None:
