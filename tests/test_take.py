@@ -87,7 +87,10 @@ def test_a_name_that_is_no_source_is_refused_with_the_nearest(option):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"columns": {"over_refusl": {"kind": "type"}}}, r"--data\.columns goes by source .*Did you mean 'over_refusal'"),
+        (
+            {"columns": {"over_refusl": {"kind": "type"}}},
+            r"--data\.columns goes by source .*Did you mean 'over_refusal'",
+        ),
         ({"columns": {"alignment": "refusal"}}, r"--data\.columns goes by source .*such as {alignment: {response"),
         ({"columns": {"answer": "refusal"}}, r"--data\.columns names the fields .*got \['answer'\]"),
         ({"rows": {"attack": "9"}}, r"--data\.rows must be START:STOP .*got '9'\. It is about attack"),

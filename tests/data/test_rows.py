@@ -94,7 +94,9 @@ def test_what_is_not_there_is_refused_without_asking_the_hub(source, tmp_path, m
 
 def lines(folder, count=10):
     path = folder / "rows.jsonl"
-    path.write_text("\n".join(f'{{"n": {i}, "safe": {"true" if i % 2 else "false"}, "lang": "en"}}' for i in range(count)))
+    path.write_text(
+        "\n".join(f'{{"n": {i}, "safe": {"true" if i % 2 else "false"}, "lang": "en"}}' for i in range(count))
+    )
     return path
 
 
