@@ -94,7 +94,7 @@ def test_one_refusal_file_serves_alignment_harm_pairs_and_attack(tmp_path):
     counts = overlaps({name: found[name] for name in ("harmful", "pairs", "task")})
     assert (counts["harmful", "task"], counts["pairs", "task"]) == (0, 0)
     assert [sources.taken[name]["kept"] for name in ("harmful", "pairs", "attack")] == [12, 12, 28]
-    assert sources.taken["attack"]["divided"] == "by a hash of the prompt"
+    assert sources.taken["attack"]["divided"] == "divided by a hash of the prompt"
 
 
 def test_the_attackers_rows_do_not_depend_on_what_a_defense_draws(tmp_path):

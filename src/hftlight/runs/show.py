@@ -71,7 +71,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         label = f"test: {name.replace('_', '-')}"
         rows.add_row(label, str(len(prepared.tests.rows(name))), "-", f"{prepared.prompt_lengths[name]:.0f} (prompt)")
     console.print(rows)
-    console.print(_taken_table(prepared.taken))
+    for name, what in prepared.taken.items():
+        console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
         "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
@@ -79,22 +80,16 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
 
 
-def _taken_table(taken: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return what was read of each source; rows are counted from 0, in the source's own order."""
-    table = Table("read", "of", "split", "range", "filter", "columns", "rows kept", "first to last")
-    for name, what in taken.items():
-        columns = " ".join(f"{field}={column}" for field, column in (what.get("columns") or {}).items())
-        table.add_row(
-            name,
-            what["source"],
-            what.get("split") or "-",
-            what.get("rows") or "-",
-            " ".join(what.get("where") or ()) or "-",
-            columns or "-",
-            f"{what['kept']} of {what['read']}",
-            f"{what['first_row']} to {what['last_row']}",
-        )
-    return table
+def taken_line(name: str, what: Mapping[str, Any]) -> str:
+    """Return in one line what was read of a source; rows are counted from 0, in the source's own order."""
+    columns = [f"{field} from {column}" for field, column in (what.get("columns") or {}).items()]
+    chosen = [*([f"split {what['split']}"] if what.get("split") else []), *([what["rows"]] if what.get("rows") else [])]
+    chosen += [*(what.get("where") or ()), *columns, *([what["divided"]] if "divided" in what else [])]
+    how = f" ({', '.join(chosen)})" if chosen else ""
+    return (
+        f"{name}: {what['kept']} of {what['read']} rows of {what['source']}{how}, numbers {what['first_row']} to"
+        f" {what['last_row']}."
+    )
 
 
 def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Console | None = None) -> None:

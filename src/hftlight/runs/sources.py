@@ -133,8 +133,8 @@ class Sources:
         rows = self.records(name, first=False)
         mine, _ = split_by_hash(rows, self.data.take(name).first or len(rows) // 2)
         prompts = {prompt_key(record) for record in mine}
-        self.taken[name] |= {"kept": len(mine), "first": len(mine), "divided": "by a hash of the prompt"}
-        self.taken["attack"] |= {"divided": "by a hash of the prompt"}
+        self.taken[name] |= {"kept": len(mine), "first": len(mine), "divided": "divided by a hash of the prompt"}
+        self.taken["attack"] |= {"divided": "divided by a hash of the prompt"}
         ordered, _ = split_by_hash(attack, len(attack))
         return mine, [record for record in ordered if prompt_key(record) not in prompts]
 
