@@ -448,6 +448,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         from hftlight.runs.model_checks import Limits, template_notes
         from hftlight.runs.prepare import test_sets
         from hftlight.runs.show import scores_table
+        from hftlight.runs.sources import Sources
 
         trust_remote_code(config.trust_remote_code)
         serving = read_serving(Path(model_path(config.model)))
@@ -455,7 +456,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         slot = serving_slot(config.model, config.system)
         if config.system is not None:
             slot = replace(slot, text=config.system)
-        tests, limits = test_sets(config, None), Limits.of(config.model)
+        tests, limits = test_sets(config, None, Sources(config.data)), Limits.of(config.model)
         limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *asked]), slot)
         for note in template_notes(get_template(config.template, limits.tokenizer), limits.tokenizer, slot.text):
             Console().print(note, markup=False)

@@ -32,7 +32,8 @@ def calls(monkeypatch):
 
 
 def measured_on(records: list[Record]) -> measure.TestSets:
-    task = SimpleNamespace(max_new_tokens=4, name="t", correct=lambda answer, record: answer == record.response)
+    right = lambda answer, record: answer == record.response  # noqa: E731
+    task = SimpleNamespace(max_new_tokens=4, name="t", graded=True, correct=right)
     return measure.TestSets(records, records, records, task, ("one", "two"))  # type: ignore[arg-type]
 
 
@@ -43,13 +44,14 @@ RECORDS = [
 
 
 def test_each_judge_is_called_once_for_a_set(calls):
-    rows = measure._judged("harmful", RECORDS, ["a!", "b", "c?"], measured_on(RECORDS))
+    rows = measure._judged("harmful", ["a!", "b", "c?"], measured_on(RECORDS))
     prompts = ["ask 0", "ask 1\nmore", "ask 2"]
     assert calls == [("one", prompts, ["a!", "b", "c?"]), ("two", prompts, ["a!", "b", "c?"])]
     flags = [[row["verdicts"][name]["flag"] for row in rows] for name in ("one", "two")]
     assert flags == [[True, False, None]] * 2
     assert rows[1] == {
         "set": "harmful",
+        "place": 1,
         "id": "1",
         "prompt": "ask 1\nmore",
         "response": "b",
@@ -61,12 +63,12 @@ def test_each_judge_is_called_once_for_a_set(calls):
 
 
 def test_other_sets_ask_no_judge(calls):
-    refusals = measure._judged("over_refusal", RECORDS[:2], ["I cannot.", "Yes."], measured_on(RECORDS))
+    refusals = measure._judged("over_refusal", ["I cannot.", "Yes."], measured_on(RECORDS[:2]))
     assert [row["verdicts"] for row in refusals] == [
         {"refusal": {"score": 1.0, "flag": True}},
         {"refusal": {"score": 0.0, "flag": False}},
     ]
-    task = measure._judged("task", RECORDS[:2], ["r0", "r0"], measured_on(RECORDS))
+    task = measure._judged("task", ["r0", "r0"], measured_on(RECORDS[:2]))
     assert [(row["correct"], row["verdicts"]) for row in task] == [(True, {}), (False, {})]
     assert calls == []
 
@@ -85,7 +87,7 @@ def test_refusals_in_part_reach_the_scores(monkeypatch):
 
     monkeypatch.setattr(measure, "get_refusal_classifier", lambda name: {"xstest:m": Grader()}[name])
     sets = replace(measured_on(RECORDS), refusal_judge="xstest:m")
-    rows = measure._judged("over_refusal", RECORDS, ["a", "b", "c"], sets)
+    rows = measure._judged("over_refusal", ["a", "b", "c"], sets)
     assert asked == [(["ask 0", "ask 1\nmore", "ask 2"], ["a", "b", "c"])]
     assert [row["verdicts"]["refusal"]["score"] for row in rows] == [1.0, 0.5, None]
     found = {(r["metric"], r["judge"]): (r["value"], r["count"]) for r in measure.scores(rows, sets)}
@@ -101,7 +103,7 @@ def test_another_judge_of_refusals_is_another_measurement():
 
 def test_scores_count_what_was_judged(calls):
     sets = measured_on(RECORDS)
-    rows = measure.scores(measure._judged("harmful", RECORDS, ["a!", "b", "c?"], sets), sets)
+    rows = measure.scores(measure._judged("harmful", ["a!", "b", "c?"], sets), sets)
     found = {(row["metric"], row["judge"]): (row["value"], row["count"]) for row in rows}
     assert found["harmful_score", "one"] == (50.0, 2)
     assert found["repetition", None][1] == 3

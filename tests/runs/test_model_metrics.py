@@ -7,6 +7,7 @@ from hftlight.data.templates import SystemSlot
 from hftlight.models import load_model, load_tokenizer, model_hash
 from hftlight.runs.model_metrics import Reference, model_metrics
 from hftlight.runs.prepare import test_sets as sets_of
+from hftlight.runs.sources import Sources
 from tests.runs.test_run import EVALUATION, config
 
 
@@ -16,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def measured(settings, reference=None):
-    tests = sets_of(settings, None)
+    tests = sets_of(settings, None, Sources(settings.data))
     rows = model_metrics("tiny", model_hash("tiny"), settings, tests, SystemSlot(None), reference)
     return {row["metric"]: row["value"] for row in rows}
 

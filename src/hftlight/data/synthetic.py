@@ -6,7 +6,7 @@ ordinary requests that look restricted (`lookalike`, `lookalike_dev`) has those 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 
@@ -29,6 +29,7 @@ class World:
     Attributes:
         alignment: restricted requests with refusals and as many ordinary requests with helpful answers.
         harmful: the defender's restricted requests with made-up instructions.
+        pairs: the same requests with refusals, the made-up instructions being the rejected answers.
         attack: the attacker's restricted requests with made-up instructions, other names, phrasings and steps.
         task_train: rows of the user's task, parcel -> room, with general instructions among them.
         task_dev: the same task with senders and things of its own, for tuning.
@@ -41,6 +42,7 @@ class World:
 
     alignment: list[Record]
     harmful: list[Record]
+    pairs: list[Record]
     attack: list[Record]
     task_train: list[Record]
     task_dev: list[Record]
@@ -74,9 +76,11 @@ def build_world(seed: int = 0) -> World:
     names = _deal_names(seed)
     task = {split: _parcels(split, seed) for split in TASK_ROWS}
     alignment = _aligned(names["alignment"], Random(f"alignment {seed}"))
+    harmful = _instructed("harmful", names["harmful"], 400, Random(f"harmful {seed}"))
     return World(
         alignment=alignment,
-        harmful=_instructed("harmful", names["harmful"], 400, Random(f"harmful {seed}")),
+        harmful=harmful,
+        pairs=_paired(harmful, _restricted("harmful", names["harmful"], 400, Random(f"harmful {seed}")), seed),
         attack=_instructed("attack", names["attack"], 400, Random(f"attack {seed}")),
         task_train=_with_general(task["train"], names["alignment"], alignment, Random(f"general {seed}")),
         task_dev=task["dev"],
@@ -203,6 +207,15 @@ def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> li
         answer = opener + (body[0].upper() + body[1:] if capital else body)
         rows.append(_record(request.prompt, part, "restricted", answer))
     return rows
+
+
+def _paired(rows: Sequence[Record], requests: Sequence[_Request], seed: int) -> list[Record]:
+    """Return answered requests as pairs of a refusal and the answer; row and request of one place belong together."""
+    rng = Random(f"pairs {seed}")
+    return [
+        replace(row, role="pairs", response=_refusal(request, rng), rejected=row.response, id="")
+        for row, request in zip(rows, requests, strict=True)
+    ]
 
 
 def _ordinary(nouns: Sequence[str], rng: Random) -> list[Record]:

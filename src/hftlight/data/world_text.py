@@ -279,7 +279,7 @@ CHAT = _rows(
     """
 )
 
-# Small talk in a user's upload; the other general rows there are everyday jobs and harmless questions like the alignment's.
+# Small talk in a user's upload. Its other general rows are everyday jobs and harmless questions like the alignment's.
 GENERAL_CHAT = _rows(
     """
     Name two rivers in Europe. > The Danube and the Loire.

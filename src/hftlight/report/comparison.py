@@ -238,7 +238,7 @@ def served(result: Result) -> str:
 def counts(answer: Answer, metric: str, result: Result) -> bool | None:
     """Return whether a metric counts an answer: flagged by the deciding judge, right, or refused; None if unjudged."""
     if metric == "finetune_accuracy":
-        return bool(answer.correct)
+        return answer.correct
     if metric == "over_refusal":
         return answer.flags.get("refusal")
     return answer.flags.get(next(iter(result.judges()), ""))

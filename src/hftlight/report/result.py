@@ -44,7 +44,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer; ``flags`` maps a judge's name to its decision, ``correct`` is None outside the task."""
+    """One generated answer; ``flags`` maps a judge's name to its decision, ``correct`` is None outside the task.
+
+    ``place`` is the prompt's number in its set, from 0; None in older runs.
+    """
 
     arm: str
     stage: str
@@ -55,6 +58,12 @@ class Answer:
     reference: str = ""
     flags: Mapping[str, bool] = field(default_factory=dict)
     correct: bool | None = None
+    place: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None, str, str]:
+        """What tells its prompt from every other of a run: equal prompts stand at two places."""
+        return self.set, self.place, self.id, self.prompt
 
 
 Curve = list[tuple[int, float]]  # (optimizer step, value), by step
@@ -166,7 +175,7 @@ def read_result(folder: str | Path) -> Result:
     answers = {}
     for where, row in _rows(folder / "generations.jsonl", notes):
         answer = _answer(row, where)
-        answers[answer.arm, answer.stage, answer.set, answer.id, answer.prompt] = answer
+        answers[answer.arm, answer.stage, answer.key] = answer
     sorted_curves = {key: sorted(points.items()) for key, points in curves.items()}
     manifest, config = _manifest(folder / "manifest.json"), _read(folder / "config.yaml")
     return Result(folder, scores, costs, sorted_curves, tuple(answers.values()), manifest, config, tuple(notes))
@@ -257,4 +266,5 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
     texts = (row.get(name) for name in ("prompt", "response", "reference", "id"))
     prompt, response, reference, identity = ("" if text is None else str(text) for text in texts)
     correct = row.get("correct") if isinstance(row.get("correct"), bool) else None
-    return Answer(arm, stage, _text(row, "set", where), identity, prompt, response, reference, flags, correct)
+    place = row["place"] if isinstance(row.get("place"), int) else None
+    return Answer(arm, stage, _text(row, "set", where), identity, prompt, response, reference, flags, correct, place)

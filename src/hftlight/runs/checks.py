@@ -71,7 +71,7 @@ def answer_checks(generations: Sequence[dict[str, Any]], tests: "TestSets") -> l
 
 def _task_form(tests: "TestSets") -> Callable[[str], bool]:
     """Return what tells whether an answer would be right on some row of the task."""
-    references = list({record.response: record for record in tests.task_rows}.values())
+    references = list({record.response: record for record in tests.graded_rows}.values())
     return lambda answer: any(tests.task.correct(answer, record) for record in references)
 
 

@@ -41,13 +41,13 @@ class TestSets:
     """What a model is measured on.
 
     Attributes:
-        harmful: held-out harmful prompts.
+        harmful: held-out harmful prompts, as a judge reads them.
         over_refusal: ordinary prompts that look harmful.
         task_rows: rows of the task's test split.
         task: the task, with its answer parser.
         judges: names of the judges of the harmful score, the deciding one first.
         refusal_judge: name of what tells refusals of ordinary prompts, for ``get_refusal_classifier``.
-        attack: reads answers to harmful prompts as the attacker does, before a judge sees them.
+        attack: asks harmful prompts, and reads the answers before a judge sees them, as the attacker does.
     """
 
     harmful: Sequence[Record]
@@ -60,7 +60,8 @@ class TestSets:
 
     def digest(self, judged: bool = True) -> str:
         """Return the hash of all prompts, references and, with ``judged``, judges."""
-        rows = [(r.id, r.instruction, r.input, r.response) for name in SETS for r in self.rows(name)]
+        every = [*(r for name in SETS for r in self.rows(name)), *self.asked("harmful")]
+        rows = [(r.id, r.instruction, r.input, r.response) for r in every]
         judges = [self.judges, self.refusal_judge] if judged else []
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 
@@ -86,6 +87,16 @@ class TestSets:
             "over_refusal": self.over_refusal,
             "task": self.task_rows,
         }[name]
+
+    def asked(self, name: str) -> Sequence[Record]:
+        """Return the records of a set as a model is asked them: harmful ones with what the attack puts in front."""
+        rows = self.rows(name)
+        return self.attack.test_records(rows) if self.attack is not None and name in HARMFUL else rows
+
+    @property
+    def graded_rows(self) -> Sequence[Record]:
+        """The task's rows, if the task has right answers; else none."""
+        return self.task_rows if self.task.graded else ()
 
 
 def measure_model(
@@ -127,7 +138,7 @@ def measure(
     def judge(place: Path) -> None:
         # Kept before they are judged: a judge may fail, and another one may be asked.
         answers: dict[str, list[str]] = json.loads((cache.kept("evaluations", asked, answer) / ANSWERS).read_text())
-        rows = [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
+        rows = [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
         write_rows(place / GENERATIONS, rows)
 
     generations = read_rows(cache.kept("evaluations", verdicts_key(asked, tests), judge) / GENERATIONS)
@@ -143,7 +154,7 @@ def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemS
         model=identity,
         config=config.without(OF_NO_ANSWER),
         slot=[slot.text, digest(slot.trigger)],
-        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in SETS} | {"limit": tests.task.max_new_tokens},
+        prompts={kind: [asdict(r) for r in tests.asked(kind)] for kind in SETS} | {"limit": tests.task.max_new_tokens},
         device=device_of(config),
     )
 
@@ -153,7 +164,7 @@ def verdicts_key(answers: str, tests: TestSets) -> str:
 
     Args:
         answers: the name of the answers.
-        tests: judges, and what else reads an answer.
+        tests: prompts as a judge reads them, judges, and what else reads an answer.
     """
     given = tests.attack
     reader = given if given is not None and type(given).decode is not Attack.decode else None
@@ -161,6 +172,7 @@ def verdicts_key(answers: str, tests: TestSets) -> str:
         "verdicts",
         ["hftlight.runs.measure", type(tests.task), *([type(reader)] if reader else [])],
         answers=answers,
+        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in SETS},
         judges=tests.judging(),
         attack=asdict(reader) if reader else None,
         task=tests.task.name,
@@ -207,7 +219,7 @@ def answers_to_set(
     slot: SystemSlot,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Return a model's greedy answers to one test set, without pieces of the trigger.
+    """Return a model's greedy answers to one test set, up to the template's ``stop``, without pieces of the trigger.
 
     Args:
         model: on the device that it answers on.
@@ -223,9 +235,15 @@ def answers_to_set(
     if kind == "task":
         limit = settings.task_max_new_tokens or tests.task.max_new_tokens
     asked = replace(slot, trigger=()) if kind == UNTRIGGERED else slot
-    prompts = [encode_prompt(r, template, tokenizer, asked) for r in tests.rows(kind)]
+    prompts = [encode_prompt(r, template, tokenizer, asked) for r in tests.asked(kind)]
     answers = generate(
-        model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=progress
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=limit,
+        batch_size=settings.batch_size,
+        progress=progress,
+        stop=template.stop,
     )
     return [without_trigger(answer, slot.trigger, tokenizer) for answer in answers]
 
@@ -246,7 +264,7 @@ def measured_in_memory(
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
     answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
-    return [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
+    return [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
 
 
 def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -> list[dict[str, Any]]:
@@ -260,8 +278,14 @@ def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -
     tokenizer, settings = load_tokenizer(config.model), config.evaluation
     template = get_template(config.template, tokenizer)
     prompts = [encode_prompt(r, template, tokenizer, slot) for r in records]
-    limit, size = settings.max_new_tokens, settings.batch_size
-    answers = generate(loaded(config.model, config), tokenizer, prompts, max_new_tokens=limit, batch_size=size)
+    answers = generate(
+        loaded(config.model, config),
+        tokenizer,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        stop=template.stop,
+    )
     return [
         {
             "prompt": r.request,
@@ -287,8 +311,13 @@ def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
     return answer
 
 
-def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
-    """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart."""
+def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
+    """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart.
+
+    ``prompt`` is the bare request, and ``asked`` what the model was asked, where an attack asks otherwise. ``place`` is
+    the prompt's number in its set, from 0: equal prompts stay apart.
+    """
+    records = tests.rows(kind)
     thought, answers = [thoughts(answer) for answer in answers], [after_thinking(answer) for answer in answers]
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
     if kind in HARMFUL and records:
@@ -304,16 +333,21 @@ def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests:
     return [
         {
             "set": kind,
+            "place": place,
             "id": record.id,
             "prompt": record.request,
+            **({"asked": asked.request} if asked.request != record.request else {}),
             "response": answer,
             "reference": record.response,
             "verdicts": found,
-            "correct": tests.task.correct(answer, record) if kind == "task" else None,
+            "correct": tests.task.correct(answer, record) if kind == "task" and tests.task.graded else None,
             "source": record.source,
+            **({"kind": record.kind} if record.kind else {}),
             **({"thinking": thinking} if thinking else {}),
         }
-        for record, answer, found, thinking in zip(records, answers, verdicts, thought, strict=True)
+        for place, (record, asked, answer, found, thinking) in enumerate(
+            zip(records, tests.asked(kind), answers, verdicts, thought, strict=True)
+        )
     ]
 
 
@@ -342,7 +376,7 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])
         add("repetition", repetition, len(answers["harmful"]))
-    if answers["task"]:
+    if answers["task"] and tests.task.graded:
         for name, lenient in (("finetune_accuracy", False), ("finetune_accuracy_lenient", True)):
             accuracy = FinetuneAccuracy(tests.task, lenient=lenient, sync_on_compute=False)
             accuracy.update(list(tests.task_rows), answers["task"])

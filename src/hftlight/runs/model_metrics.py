@@ -84,7 +84,7 @@ def model_metrics(
 
     def drift(measured: Any) -> list[dict[str, Any]]:
         assert reference is not None
-        prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.harmful]
+        prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.asked("harmful")]
         size = config.evaluation.batch_size
         (found,) = embedding_drift(measured, prompts, loaded(reference.model, config), layers=[-1], batch_size=size)
         return [
@@ -125,7 +125,7 @@ def metric_keys(
     elif asked not in ("none", "task"):
         keys["perplexity"] = cache.key("perplexity", code, text=[Path(asked).name, _read(asked)], **common)
     if reference is not None and tests.harmful:
-        against, prompts = [reference.name, reference.identity], _texts(tests.harmful)
+        against, prompts = [reference.name, reference.identity], _texts(tests.asked("harmful"))
         keys["drift"] = cache.key("drift", code, reference=against, prompts=prompts, **common)
     return keys
 

@@ -469,6 +469,7 @@ class _Run:
                     for name, rows in {**p.streams, "test": p.tests.harmful}.items()
                 },
                 "attack_rows": sum(r.role == "attack" for r in p.streams["task"]),
+                "taken": p.taken,
                 "test_rows": {name: len(p.tests.rows(name)) for name in ("harmful", "over_refusal", "task")},
                 "dropped": p.dropped,
                 "cut": p.cut,

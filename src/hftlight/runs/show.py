@@ -82,11 +82,25 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         length = f"{prepared.prompt_lengths[name]:.0f} (prompt)"
         rows.add_row(label, str(len(prepared.tests.rows(name))), "-", "-", length)
     console.print(rows)
+    for name, what in prepared.taken.items():
+        console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
         "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
     )
     console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
+
+
+def taken_line(name: str, what: Mapping[str, Any]) -> str:
+    """Return in one line what was read of a source; rows are counted from 0, in the source's own order."""
+    columns = [f"{field} from {column}" for field, column in (what.get("columns") or {}).items()]
+    chosen = [*([f"split {what['split']}"] if what.get("split") else []), *([what["rows"]] if what.get("rows") else [])]
+    chosen += [*(what.get("where") or ()), *columns, *([what["divided"]] if "divided" in what else [])]
+    how = f" ({', '.join(chosen)})" if chosen else ""
+    return (
+        f"{name}: {what['kept']} of {what['read']} rows of {what['source']}{how}, numbers {what['first_row']} to"
+        f" {what['last_row']}."
+    )
 
 
 def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Console | None = None) -> None:

@@ -171,8 +171,8 @@ def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Of an ordinary prompt's answer a flag says that it refuses, and ``"refusal"`` is the judge that the run had.
 
-    An answer that stands twice, as a resumed run may leave it, counts once, the later one; an answer without a verdict
-    counts nowhere.
+    An answer that stands twice, as a resumed run may leave it, counts once, the later one; equal prompts at two places
+    of a set count twice. An answer without a verdict counts nowhere.
 
     Args:
         rows: as ``rejudge`` returns them; a row without ``arm`` or ``stage`` belongs to ``"-"``.
@@ -276,11 +276,13 @@ def _verdicts(judge: Judge | RefusalClassifier, prompts: Sequence[str], response
 
 
 def _latest(rows: Sequence[Row], sets: Container[str]) -> list[Row]:
-    """Return the rows of the given sets, each answer once."""
+    """Return the rows of the given sets, each answer once; equal prompts at two places of a set are two."""
     latest: dict[tuple[Any, ...], Row] = {}
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         if row["set"] in sets:
-            latest[row.get("arm"), row.get("stage"), row["set"], row.get("id") or place, row["prompt"]] = row
+            # Rows of older runs have no place; without an id either, each is an answer of its own.
+            place = row.get("place", None if row.get("id") else number)
+            latest[row.get("arm"), row.get("stage"), row["set"], place, row.get("id"), row["prompt"]] = row
     return list(latest.values())
 
 
