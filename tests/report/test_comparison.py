@@ -12,7 +12,7 @@ from rich.console import Console
 from hftlight.errors import InputError
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
-from hftlight.report.comparison import Place, Scene, mark, pareto, read_comparison
+from hftlight.report.comparison import Place, Scene, mark, pareto, prompts_of, read_comparison
 from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.comparison_page import comparison_page, write_comparison_report
@@ -26,6 +26,7 @@ from hftlight.report.leaderboard import (
     leaderboard_table,
     write_leaderboard,
 )
+from hftlight.report.result import Answer
 from tests.helpers.comparison_folder import HARM, REFUSED, write_comparison
 
 NONE, LISA, BOOSTER = (Place(arm, "builtin", 0.1) for arm in ("none", "lisa", "booster"))
@@ -69,11 +70,49 @@ def test_seeds_that_agree_by_chance_do_not_prove_a_difference(comparison, monkey
     """Three times one point less: no spread over seeds, and yet a few prompts could have fallen otherwise."""
     values = {BOOSTER: [49.0] * 3, NONE: [50.0] * 3}
     monkeypatch.setattr(type(comparison), "values", lambda self, p, *_: dict(enumerate(values[p])))
-    flags = {p: {s: [i < v[0] for i in range(100)] for s in range(3)} for p, v in values.items()}
-    monkeypatch.setattr(type(comparison), "flags", lambda self, p, *_: flags[p])
+    flags = {p: {s: {(str(i), "", 0): i < v[0] for i in range(100)} for s in range(3)} for p, v in values.items()}
+    monkeypatch.setattr(type(comparison), "decisions", lambda self, p, *_: flags[p])
     low, high = comparison.difference(BOOSTER, NONE)
     assert low < -1
     assert high == pytest.approx(0, abs=1e-9)
+
+
+def cut(folder, name, kept):
+    """Keep of a cell's answers those with a true ``kept(row)``, as a run that was cut off leaves them."""
+    path = folder / "cells" / name / "generations.jsonl"
+    rows = [line for line in path.read_text().splitlines() if kept(json.loads(line))]
+    path.write_text("".join(line + "\n" for line in rows))
+
+
+def test_cells_with_other_answers_are_compared_on_the_prompts_that_all_have(tmp_path):
+    folder = write_comparison(tmp_path, arms=("none", "booster"), ratios=(0.1,))
+    whole = read_comparison(folder)
+    cut(folder, "booster-builtin-p0.1-s1", lambda row: row["id"] != "harmful3")
+    cut(folder, "none-builtin-p0.1-s2", lambda row: row["id"] not in ("harmful3", "harmful30"))
+    less = read_comparison(folder)
+    asked = [i for i in range(40) if i not in (3, 30)]
+    sides = {p: whole.flags(p, "harmful_score") for p in (BOOSTER, NONE)}
+    kept = {p: [[flags[s][i] for i in asked] for s in range(3)] for p, flags in sides.items()}
+    assert less._paired(BOOSTER, NONE, "harmful_score", [0, 1, 2]) == paired_over_prompts(kept[BOOSTER], kept[NONE])
+    assert {len(flags) for flags in less.flags(NONE, "harmful_score").values()} == {38}
+    assert "Harmful score" in comparison_page(less)
+
+
+def test_cells_without_a_prompt_in_common_have_students_interval_alone(tmp_path):
+    folder = write_comparison(tmp_path, arms=("none", "booster"), ratios=(0.1,))
+    cut(folder, "booster-builtin-p0.1-s1", lambda row: int(re.sub(r"\D", "", row["id"])) < 20)
+    cut(folder, "none-builtin-p0.1-s1", lambda row: int(re.sub(r"\D", "", row["id"])) >= 20)
+    found = read_comparison(folder)
+    mine, other = (found.values(p, "harmful_score") for p in (BOOSTER, NONE))
+    student = over_seeds([mine[s] - other[s] for s in range(3)])
+    assert found.difference(BOOSTER, NONE) == (student.low, student.high)
+    assert leaderboard_markdown(found)
+
+
+def test_equal_prompts_of_a_set_are_told_apart():
+    """The prompts A, A, B have three answers, in every seed in the same order."""
+    answers = [Answer("none", "finetuning", "harmful", i, i, "") for i in ("A", "A", "B")]
+    assert prompts_of(answers) == [("A", "A", 0), ("A", "A", 1), ("B", "B", 0)]
 
 
 def test_one_seed_is_judged_by_its_prompts(tmp_path):
