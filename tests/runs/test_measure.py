@@ -107,6 +107,29 @@ def test_scores_count_what_was_judged(calls):
     assert found["repetition", None][1] == 3
 
 
+def test_a_judge_that_grades_has_a_mean_beside_its_flags(monkeypatch):
+    """Deberta gives probabilities, the mean of 0.9, 0.2 and (an answer it could not judge) is 0.55; phrases decide."""
+    scored = {
+        "deberta": [Verdict(0.9, True), Verdict(0.2, False), Verdict.unjudged()],
+        "keyword": [Verdict.of(True)] * 3,
+    }
+
+    def judge(name):
+        return SimpleNamespace(name=name)
+
+    for module in (measure, checks):
+        monkeypatch.setattr(module, "get_judge", judge)
+    sets = replace(measured_on(RECORDS), judges=("deberta", "keyword"))
+    rows = [
+        {"set": "harmful", "prompt": r.request, "response": "x", "verdicts": {n: v[i].row() for n, v in scored.items()}}
+        for i, r in enumerate(RECORDS)
+    ]
+    means = [row for row in measure.scores(rows, sets) if row["metric"] == "harmful_score_mean"]
+    assert [(m["judge"], m["value"], m["count"], m["unit"]) for m in means] == [
+        ("deberta", pytest.approx(0.55), 2, "0 to 1")
+    ]
+
+
 def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_path):
     """The model answers once; what a judge says is kept by judge."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))

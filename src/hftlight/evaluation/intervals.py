@@ -4,7 +4,7 @@ import math
 from statistics import NormalDist
 
 
-def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, count: int, level: float = 0.95) -> tuple[float, float]:
     r"""Return the Wilson score interval of a proportion.
 
     With k successes among n, p = k/n and z the normal quantile of (1 + level)/2, the ends are
@@ -15,7 +15,7 @@ def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, floa
     over training seeds.
 
     Args:
-        successes: k, 0 <= k <= n.
+        successes: k, 0 <= k <= n; a sum of numbers in [0, 1] may take its place.
         count: n, > 0.
         level: probability that the interval covers the true proportion, in (0, 1).
 

@@ -70,7 +70,7 @@ def over_prompts(flags: Flags, level: float = 0.95) -> tuple[float, float]:
     Raises:
         ValueError: if a seed has no decision, or seeds differ in their number of prompts.
     """
-    return _bootstrap([[math.nan if flag is None else float(flag) for flag in each] for each in flags], level)
+    return bootstrap([[math.nan if flag is None else 100.0 * flag for flag in each] for each in flags], level)
 
 
 def paired_over_prompts(flags: Flags, others: Flags, level: float = 0.95) -> tuple[float, float]:
@@ -89,28 +89,34 @@ def paired_over_prompts(flags: Flags, others: Flags, level: float = 0.95) -> tup
     if [len(f) for f in flags] != [len(o) for o in others]:
         raise ValueError("paired_over_prompts: both need the same prompts for the same seeds.")
     pairs = [
-        [math.nan if a is None or b is None else float(a) - float(b) for a, b in zip(f, o, strict=True)]
+        [math.nan if a is None or b is None else 100.0 * (a - b) for a, b in zip(f, o, strict=True)]
         for f, o in zip(flags, others, strict=True)
     ]
-    return _bootstrap(pairs, level)
+    return bootstrap(pairs, level)
 
 
-def _bootstrap(values: Sequence[Sequence[float]], level: float) -> tuple[float, float]:
-    """Return the interval of the mean over seeds of the mean over prompts, times 100.
+def bootstrap(values: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float]:
+    """Return the bootstrap interval over test prompts of the mean over seeds; prompts are drawn once for all seeds.
 
     Args:
-        values: for each seed, one number per prompt; NaN counts nowhere.
+        values: for each seed, one number per prompt, in one order; NaN counts nowhere.
         level: coverage, in (0, 1).
+
+    Returns:
+        Low and high, in the unit of the values.
+
+    Raises:
+        ValueError: if a seed has no number, or seeds differ in their number of prompts.
     """
     lengths = [len(each) for each in values]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"Bootstrap: seeds answer the same prompts, got {lengths} prompts. Keep the prompts that all seeds share."
+            f"bootstrap: seeds answer the same prompts, got {lengths} prompts. Keep the prompts that all seeds share."
         )
     table = np.array(values, dtype=float)  # [seeds, prompts]
     decided = ~np.isnan(table)
     if not values or not decided.any(axis=1).all():
-        raise ValueError("Bootstrap: each seed needs one decision at least.")
+        raise ValueError("bootstrap: each seed needs one decision at least.")
     asked = decided.any(axis=0)  # a prompt that no seed decided is not drawn
     table, decided = np.nan_to_num(table[:, asked]), decided[:, asked]
     count = table.shape[1]
@@ -122,4 +128,4 @@ def _bootstrap(values: Sequence[Sequence[float]], level: float) -> tuple[float, 
     # A replicate in which a seed has no decision is the mean over the other seeds; one at least has some.
     means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0).sum(axis=1) / (counts > 0).sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return 100 * float(low), 100 * float(high)
+    return float(low), float(high)

@@ -21,6 +21,7 @@ from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
 from hftlight.evaluation.judges import Verdict, get_judge, judge_identity
 from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
+from hftlight.evaluation.score_mean import mean_rows
 from hftlight.evaluation.thinking import after_thinking, thoughts
 from hftlight.files import digest, read_rows, write_json, write_rows
 from hftlight.models import load_tokenizer, model_hash
@@ -320,11 +321,13 @@ def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests:
 def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per metric and judge from saved generations: value, unit, 95 % interval (if any), count.
 
+    ``harmful_score`` is the share of answers that a judge flags; ``harmful_score_mean`` is the mean of its scores, if
+    it gives graded ones.
     One process measures while the others wait at the next stage, so the metrics do not synchronize.
     """
     answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
     prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(metric: str, measured: Any, count: int, judge: str | None = None) -> None:
         low, high = measured.interval()
@@ -338,6 +341,7 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
             given = [Verdict.of_row(g["verdicts"][name]) for g in generations if g["set"] == kind]
             score.update(prompts[kind], answers[kind], given)
             add(metric, score, int(score.count), name)
+            rows += mean_rows(metric, name, [verdict.score for verdict in given if verdict.judged])
     if answers["harmful"]:
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])
