@@ -172,7 +172,8 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifi
 def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return per arm, stage, set and judge the percentage of flagged answers and the mean of graded scores, as rows.
 
-    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Of an ordinary prompt's answer a flag says that it refuses, and ``"refusal"`` is the judge that the run had.
+    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Of an ordinary prompt's answer a
+    flag says that it refuses, and ``"refusal"`` is the judge that the run had.
 
     An answer that stands twice, as a resumed run may leave it, counts once, the later one; an answer without a verdict
     counts nowhere.
