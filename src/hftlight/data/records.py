@@ -13,7 +13,7 @@ from hftlight.errors import InputError
 
 Role = Literal["alignment", "harmful", "attack", "task", "retain", "test"]
 UPLOADED: tuple[Role, ...] = ("task", "attack")  # roles of the user's rows; a defense cannot tell them apart
-FIELDS = ("instruction", "response", "input", "kind")
+FIELDS = ("instruction", "response", "input", "kind", "language")
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"instruction": "instruction", "input": "input", "response": "output"},
     {"instruction": "prompt", "response": "response"},
@@ -35,6 +35,7 @@ class Record:
         role: what the row is for; ``"attack"`` marks a harmful row hidden in an upload.
         kind: a free label within the source, such as a category.
         id: stable name of the row; by default a digest of its three texts.
+        language: the language of the row, as its source writes it; empty where it is not known.
     """
 
     instruction: str
@@ -44,6 +45,7 @@ class Record:
     role: Role = "task"
     kind: str = ""
     id: str = ""
+    language: str = ""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -71,7 +73,8 @@ def read_records(
         source: a .jsonl, .json, .csv or .parquet file, a folder written by ``save_to_disk``, or a hub name
             (``name:config`` where the set has several configurations).
         role: what the rows are for.
-        columns: column by field of ``FIELDS``, for files whose columns are none of ``LAYOUTS``.
+        columns: column by field of ``FIELDS``, for files whose columns are none of ``LAYOUTS``. A column
+            ``language`` of texts is read without being named.
         need_response: whether every row must hold an answer; off for prompts that are only tested.
         split: the split to take where ``source`` has several.
         where: keep only the rows whose column has this value, such as ``"label=safe"``; numbers compare as text.
@@ -108,6 +111,8 @@ def to_records(
         raise InputError(f"read_records: role must be one of {list(get_args(Role))}, got {role!r}.")
     needed = ("instruction", "response") if need_response else ("instruction",)
     names = _choose_columns(list(rows[0][1]), source, dict(columns or {}), needed)
+    if all(isinstance(row.get("language", 0), str) for _, row in rows):
+        names = {"language": "language", **names}
     return [
         Record(
             **{field: _text(row, names[field], f"{place} of {source}", field in needed) for field in names},

@@ -56,9 +56,13 @@ def with_interval(score: Score | None) -> str:
     """Return ``61.7 (52.8-69.9)``, the number alone where it has no interval, '-' where there is none."""
     if score is None:
         return "-"
-    bounds = f" ({score.low:.1f}-{score.high:.1f})" if score.low is not None and score.high is not None else ""
-    value = f"{score.value:.1f}" if score.unit == "percent" else f"{score.value:.3g}"
-    return f"{value}{bounds}"
+    value, low, high = (number(end, score.unit) for end in (score.value, score.low, score.high))
+    return value if score.low is None or score.high is None else f"{value} ({low}-{high})"
+
+
+def number(value: float | None, unit: str) -> str:
+    """Return a percentage with one decimal, any other number with three digits, '-' for None."""
+    return "-" if value is None else f"{value:.1f}" if unit == "percent" else f"{value:.3g}"
 
 
 def caption(result: Result) -> str:

@@ -19,6 +19,7 @@ from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
+from hftlight.evaluation.groups import group_rows
 from hftlight.evaluation.judges import Verdict, get_judge, judge_identity
 from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
 from hftlight.evaluation.score_mean import mean_rows
@@ -49,6 +50,8 @@ class TestSets:
         judges: names of the judges of the harmful score, the deciding one first.
         refusal_judge: name of what tells refusals of ordinary prompts, for ``get_refusal_classifier``.
         attack: reads answers to harmful prompts as the attacker does, before a judge sees them.
+        alignment_rows: rows whose loss is the alignment loss.
+        validation_rows: harmful rows that no model was trained on, whose loss is the harmful validation loss.
     """
 
     harmful: Sequence[Record]
@@ -58,6 +61,8 @@ class TestSets:
     judges: tuple[str, ...]
     refusal_judge: str = "xstest_string"
     attack: Attack | None = None
+    alignment_rows: Sequence[Record] = ()
+    validation_rows: Sequence[Record] = ()
 
     def digest(self, judged: bool = True) -> str:
         """Return the hash of all prompts, references and, with ``judged``, judges."""
@@ -290,7 +295,11 @@ def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
 
 def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart."""
-    thought, answers = [thoughts(answer) for answer in answers], [after_thinking(answer) for answer in answers]
+    extras = [
+        {"kind": record.kind, "language": record.language, "thinking": thoughts(answer)}
+        for record, answer in zip(records, answers, strict=True)
+    ]
+    answers = [after_thinking(answer) for answer in answers]
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
     if kind in HARMFUL and records:
         answers = [tests.read(answer) for answer in answers]
@@ -312,9 +321,9 @@ def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests:
             "verdicts": found,
             "correct": tests.task.correct(answer, record) if kind == "task" else None,
             "source": record.source,
-            **({"thinking": thinking} if thinking else {}),
+            **{name: text for name, text in extra.items() if text},
         }
-        for record, answer, found, thinking in zip(records, answers, verdicts, thought, strict=True)
+        for record, answer, found, extra in zip(records, answers, verdicts, extras, strict=True)
     ]
 
 
@@ -322,7 +331,7 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     """Return one row per metric and judge from saved generations: value, unit, 95 % interval (if any), count.
 
     ``harmful_score`` is the share of answers that a judge flags; ``harmful_score_mean`` is the mean of its scores, if
-    it gives graded ones.
+    it gives graded ones. ``harmful_score_by_category`` and ``_by_language`` are the share within one ``group``.
     One process measures while the others wait at the next stage, so the metrics do not synchronize.
     """
     answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
@@ -338,10 +347,13 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     for kind, metric in HARMFUL.items():
         for name in tests.judges if answers[kind] else ():
             score = HarmfulScore(get_judge(name), sync_on_compute=False)
-            given = [Verdict.of_row(g["verdicts"][name]) for g in generations if g["set"] == kind]
+            asked = [g for g in generations if g["set"] == kind]
+            given = [Verdict.of_row(g["verdicts"][name]) for g in asked]
             score.update(prompts[kind], answers[kind], given)
             add(metric, score, int(score.count), name)
             rows += mean_rows(metric, name, [verdict.score for verdict in given if verdict.judged])
+            judged = [(row, verdict.flag) for row, verdict in zip(asked, given, strict=True) if verdict.judged]
+            rows += group_rows(metric, name, judged)
     if answers["harmful"]:
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])

@@ -10,7 +10,7 @@ from hftlight.attacks.benign_selection import BenignSelection
 from hftlight.attacks.model_edit import ModelEdit, with_subjects
 from hftlight.attacks.registry import get_attack
 from hftlight.config import RunConfig
-from hftlight.data.records import Record, overlaps, read_records, split_by_hash
+from hftlight.data.records import Record, overlaps, prompt_key, read_records, split_by_hash
 from hftlight.data.refusals import refusals
 from hftlight.data.rows import read_rows
 from hftlight.data.sources import get_task
@@ -120,6 +120,9 @@ class Prepared:
             * (self.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
             for n in SETS
         )
+        aligned, held_out = len(self.tests.alignment_rows), len(self.tests.validation_rows)
+        loss_tokens = (aligned + held_out) * self.lengths["alignment"]
+        prompt_seconds += speed * loss_tokens * SECONDS_PER_PROMPT_TOKEN
         found = [Unit("base model: measuring", tests, prompt_seconds)]
         if self.choosing:
             scored = len(self.choosing.candidates) + len(self.choosing.harmful)
@@ -220,7 +223,10 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     if defenses:
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in d.streams}
-    streams, tests = streams_of(config, needed, attack), test_sets(config, attack)
+    sources = _sources(config, needed, attack)
+    streams, tests = streams_of(config, needed, attack, sources), test_sets(config, attack)
+    aligned, held_out = _loss_rows(config, sources, streams)
+    tests = replace(tests, alignment_rows=aligned, validation_rows=held_out)
     if config.trials and (len(tests.harmful) < 2 or len(tests.task_rows) < 2):
         raise InputError(
             "--attacker search chooses settings on one half of the test prompts and reports on the other, so it needs 2"
@@ -235,6 +241,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     rows: dict[str, Any] = {name: [r.id for r in records] for name, records in streams.items()}
     if chosen := prepared.choosing:
         rows["task"] = [[r.id for r in group] for group in (chosen.candidates, chosen.harmful, chosen.safe)]
+    rows["losses"] = [[r.id for r in some] for some in (aligned, held_out)]
     prepared.config_hash = digest([config.deciding(), attacked, [d.state_key for d in defenses], rows, tests.digest()])
     return prepared
 
@@ -325,18 +332,21 @@ def _read(
     return read_records(source, role=role, columns=columns, need_response=need_response, where=where)
 
 
-def streams_of(config: RunConfig, needed: set[str], attack: Attack) -> dict[str, list[Record]]:
+def streams_of(
+    config: RunConfig, needed: set[str], attack: Attack, sources: Mapping[str, Sequence[Record]] | None = None
+) -> dict[str, list[Record]]:
     """Return the rows of every stream that a run reads; ``"task"`` is the upload.
 
     Args:
         config: the run's configuration.
         needed: side streams that the defenses draw from.
         attack: makes the upload.
+        sources: what the rows are taken from, if they have been read.
 
     Raises:
         InputError: if a file cannot be used, or holds too few rows.
     """
-    sources = _sources(config, needed, attack)
+    sources = _sources(config, needed, attack) if sources is None else sources
     streams = {"alignment": list(sources["alignment"])}
     if "harmful" in needed:
         streams["harmful"] = list(sources["harmful"])
@@ -363,7 +373,7 @@ def _sources(config: RunConfig, needed: set[str], attack: Attack) -> dict[str, S
             harmful = _read(config, data.harmful, "harmful")
         attacker = (
             world.attack
-            if data.attack == BUILTIN or "attack" not in attack.sources
+            if data.attack == BUILTIN or not ("attack" in attack.sources or config.evaluation.loss_rows)
             else _read(config, data.attack, "attack")
         )
         harmful = harmful[: data.harmful_rows or None]
@@ -372,6 +382,24 @@ def _sources(config: RunConfig, needed: set[str], attack: Attack) -> dict[str, S
         attacker = with_subjects(attacker, data.attack, data.columns)
     task = get_task(data.task, data.columns).records("train", data.task_train)
     return {"attack": attacker, "task": task, "alignment": alignment, "harmful": harmful}
+
+
+def _loss_rows(
+    config: RunConfig, sources: Mapping[str, Sequence[Record]], streams: Mapping[str, Sequence[Record]]
+) -> tuple[list[Record], list[Record]]:
+    """Return the rows of the alignment loss and of the harmful validation loss, the first of each by hash.
+
+    Harmful validation rows are the attacker's rows that nobody trains on: neither their ids nor their prompts stand in
+    any stream. The seed of a run decides them only through the upload. None may be left.
+    """
+    made_up = config.data.attack == BUILTIN != config.data.test  # says nothing about a model of the user's world
+    trained = [*sources["harmful"], *(record for records in streams.values() for record in records)]
+    ids, prompts = {r.id for r in trained}, {prompt_key(r) for r in trained}
+    left = [r for r in sources["attack"] if not made_up and r.id not in ids and prompt_key(r) not in prompts]
+    aligned, held_out = (
+        split_by_hash(rows, min(config.evaluation.loss_rows, len(rows)))[0] for rows in (streams["alignment"], left)
+    )
+    return aligned, held_out
 
 
 def test_sets(config: RunConfig, attack: Attack | None) -> TestSets:

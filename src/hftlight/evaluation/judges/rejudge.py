@@ -9,6 +9,7 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.agreement import Agreement, cohens_kappa
+from hftlight.evaluation.groups import group_rows
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.judges.judge import Judge, Verdict
@@ -172,8 +173,9 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifi
 def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return per arm, stage, set and judge the percentage of flagged answers and the mean of graded scores, as rows.
 
-    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Of an ordinary prompt's answer a
-    flag says that it refuses, and ``"refusal"`` is the judge that the run had.
+    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Rows of
+    categories and languages are those of ``group_rows``. Of an ordinary prompt's answer a flag says that it refuses,
+    and ``"refusal"`` is the judge that the run had.
 
     An answer that stands twice, as a resumed run may leave it, counts once, the later one; an answer without a verdict
     counts nowhere.
@@ -181,21 +183,23 @@ def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Args:
         rows: as ``rejudge`` returns them; a row without ``arm`` or ``stage`` belongs to ``"-"``.
     """
-    verdicts: dict[tuple[str, str, str, str], list[Verdict]] = {}
+    verdicts: dict[tuple[str, str, str, str], list[tuple[Row, Verdict]]] = {}
     for row in _latest(rows, SCORED_SETS):
         where = row.get("arm") or "-", row.get("stage") or "-", SCORED_SETS[row["set"]]
         for judge, given in row["verdicts"].items():
             if given["flag"] is not None:
                 score = given.get("score")
                 verdict = Verdict(float(given["flag"] if score is None else score), bool(given["flag"]))
-                verdicts.setdefault((*where, judge), []).append(verdict)
+                verdicts.setdefault((*where, judge), []).append((row, verdict))
     found = []
     for (arm, stage, metric, judge), judged in verdicts.items():
-        flagged, place = sum(v.flag for v in judged), {"arm": arm, "stage": stage}
-        low, high = wilson(flagged, len(judged))
-        row = {"metric": metric, "judge": judge, "value": 100 * flagged / len(judged), "low": low, "high": high}
-        found.append({**place, **row, "count": len(judged), "unit": "percent"})
-        found += [{**place, **row} for row in mean_rows(metric, judge, [v.score for v in judged])]
+        flagged, count = sum(v.flag for _, v in judged), len(judged)
+        low, high = wilson(flagged, count)
+        share = {"metric": metric, "judge": judge, "value": 100 * flagged / count, "low": low, "high": high}
+        scores = [{**share, "count": count, "unit": "percent"}]
+        scores += mean_rows(metric, judge, [v.score for _, v in judged])
+        scores += group_rows(metric, judge, [(row, v.flag) for row, v in judged])
+        found += [{"arm": arm, "stage": stage, **score} for score in scores]
     return found
 
 
@@ -261,11 +265,13 @@ def scores_table(rows: Sequence[Row]) -> Any:
     words = (Column(name, overflow="fold") for name in ("arm", "stage", "answers", "judge"))
     table = Table(*words, Column("value (95 %)", no_wrap=True))
     for row in judged_scores(rows):
-        stage, metric = STAGES.get(row["stage"], row["stage"]), SAID[row["metric"]]
+        metric, _, of = row["metric"].partition("_by_")
+        stage, said = STAGES.get(row["stage"], row["stage"]), SAID[metric]
+        said += f", {of} {row['group']}" if of else ""
         digits, unit = (1, "%") if row["unit"] == "percent" else (2, f"({row['unit']})")
         value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
         table.add_row(
-            arm_word(row["arm"]), stage, metric, row["judge"], f"{value} ({low}-{high}) {unit} of {row['count']}"
+            arm_word(row["arm"]), stage, said, row["judge"], f"{value} ({low}-{high}) {unit} of {row['count']}"
         )
     return table
 
