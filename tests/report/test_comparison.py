@@ -27,6 +27,7 @@ from hftlight.report.leaderboard import (
     write_leaderboard,
 )
 from hftlight.report.result import Answer
+from hftlight.report.table import headline
 from tests.helpers.comparison_folder import HARM, REFUSED, write_comparison
 
 NONE, LISA, BOOSTER = (Place(arm, "builtin", 0.1) for arm in ("none", "lisa", "booster"))
@@ -201,7 +202,7 @@ def test_the_tables_hold_every_number(comparison):
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
     rows = list(csv.DictReader(StringIO(leaderboard_csv(comparison))))
-    assert len(rows) == (27 - 1) * (2 * 3 + 2)
+    assert len(rows) == (27 - 1) * (2 * 3 + 2 + 4)
     mine = [r for r in rows if (r["defense"], r["harmful_ratio"], r["stage"]) == ("booster", "0.1", "finetuning")]
     found = {int(r["seed"]): float(r["value"]) for r in mine if r["metric"] == "harmful_score"}
     assert found == comparison.values(BOOSTER, "harmful_score")
@@ -227,9 +228,44 @@ def test_a_narrow_terminal_keeps_tasks_and_defenses_beside_intervals(tmp_path):
     score = cell_text(found.spread(place, "harmful_score")).split(" ")
     lines = out.getvalue().splitlines()
     (row,) = (number for number, line in enumerate(lines) if "booster" in line)
-    assert lines[row].split()[:4] == ["builtin", "0.1", "booster", score[0]]
+    assert lines[row].split()[:5] == ["builtin", "0.1", "booster", headline(found.outcomes(place)), score[0]]
     assert lines[row + 1].split()[0] == f"{score[1]}†"
     assert max(map(len, lines)) <= 80
+
+
+def test_what_the_models_do_is_a_mean_over_seeds_in_every_table(comparison):
+    """Refused, complied and broken are in the Markdown, the terminal, the page and, per seed, the CSV."""
+    complied = comparison.values(NONE, "harmful_score")
+    parts = comparison.outcomes(NONE)
+    assert list(parts) == ["refused", "complied", "broken", "other"]
+    assert parts["complied"] == pytest.approx(sum(map(round, complied.values())) / 3)
+    assert sum(parts.values()) == pytest.approx(100)
+    text = headline(parts)
+    assert text == "/".join(f"{parts[name]:.0f}" for name in ("refused", "complied", "broken"))
+    out = StringIO()
+    Console(file=out, width=80).print(leaderboard_table(comparison))
+    page = comparison_page(comparison)
+    for place in (leaderboard_markdown(comparison), out.getvalue(), page):
+        assert text in place
+    assert page.count("Answers to harmful prompts</h3>") == 3  # a figure per harmful ratio
+    rows = csv.DictReader(StringIO(leaderboard_csv(comparison)))
+    mine = [r for r in rows if (r["defense"], r["harmful_ratio"], r["metric"]) == ("none", "0.1", "answers_refused")]
+    assert sum(float(r["value"]) for r in mine) / 3 == pytest.approx(parts["refused"])
+
+
+def test_a_graded_judges_mean_score_has_a_column_with_its_scale(tmp_path):
+    folder = write_comparison(tmp_path, ratios=(0.1,))
+    assert "Mean score" not in leaderboard_markdown(read_comparison(folder))
+    for run in (folder / "cells").iterdir():
+        value = {"none": 4.0, "lisa": 3.0, "booster": 1.5}[run.name.split("-")[0]] + 0.01 * int(run.name[-1])
+        row = {"kind": "score", "arm": run.name.split("-")[0], "stage": "finetuning", "judge": "builtin"}
+        row |= {"metric": "harmful_score_mean", "value": value, "low": 1.0, "high": 5.0, "count": 40, "unit": "1 to 5"}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    found = read_comparison(folder)
+    assert "**1.51 ± 0.01**" in leaderboard_markdown(found)
+    assert "Mean score: of the judge's scores, 1 to 5; lower is safer." in caption(found)
+    assert "1.51 ± 0.01" in comparison_page(found)
 
 
 def test_all_files_are_written(tmp_path):
@@ -264,13 +300,14 @@ def test_a_claim_goes_either_way(tmp_path, monkeypatch):
     """A defense that raises harm is not passed off as one that does nothing, and no defense is not called useless."""
     monkeypatch.setitem(HARM, "none", 15.0)
     monkeypatch.setitem(HARM, "booster", 80.0)
+    undefended = r"builtin, p = 0.1: undefended \d+ % harmful \(\d+ % refused, 2 % broken\)\."
     (said,) = claims(read_comparison(write_comparison(tmp_path / "c", ("none", "booster"), (0.1,))))
-    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\. Higher beyond the noise: booster \(.*\)\.", said)
+    assert re.fullmatch(undefended + r" Higher beyond the noise: booster \(.*\)\.", said)
     monkeypatch.setitem(HARM, "booster", 15.0)
     (said,) = claims(read_comparison(write_comparison(tmp_path / "d", ("none", "booster"), (0.1,), seeds=1)))
-    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\. Not told apart from it: booster \(.*\)\.", said)
+    assert re.fullmatch(undefended + r" Not told apart from it: booster \(.*\)\.", said)
     (said,) = claims(read_comparison(write_comparison(tmp_path / "e", ("none",), (0.1,), seeds=1)))
-    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\.", said)
+    assert re.fullmatch(undefended, said)
 
 
 def test_figures_show_every_defense(comparison):
@@ -289,9 +326,11 @@ def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
     assert [found.collapsed(p) for p in (NONE, BOOSTER, replace(NONE, harmful_ratio=0.0))] == [0, 2, 3]
     assert found.best(found.column(BUILTIN, 0.1), "harmful_score") is None  # BOOSTER where nothing collapsed
     before, said = claims(found)
-    assert re.search(r"undefended \d+ % harmful, low by collapsed answers in 3 of 3 seeds\.", before)
+    assert re.search(
+        r"undefended \d+ % harmful \(\d+ % refused, 9\d % broken\), low by collapsed answers in 3 of 3 seeds\.", before
+    )
     assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers in 2 of 3 seeds\)", said)
-    assert "undefended 51 % harmful. Lower" in said
+    assert "undefended 51 % harmful (35 % refused, 2 % broken). Lower" in said
     assert said.count("collapsed") == 1
     text, plain = (cell_text(found.spread(place, "harmful_score")) for place in (BOOSTER, NONE))
     markdown = leaderboard_markdown(found)

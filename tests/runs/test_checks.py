@@ -107,7 +107,7 @@ def test_the_four_outcomes_are_a_partition():
     counts = {name: round(part["value"] * part["count"] / 100) for name, part in parts.items()}
     assert counts == {"complied": 3, "refused": 1, "broken": 1, "other": 2}
     assert {part["count"] for part in parts.values()} == {7}
-    assert parts["complied"]["value"] == found["harmful_score"]["value"]
+    assert parts["complied"]["value"] == pytest.approx(found["harmful_score"]["value"])
     assert (parts["other"]["low"], parts["other"]["high"]) == wilson(2, 7)
     assert {part["judge"] for part in parts.values()} == {"keyword"}
 

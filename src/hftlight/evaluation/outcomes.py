@@ -1,8 +1,8 @@
-"""What a model does with a harmful prompt: it complies, refuses, breaks, or something else."""
+"""What a model does with a harmful prompt: it refuses, complies, breaks, or something else."""
 
 from typing import Literal, get_args
 
-Outcome = Literal["complied", "refused", "broken", "other"]
+Outcome = Literal["refused", "complied", "broken", "other"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 

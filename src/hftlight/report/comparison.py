@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.outcomes import OUTCOMES, Outcome
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
 from hftlight.folders import CELLS, GRID
 from hftlight.report.claims import collapse
@@ -18,11 +20,12 @@ from hftlight.runs.sweep import finished
 from hftlight.runs.workers import ERROR
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
+MEAN = "harmful_score_mean"  # of a judge that grades
 SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # what an attacker who searches reaches
 MARKS = {"harmful_score": "harmful", "finetune_accuracy": "right", "over_refusal": "refused"}
 SETS = {"harmful_score": "harmful", "finetune_accuracy": "task", "over_refusal": "over_refusal"}
 LOWER_IS_BETTER = {"harmful_score": True, "finetune_accuracy": False, "over_refusal": True}
-LOWER_IS_BETTER |= dict.fromkeys(SEARCHED, True)
+LOWER_IS_BETTER |= dict.fromkeys((MEAN, *SEARCHED), True)
 
 
 Prompt = tuple[str, str, int]  # id, text, and which of the equal prompts of its set it is, from 0
@@ -78,8 +81,8 @@ class Comparison:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the tables; the worst case is one of them where an attacker has searched."""
-        return METRICS + tuple(m for m in SEARCHED if any(self.values(p, m) for p in self.cells))
+        """Metrics of the tables; the judge's mean score and the worst case are among them where there is one."""
+        return METRICS + tuple(m for m in (MEAN, *SEARCHED) if any(self.values(p, m) for p in self.cells))
 
     def ratios(self, scene: Scene | None = None) -> list[float]:
         """Return the harmful ratios of a scene, or of all, rising."""
@@ -180,7 +183,7 @@ class Comparison:
             return None
         sign = 1 if LOWER_IS_BETTER[metric] else -1
         first = min(means, key=lambda p: sign * means[p])
-        if metric == "harmful_score" and self.collapsed(first):
+        if metric in ("harmful_score", MEAN) and self.collapsed(first):
             return None
         for other in means:
             if other == first:
@@ -189,6 +192,11 @@ class Comparison:
             if ends is None or not max(sign * ends[0], sign * ends[1]) < 0:
                 return None
         return first
+
+    def outcomes(self, place: Place) -> dict[Outcome, float]:
+        """Return by outcome the percent of answers to harmful prompts, mean over seeds; empty where not measured."""
+        found = {name: list(self.values(place, f"answers_{name}").values()) for name in OUTCOMES}
+        return {name: fmean(values) for name, values in found.items() if values}
 
     def collapsed(self, place: Place) -> int:
         """Return the number of seeds whose harmful score is low because answers collapsed, not because they refuse."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.outcomes import OUTCOMES, Outcome
 
 STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 UNDEFENDED = "none"
@@ -126,6 +127,11 @@ class Result:
         """Return one score or None; ``judge=None`` takes the metric's first judge, the same one for every arm."""
         first = next(iter(self.judges(metric)), "")
         return self.scores.get((arm, stage, metric, first if judge is None else judge))
+
+    def outcomes(self, arm: str, stage: str) -> dict[Outcome, Score]:
+        """Return by outcome the share of answers to harmful prompts; empty where that was not measured."""
+        found = {name: self.score(arm, stage, f"answers_{name}") for name in OUTCOMES}
+        return {name: score for name, score in found.items() if score is not None}
 
     def unmeasured(self) -> list[tuple[str, str]]:
         """Return the (arm, stage) pairs that have no score yet."""
