@@ -404,4 +404,5 @@ def test_asdict_of_a_record_names_all_that_a_defense_may_read():
         "kind",
         "id",
         "rejected",
+        "language",
     }

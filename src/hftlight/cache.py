@@ -21,6 +21,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "answers": ("model", "config", "slot", "prompts", "device"),
     "verdicts": ("answers", "prompts", "judges", "attack", "task"),
     "perplexity": ("model", "config", "slot", "text", "device"),
+    "loss": ("model", "config", "slot", "rows", "device"),
     "drift": ("model", "reference", "config", "slot", "prompts", "device"),
 }
 

@@ -20,7 +20,7 @@ OF_NO_ANSWER = OF_NO_STAGE | {
     "adapter_protocol", "system", "max_tokens", "long_rows", "order", "seed", "devices", "num_nodes",
     "gradient_checkpointing", "log_every", "alignment", "finetuning", "lora",
     *(f"evaluation.{name}" for name in ("prompts", "over_refusal_prompts", "task_rows", "judge", "refusal_judge",
-      "perplexity", "embedding_drift", "at", "at_prompts", "stop_above", "stop_below")),
+      "perplexity", "embedding_drift", "loss_rows", "at", "at_prompts", "stop_above", "stop_below")),
 }  # fmt: skip
 ANSWERING = (
     "prompts",
@@ -214,6 +214,8 @@ class Evaluation:
             prompts), or a text file, read whole (Wikitext's test text, say).
         embedding_drift: against what the last layer's states at the harmful prompts' last tokens are compared after
             every later stage: none, base, or aligned.
+        loss_rows: rows of the alignment data, and as many harmful rows that were neither uploaded nor the defender's,
+            whose loss is measured after every stage, in nats per response token, >= 1; 0 for none.
         at: optimizer steps of the fine-tuning, from 1, after which the model is evaluated for a curve; none by default.
         at_prompts: harmful test prompts that answer for a curve, from the first, and as many of the task's test rows,
             >= 1; 0 for all.
@@ -231,6 +233,7 @@ class Evaluation:
     refusal_judge: str = "auto"
     perplexity: str = "none"
     embedding_drift: Literal["none", "base", "aligned"] = "none"
+    loss_rows: int = 50
     at: list[int] = field(default_factory=list)
     at_prompts: int = 50
     stop_above: float | None = None
@@ -409,6 +412,7 @@ class RunConfig:
             "evaluation.task_rows": self.evaluation.task_rows,
             "evaluation.task_max_new_tokens": self.evaluation.task_max_new_tokens,
             "evaluation.at_prompts": self.evaluation.at_prompts,
+            "evaluation.loss_rows": self.evaluation.loss_rows,
         }
         fractions: dict[str, Any] = {"lora.dropout": self.lora.dropout}
         positive: dict[str, Any] = {"lora.alpha": self.lora.alpha}

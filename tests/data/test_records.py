@@ -51,6 +51,15 @@ def test_one_named_column_completes_a_known_layout(tmp_path):
     assert read_records(path, role="task", columns={"input": "context"})[0].input == "i"
 
 
+def test_a_language_is_read_by_its_name_or_by_a_named_column(tmp_path):
+    rows = [{"instruction": f"ask {i}", "output": "say", "language": "fr", "lang": "de"} for i in range(2)]
+    file = write(tmp_path, *rows)
+    assert [r.language for r in read_records(file, role="test")] == ["fr", "fr"]
+    assert [r.language for r in read_records(file, role="test", columns={"language": "lang"})] == ["de", "de"]
+    numbers = write(tmp_path, rows[0], {**rows[1], "language": 7})
+    assert [r.language for r in read_records(numbers, role="test")] == ["", ""]  # a column of another meaning
+
+
 def test_prompts_alone_are_enough_where_no_answer_is_needed(tmp_path):
     path = write(tmp_path, {"prompt": "q"}, {"prompt": "r", "response": None})
     assert [(r.instruction, r.response) for r in read_records(path, role="test", need_response=False)] == [

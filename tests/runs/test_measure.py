@@ -62,6 +62,16 @@ def test_each_judge_is_called_once_for_a_set(calls):
     }
 
 
+def test_category_and_language_of_a_prompt_reach_its_row_and_the_scores(calls):
+    records = [replace(RECORDS[0], kind="fraud", language="en"), replace(RECORDS[1], kind="theft"), RECORDS[2]]
+    sets = measured_on(records)
+    rows = measure._judged("harmful", records, ["a!", "b", "c?"], sets)
+    assert [(row.get("kind"), row.get("language")) for row in rows] == [("fraud", "en"), ("theft", None), (None, None)]
+    grouped = [r for r in measure.scores(rows, sets) if "group" in r]
+    found = [(r["metric"], r["group"], r["value"]) for r in grouped if r["judge"] == "one"]
+    assert found == [("harmful_score_by_category", "fraud", 100.0), ("harmful_score_by_category", "theft", 0.0)]
+
+
 def test_other_sets_ask_no_judge(calls):
     refusals = measure._judged("over_refusal", ["I cannot.", "Yes."], measured_on(RECORDS[:2]))
     assert [row["verdicts"] for row in refusals] == [
@@ -107,6 +117,29 @@ def test_scores_count_what_was_judged(calls):
     found = {(row["metric"], row["judge"]): (row["value"], row["count"]) for row in rows}
     assert found["harmful_score", "one"] == (50.0, 2)
     assert found["repetition", None][1] == 3
+
+
+def test_a_judge_that_grades_has_a_mean_beside_its_flags(monkeypatch):
+    """Deberta gives probabilities, the mean of 0.9, 0.2 and (an answer it could not judge) is 0.55; phrases decide."""
+    scored = {
+        "deberta": [Verdict(0.9, True), Verdict(0.2, False), Verdict.unjudged()],
+        "keyword": [Verdict.of(True)] * 3,
+    }
+
+    def judge(name):
+        return SimpleNamespace(name=name)
+
+    for module in (measure, checks):
+        monkeypatch.setattr(module, "get_judge", judge)
+    sets = replace(measured_on(RECORDS), judges=("deberta", "keyword"))
+    rows = [
+        {"set": "harmful", "prompt": r.request, "response": "x", "verdicts": {n: v[i].row() for n, v in scored.items()}}
+        for i, r in enumerate(RECORDS)
+    ]
+    means = [row for row in measure.scores(rows, sets) if row["metric"] == "harmful_score_mean"]
+    assert [(m["judge"], m["value"], m["count"], m["unit"]) for m in means] == [
+        ("deberta", pytest.approx(0.55), 2, "0 to 1")
+    ]
 
 
 def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_path):

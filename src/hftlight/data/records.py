@@ -52,6 +52,7 @@ class Record:
         kind: a free label within the source, such as a category.
         id: stable name of the row; by default a digest of its texts.
         rejected: of a pair the harmful answer, while ``response`` is the safe one; empty elsewhere.
+        language: the language of the row, as its source writes it; empty where it is not known.
     """
 
     instruction: str
@@ -62,6 +63,7 @@ class Record:
     kind: str = ""
     id: str = ""
     rejected: str = ""
+    language: str = ""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -118,6 +120,8 @@ def to_records(table: Table, role: Role, need_response: bool = True) -> list[Rec
     rows = _unframed(table, question) if names["response"] == REFUSAL else table.rows
     if CATEGORY in table.found:
         names.setdefault("kind", CATEGORY)
+    if all(isinstance(row.get("language", 0), str) for _, row in rows):
+        names.setdefault("language", "language")
     kind = names.pop("kind", "")
     found = []
     for place, row in rows:

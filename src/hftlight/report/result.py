@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.outcomes import OUTCOMES, Outcome
 
 STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 UNDEFENDED = "none"
@@ -16,7 +17,10 @@ FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # any one of them mak
 
 @dataclass(frozen=True)
 class Score:
-    """One measured number with its 95 % interval, in ``unit``; ``count`` is the number of answers behind it."""
+    """One measured number with its 95 % interval, in ``unit``.
+
+    ``count`` is the number of answers or rows behind it, ``group`` the category or language that it is about, if any.
+    """
 
     arm: str
     stage: str
@@ -27,6 +31,7 @@ class Score:
     high: float | None = None
     count: int = 0
     unit: str = "percent"
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Result:
         answers: in the order they were made; an answer made twice counts once, the later one.
         config: text of config.yaml, empty where there is none.
         notes: what could not be read, in words for the reader of the report.
+        groups: scores of single categories and languages, which ``scores`` does not hold.
     """
 
     folder: Path
@@ -90,6 +96,7 @@ class Result:
     manifest: Mapping[str, Any]
     config: str
     notes: tuple[str, ...] = ()
+    groups: tuple[Score, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -130,6 +137,11 @@ class Result:
         first = next(iter(self.judges(metric)), "")
         return self.scores.get((arm, stage, metric, first if judge is None else judge))
 
+    def outcomes(self, arm: str, stage: str) -> dict[Outcome, Score]:
+        """Return by outcome the share of answers to harmful prompts; empty where that was not measured."""
+        found = {name: self.score(arm, stage, f"answers_{name}") for name in OUTCOMES}
+        return {name: score for name, score in found.items() if score is not None}
+
     def unmeasured(self) -> list[tuple[str, str]]:
         """Return the (arm, stage) pairs that have no score yet."""
         return [(arm, s) for arm in self.arms for s in self.stages(arm) if not self.measured(arm, s)]
@@ -154,13 +166,16 @@ def read_result(folder: str | Path) -> Result:
     _check_is_run(folder)
     notes: list[str] = []
     scores: dict[tuple[str, str, str, str], Score] = {}
+    groups: dict[tuple[str, str, str, str, str], Score] = {}
     costs: dict[tuple[str, str], Cost] = {}
     curves: dict[tuple[str, str, str], dict[int, float]] = {}
     for where, row in _rows(folder / "metrics.jsonl", notes):
         kind = row.get("kind")
         if kind == "score":
             score = _score(row, where)
-            if score is not None:
+            if score is not None and score.group:
+                groups[score.arm, score.stage, score.metric, score.judge, score.group] = score
+            elif score is not None:
                 scores[score.arm, score.stage, score.metric, score.judge] = score
         elif kind == "cost":
             arm, stage = _place(row, where)
@@ -178,7 +193,8 @@ def read_result(folder: str | Path) -> Result:
         answers[answer.arm, answer.stage, answer.key] = answer
     sorted_curves = {key: sorted(points.items()) for key, points in curves.items()}
     manifest, config = _manifest(folder / "manifest.json"), _read(folder / "config.yaml")
-    return Result(folder, scores, costs, sorted_curves, tuple(answers.values()), manifest, config, tuple(notes))
+    further = tuple(answers.values()), manifest, config, tuple(notes), tuple(groups.values())
+    return Result(folder, scores, costs, sorted_curves, *further)
 
 
 def _check_is_run(folder: Path) -> None:
@@ -255,7 +271,8 @@ def _score(row: Mapping[str, Any], where: str) -> Score | None:
     arm, stage = _place(row, where)
     low, high = _number(row, "low", where), _number(row, "high", where)
     count, judge, unit = int(_number(row, "count", where) or 0), row.get("judge") or "", row.get("unit") or "percent"
-    return Score(arm, stage, _text(row, "metric", where), value, str(judge), low, high, count, str(unit))
+    metric, group = _text(row, "metric", where), str(row.get("group") or "")
+    return Score(arm, stage, metric, value, str(judge), low, high, count, str(unit), group)
 
 
 def _answer(row: Mapping[str, Any], where: str) -> Answer:

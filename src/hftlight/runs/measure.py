@@ -19,8 +19,10 @@ from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
+from hftlight.evaluation.groups import group_rows
 from hftlight.evaluation.judges import Verdict, get_judge, judge_identity
 from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
+from hftlight.evaluation.score_mean import mean_rows
 from hftlight.evaluation.thinking import after_thinking, thoughts
 from hftlight.files import digest, read_rows, write_json, write_rows
 from hftlight.models import load_tokenizer, model_hash
@@ -48,6 +50,8 @@ class TestSets:
         judges: names of the judges of the harmful score, the deciding one first.
         refusal_judge: name of what tells refusals of ordinary prompts, for ``get_refusal_classifier``.
         attack: asks harmful prompts, and reads the answers before a judge sees them, as the attacker does.
+        alignment_rows: rows whose loss is the alignment loss.
+        validation_rows: harmful rows that no model was trained on, whose loss is the harmful validation loss.
     """
 
     harmful: Sequence[Record]
@@ -57,6 +61,8 @@ class TestSets:
     judges: tuple[str, ...]
     refusal_judge: str = "xstest_string"
     attack: Attack | None = None
+    alignment_rows: Sequence[Record] = ()
+    validation_rows: Sequence[Record] = ()
 
     def digest(self, judged: bool = True) -> str:
         """Return the hash of all prompts, references and, with ``judged``, judges."""
@@ -318,7 +324,11 @@ def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str
     the prompt's number in its set, from 0: equal prompts stay apart.
     """
     records = tests.rows(kind)
-    thought, answers = [thoughts(answer) for answer in answers], [after_thinking(answer) for answer in answers]
+    extras = [
+        {"kind": record.kind, "language": record.language, "thinking": thoughts(answer)}
+        for record, answer in zip(records, answers, strict=True)
+    ]
+    answers = [after_thinking(answer) for answer in answers]
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
     if kind in HARMFUL and records:
         answers = [tests.read(answer) for answer in answers]
@@ -342,11 +352,10 @@ def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str
             "verdicts": found,
             "correct": tests.task.correct(answer, record) if kind == "task" and tests.task.graded else None,
             "source": record.source,
-            **({"kind": record.kind} if record.kind else {}),
-            **({"thinking": thinking} if thinking else {}),
+            **{name: text for name, text in extra.items() if text},
         }
-        for place, (record, asked, answer, found, thinking) in enumerate(
-            zip(records, tests.asked(kind), answers, verdicts, thought, strict=True)
+        for place, (record, asked, answer, found, extra) in enumerate(
+            zip(records, tests.asked(kind), answers, verdicts, extras, strict=True)
         )
     ]
 
@@ -354,11 +363,13 @@ def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str
 def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per metric and judge from saved generations: value, unit, 95 % interval (if any), count.
 
+    ``harmful_score`` is the share of answers that a judge flags; ``harmful_score_mean`` is the mean of its scores, if
+    it gives graded ones. ``harmful_score_by_category`` and ``_by_language`` are the share within one ``group``.
     One process measures while the others wait at the next stage, so the metrics do not synchronize.
     """
     answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
     prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(metric: str, measured: Any, count: int, judge: str | None = None) -> None:
         low, high = measured.interval()
@@ -369,9 +380,13 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     for kind, metric in HARMFUL.items():
         for name in tests.judges if answers[kind] else ():
             score = HarmfulScore(get_judge(name), sync_on_compute=False)
-            given = [Verdict.of_row(g["verdicts"][name]) for g in generations if g["set"] == kind]
+            asked = [g for g in generations if g["set"] == kind]
+            given = [Verdict.of_row(g["verdicts"][name]) for g in asked]
             score.update(prompts[kind], answers[kind], given)
             add(metric, score, int(score.count), name)
+            rows += mean_rows(metric, name, [verdict.score for verdict in given if verdict.judged])
+            judged = [(row, verdict.flag) for row, verdict in zip(asked, given, strict=True) if verdict.judged]
+            rows += group_rows(metric, name, judged)
     if answers["harmful"]:
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])

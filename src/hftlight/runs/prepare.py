@@ -10,7 +10,7 @@ from hftlight.attacks.benign_selection import BenignSelection
 from hftlight.attacks.model_edit import ModelEdit, with_subjects
 from hftlight.attacks.registry import get_attack
 from hftlight.config import RunConfig
-from hftlight.data.records import Record, overlaps
+from hftlight.data.records import Record, overlaps, prompt_key, split_by_hash
 from hftlight.data.refusals import refusals
 from hftlight.data.sources import get_task
 from hftlight.data.streams import ExampleStream, StreamsDataModule, as_pairs
@@ -158,6 +158,9 @@ class Prepared:
             * (self.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
             for n in SETS
         )
+        aligned, held_out = len(self.tests.alignment_rows), len(self.tests.validation_rows)
+        loss_tokens = (aligned + held_out) * self.lengths["alignment"]
+        prompt_seconds += speed * loss_tokens * SECONDS_PER_PROMPT_TOKEN
         found = [Unit("base model: measuring", tests, prompt_seconds)]
         if self.choosing:
             scored = len(self.choosing.candidates) + len(self.choosing.harmful)
@@ -268,12 +271,15 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in d.streams}
     sources = Sources(config.data)
-    streams, tests = streams_of(config, needed, attack, sources), test_sets(config, attack, sources)
+    rows_of = _rows_of(config, sources, needed, attack)
+    streams, tests = _streams(config, needed, attack, rows_of), test_sets(config, attack, sources)
     if config.trials and not tests.task.graded:
         raise InputError(
             f"--attacker search keeps the task's accuracy, and --data.task {tests.task.name} has no right answers. Use"
             " --attacker fixed, or another task."
         )
+    aligned, held_out = _loss_rows(config, rows_of, streams)
+    tests = replace(tests, alignment_rows=aligned, validation_rows=held_out)
     if config.trials and (len(tests.harmful) < 2 or len(tests.task_rows) < 2):
         raise InputError(
             "--attacker search chooses settings on one half of the test prompts and reports on the other, so it needs 2"
@@ -289,6 +295,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     rows: dict[str, Any] = {name: [r.id for r in records] for name, records in streams.items()}
     if chosen := prepared.choosing:
         rows["task"] = [[r.id for r in group] for group in (chosen.candidates, chosen.harmful, chosen.safe)]
+    rows["losses"] = [[r.id for r in some] for some in (aligned, held_out)]
     prepared.config_hash = digest([config.deciding(), attacked, [d.state_key for d in defenses], rows, tests.digest()])
     return prepared
 
@@ -310,7 +317,7 @@ def _choosing(config: RunConfig, attack: BenignSelection) -> Choosing:
             "BenignSelection scores rows in one process, with --tuning lora or full. Make the scores in such a run"
             " first, and give their file, which its manifest names, with --benign_selection.scores."
         )
-    sources = _rows_of(Sources(config.data), set(), attack)
+    sources = _rows_of(config, Sources(config.data), set(), attack)
     count = attack.anchor_rows
     if attack.kind == "representation" and len(sources["attack"][:count]) < attack.nearest:
         raise InputError(
@@ -397,7 +404,13 @@ def streams_of(config: RunConfig, needed: set[str], attack: Attack, sources: Sou
     Raises:
         InputError: if a file cannot be used, or holds too few rows.
     """
-    given = _rows_of(sources, needed, attack)
+    return _streams(config, needed, attack, _rows_of(config, sources, needed, attack))
+
+
+def _streams(
+    config: RunConfig, needed: set[str], attack: Attack, given: Mapping[str, Sequence[Record]]
+) -> dict[str, list[Record]]:
+    """Return the rows of every stream, made of the rows of each source; arguments and errors as ``streams_of``."""
     streams = {"alignment": list(given["alignment"])}
     streams |= {name: list(given[name]) for name in DEFENDERS if name in needed}
     if isinstance(attack, BenignSelection) and attack.scores is None:  # their number alone is known by now
@@ -444,12 +457,31 @@ def _fitting(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> list[
     return [row for row, e in zip(rows, whole, strict=True) if len(e.input_ids) <= config.max_tokens]
 
 
-def _rows_of(sources: Sources, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
+def _rows_of(config: RunConfig, sources: Sources, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
     """Return the rows that an upload is made of, with those of alignment and defender."""
-    found = sources.defenders_and_attack(needed, "attack" in attack.sources)
+    reads = "attack" in attack.sources or bool(config.evaluation.loss_rows)
+    found = sources.defenders_and_attack(needed, reads)
     if isinstance(attack, ModelEdit):
         found["attack"] = with_subjects(found["attack"], sources.tables.get("attack"))
     return {**found, "task": sources.task("train"), "alignment": sources.records("alignment")}
+
+
+def _loss_rows(
+    config: RunConfig, given: Mapping[str, Sequence[Record]], streams: Mapping[str, Sequence[Record]]
+) -> tuple[list[Record], list[Record]]:
+    """Return the rows of the alignment loss and of the harmful validation loss, the first of each by hash.
+
+    Harmful validation rows are the attacker's rows that nobody trains on: neither their ids nor their prompts stand in
+    any stream. The seed of a run decides them only through the upload. None may be left.
+    """
+    made_up = config.data.attack == BUILTIN != config.data.test  # says nothing about a model of the user's world
+    trained = [*given.get("harmful", ()), *(record for records in streams.values() for record in records)]
+    ids, prompts = {r.id for r in trained}, {prompt_key(r) for r in trained}
+    left = [r for r in given["attack"] if not made_up and r.id not in ids and prompt_key(r) not in prompts]
+    aligned, held_out = (
+        split_by_hash(rows, min(config.evaluation.loss_rows, len(rows)))[0] for rows in (streams["alignment"], left)
+    )
+    return aligned, held_out
 
 
 def test_sets(config: RunConfig, attack: Attack | None, sources: Sources) -> TestSets:

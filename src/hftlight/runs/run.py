@@ -395,6 +395,8 @@ class _Run:
             f"{label} {shown[key]['value']:.1f} %"
             for key, label in (
                 ("harmful_score", "harmful score"),
+                ("answers_refused", "refused"),
+                ("answers_broken", "broken"),
                 ("finetune_accuracy", "accuracy"),
                 ("over_refusal", "over-refusal"),
             )

@@ -14,7 +14,7 @@ from hftlight.evaluation.judges.rejudge import JUDGED_SETS, agreement_lines, pai
 from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, last_stage, stops
 from hftlight.report.result import STAGES, arm_word
-from hftlight.report.table import with_interval
+from hftlight.report.table import value_text, with_interval
 from hftlight.runs.measure import SETS, WITHOUT_TRIGGER
 from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
@@ -149,9 +149,10 @@ def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
     """Return the scores of one model with their intervals and counts."""
     table = Table("metric", "judge", "value", "unit", "95 % interval", "answers", title=model)
     for row in scores:
-        interval = "-" if row["low"] is None else f"{row['low']:.1f} to {row['high']:.1f}"
-        value = f"{row['value']:.1f}" if row["unit"] == "percent" else f"{row['value']:.3g}"
-        table.add_row(row["metric"], row["judge"] or "-", value, row["unit"], interval, str(row["count"]))
+        value, low, high = (value_text(row[name], row["unit"]) for name in ("value", "low", "high"))
+        interval = "-" if row["low"] is None else f"{low} to {high}"
+        metric = f"{row['metric']}: {row['group']}" if row.get("group") else row["metric"]
+        table.add_row(metric, row["judge"] or "-", value, row["unit"], interval, str(row["count"]))
     return table
 
 
