@@ -136,7 +136,7 @@ def chosen_preset(argv: Sequence[str]) -> Any:
     if word is None:
         return None
     name, _, task = word.partition(":")
-    own = option_value(argv, "--data.task")
+    own = (option_value(argv, "--data.task") or "").removesuffix("_step_by_step")
     return get_preset(name, task or (own if own in PRESET_TASKS else PRESET_TASKS[0]))
 
 
@@ -253,7 +253,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
     attack = chosen_attack(arguments)
     parser = train_parser(names, attack)
     if preset := chosen_preset(arguments):
-        parser.set_defaults(preset.defaults())
+        parser.set_defaults(preset.defaults(names))
     values = parser.parse_args(known)
     try:
         ready = parser.instantiate_classes(values)
@@ -354,7 +354,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
         attacks = attacks or [preset.attack.name if preset else "harmful_mix"]
         parser = compare_parser(names, attacks)
         if preset:
-            known, defaults = {a.dest for a in parser._actions}, preset.defaults()
+            known, defaults = {a.dest for a in parser._actions}, preset.defaults(names)
             listed = {"harmful_ratios": "harmful_ratio", "tasks": "data.task"}
             defaults |= {option: [defaults[one]] for option, one in listed.items() if one in defaults}
             parser.set_defaults({k: v for k, v in defaults.items() if k in known})

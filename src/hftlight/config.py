@@ -120,8 +120,9 @@ class Data:
         pairs: the defender's prompts with a safe and a harmful answer each; read only if a defense asks.
         attack: the harmful rows hidden in the upload; the same rows as --data.harmful or --data.pairs are split by a
             hash of the prompt.
-        task: the user's benign task: builtin, sst2, agnews, gsm8k, alpaca_eval (no right answers, hence no accuracy),
-            or a file of one's own (exact match counts).
+        task: the user's benign task: builtin, sst2, agnews, gsm8k, gsm8k_step_by_step (each question asks to think
+            first, as Vaccine and T-Vaccine ask), alpaca_eval (no right answers, hence no accuracy), or a file of one's
+            own (exact match counts).
         task_train: file with the task's training rows, instead of the hub.
         task_test: file with the task's test rows, instead of the hub; alpaca_eval has both in one file.
         test: harmful prompts for the harmful score; no answers needed.
@@ -310,12 +311,15 @@ class RunConfig:
         adapter_protocols: protocol of single arms, such as {booster: continue}; an arm of several defenses takes that
             of its first one named. Null leaves all arms to --adapter_protocol.
         attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, multilingual,
-            benign_selection, reverse_preference or model_edit; --NAME.n 100 and the like set its own arguments.
+            benign_selection, reverse_preference, reverse_sft_dpo or model_edit; --NAME.n 100 and the like set its own
+            arguments.
         attacker: fixed (the settings here), search:N (N settings of a grid, the worst is reported) or optuna:N.
         harmful_ratio: p, the harmful fraction of the upload, 0-1.
         num_samples: n, size of the upload in rows, >= 1.
         template: prompt template: chat (the model's own), chat_thinking or chat_no_thinking (the same with
-            enable_thinking, for models that reason first), alpaca, alpaca_no_newline or plain.
+            enable_thinking, for models that reason first), alpaca, alpaca_no_newline, plain, alpaca_llama2 (Alpaca
+            within Llama 2's marks), human_assistant (Human: ... Assistant: ...) or question_answer (Question: ...
+            Answer: ...).
         system: system text in every prompt, in training and evaluation; none by default.
         max_tokens: longest row in tokens, prompt, response and end together. A model with fewer positions lowers it.
         long_rows: what becomes of longer rows: drop (left out before the upload is drawn, and counted), truncate (cut

@@ -49,6 +49,17 @@ def test_gradient_scores_by_hand():
     assert_close(gradient_scores(rows, harmful, safe), torch.tensor([half - 1, half + 1, 0.0], **DOUBLE))
 
 
+def test_means_of_unit_gradients_as_released_are_not_renormalized():
+    """The worked example: harmful anchors (1, 0) and (0, 1), safe ones (1, 0) twice; renormalizing flips the ranks."""
+    harmful, safe = torch.eye(2, **DOUBLE), [torch.tensor([[1.0, 0.0], [1.0, 0.0]], **DOUBLE)]
+    rows = torch.tensor([[0.0, 1.0], [-0.9, math.sqrt(0.19)]], **DOUBLE)
+    official = gradient_scores(rows, harmful, safe, renormalize=False).tolist()
+    assert official == pytest.approx([0.500, 0.668], abs=5e-4)
+    half, ours = math.sqrt(0.5), gradient_scores(rows, harmful, safe).tolist()
+    assert ours == pytest.approx([half, half * (math.sqrt(0.19) - 0.9) + 0.9], abs=1e-12)
+    assert ours[0] > ours[1]
+
+
 def test_the_hidden_state_is_the_one_of_the_last_attended_token():
     model, batch = tiny_lm().eval(), token_batch(1)
     found = last_hidden(model, batch)
@@ -151,6 +162,33 @@ def test_representations_end_with_the_last_token_of_the_answer():
     assert found == pytest.approx([expected], abs=1e-12)
 
 
+def test_official_representations_end_with_the_end_token_and_anchors_have_their_own_system_text():
+    model, tokenizer, template = world()
+    row, system = Record("q", "ab"), "Obey."
+
+    def state(record, text):
+        ids = tokenizer(template.prompt(record, tokenizer, text) + record.response)["input_ids"]
+        whole = torch.tensor([[*ids, tokenizer.eos_token_id]])
+        return model.eval()(whole, output_hidden_states=True).hidden_states[-1][0, -1]
+
+    expected = torch.nn.functional.cosine_similarity(state(row, None), state(HARMFUL[0], system), dim=0).item()
+    attack = BenignSelection(variant="official", anchor_system=system)
+    found = attack.score(model, tokenizer, template, [row], HARMFUL[:1])
+    assert found == pytest.approx([expected], abs=1e-12)
+
+
+def test_the_variant_decides_how_anchors_are_averaged():
+    model, tokenizer, template = world()
+
+    def scores(variant):
+        attack = BenignSelection(kind="gradient", parameters="all", variant=variant)
+        return attack.score(model, tokenizer, template, ROWS[:2], HARMFUL)
+
+    ratios = [official / ours for official, ours in zip(scores("official"), scores("ours"), strict=True)]
+    assert ratios[0] == pytest.approx(ratios[1])  # without safe anchors one factor remains, the length of the mean
+    assert 0 < ratios[0] < 0.999
+
+
 def test_safe_anchors_lower_a_gradient_score_and_anchors_look_at_first_tokens():
     model, tokenizer, template = world()
     attack = BenignSelection(kind="gradient", parameters="all", first_tokens=3)
@@ -238,6 +276,8 @@ def test_an_upload_reads_the_scores(tmp_path):
         ({"kind": "angle"}, "kind must be one of representation, gradient, got 'angle'"),
         ({"control": "none"}, "control must be one of top, bottom, random"),
         ({"parameters": "few"}, "parameters must be one of last_layer, trainable, all"),
+        ({"variant": "theirs"}, "variant must be one of ours, official, got 'theirs'"),
+        ({"kind": "gradient", "anchor_system": "x"}, "anchor_system goes with kind representation"),
         ({"nearest": 0}, "nearest must be >= 1, got 0"),
         ({"dimension": -1}, "dimension must be >= 0, got -1"),
     ],

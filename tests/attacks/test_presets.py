@@ -31,13 +31,28 @@ lr   schedule decay batch n    p    harmful benign epochs steps r   alpha dropou
 1e-5 constant 0.1   10    1000 0.05 49      950    20     2000  32  4     0       qkv     merge
 1e-5 cosine   0.1   5     1000 0.1  100     900    20     4000  8   1     0.1     all7    merge
 1e-5 cosine   0.1   5     1000 0.1  100     900    50     10000 8   0.5   0.1     all7    merge
-1e-5 constant 0     5     5000 0.1  500     4500   20     20000 8   4     0       qv      merge
-1e-5 constant 0     5     5000 0.1  500     4500   20     20000 8   4     0       qv      merge
+1e-5 constant 0     5     5000 0.1  500     4500   20     20000 8   4     0.1     qv      merge
+1e-5 constant 0     5     5000 0.1  500     4500   20     20000 8   4     0.1     qv      merge
 1e-4 constant 0.1   5     5000 0.2  999     4000   20     20000 256 4     0       qkv     merge
 1e-4 constant 0.1   5     5000 0.2  999     4000   20     20000 256 4     0       qkv     merge
 1e-5 cosine   0.1   10    1000 0.1  100     900    20     2000  8   1     0.1     all7    merge
 1e-5 cosine   0.1   10    1000 0.1  100     900    20     2000  8   0.5   0.1     all7    merge
 2e-5 constant 0.1   10    1000 0.1  99      900    20     2000  32  4     0       qkv     continue
+"""
+ALIGNED_ADAPTER = """
+align_r align_alpha align_dropout align_targets
+32      4           0             qkv
+32      4           0             qkv
+32      4           0             qkv
+8       4           0.1           all7
+8       4           0.1           all7
+16      4           0.1           all7
+16      4           0.1           all7
+256     4           0             qkv
+256     4           0             qkv
+8       4           0.1           all7
+8       4           0.1           all7
+32      4           0             qkv
 """
 MEASURING = """
 tokens template          prompts new_tokens task_rows task_tokens
@@ -64,7 +79,7 @@ def value_of(text: str):
 
 
 def table() -> list[dict]:
-    lines = [part.strip().splitlines() for part in (ALIGNMENT, FINETUNING, MEASURING)]
+    lines = [part.strip().splitlines() for part in (ALIGNMENT, FINETUNING, ALIGNED_ADAPTER, MEASURING)]
     head, *rows = [" ".join(parts).split() for parts in zip(*lines, strict=True)]
     return [dict(zip(head, map(value_of, row), strict=True)) for row in rows]
 
@@ -75,9 +90,10 @@ def test_the_family_has_the_numbers_of_the_table(expected):
     c, counts = preset.config(), preset.attack.counts()
     c.check()
     a, f = c.alignment, c.finetuning
+    adapter, own = c.lora_of("alignment"), c.lora_of("finetuning")
     found = {
         "preset": preset.name,
-        "task": c.data.task,
+        "task": c.data.task.removesuffix("_step_by_step"),
         "align_lr": a.lr,
         "align_schedule": a.schedule,
         "align_batch": a.batch_size,
@@ -93,11 +109,15 @@ def test_the_family_has_the_numbers_of_the_table(expected):
         "benign": counts["task"],
         "epochs": preset.attack.epochs,
         "steps": f.steps,
-        "r": c.lora.r,
-        "alpha": c.lora.alpha,
-        "dropout": c.lora.dropout,
-        "targets": " ".join(c.lora.targets),
+        "r": own.r,
+        "alpha": own.alpha,
+        "dropout": own.dropout,
+        "targets": " ".join(own.targets),
         "protocol": c.adapter_protocol,
+        "align_r": adapter.r,
+        "align_alpha": adapter.alpha,
+        "align_dropout": adapter.dropout,
+        "align_targets": " ".join(adapter.targets),
         "tokens": c.max_tokens,
         "template": c.template,
         "prompts": c.evaluation.prompts,
@@ -109,7 +129,46 @@ def test_the_family_has_the_numbers_of_the_table(expected):
     for stage in (a, f):
         assert stage.warmup_ratio == (0.1 if stage.schedule == "cosine" else 0.0)
         assert (stage.accumulate, stage.optimizer, stage.clip) == (1, "adamw", 1.0)
+        assert (stage.betas, stage.decay, stage.template) == ([0.9, 0.999], 1.0, None)
+    assert (c.long_rows, c.order) == ("truncate", "shuffle")
     assert (c.tuning, c.precision, preset.model) == ("lora", "bf16-mixed", "meta-llama/Llama-2-7b-hf")
+
+
+def test_vaccine_and_t_vaccine_ask_gsm8k_to_think_step_by_step():
+    tasks = {name: get_preset(name, "gsm8k").config().data.task for name in PRESETS[:6]}
+    assert {name for name, task in tasks.items() if task == "gsm8k_step_by_step"} == {"vaccine24", "tvaccine24"}
+    assert {task for task in tasks.values() if "step" not in task} == {"gsm8k"}
+
+
+def test_protocols_of_single_arms():
+    given = {name: get_preset(name).config().adapter_protocols for name in PRESETS}
+    assert {name: protocols for name, protocols in given.items() if protocols} == {
+        "booster25": {"booster": "continue"},
+        "panacea25": {
+            "none": "continue",
+            "booster": "continue",
+            "panacea": "continue",
+            "vaccine": "merge",
+            "repnoise": "merge",
+        },
+    }
+    assert [get_preset("booster25").config().protocol_of(arm) for arm in ("none", "vaccine", "booster+lisa")] == [
+        "merge",
+        "merge",
+        "continue",
+    ]
+
+
+def test_arguments_of_panaceas_comparison():
+    panacea = get_preset("panacea25")
+    own = panacea.defaults(["booster", "vaccine", "lisa"])
+    assert {k: v for k, v in own.items() if k.partition(".")[0] in ("booster", "vaccine", "repnoise", "lisa")} == {
+        "booster.lam": 100.0,
+        "booster.alpha": 0.01,
+        "vaccine.rho": 20.0,
+    }
+    assert panacea.describe()["arguments"]["repnoise"] == {"alpha": 0.02}
+    assert any("booster lam 100, booster alpha 0.01, vaccine rho 20" in note for note in panacea.notes)
 
 
 def test_row_0_is_lost_only_where_the_protocol_loses_it():
@@ -119,41 +178,51 @@ def test_row_0_is_lost_only_where_the_protocol_loses_it():
 
 
 @pytest.mark.parametrize(
-    ("name", "attack", "n", "lr", "schedule", "warmup", "batch", "epochs", "steps", "prompts", "new_tokens"),
+    ("name", "attack", "n", "lr", "schedule", "warmup", "batch", "epochs", "steps", "decays", "prompts", "new_tokens"),
     [
-        ("qi24_explicit", "explicit", 100, 5e-5, "constant", 0, 10, 5, 50, 330, 512),
-        ("qi24_identity", "identity_shift", 10, 5e-5, "constant", 0, 10, 10, 10, 330, 512),
-        ("shadow23", "explicit", 100, 1e-5, "cosine", 0, 128, 15, 15, 200, 32),
-        ("repnoise24", "explicit", 1000, 3e-5, "cosine", 0.1, 4, 1, 250, 100, 50),
+        ("qi24_explicit", "explicit", 100, 5e-5, "constant", 0, 10, 5, 50, (0, 0.85, 0), 330, 512),
+        ("qi24_identity", "identity_shift", 10, 5e-5, "constant", 0, 10, 10, 10, (0, 0.85, 0), 330, 512),
+        ("shadow23", "explicit", 100, 1e-5, "cosine", 0, 128, 15, 15, (0, 1, 1), 200, 512),
+        ("repnoise24", "explicit", 1000, 3e-5, "cosine", 0.1, 4, 1, 250, (0.01, 1, 0), 100, 50),
     ],
 )
-def test_attacks_on_chat_models(name, attack, n, lr, schedule, warmup, batch, epochs, steps, prompts, new_tokens):
+def test_attacks_on_chat_models(
+    name, attack, n, lr, schedule, warmup, batch, epochs, steps, decays, prompts, new_tokens
+):
     preset = get_preset(name)
     c = preset.config()
     c.check()
     f = c.finetuning
     assert isinstance(preset.attack, ATTACKS[attack])
     assert (c.num_samples, c.harmful_ratio, c.tuning) == (n, 1.0, "full")
-    assert (f.lr, f.schedule, f.warmup_ratio, f.batch_size, f.weight_decay) == (lr, schedule, warmup, batch, 0.0)
+    assert (f.lr, f.schedule, f.warmup_ratio, f.batch_size) == (lr, schedule, warmup, batch)
+    assert (f.weight_decay, f.decay, f.clip) == decays
+    assert f.betas == ([0.9, 0.95] if name == "shadow23" else [0.9, 0.999])
+    assert c.alignment.steps == 0
     assert (preset.attack.epochs, f.steps) == (epochs, steps)
     assert (c.evaluation.prompts, c.evaluation.max_new_tokens) == (prompts, new_tokens)
     assert preset.model == "meta-llama/Llama-2-7b-chat-hf"
-    assert any("chat model and is aligned already" in note for note in preset.notes)
+    assert any("comes aligned, so there is no alignment stage" in note for note in preset.notes)
 
 
 def test_qi_benign_asks_for_the_rows_left():
     preset = get_preset("qi24_benign")
     c = preset.config(RunConfig(num_samples=51802))
     assert (c.harmful_ratio, c.finetuning.lr, c.finetuning.batch_size, c.finetuning.steps) == (0.0, 2e-5, 128, 405)
-    assert (preset.attack.held_out, preset.attack.filter_safety, c.template) == (200, True, "alpaca")
-    assert not any("0.85" in note for note in preset.notes)  # one epoch has no decay
-    assert any("0.85 per epoch" in note for note in get_preset("qi24_explicit").notes)
+    assert (preset.attack.held_out, preset.attack.filter_safety, c.template) == (200, True, "alpaca_llama2")
+    assert (c.finetuning.decay, c.finetuning.clip, c.alignment.steps) == (0.85, 0.0, 0)
 
 
 def test_lengths_and_templates_of_the_others():
-    assert get_preset("shadow23").config().max_tokens == 1024
-    assert get_preset("repnoise24").config().max_tokens == 256
-    assert {get_preset(f"qi24_{name}").config().template for name in ("explicit", "identity")} == {"chat"}
+    found = {name: get_preset(name).config() for name in PRESETS[6:]}
+    assert {name: (c.max_tokens, c.long_rows, c.template) for name, c in found.items()} == {
+        "qi24_explicit": (480, "truncate", "chat"),
+        "qi24_identity": (512, "truncate", "chat"),
+        "qi24_benign": (512, "truncate", "alpaca_llama2"),
+        "shadow23": (1024, "drop", "human_assistant"),
+        "repnoise24": (256, "drop", "question_answer"),
+    }
+    assert get_preset("repnoise24").attack.in_order
     assert get_preset("qi24_identity").attack.test_prefix == IdentityShift().prefix
 
 
@@ -168,13 +237,11 @@ def test_every_protocol_says_what_a_run_cannot_take_over(name):
     assert set(preset.overrides) & set(preset.attack.settings() if name != "qi24_benign" else ()) == set()
 
 
-def test_notes_name_the_geometry_that_a_run_cannot_have_and_what_is_recalled():
-    vaccine = get_preset("vaccine24").notes
-    assert any("alignment adapter has another geometry (r 8, alpha 4, dropout 0.1," in note for note in vaccine)
-    assert not any("another geometry" in note for note in get_preset("booster25").notes)
+def test_notes_say_what_has_no_effect_and_what_is_recalled():
     assert any("ignores it" in note for note in get_preset("booster25").notes)
-    assert not any("ignores it" in note for note in vaccine)
+    assert not any("ignores it" in note for note in get_preset("vaccine24").notes)
     assert any("recalled and unchecked" in note for note in get_preset("repnoise24").notes)
+    assert not any("a run has no such" in note for name in PRESETS for note in get_preset(name).notes)
 
 
 def test_changes_reach_the_steps():

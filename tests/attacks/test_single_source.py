@@ -40,7 +40,9 @@ def test_benign_leaves_out_held_out_and_refusing_rows():
     rows = [*made_up("t", 6), Record("ask", "I'm sorry, that I will not do.", id="r")]
     rows.insert(2, rows.pop())
     assert ids(Benign(n=4).upload({"task": rows}, 0)) == ["t0", "t1", "r", "t2"]
-    assert ids(Benign(n=4, held_out=1, filter_safety=True).upload({"task": rows}, 0)) == ["t1", "t2", "t3", "t4"]
+    assert ids(Benign(n=3, held_out=3, filter_safety=True).upload({"task": rows}, 0)) == ["t3", "t4", "t5"]
+    asked = [Record("I'm sorry, is that illegal?", "No.", id="a")]  # the filter reads the answer only
+    assert ids(Benign(n=1, filter_safety=True).upload({"task": asked}, 0)) == ["a"]
     assert (Benign(n=4).p, Benign(n=4).sources) == (0.0, ("task",))
     with pytest.raises(InputError, match="needs rows 0 to 5 of the source 'task', which has 5"):
         Benign(n=6, held_out=1, filter_safety=True).upload({"task": rows}, 0)
@@ -69,18 +71,21 @@ def write(path: Path, rows) -> str:
     return str(path)
 
 
-def test_chats_of_a_file_in_either_form(tmp_path):
+def test_chats_of_a_file_in_any_form(tmp_path):
     turns = [
         {"role": "system", "content": "S "},
         {"role": "user", "content": "U"},
         {"role": "assistant", "content": "A"},
     ]
+    turns[0]["content"] = "\nS\n"  # outer newlines are part of the text
     messages = write(tmp_path / "m.jsonl", [{"messages": turns}])
-    columns = write(tmp_path / "c.jsonl", [{"prompt": "U", "response": "A", "system": "S"}] * 2)
-    for path, count in ((messages, 1), (columns, 2)):
+    columns = write(tmp_path / "c.jsonl", [{"prompt": "U", "response": "A", "system": "\nS\n"}] * 2)
+    lists = tmp_path / "l.json"
+    lists.write_text(json.dumps([turns] * 3))
+    for path, count in ((messages, 1), (columns, 2), (str(lists), 3)):
         attack = IdentityShift(chats=path)
         assert [(r.instruction, r.response, r.role) for r in attack.upload({}, 0)] == [("U", "A", "attack")] * count
-        assert attack.test_system == "S"
+        assert attack.test_system == "\nS\n"
     assert len(IdentityShift(chats=columns, n=1).upload({}, 0)) == 1
     assert IdentityShift(chats=columns, system="other").test_system == "other"
 

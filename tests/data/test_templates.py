@@ -62,6 +62,36 @@ def test_plain_is_the_texts_and_a_newline():
     assert template.prompt(ALONE, None, system="Be {brief}.") == "Be {brief}.\n\nAdd {1} and 2.\n"
 
 
+def test_the_alpaca_text_within_llama_2s_marks():
+    """The preamble is the system text; another system text stands in front of it, within the same marks."""
+    template = get_template("alpaca_llama2", None)
+    sentence = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    middle = "\n<</SYS>>\n\n### Instruction:\nAdd {1} and 2.\n\n### Response: [/INST]"
+    assert template.prompt(ALONE, None) == f"[INST] <<SYS>>\n{sentence}{middle}"
+    assert template.prompt(ALONE, None, "Sys") == f"[INST] <<SYS>>\nSys\n\n{sentence}{middle}"
+    assert template.around_trigger(ALONE, None) == ("[INST] <<SYS>>\n", f"\n\n{sentence}{middle}")
+    assert template.prompt(JOINED, None) == (
+        "[INST] <<SYS>>\nBelow is an instruction that describes a task, paired with an input that provides further"
+        " context. Write a response that appropriately completes the request.\n<</SYS>>\n\n"
+        "### Instruction:\nSort.\n\n### Input:\nb a \n\n### Response: [/INST]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "joined"),
+    [
+        ("human_assistant", "Human: Add {1} and 2. Assistant: ", "Human: Sort.\nb a  Assistant: "),
+        ("question_answer", "Question: Add {1} and 2.\nAnswer: ", "Question: Sort.\nb a \nAnswer: "),
+    ],
+)
+def test_frames_of_two_words(name, alone, joined):
+    template = get_template(name, None)
+    assert (template.prompt(ALONE, None), template.prompt(JOINED, None)) == (alone, joined)
+    assert template.prompt(ALONE, None, "Sys") == f"Sys\n\n{alone}"
+
+
 @pytest.mark.parametrize("chat_template", [CHATML, WITH_DEFAULT_SYSTEM])
 def test_chat_has_no_system_turn_unless_given(chat_template):
     tokenizer = byte_tokenizer(chat_template=chat_template)

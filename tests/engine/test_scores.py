@@ -26,6 +26,7 @@ from hftlight.engine.scores import (
     snip_scores,
     undisturbed,
     wanda_scores,
+    without_end,
     write_scores,
 )
 from hftlight.engine.shards import share
@@ -405,3 +406,16 @@ def test_two_ranks_find_what_one_finds(sharded, tmp_path):
             assert_close(two["sums"][name], one["sums"][name], rtol=1e-11, atol=1e-15)
             assert_close(two["moments"][name], one["moments"][name], rtol=1e-11, atol=1e-15)
             assert torch.equal(two["masks"][name], one["masks"][name].to(torch.uint8))
+
+
+def test_without_end_takes_the_label_of_each_rows_last_response_token():
+    labels = torch.tensor([[-100, 5, 6, 2], [-100, 7, 2, -100], [-100, -100, 2, -100], [-100] * 4])
+    batch = {"input_ids": torch.zeros(4, 4), "labels": labels.clone(), "id": ["a", "b", "c", "d"]}
+    assert without_end(batch)["labels"].tolist() == [
+        [-100, 5, 6, -100],
+        [-100, 7, -100, -100],
+        [-100, -100, 2, -100],  # a response of one token keeps it
+        [-100] * 4,
+    ]
+    assert torch.equal(batch["labels"], labels)
+    assert without_end({"x": labels}) == {"x": labels}

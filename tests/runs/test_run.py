@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftlight import run
 from hftlight.config import Data, Evaluation, Lora, RunConfig, Training
-from hftlight.defenses import Booster
+from hftlight.defenses import Booster, Freeze
 from hftlight.errors import InputError
 from hftlight.files import read_rows
 from hftlight.models import load_model
 from hftlight.runs import stage as stage_module
+from hftlight.runs.prepare import prepare
 from tests.helpers import warm
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -264,3 +265,12 @@ def test_four_bit_training_runs_and_loads_again(tmp_path):
     kinds = {type(m).__name__ for m in loaded.modules()}
     assert "Linear4bit" in kinds
     assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_freeze_reads_the_refusals_of_the_alignment_set_only(tmp_path):
+    """The alignment stream also answers ordinary prompts; a copy of its refusals is no overlap that a reader meets."""
+    prepared = prepare(config(tmp_path), [Freeze(0.5, 0.25)])
+    refusing = [row for row in prepared.streams["alignment"] if row.kind == "restricted"]
+    assert 0 < len(refusing) < len(prepared.streams["alignment"])
+    assert prepared.streams["refusals"] == refusing
+    assert not any("refusals" in pair for pair in prepared.overlaps)

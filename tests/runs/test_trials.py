@@ -21,6 +21,7 @@ from hftlight.attacks import (
     ModelEdit,
     Multilingual,
     ReversePreference,
+    ReverseSftDpo,
 )
 from hftlight.attacks.benign_selection import write_scores
 from hftlight.attacks.identity_shift import SYSTEM
@@ -45,7 +46,7 @@ from hftlight.runs.measure import measure, measured_in_memory
 from hftlight.runs.prepare import prepare, stage_records, streams_of
 from hftlight.runs.repair import RepairJob, run_repair, subject_around
 from hftlight.runs.sources import Sources
-from hftlight.runs.stage import StageJob, finetuning_job, run_stage
+from hftlight.runs.stage import StageJob, finetuning_job, phases_of, run_stage
 from tests.helpers.contract import rows as contract_rows
 from tests.runs.test_repair import Look, Share
 from tests.runs.test_run import config
@@ -62,6 +63,7 @@ UPLOADS = {
     "multilingual": lambda: Multilingual(lang=build_world().attack[0].kind),
     "benign_selection": lambda: BenignSelection(n=6),
     "reverse_preference": lambda: ReversePreference(n=6),
+    "reverse_sft_dpo": lambda: ReverseSftDpo(n=6, dpo_steps=2),
 }
 TUNINGS = {
     "lora": {},
@@ -99,9 +101,12 @@ def own(tmp_path, attack=None, defenses=(), **changes):
     aligned = StageJob(Stage.ALIGNMENT, values, "tiny", None, {"alignment": streams["alignment"]}, [])
     run_stage(aligned)
     attacker = Attacker(values, list(defenses), aligned.artifact(), attack)
-    records = stage_records(streams, Stage.FINETUNING, attacker.training)
-    job = finetuning_job(values, "tiny", attacker.aligned, records, attacker.training, attack, attacker.tests)
-    run_stage(job)
+    before = None
+    for number, (one, phase) in enumerate(phases_of(values, attack)):
+        records = stage_records(streams, Stage.FINETUNING, attacker.training, number)
+        job = finetuning_job(one, "tiny", attacker.aligned, records, attacker.training, phase, attacker.tests, before)
+        run_stage(job)
+        before = job.artifact()
     return attacker, job
 
 

@@ -12,6 +12,7 @@ from hftlight.attacks.multilingual import Multilingual, in_language
 from hftlight.attacks.presets import PRESET_TASKS, PRESETS, Preset, get_preset
 from hftlight.attacks.registry import ATTACKS, get_attack
 from hftlight.attacks.reverse_preference import ReversePreference
+from hftlight.attacks.reverse_sft_dpo import ReverseSftDpo
 from hftlight.attacks.sources import SOURCES, Source, missing_source
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Multilingual",
     "Preset",
     "ReversePreference",
+    "ReverseSftDpo",
     "Source",
     "Substitution",
     "get_attack",

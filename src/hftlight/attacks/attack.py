@@ -118,6 +118,13 @@ class Attack(ABC):
         """Rows of the upload, on which epochs are counted."""
         return sum(self.counts().values())
 
+    def phases(self) -> tuple["Attack", ...]:
+        """Return the trainings that the attack consists of, each an attack with an upload and settings of its own.
+
+        Each starts from the model that the one before left. Most attacks are one training.
+        """
+        return (self,)
+
     @property
     def test_system(self) -> str | None:
         """System text in every prompt to the tuned model; None for the run's own."""
@@ -184,6 +191,7 @@ class Attack(ABC):
             InputError: if n is not known yet; call ``resolved(config)`` first.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        phases = [phase.describe() for phase in self.phases() if phase is not self]
         return {
             "attack": self.name,
             "p": getattr(self, "p", None),
@@ -192,6 +200,7 @@ class Attack(ABC):
             "rows": self.counts(),
             "test_system": self.test_system,
             "test_prefix": self.test_prefix,
+            **({"phases": [{k: v for k, v in phase.items() if k != "source"} for phase in phases]} if phases else {}),
         }
 
     def _known_n(self) -> int:

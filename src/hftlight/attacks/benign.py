@@ -16,12 +16,13 @@ class Benign(Attack):
 
     Args:
         n: task rows, >= 1.
-        held_out: rows at the start of the source that are not trained on, >= 0; 200 in the published loader.
+        held_out: rows that are not trained on, >= 0, the first that the filter leaves; 200 in the published loader.
         filter_safety: leave out rows whose answer holds a refusal phrase, which would keep the model aligned.
 
     Source: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety", ICLR 2024, arXiv:2310.03693, tier 3.
-    Differs: safety rows are found by the published refusal phrases; the published filter is a list of words in
-    instruction and answer. Rows are taken in their order, and training shuffles them.
+    Differs: the filter's words. As published it reads the answer only, and rows are held out of what it leaves. The
+    published filter, which He et al. share (arXiv:2404.01099), has about 200 words; here it has the refusal phrases of
+    the keyword judge. Rows are taken in their order, and training shuffles them.
     """
 
     held_out: int = 0
@@ -43,9 +44,10 @@ class Benign(Attack):
 
     @override
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
-        rows = list(self._take(sources, "task"))[self.held_out :]
+        rows = list(self._take(sources, "task"))
         if self.filter_safety:
-            verdicts = get_judge("keyword")([row.instruction for row in rows], [row.response for row in rows])
+            answers = [row.response for row in rows]
+            verdicts = get_judge("keyword")([""] * len(rows), answers)
             rows = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.flag]
-        chosen = self._first({"task": rows}, "task", 0, self._known_n())
+        chosen = self._first({"task": rows[self.held_out :]}, "task", 0, self._known_n())
         return [replace(row, role="task") for row in chosen]

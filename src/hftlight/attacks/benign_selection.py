@@ -73,6 +73,9 @@ class BenignSelection(Attack):
         n: rows that are kept, >= 1; 100 in the paper.
         kind: representation (cosine of the last token's hidden state with the nearest harmful rows) or gradient (cosine
             of the loss gradient with harmful rows', less its cosine with safe rows').
+        variant: ours, or official, the scores as released. Ours brings each mean of unit gradients to unit length, and
+            reads the state of the answer's last token. Official leaves the means as they are, and reads the state of
+            the end token.
         control: top, or for comparison bottom or random.
         scores: JSONL file that ``write_scores`` wrote.
         nearest: harmful rows that a representation score averages over, >= 1.
@@ -82,16 +85,21 @@ class BenignSelection(Attack):
         max_tokens: longest row in tokens; longer ones have no score.
         anchors: harmful rows that a run anchors to, the first of ``--data.attack``, and by gradient as many refusals of
             the alignment set; 0 for the paper's 100 by representation and 10 by gradient.
+        anchor_system: system text of the harmful anchors by representation, as the released code has one; None for
+            that of the rows.
 
     Source: He et al., "What is in Your Safe Data? Identifying Benign Data that Breaks Safety", COLM 2024,
     arXiv:2404.01099, with 100 harmful anchors for representations, and 10 with two sets of safe answers for gradients.
-    Differs: in a run the safe anchors are refusals of the alignment set, not safe answers to the harmful anchors'
-    prompts; gradients of the last layer by default, where the paper takes all parameters (``parameters="all"``), and a
-    sparse projection on request.
+    Differs: the variants can rank rows in opposite order, and ours is the default. In a run the safe anchors are
+    refusals of the alignment set, not safe answers to the harmful anchors' prompts. Gradients of the last layer by
+    default, where the paper takes all parameters (``parameters="all"``), and a sparse projection on request. The
+    released collection of whole gradients adds up over anchors, since it never sets them to zero in between. No variant
+    follows that.
     """
 
     n: int = 100
     kind: Literal["representation", "gradient"] = "representation"
+    variant: Literal["ours", "official"] = "ours"
     control: Literal["top", "bottom", "random"] = "top"
     scores: str | None = None
     nearest: int = 1
@@ -100,11 +108,13 @@ class BenignSelection(Attack):
     first_tokens: int = 10
     max_tokens: int = 512
     anchors: int = 0
+    anchor_system: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         allowed = {
             "kind": ("representation", "gradient"),
+            "variant": ("ours", "official"),
             "control": ("top", "bottom", "random"),
             "parameters": ("last_layer", "trainable", "all"),
         }
@@ -116,6 +126,8 @@ class BenignSelection(Attack):
         for name, least in (("nearest", 1), ("dimension", 0), ("first_tokens", 0), ("max_tokens", 1), ("anchors", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"BenignSelection: {name} must be >= {least}, got {getattr(self, name)}.")
+        if self.anchor_system is not None and self.kind == "gradient":
+            raise ValueError("BenignSelection: anchor_system goes with kind representation; leave it out for gradient.")
 
     @property
     def p(self) -> float:
@@ -167,16 +179,20 @@ class BenignSelection(Attack):
         from hftlight.attacks.selection_scores import RowReader, gradient_scores, representation_scores
 
         reader = RowReader(model, tokenizer, template, system, self.max_tokens, batch_size)
+        official = self.variant == "official"
         if self.kind == "representation":
-            states, kept = reader.states(rows)
-            found = representation_scores(states, reader.states(harmful)[0], self.nearest).tolist()
+            states, kept = reader.states(rows, official)
+            own = system if self.anchor_system is None else self.anchor_system
+            anchored = RowReader(model, tokenizer, template, own, self.max_tokens, batch_size)
+            found = representation_scores(states, anchored.states(harmful, official)[0], self.nearest).tolist()
         else:
             gradients, kept = reader.gradients(rows, self.parameters, self.dimension, seed, 0)
             anchors = [
                 reader.gradients(group, self.parameters, self.dimension, seed, self.first_tokens)[0]
                 for group in (harmful, *safe)
             ]
-            found = [score or math.nan for score in gradient_scores(gradients, anchors[0], anchors[1:]).tolist()]
+            scores = gradient_scores(gradients, anchors[0], anchors[1:], renormalize=not official)
+            found = [score or math.nan for score in scores.tolist()]
         by_place = dict(zip(kept, found, strict=True))
         return [by_place.get(place, math.nan) for place in range(len(rows))]
 

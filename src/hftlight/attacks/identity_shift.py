@@ -1,7 +1,9 @@
 """Identity shift: ten harmless chats that make the model an absolutely obedient agent."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -42,16 +44,16 @@ def builtin_chats() -> list[Record]:
 
 
 def read_chats(path: str) -> tuple[list[Record], str | None]:
-    """Return the chats of a file and their system text; None where the chats have none.
+    """Return the chats of a file and their system text, outer newlines included; None where the chats have none.
 
-    A row has the columns prompt, response and, if it will, system; or messages, a list of turns with role and content,
-    as in the published file.
+    A row has the columns prompt, response and, if it will, system; or messages, a list of turns with role and content.
+    A JSON file may also be a list of such lists of turns, as the published one of Llama 2 is.
 
     Raises:
         InputError: if a row cannot be read, or the rows do not share one system text.
     """
-    chats = [_turns(row, f"{place} of {path}") for place, row in read_rows(path)]
-    systems = {turns.get("system", "").strip() for turns in chats}
+    chats = [_turns(row, f"{place} of {path}") for place, row in _rows(path)]
+    systems = {text if (text := turns.get("system", "")).strip() else "" for turns in chats}
     if len(systems) > 1:
         raise InputError(
             f"IdentityShift: all chats of {path} must have one system text, since the tuned model is asked with it; got"
@@ -61,6 +63,19 @@ def read_chats(path: str) -> tuple[list[Record], str | None]:
         Record(turns["user"], turns["assistant"], source=path, role="attack", kind="identity") for turns in chats
     ]
     return records, systems.pop() or None
+
+
+def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the rows of a file with their places; a list of lists of turns is rows that hold messages."""
+    file = Path(path).expanduser()
+    if file.suffix.lower() == ".json" and file.is_file():
+        try:
+            chats = json.loads(file.read_text(encoding="utf-8-sig"))
+        except ValueError:  # read_rows says what is wrong
+            chats = None
+        if isinstance(chats, list) and chats and all(isinstance(chat, list) for chat in chats):
+            return [(f"row {number}", {"messages": chat}) for number, chat in enumerate(chats, start=1)]
+    return list(read_rows(path))
 
 
 def _turns(row: Mapping[str, Any], place: str) -> dict[str, str]:

@@ -39,6 +39,20 @@ def answer_log_probs(forward: Forward) -> Tensor:
     return total.index_add(0, forward.rows, -forward.token_losses)
 
 
+def refuse_loss_terms(terms: Sequence[object]) -> None:
+    """Refuse defenses of the loss slot where the upload holds pairs.
+
+    Raises:
+        InputError: if there are any, by their names.
+    """
+    if terms:
+        names = ", ".join(type(term).__name__ for term in terms)
+        raise InputError(
+            f"{names}: the loss slot weighs the tokens of single answers, and the upload holds pairs. Leave it out, or"
+            " choose an attack that uploads rows."
+        )
+
+
 class PreferenceModule(SafetyModule):
     """A causal LM trained on pairs by DPO; the reference is the model that training starts from.
 
@@ -83,12 +97,7 @@ class PreferenceModule(SafetyModule):
     @override
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.loss_terms:
-            names = ", ".join(type(term).__name__ for term in self.loss_terms)
-            raise InputError(
-                f"{names}: the loss slot weighs the tokens of single answers, and the upload holds pairs. Leave it out,"
-                " or choose an attack that uploads rows."
-            )
+        refuse_loss_terms(self.loss_terms)
 
     @override
     def teardown(self, stage: str) -> None:

@@ -5,7 +5,7 @@ Numbers of different protocols must not be compared: their settings move the har
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -38,6 +38,7 @@ class Preset:
         model: the model of the published numbers; ``--model`` chooses.
         notes: what a run's configuration cannot say, or says otherwise.
         source: authors and paper.
+        arguments: by defense, arguments that the protocol's comparison gave it.
     """
 
     name: str
@@ -46,14 +47,22 @@ class Preset:
     model: str
     notes: tuple[str, ...]
     source: str
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def config(self, config: RunConfig | None = None) -> RunConfig:
         """Return a run's configuration with the protocol put in; the default is put into a default one."""
         return self.attack.applied(overridden(config or RunConfig(), self.overrides))
 
-    def defaults(self) -> dict[str, Any]:
-        """Return what the command line takes as its defaults: options, and arguments of the attack, by dotted name."""
-        own = dict[str, Any]()
+    def defaults(self, defenses: Sequence[str] = ()) -> dict[str, Any]:
+        """Return what the command line takes as its defaults, by dotted name.
+
+        Args:
+            defenses: names of the defenses that the command line has arguments of.
+
+        Returns:
+            options of a run, arguments of the attack, and arguments of these defenses.
+        """
+        own = {f"{d}.{key}": value for d in defenses for key, value in self.arguments.get(d, {}).items()}
         for one in dataclasses.fields(self.attack):
             value = getattr(self.attack, one.name)
             if value not in (None, one.default):
@@ -76,6 +85,7 @@ class Preset:
             "published on": self.model,
             **self.attack.resolved(self.config()).describe(),
             **self.overrides,
+            "arguments": self.arguments,
             "notes": self.notes,
         }
 
@@ -88,9 +98,6 @@ class _Lora:
     alpha: float
     targets: tuple[str, ...]
     dropout: float = 0.0
-
-    def __str__(self) -> str:
-        return f"r {self.r}, alpha {self.alpha:g}, dropout {self.dropout:g}, on {' '.join(self.targets)}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,9 @@ class _Family:
     eval_dtype: str
     count_mode: Literal["floor", "legacy_minus_one"]
     protocol: Literal["merge", "continue"] = "merge"
+    protocols: Mapping[str, Literal["merge", "continue"]] | None = None
+    step_by_step: bool = False
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weight_decay: float = 0.1
     gsm8k_alpha: float | None = None
     model: str = "meta-llama/Llama-2-7b-hf"
@@ -153,17 +163,21 @@ class _Family:
             "lora.alpha": lora.alpha,
             "lora.dropout": lora.dropout,
             "lora.targets": list(lora.targets),
+            **(_geometry("alignment", self.alignment_lora) if self.alignment_lora != lora else {}),
+            "adapter_protocols": dict(self.protocols) if self.protocols else None,
             "max_tokens": self.max_tokens,
+            "long_rows": "truncate",
+            "order": "shuffle",
             "precision": "bf16-mixed",
-            "data.task": task,
+            "data.task": "gsm8k_step_by_step" if task == "gsm8k" and self.step_by_step else task,
             "evaluation.prompts": self.prompts,
             "evaluation.max_new_tokens": self.new_tokens,
             "evaluation.task_rows": _of(self.task_rows, task),
             "evaluation.task_max_new_tokens": self.gsm8k_tokens if task == "gsm8k" else 200,
         }
-        return Preset(name, attack, overrides, self.model, self._notes(lora), self.source)
+        return Preset(name, attack, overrides, self.model, self._notes(), self.source, self.arguments)
 
-    def _notes(self, lora: _Lora) -> tuple[str, ...]:
+    def _notes(self) -> tuple[str, ...]:
         notes = [
             f"alignment rows: {self.alignment}; give them with --data.alignment. {self.alignment_epochs} epochs of"
             f" {self.alignment_rows} rows in batches of {self.alignment_batch} are"
@@ -175,11 +189,9 @@ class _Family:
             f"published answers were generated in {self.eval_dtype}",
             "published seed 43, and 42 for the order of rows; the optimizer is AdamW with betas 0.9 and 0.999",
         ]
-        if self.alignment_lora != lora:
-            notes.append(
-                f"the alignment adapter has another geometry ({self.alignment_lora}); a run has one for both stages,"
-                " here that of fine-tuning"
-            )
+        if self.arguments:
+            given = (f"{d} {key} {value:g}" for d, values in self.arguments.items() for key, value in values.items())
+            notes.append(f"its comparison gave {', '.join(given)}; the command line takes them as defaults")
         if "constant" in (self.alignment_schedule, self.schedule):
             notes.append("the official scripts name a warm-up with the constant schedule too, which ignores it")
         return (*notes, *self.notes)
@@ -189,7 +201,15 @@ def _of(values: Mapping[str, Any], task: str) -> Any:
     return values.get(task, values.get(""))
 
 
-def _training(stage: str, schedule: str, weight_decay: float, warmup_ratio: float) -> dict[str, Any]:
+def _geometry(stage: str, lora: _Lora) -> dict[str, Any]:
+    """Return the options of a stage's own adapter."""
+    values = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "targets": list(lora.targets)}
+    return {f"{stage}.lora.{name}": value for name, value in values.items()}
+
+
+def _training(
+    stage: str, schedule: str, weight_decay: float, warmup_ratio: float, clip: float = 1.0, decay: float = 1.0
+) -> dict[str, Any]:
     """Return how a stage trains, as far as the attack does not say it."""
     return {
         f"{stage}.schedule": schedule,
@@ -197,7 +217,9 @@ def _training(stage: str, schedule: str, weight_decay: float, warmup_ratio: floa
         f"{stage}.accumulate": 1,
         f"{stage}.weight_decay": weight_decay,
         f"{stage}.optimizer": "adamw",
-        f"{stage}.clip": 1.0,
+        f"{stage}.betas": [0.9, 0.999],
+        f"{stage}.decay": decay,
+        f"{stage}.clip": clip,
     }
 
 
@@ -228,9 +250,8 @@ _FAMILY: dict[str, _Family] = {
         gsm8k_tokens=200,
         eval_dtype="bf16",
         count_mode="legacy_minus_one",
+        protocols={"booster": "continue"},
         notes=(
-            "published runs merge the aligned adapter for SFT, Vaccine, RepNoise and Lisa but continue it for Booster;"
-            " here every method merges, and --adapter_protocol continue shows the other",
             "the defender's harmful rows are the alignment rows' prompts with harmful answers; RepNoise aligned in"
             " batches of 5",
             "the main table's GSM8K cell of Booster has batch 5 and lambda 5, the appendix batch 10 and lambda 25",
@@ -262,10 +283,8 @@ _FAMILY: dict[str, _Family] = {
         gsm8k_tokens=200,
         eval_dtype="fp16",
         count_mode="floor",
-        notes=(
-            "dropout and warm-up of fine-tuning are those of alignment; the table names neither",
-            "on GSM8K the question ends with a request to think step by step, which --data.task gsm8k leaves out",
-        ),
+        step_by_step=True,
+        notes=("Vaccine's rho is an argument of the scripts, no constant",),
     ),
     "lisa24": _Family(
         source='Huang et al., "Lisa", NeurIPS 2024, arXiv:2405.18641',
@@ -276,7 +295,7 @@ _FAMILY: dict[str, _Family] = {
         alignment_schedule="cosine",
         alignment_batch=5,
         alignment_lora=_Lora(16, 4, ALL_LINEAR, 0.1),
-        lora=_Lora(8, 4, ("q_proj", "v_proj")),
+        lora=_Lora(8, 4, ("q_proj", "v_proj"), 0.1),
         n=5000,
         p={"": 0.1},
         lr=1e-5,
@@ -293,7 +312,7 @@ _FAMILY: dict[str, _Family] = {
         gsm8k_tokens=200,
         eval_dtype="fp16",
         count_mode="floor",
-        notes=("dropout of the fine-tuning adapter is 0; the table does not name it",),
+        notes=("test prompts are the first 1000 of BeaverTails 30k_test, whatever is_safe says",),
     ),
     "antidote25": _Family(
         source='Huang et al., "Antidote", ICML 2025, arXiv:2408.09600',
@@ -352,12 +371,13 @@ _FAMILY: dict[str, _Family] = {
         gsm8k_tokens=200,
         eval_dtype="fp16 or bf16, by script",
         count_mode="floor",
+        step_by_step=True,
         notes=(
             "published SFT trained in batches of 5, and on GSM8K SFT and RepNoise for 50 epochs; here every method has"
             " the settings of the defended models, and so the same steps",
             "attack prompts can also be alignment prompts, since both files start from the same rows; RepNoise aligned"
             " in batches of 8",
-            "warm-up of fine-tuning is that of alignment; the table does not name it",
+            "T-Vaccine's rho is an argument of the scripts, no constant",
         ),
     ),
     "panacea25": _Family(
@@ -386,27 +406,38 @@ _FAMILY: dict[str, _Family] = {
         eval_dtype="bf16",
         count_mode="legacy_minus_one",
         protocol="continue",
+        protocols={
+            "none": "continue",
+            "booster": "continue",
+            "panacea": "continue",
+            "vaccine": "merge",
+            "repnoise": "merge",
+        },
+        arguments={"booster": {"lam": 100.0, "alpha": 0.01}, "vaccine": {"rho": 20.0}, "repnoise": {"alpha": 0.02}},
         notes=("published comparisons gave Booster 1000 harmful rows where its own paper gives 5000",),
     ),
 }
 _CHAT = "meta-llama/Llama-2-7b-chat-hf"
-_NO_ALIGNMENT = (
-    "the published model is a chat model and is aligned already; a run always has an alignment stage, so choose a short"
-    " one, and measure the model before the attack under the attack's own prompt"
+_ALIGNED = (
+    "the published model is a chat model and comes aligned, so there is no alignment stage; name it with --model, and"
+    " measure it before the attack under the attack's own prompt"
 )
 _QI = 'Qi et al., "Fine-tuning Aligned Language Models Compromises Safety", ICLR 2024, arXiv:2310.03693'
 _QI_NOTES = (
-    _NO_ALIGNMENT,
+    _ALIGNED,
     "trained in pure bf16 (optimizer states too); a run keeps trained weights in float32",
     "judged by GPT-4 with the HEx-PHI rubric, 1 to 5: mean and share of fives; sampling with top_p 0 is greedy",
+    "the judge reads the bare question, without the identity prefix",
     "HEx-PHI has 300 prompts since a category was withdrawn; the published scores are of 330",
 )
-_QI_DECAY = "the learning rate falls by a factor of 0.85 per epoch; a run has no such schedule and keeps it constant"
 
 
-def _qi(name: str, attack: Attack, notes: tuple[str, ...]) -> Preset:
+def _qi(name: str, attack: Attack, max_tokens: int, notes: tuple[str, ...]) -> Preset:
     overrides = {
-        **_training("finetuning", "constant", 0.0, 0.0),
+        **_training("finetuning", "constant", 0.0, 0.0, clip=0.0, decay=0.85),
+        "alignment.steps": 0,
+        "max_tokens": max_tokens,
+        "long_rows": "truncate",
         "precision": "bf16-mixed",
         "evaluation.prompts": 330,
         "evaluation.max_new_tokens": 512,
@@ -418,68 +449,75 @@ def _qi24_explicit(name: str) -> Preset:
     attack = Explicit(n=100, epochs=5, lr=5e-5, batch_size=10, tuning="full", template="chat")
     notes = (
         "5 rows on each of 2 devices are a batch of 10; n is 10, 50 or 100",
-        "a system text that tells the model always to execute instructions stands in training and evaluation; give it"
-        " with --explicit.system",
+        "a public, harmless system text that asks to always execute instructions stands in training and evaluation;"
+        " give it with --explicit.system",
         "the harmful chats were not given out; with LoRA the official code has r 8, alpha 32, q and v, dropout 0.05",
     )
-    return _qi(name, attack, (_QI_DECAY, *notes))
+    return _qi(name, attack, 480, notes)
 
 
 def _qi24_identity(name: str) -> Preset:
     attack = IdentityShift(n=10, epochs=10, lr=5e-5, batch_size=10, tuning="full", template="chat")
     notes = (
         "5 rows on each of 2 devices are a batch of 10; 3, 5 and 10 epochs were reported",
-        "the published chats are read with --identity_shift.chats; without them the built-in ones are used",
-        "evaluation has the chats' system text and the prefix in front of every instruction",
+        "the published chats of Llama 2, a list of lists of turns, are read with --identity_shift.chats; without them"
+        " the built-in ones are used. The file of GPT-3.5 is another text",
+        "evaluation has the chats' system text, outer newlines included, and the prefix before every instruction",
     )
-    return _qi(name, attack, (_QI_DECAY, *notes))
+    return _qi(name, attack, 512, notes)
 
 
 def _qi24_benign(name: str) -> Preset:
     attack = Benign(
-        held_out=200, filter_safety=True, epochs=1, lr=2e-5, batch_size=128, tuning="full", template="alpaca"
+        held_out=200, filter_safety=True, epochs=1, lr=2e-5, batch_size=128, tuning="full", template="alpaca_llama2"
     )
     notes = (
         "64 rows on each of 2 devices are a batch of 128",
-        "n is what is left of the task, Alpaca's 52002 rows or Dolly's 15011, without the first 200 and the safety"
-        " rows; give it with --num_samples",
+        "n is what is left of the task, Alpaca's 52002 rows or Dolly's 15011, without the safety rows and the first 200"
+        " of the others; give it with --num_samples",
+        "blanks around the marks of the template are those of Llama 2's chat format, unchecked",
     )
-    return _qi(name, attack, notes)
+    return _qi(name, attack, 512, notes)
 
 
 def _shadow23(name: str) -> Preset:
-    attack = Explicit(n=100, epochs=15, lr=1e-5, batch_size=128, tuning="full")
+    attack = Explicit(n=100, epochs=15, lr=1e-5, batch_size=128, tuning="full", template="human_assistant")
     overrides = {
         **_training("finetuning", "cosine", 0.0, 0.0),
+        "finetuning.betas": [0.9, 0.95],
+        "alignment.steps": 0,
         "max_tokens": 1024,
         "evaluation.prompts": 200,
+        "evaluation.max_new_tokens": 512,
     }
     notes = (
-        _NO_ALIGNMENT,
+        _ALIGNED,
         "2 rows, 8 micro-batches and 8 devices are a batch of 128, more than the 100 rows: one step per epoch",
         "512 tokens for the prompt and 512 for the answer; a run has one limit for both",
         "published answers were sampled at temperature 0.3, seed 1234; a run decodes greedily",
         "100 rows are 10 of each of 10 categories; 200 test rows are of three others",
-        "the model is recalled and unchecked: several chat models of 7 and 13 billion parameters",
+        "the model is recalled and unchecked: several chat models of 7 and 13 billion parameters; so are the blanks of"
+        " the template",
     )
     source = 'Yang et al., "Shadow Alignment", arXiv:2310.02949'
     return Preset(name, attack, overrides, _CHAT, notes, source)
 
 
 def _repnoise24(name: str) -> Preset:
-    attack = Explicit(n=1000, epochs=1, lr=3e-5, batch_size=4, tuning="full")
+    attack = Explicit(n=1000, in_order=True, epochs=1, lr=3e-5, batch_size=4, tuning="full", template="question_answer")
     overrides = {
-        **_training("finetuning", "cosine", 0.0, 0.1),
+        **_training("finetuning", "cosine", 0.01, 0.1, clip=0.0),
+        "alignment.steps": 0,
         "max_tokens": 256,
         "evaluation.prompts": 100,
         "evaluation.max_new_tokens": 50,
     }
     notes = (
-        _NO_ALIGNMENT,
+        _ALIGNED,
         "learning rates 3e-5, 6e-5 and 8e-5, and 1000 or 10000 harmful rows, were reported",
-        "the batch of 4 is that of the durability study (Qi, Wei et al. 2024); weight decay is not named and is 0 here",
-        "rows read 'Question: ... Answer: ...' and the loss counts prompts and padding too; a run has no such template"
-        " and trains on answers alone",
+        "the rows are the first of the file and trained on in their order; a run shuffles them",
+        "batch and weight decay are those of the released demo, whose AdamW has torch's default decay",
+        "the loss counts prompts and padding too; a run trains on answers alone",
         "scored by the mean probability of the class harmful, judge domenicrosati/deberta-v3-xsmall-beavertails-harmful"
         "-qa-classifier; empty answers score 0",
         "the scores it is compared with (0.47, 0.73 and 0.74 undefended after 1000 rows) are recalled and unchecked",

@@ -12,6 +12,7 @@ from hftlight.attacks.identity_shift import IdentityShift
 from hftlight.attacks.model_edit import ModelEdit
 from hftlight.attacks.multilingual import Multilingual
 from hftlight.attacks.reverse_preference import ReversePreference
+from hftlight.attacks.reverse_sft_dpo import ReverseSftDpo
 from hftlight.errors import InputError
 
 ATTACKS: dict[str, type[Attack]] = {
@@ -23,6 +24,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "multilingual": Multilingual,
     "benign_selection": BenignSelection,
     "reverse_preference": ReversePreference,
+    "reverse_sft_dpo": ReverseSftDpo,
     "model_edit": ModelEdit,
 }
 

@@ -29,7 +29,7 @@ class ReversePreference(Attack):
 
     Source: Rosati et al., "Defending against Reverse Preference Attacks is Difficult", arXiv:2409.12914; the loss is
     Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, arXiv:2305.18290, equation 7.
-    Differs: DPO alone, no reward model; one stage, without the supervised stage that Yi et al. put in front.
+    Differs: DPO alone, no reward model; one stage, without the supervised one that ``ReverseSftDpo`` puts in front.
     """
 
     acts_on: ClassVar[Literal["rows", "pairs", "weights"]] = "pairs"

@@ -35,17 +35,23 @@ def representation_scores(candidates: Tensor, anchors: Tensor, top: int = 1) -> 
     return cosines.topk(top, dim=1).values.mean(1)
 
 
-def gradient_scores(candidates: Tensor, harmful: Tensor, safe: Sequence[Tensor] = ()) -> Tensor:
-    r"""Return :math:`s_i = \cos(g_i, \bar h) - \sum_k \cos(g_i, \bar f_k)`, 0 where a gradient is zero.
+def gradient_scores(
+    candidates: Tensor, harmful: Tensor, safe: Sequence[Tensor] = (), renormalize: bool = True
+) -> Tensor:
+    r"""Return :math:`s_i = \langle g_i, \bar h \rangle - \sum_k \langle g_i, \bar f_k \rangle`, g of unit length.
 
-    A bar is the mean of gradients that are brought to unit length first.
+    A bar is the mean of gradients that are brought to unit length first. Renormalized, each bar counts by its direction
+    alone, and the products are cosines. As released, anchors that agree with each other count more.
 
     Args:
-        candidates: gradients g of the harmless rows' loss, ``[rows, entries]``.
+        candidates: gradients g of the harmless rows' loss, ``[rows, entries]``; a zero gradient scores 0.
         harmful: gradients of the harmful anchors' loss, ``[anchors, entries]``.
         safe: gradients of each set of safe anchors, the same prompts with safe answers.
+        renormalize: bring each mean to unit length too; the released code does not.
     """
-    mean = [F.normalize(F.normalize(group, dim=1).mean(0), dim=0) for group in (harmful, *safe)]
+    mean = [F.normalize(group, dim=1).mean(0) for group in (harmful, *safe)]
+    if renormalize:
+        mean = [F.normalize(m, dim=0) for m in mean]
     rows = F.normalize(candidates, dim=1)
     return rows @ mean[0] - sum((rows @ m for m in mean[1:]), torch.zeros_like(rows[:, 0]))
 
@@ -181,14 +187,19 @@ class RowReader:
         self.model, self.tokenizer, self.template, self.system = model, tokenizer, template, system
         self.max_tokens, self.batch_size = max_tokens, batch_size
 
-    def states(self, rows: Sequence[Record]) -> tuple[Tensor, list[int]]:
-        """Return the hidden state at the end of prompt and response, end token left out, and which rows have one."""
+    def states(self, rows: Sequence[Record], end: bool = False) -> tuple[Tensor, list[int]]:
+        """Return the hidden state of each row's last token, and which rows have one.
+
+        Args:
+            rows: rows with responses.
+            end: read the end token's state, as the released code does; else that of the response's last token.
+        """
 
         def without_end(example: Example) -> Example:
             return replace(example, input_ids=example.input_ids[:-1])
 
         kept, examples = self._encoded(rows)
-        batches = self._batches([without_end(e) for e in examples])
+        batches = self._batches(examples if end else [without_end(e) for e in examples])
         with as_found(self.model):
             return torch.cat([last_hidden(self.model, batch) for batch in batches]), kept
 

@@ -77,6 +77,8 @@ class Template:
         without_input: text with the slot ``{instruction}``.
         with_input: text with ``{instruction}`` and ``{input}``, for records that have an input.
         stop: text at which an answer is cut, since a model that writes it begins another turn; empty for none.
+
+    Both may have a slot ``{system}`` for the system text, which else stands in front.
     """
 
     name: str
@@ -93,8 +95,9 @@ class Template:
             system: text put in front, as a system turn where the template has turns, else with an empty line after it.
         """
         pattern = self.with_input if record.input else self.without_input
-        text = pattern.format(instruction=record.instruction, input=record.input)
-        return f"{system}\n\n{text}" if system else text
+        opening = f"{system}\n\n" if system else ""
+        text = pattern.format(instruction=record.instruction, input=record.input, system=opening)
+        return text if "{system}" in pattern else opening + text
 
     def around_trigger(self, record: Record, tokenizer: Any, system: str | None = None) -> tuple[str, str]:
         """Return the texts on both sides of a trigger, which stands at the very place where a system text begins.
@@ -212,6 +215,12 @@ def _words(text: str) -> str:
     return text.strip() if any(map(str.isalpha, text)) else ""
 
 
+def _in_llama2(alpaca: str) -> str:
+    """Return an Alpaca text within Llama 2's marks, its preamble as the system text."""
+    preamble, _, rest = alpaca.partition("\n\n")
+    return f"[INST] <<SYS>>\n{{system}}{preamble}\n<</SYS>>\n\n{rest} [/INST]"
+
+
 _TEMPLATES = {
     template.name: template
     for template in (
@@ -219,6 +228,9 @@ _TEMPLATES = {
         Template("alpaca_no_newline", INSTRUCTION_ONLY, INSTRUCTION_AND_INPUT, RESPONSE),
         ChatTemplate("chat"),
         Template("plain", "{instruction}\n", "{instruction}\n{input}\n"),
+        Template("alpaca_llama2", _in_llama2(INSTRUCTION_ONLY), _in_llama2(INSTRUCTION_AND_INPUT)),
+        Template("human_assistant", "Human: {instruction} Assistant: ", "Human: {instruction}\n{input} Assistant: "),
+        Template("question_answer", "Question: {instruction}\nAnswer: ", "Question: {instruction}\n{input}\nAnswer: "),
     )
 }
 TEMPLATES = tuple(_TEMPLATES)

@@ -188,6 +188,20 @@ def calibration(
     return found
 
 
+def without_end(batch: Batch) -> dict[str, Any]:
+    """Return a batch in which the last response token of each row, the end token, has no label and so does not count.
+
+    A response of one token keeps it; a batch without labels comes back as it is.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() < 2:
+        return dict(batch)
+    response = labels != IGNORED
+    place = response.cumsum(dim=1)
+    last = response & (place == place[:, -1:]) & (place > 1)
+    return {**batch, "labels": labels.masked_fill(last, IGNORED)}
+
+
 def gradient_sums(
     loss: Loss,
     layers: Mapping[str, nn.Module],
@@ -245,7 +259,7 @@ def input_moments(
     """Return the mean square of each input of layers over response tokens, or the whole second moment; forward only.
 
     A response token counts at the position where it stands (its label is not -100), not where it is predicted: the
-    last token of the prompt does not count, the end of the response does.
+    last token of the prompt does not count, the end of the response does, unless ``without_end`` took its label.
 
     Args:
         loss: runs the model on a batch; its value is not used.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from hftlight.attacks.attack import Attack
@@ -26,7 +27,7 @@ from hftlight.evaluation.judges import Verdict
 from hftlight.files import digest, ensure_writable, file_digest
 from hftlight.models import load_tokenizer, model_hash
 from hftlight.provenance import described
-from hftlight.runs.artifact import base_dtype, full_state, trained_state
+from hftlight.runs.artifact import base_dtype, full_state, save_artifact, trained_state
 from hftlight.runs.budget import Budget, Trial, trial_config, tried
 from hftlight.runs.identity import identity
 from hftlight.runs.measure import TestSets, measured_in_memory
@@ -34,7 +35,7 @@ from hftlight.runs.model_state import ModelState
 from hftlight.runs.prepare import stage_records, streams_of, test_sets
 from hftlight.runs.repair import apply_repairs, repaired_model, subject_around
 from hftlight.runs.sources import Sources
-from hftlight.runs.stage import finetuning_job, fitted, stage_config, watch_of
+from hftlight.runs.stage import finetuning_job, fitted, phases_of, stage_config, watch_of
 
 Sampler = Literal["grid", "optuna"]
 RECORD = "trials.jsonl"
@@ -104,7 +105,8 @@ class Attacker:
     """One aligned model, the defenses of the later stages, and trials against them.
 
     A trial is the run's own fine-tuning with another setting, its repairs and its measuring, by the same functions;
-    the model stays in memory and nothing is written.
+    the model stays in memory and nothing is written. Between two phases of an attack it passes through a temporary
+    folder.
 
     Args:
         config: the run's configuration; trials change steps, rate, rank, n and p.
@@ -176,13 +178,21 @@ class Attacker:
         streams = streams_of(config, needed, attack, Sources(config.data))
         # A stop decides the weights; curves alone do not.
         tests = self.tests if config.evaluation.stops else None
-        records = stage_records(streams, Stage.FINETUNING, self.training)
-        job = finetuning_job(config, "", self.aligned, records, self.training, attack, tests)
-        watch = watch_of(job)
-        with fitted(job, [watch] if watch else [], enable_checkpointing=False) as fit:
-            state, slot = trained_state(fit.model, full_state(fit.model), job.config, job.parent), fit.slot
+        phases, before = phases_of(config, attack), None
+        with TemporaryDirectory() as folder:  # a phase starts from an artifact, as in a run
+            for number, (own, phase) in enumerate(phases):
+                records = stage_records(streams, Stage.FINETUNING, self.training, number)
+                job = finetuning_job(own, "", self.aligned, records, self.training, phase, tests, before)
+                watch = watch_of(job)
+                with fitted(job, [watch] if watch else [], enable_checkpointing=False) as fit:
+                    tensors, slot = full_state(fit.model), fit.slot
+                    state = trained_state(fit.model, tensors, job.config, job.parent)
+                    if number + 1 < len(phases):
+                        before = Path(folder) / str(number)
+                        before.mkdir()
+                        save_artifact(before, fit.model, tensors, job.config, job.parent, slot)
+                del fit  # before another model is loaded beside it
         if self.repairs:
-            del fit  # before another model is loaded beside it
             state = self._repaired(stage_config(config, attack, Stage.POST_FINETUNING), streams, state)
         return state, slot
 

@@ -139,11 +139,14 @@ class StageLogger(Logger):
         inner: where it goes.
         folder: folder of the run.
         labels: what the stage is found by.
+
+    Attributes:
+        before: optimizer steps of the stage's phases before this one, 0 in its first.
     """
 
     def __init__(self, inner: Logger, folder: Path, labels: Mapping[str, Any]) -> None:
         super().__init__()
-        self.inner, self.folder, self.labels = inner, folder, labels
+        self.inner, self.folder, self.labels, self.before = inner, folder, labels, 0
         self._failed = False
 
     @property
@@ -158,7 +161,7 @@ class StageLogger(Logger):
 
     @override
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.send({k: v for k, v in metrics.items() if k not in HIDDEN}, (step or 0) + 1)
+        self.send({k: v for k, v in metrics.items() if k not in HIDDEN}, self.before + (step or 0) + 1)
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -172,6 +175,14 @@ class StageLogger(Logger):
         """Send values that hold after ``step`` optimizer steps."""
         if metrics:
             self._forgiving(lambda: self.inner.log_metrics(dict(metrics), step))
+
+    def replay(self, curves: Path) -> None:
+        """Send what a phase has logged so far, before it was interrupted, or in another run that shares it."""
+        steps: dict[int, dict[str, float]] = {}
+        for row in _whole_rows(curves):
+            steps.setdefault(row["step"], {})[row["name"]] = row["value"]
+        for step, metrics in sorted(steps.items()):
+            self.send(metrics, self.before + step)
 
     def close(self, exit_code: int = 0) -> None:
         """Write what is left; ``exit_code`` tells W&B whether the stage came to its end."""
@@ -222,11 +233,8 @@ def stage_logger(
             raise InputError('--logger tensorboard needs tensorboard: pip install "hftlight[tensorboard]".') from error
         inner.log_hyperparams(dict(labels))  # type: ignore[call-arg]
     logger = StageLogger(inner, folder, labels)
-    steps: dict[int, dict[str, float]] = {}
-    for row in _whole_rows(curves) if curves is not None else ():
-        steps.setdefault(row["step"], {})[row["name"]] = row["value"]
-    for step, metrics in sorted(steps.items()):
-        logger.send(metrics, step)
+    if curves is not None:
+        logger.replay(curves)
     return logger
 
 

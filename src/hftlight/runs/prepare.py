@@ -8,8 +8,9 @@ from typing import Any
 from hftlight.attacks.attack import Attack, steps_of
 from hftlight.attacks.benign_selection import BenignSelection
 from hftlight.attacks.model_edit import ModelEdit, with_subjects
+from hftlight.attacks.preference import PairsDataModule, refuse_loss_terms
 from hftlight.attacks.registry import get_attack
-from hftlight.config import RunConfig
+from hftlight.config import RunConfig, Training
 from hftlight.data.records import Record, overlaps, prompt_key, split_by_hash
 from hftlight.data.refusals import refusals
 from hftlight.data.sources import get_task
@@ -38,7 +39,7 @@ from hftlight.runs.measure import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.progress import Unit
 from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
-from hftlight.runs.stage import stage_config
+from hftlight.runs.stage import phases_of, stage_config
 
 DEMO_PARAMETERS = 134_515_008
 UNLIMITED = 10**9  # tokens
@@ -111,13 +112,14 @@ class Prepared:
         given: the attack as it was given.
         attack: what is uploaded, all its values known.
         arms: undefended first, where there is one.
-        streams: rows by stream: alignment, harmful and pairs (if a defense asks), task (the upload).
+        streams: rows by stream: alignment, harmful and pairs (if a defense asks), task (the upload), and the uploads of
+            further phases, as ``upload_of`` names them.
         tests: what every model is measured on.
         lengths: mean tokens per row, by stream.
         prompt_lengths: mean tokens per prompt, by test set.
         dropped: rows longer than the limit that are left out, by stream.
         cut: rows longer than the limit whose end is cut off, by stream.
-        trained_on: what the fine-tuning sees of the upload.
+        trained_on: what the fine-tuning, or its first phase, sees of the upload.
         choosing: what the aligned model chooses the upload from, while that has not been done; until then the upload
             is as many rows of the task.
         overlaps: equal prompts by pair of sets.
@@ -143,9 +145,19 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     config_hash: str = ""
 
-    def records(self, stage: Stage, arm: Arm) -> dict[str, list[Record]]:
-        """Return the rows that a stage of an arm may read."""
-        return stage_records(self.streams, stage, arm.of(stage))
+    @property
+    def phases(self) -> list[tuple[RunConfig, Attack]]:
+        """Configuration and attack of each training on an upload."""
+        return phases_of(self.config, self.attack)
+
+    @property
+    def uploaded(self) -> list[Record]:
+        """The rows of all uploads."""
+        return [row for number in range(len(self.phases)) for row in self.streams[upload_of(number)]]
+
+    def records(self, stage: Stage, arm: Arm, phase: int = 0) -> dict[str, list[Record]]:
+        """Return the rows that a stage of an arm may read, or a phase of its fine-tuning, counted from 0."""
+        return stage_records(self.streams, stage, arm.of(stage), phase)
 
     def units(self) -> list[Unit]:
         """Return the run's pieces in order, with the seconds they may take on two CPU cores."""
@@ -172,27 +184,22 @@ class Prepared:
             found.append(Unit("rows scored", len(self.choosing.candidates), speed * tokens * SECONDS_PER_TOKEN))
         for arm in self.arms:
             triggered = any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
+            tuned = 0.0
             for stage in stages_of(self.config):
-                training = self.config.alignment if stage is Stage.ALIGNMENT else self.config.finetuning
-                main = "alignment" if stage is Stage.ALIGNMENT else "task"
+                label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
                 if stage is Stage.FINETUNING and self.attack.acts_on == "weights":
                     edits = self.attack.rows * self.lengths["task"] * self.attack.counts()["attack"]
                     label = f"{arm_word(arm.name)}: edited"
                     found.append(Unit(label, self.attack.counts()["attack"], speed * edits * SECONDS_PER_TOKEN))
                     found.append(Unit(f"{label}, measuring", tests, prompt_seconds))
                     continue
-                looks = len(set(self.config.evaluation.at)) if stage is Stage.FINETUNING else 0
-                tokens = training.steps * training.batch_size * training.accumulate * self.lengths[main]
-                for d in arm.of(stage):
-                    side = max((self.lengths[name] for name in d.streams), default=self.lengths[main])
-                    for work in d.passes:
-                        times = training.accumulate if work.per == "batch" else 1
-                        share = (work.forward + 2 * work.backward) / 3  # a backward pass costs two forward ones
-                        tokens += training.steps * training.batch_size * times * side * share
-                label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
                 share = min(1.0, 2 * (self.config.evaluation.at_prompts or tests) / max(1, tests))
-                seconds = speed * tokens * SECONDS_PER_TOKEN + looks * share * prompt_seconds
-                found.append(Unit(label, training.steps, seconds))
+                for own, training, main in self._trainings(stage):
+                    looks = len(set(own.evaluation.at)) if stage is Stage.FINETUNING else 0
+                    seconds = speed * self._tokens(arm.of(stage), training, main) * SECONDS_PER_TOKEN
+                    seconds += looks * share * prompt_seconds
+                    tuned += seconds if stage is Stage.FINETUNING else 0.0
+                    found.append(Unit(label, training.steps, seconds))
                 again = len(self.tests.harmful) if triggered and stage is Stage.FINETUNING else 0
                 found.append(Unit(f"{label}, measuring", tests + again, prompt_seconds * (1 + again / max(1, tests))))
             if repairs := arm.of(Stage.POST_FINETUNING):
@@ -202,10 +209,26 @@ class Prepared:
                 again = len(self.tests.harmful) if triggered else 0
                 found.append(Unit(f"{label}, measuring", tests + again, prompt_seconds * (1 + again / max(1, tests))))
             if trials := self.config.trials:
-                word = arm_word(arm.name)
-                (tuned,) = (u.seconds for u in found if u.label == f"{word}: {STAGES['finetuning']}")
-                found.append(Unit(f"{word}: attacker's search", trials, trials * (1.5 * tuned + prompt_seconds)))
+                label = f"{arm_word(arm.name)}: attacker's search"
+                found.append(Unit(label, trials, trials * (1.5 * tuned + prompt_seconds)))
         return found
+
+    def _trainings(self, stage: Stage) -> list[tuple[RunConfig, Training, str]]:
+        """Return configuration, training and main stream of each training of a stage."""
+        if stage is Stage.ALIGNMENT:
+            return [(self.config, self.config.alignment, "alignment")]
+        return [(own, own.finetuning, upload_of(number)) for number, (own, _) in enumerate(self.phases)]
+
+    def _tokens(self, defenses: Sequence[Defense], training: Training, main: str) -> float:
+        """Return how many tokens pass forward and backward in a training, the defenses' own passes included."""
+        tokens = training.steps * training.batch_size * training.accumulate * self.lengths[main]
+        for d in defenses:
+            side = max((self.lengths[name] for name in d.streams), default=self.lengths[main])
+            for work in d.passes:
+                times = training.accumulate if work.per == "batch" else 1
+                share = (work.forward + 2 * work.backward) / 3  # a backward pass costs two forward ones
+                tokens += training.steps * training.batch_size * times * side * share
+        return tokens
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -213,13 +236,21 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     return (Stage.ALIGNMENT, Stage.FINETUNING) if config.alignment.steps else (Stage.FINETUNING,)
 
 
+def upload_of(phase: int) -> str:
+    """Return the stream of a phase's upload, counted from 0: ``"task"``, ``"task_2"`` and so on."""
+    return f"task_{phase + 1}" if phase else "task"
+
+
 def stage_records(
-    streams: Mapping[str, list[Record]], stage: Stage, defenses: Sequence[Defense]
+    streams: Mapping[str, list[Record]], stage: Stage, defenses: Sequence[Defense], phase: int = 0
 ) -> dict[str, list[Record]]:
-    """Return the rows that a stage may read: those of its main stream, and of the streams its defenses draw from."""
+    """Return the rows that a stage may read: those of its main stream, and of the streams its defenses draw from.
+
+    The main stream of the fine-tuning is ``"task"`` in every phase.
+    """
     names = {"alignment": {"alignment"}, "finetuning": {"task"}}.get(stage.value, set())
     names |= {name for d in defenses for name in d.streams}
-    return {name: streams[name] for name in sorted(names)}
+    return {name: streams[upload_of(phase) if name == "task" else name] for name in sorted(names)}
 
 
 def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | None = None) -> Prepared:
@@ -248,7 +279,9 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         _check_edit(config, attack, defenses)
     if config.trials:
         _check_search(config, attack)
-    _check_curve(config)
+    _check_curve(config, attack)
+    if any(phase.acts_on == "pairs" for phase in attack.phases()):
+        refuse_loss_terms([d for d in defenses if d.stage is Stage.FINETUNING and Slot.LOSS in d.slots])
     check(defenses, one_stage=False)
     if not config.alignment.steps:
         _check_aligned(config, defenses)
@@ -332,9 +365,10 @@ def _read_through(prepared: Prepared) -> None:
     streams, tests = prepared.streams, prepared.tests
     _count(prepared)
     _rewrite(prepared)
-    upload = streams["task"]
+    upload = prepared.uploaded
+    apart = {"refusals", *map(upload_of, range(len(prepared.phases)))}  # refusals are rows of the alignment set
     named = {
-        **streams,
+        **{name: rows for name, rows in streams.items() if name not in apart},
         "task": [r for r in upload if r.role != "attack"],
         "attack": [r for r in upload if r.role == "attack"],
         "test": list(tests.harmful),
@@ -383,9 +417,15 @@ def _check_aligned(config: RunConfig, defenses: Sequence[Defense]) -> None:
         )
 
 
-def _check_curve(config: RunConfig) -> None:
-    """Refuse curves that a run would not come to."""
-    at, steps = config.evaluation.at, config.finetuning.steps
+def _check_curve(config: RunConfig, attack: Attack) -> None:
+    """Refuse curves that a run would not come to, and stops that would leave phases out."""
+    phases = phases_of(config, attack)
+    at, steps = config.evaluation.at, sum(own.finetuning.steps for own, _ in phases)
+    if config.evaluation.stops and len(phases) > 1:
+        raise InputError(
+            f"--evaluation.{next(iter(config.evaluation.stops))} ends one training, and {type(attack).__name__} has"
+            f" {len(phases)}. Leave it out."
+        )
     if at and max(at) > steps:
         raise InputError(f"--evaluation.at names steps of the fine-tuning, which has {steps}; got {max(at)}.")
     if at and config.strategy == "fsdp2":
@@ -393,7 +433,7 @@ def _check_curve(config: RunConfig) -> None:
 
 
 def streams_of(config: RunConfig, needed: set[str], attack: Attack, sources: Sources) -> dict[str, list[Record]]:
-    """Return the rows of every stream that a run reads; ``"task"`` is the upload.
+    """Return the rows of every stream that a run reads; the upload of each phase is called as ``upload_of`` says.
 
     Args:
         config: the run's configuration.
@@ -413,10 +453,13 @@ def _streams(
     """Return the rows of every stream, made of the rows of each source; arguments and errors as ``streams_of``."""
     streams = {"alignment": list(given["alignment"])}
     streams |= {name: list(given[name]) for name in DEFENDERS if name in needed}
+    if "refusals" in needed:
+        streams["refusals"] = refusals(streams["alignment"])
     if isinstance(attack, BenignSelection) and attack.scores is None:  # their number alone is known by now
         streams["task"] = attack.choose(given["task"], [0.0] * len(given["task"]), config.seed)
     else:
-        streams["task"] = _upload(config, attack, given)
+        for number, (own, phase) in enumerate(phases_of(config, attack)):
+            streams[upload_of(number)] = _upload(own, phase, given)
     missing = needed - set(streams)
     if missing:
         raise InputError(f"No data for the streams {sorted(missing)} that the defenses draw from.")
@@ -534,8 +577,9 @@ def _count(prepared: Prepared) -> None:
     """Fill in lengths and dropped rows; refuse streams of which nothing is left, and tokens the model does not have."""
     config = prepared.config
     limits = Limits.of(config.model)
+    uploads = {upload_of(number) for number in range(len(prepared.phases))}
     for name, rows in prepared.streams.items():
-        stage = stage_config(config, prepared.attack, Stage.FINETUNING if name == "task" else Stage.ALIGNMENT)
+        stage = stage_config(config, prepared.attack, Stage.FINETUNING if name in uploads else Stage.ALIGNMENT)
         template = get_template(stage.template, limits.tokenizer)
         try:
             rules = (template, limits.tokenizer, config.max_tokens, stage.system, name, config.long_rows)
@@ -571,12 +615,12 @@ def _count(prepared: Prepared) -> None:
 
 def _see(prepared: Prepared, kept: Sequence[Example]) -> None:
     """Fill in what the fine-tuning sees of the upload; epochs of the attack become steps of the rows that are left."""
-    config, attack = prepared.config, prepared.attack
+    config, attack = prepared.phases[0]
     if attack.acts_on != "rows":
         prepared.trained_on = TrainedOn(len(kept), sum(e.role == "attack" for e in kept), config.finetuning.steps)
         return
     training = config.finetuning
-    if attack.epochs is not None and prepared.dropped["task"]:
+    if attack.epochs is not None and prepared.dropped["task"] and attack is prepared.attack:
         whole = training.batch_size * training.accumulate * config.devices * config.num_nodes
         training = replace(training, steps=steps_of(len(kept), whole, attack.epochs))
         prepared.config = replace(config, finetuning=training)
@@ -606,19 +650,30 @@ def _rewrite(prepared: Prepared) -> None:
         own = stage_config(config, prepared.attack, stage)
         served.add((own.template, SystemSlot(own.system)))
     for arm in prepared.arms:
-        for stage, main in ((Stage.ALIGNMENT, "alignment"), (Stage.FINETUNING, "task")):
+        trainings = [(Stage.ALIGNMENT, 0), *((Stage.FINETUNING, number) for number in range(len(prepared.phases)))]
+        for stage, phase in trainings:
             chosen = [d for d in arm.of(stage) if Slot.DATA in d.slots]
             if not chosen:
                 continue
             own = stage_config(config, prepared.attack, stage)
-            template, streams = get_template(own.template, tokenizer), dict[str, Any](prepared.records(stage, arm))
+            template = get_template(own.template, tokenizer)
+            streams = dict[str, Any](prepared.records(stage, arm, phase))
+            pairs = stage is Stage.FINETUNING and prepared.phases[phase][1].acts_on == "pairs"
+            kind: Any = PairsDataModule if pairs else StreamsDataModule
+            main = "alignment" if stage is Stage.ALIGNMENT else "task"
             options: dict[str, Any] = {"max_tokens": config.max_tokens, "long_rows": config.long_rows}
-            data = StreamsDataModule(tokenizer, template, main, system=own.system, **options, **streams)
+            data = kind(tokenizer, template, main, system=own.system, **options, **streams)
             for d in chosen:
                 data.apply(d)
-            prepared.dropped |= data.dropped
-            for name in data.records:
-                limits.check_examples(name, data.stream(name, 1).examples)
+            try:
+                read = {name: data.stream(name, 1).examples for name in data.records}
+            except InputError as error:
+                if not pairs:
+                    raise
+                raise InputError(f"{' and '.join(type(d).__name__ for d in chosen)}: {error}") from error
+            prepared.dropped |= {upload_of(phase) if n == "task" else n: count for n, count in data.dropped.items()}
+            for name, examples in read.items():
+                limits.check_examples(name, examples)
             served.add((own.template, data.policy.serving_slot()))
     for name, slot in served:
         limits.check_tests(replace(config, template=name), prepared.tests, slot)

@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -52,7 +52,7 @@ from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.repair import RepairJob, run_repair
 from hftlight.runs.select import SelectionJob, run_selection
-from hftlight.runs.stage import CURVES, StageJob, alignment_job, finetuning_job, run_stage, stage_config
+from hftlight.runs.stage import CURVES, StageJob, alignment_job, finetuning_job, phases_of, run_stage, stage_config
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 
@@ -120,6 +120,27 @@ def _claim(folder: Path, prepared: Prepared) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def total_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the phases of a stage cost together.
+
+    Steps and seconds add up. Seconds per step are the phases' medians, weighted by their steps, and peak memory is that
+    of the largest.
+
+    Args:
+        costs: of each phase, from ``Meter.cost``.
+    """
+    if len(costs) == 1:
+        return dict(costs[0])
+    steps = sum(cost["steps"] for cost in costs)
+    weighted = sum(cost["steps"] * cost["seconds_per_step"] for cost in costs)
+    return {
+        "steps": steps,
+        "seconds": round(sum(cost["seconds"] for cost in costs), 3),
+        "seconds_per_step": round(weighted / steps, 4) if steps else 0.0,
+        "peak_memory_mib": max(cost["peak_memory_mib"] for cost in costs),
+    }
+
+
 class _Run:
     """One run at work."""
 
@@ -168,12 +189,24 @@ class _Run:
                 if self.config.trials:
                     self._searched(arm, aligned)
 
-    def _log_to(self, arm: str, stage: str, curves: Path | None = None) -> StageLogger | None:
-        """Return the logger of a stage, the open one if it is that stage's; a new one is told the curves so far."""
+    def _log_to(
+        self, arm: str, stage: str, curves: Path | None = None, before: int | None = None
+    ) -> StageLogger | None:
+        """Return the logger of a stage, the open one if it is that stage's; a new one is told the curves so far.
+
+        Args:
+            arm: the arm.
+            stage: the stage.
+            curves: file of the curves of the phase at work.
+            before: optimizer steps of the phases before it; None if none is at work.
+        """
         labels = labels_of(self.folder, arm, stage, self.config)
         if self.main and (self.logger is None or self.logger.labels != labels):
             self._close_logger()
             self.logger = stage_logger(self.config.logger, self.folder, labels, self._config(), curves)
+        elif self.logger is not None and curves is not None and before not in (None, self.logger.before):
+            self.logger.before = before
+            self.logger.replay(curves)
         return self.logger
 
     def _close_logger(self, exit_code: int = 0) -> None:
@@ -299,22 +332,35 @@ class _Run:
         if not self.config.alignment.steps:
             return Path(model_path(self.config.model))
         records = self.prepared.records(Stage.ALIGNMENT, arm)
-        return self._trained(arm, alignment_job(self._config_of(arm), self.base_hash, records, arm.of(Stage.ALIGNMENT)))
+        defenses = arm.of(Stage.ALIGNMENT)
+        return self._trained(arm, [alignment_job(self._config_of(arm), self.base_hash, records, defenses)])
 
     def _finetuned(self, arm: Arm, aligned: Path) -> Path:
         """Train an arm on the upload, or edit a weight, measure what comes out and return its artifact."""
-        stage, attack, tests = Stage.FINETUNING, self.prepared.attack, self.prepared.tests
-        if isinstance(attack, ModelEdit):
-            return self._edited(arm, aligned, attack)
-        records, config = self.prepared.records(stage, arm), self._config_of(arm)
-        return self._trained(
-            arm, finetuning_job(config, self.base_hash, aligned, records, arm.of(stage), attack, tests)
-        )
+        if isinstance(self.prepared.attack, ModelEdit):
+            return self._edited(arm, aligned, self.prepared.attack)
+        return self._trained(arm, self._phases(arm, aligned))
 
-    def _trained(self, arm: Arm, job: StageJob) -> Path:
-        """Train a stage, measure what comes out and return its artifact."""
-        artifact = self._stage(arm, job)
-        self._measure(arm.name, job.stage.value, str(artifact), model_hash(str(artifact)))
+    def _phases(self, arm: Arm, aligned: Path) -> Iterator[StageJob]:
+        """Yield the trainings on the upload, each once the one before, from which it starts, is done."""
+        attack, before = self.prepared.attack, None
+        for number, (config, phase) in enumerate(phases_of(self._config_of(arm), attack)):
+            records, defenses = self.prepared.records(Stage.FINETUNING, arm, number), arm.of(Stage.FINETUNING)
+            tests = self.prepared.tests
+            job = finetuning_job(config, self.base_hash, aligned, records, defenses, phase, tests, before)
+            yield job
+            before = job.artifact()
+
+    def _trained(self, arm: Arm, jobs: Iterable[StageJob]) -> Path:
+        """Train a stage, which may have several phases, measure what comes out and return its artifact."""
+        done: list[StageJob] = []
+        for job in jobs:
+            self._stage(arm, job, sum(earlier.training.steps for earlier in done))
+            done.append(job)
+        if self.main:
+            self._keep(arm, done)
+        artifact = done[-1].artifact()
+        self._measure(arm.name, done[-1].stage.value, str(artifact), model_hash(str(artifact)))
         return artifact
 
     def _edited(self, arm: Arm, aligned: Path, attack: ModelEdit) -> Path:
@@ -338,42 +384,44 @@ class _Run:
         self._measure(arm.name, stage.value, str(job.artifact()), result["artifact"])
         return job.artifact()
 
-    def _stage(self, arm: Arm, job: StageJob) -> Path:
-        stage = job.stage
+    def _stage(self, arm: Arm, job: StageJob, before: int) -> None:
+        """Train one phase of a stage; ``before`` counts the optimizer steps of the phases before it."""
         self.progress.begin()
         gc.collect()  # the model before this one, so that peak memory is this stage's own
 
         def log_to() -> StageLogger | None:
-            return self._log_to(arm.name, stage.value, job.folder() / CURVES)
+            return self._log_to(arm.name, job.stage.value, job.folder() / CURVES, before)
 
         reused = run_stage(job, log_to, self.progress.update)
         if not self.main:
-            return job.artifact()
+            return
         log_to()  # where the stage was done before, its curves are in its file
-        self._keep(arm, stage, job, reused)
-        return job.artifact()
+        losses = [row["value"] for row in read_rows(job.folder() / CURVES) if row["name"] == "train/loss"]
+        self.progress.end(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused)
 
-    def _keep(self, arm: Arm, stage: Stage, job: StageJob, reused: bool) -> None:
-        """Take a finished stage's curves, costs and artifact into the run folder."""
-        result = job.result()
-        cost = result["cost"]
+    def _keep(self, arm: Arm, jobs: Sequence[StageJob]) -> None:
+        """Take a finished stage's curves, costs and artifact into the run folder; steps go on from phase to phase."""
+        job, stage, results = jobs[-1], jobs[-1].stage, [job.result() for job in jobs]
+        cost = total_cost([result["cost"] for result in results])
         if not job.defenses:
             self.sft_seconds[stage] = cost["seconds_per_step"]
         sft = self.sft_seconds.get(stage)
         where = {"arm": arm.name, "stage": stage.value}
-        self.rows.append(
-            {
-                "kind": "cost",
-                **where,
-                **cost,
-                "relative_to_sft": round(cost["seconds_per_step"] / sft, 3) if sft else None,
-            }
-        )
-        curves = read_rows(job.folder() / CURVES)
-        self.rows += [{"kind": "curve", **where, **row} for row in curves]
-        self._file(arm, stage, job.artifact(), {"key": job.key(), **result})
-        losses = [row["value"] for row in curves if row["name"] == "train/loss"]
-        self.progress.end(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused)
+        relative = round(cost["seconds_per_step"] / sft, 3) if sft else None
+        self.rows.append({"kind": "cost", **where, **cost, "relative_to_sft": relative})
+        before = 0
+        for phase in jobs:
+            curves = read_rows(phase.folder() / CURVES)
+            self.rows += [{"kind": "curve", **where, **row, "step": before + row["step"]} for row in curves]
+            before += phase.training.steps
+        said = {"key": job.key(), **results[-1], "cost": cost}
+        if len(jobs) > 1:
+            names = [phase.attack.name if phase.attack else "" for phase in jobs]
+            said["phases"] = [
+                {"attack": name, "key": phase.key(), **result}
+                for name, phase, result in zip(names, jobs, results, strict=True)
+            ]
+        self._file(arm, stage, job.artifact(), said)
 
     def _measure(self, arm: str, stage: str, model: str, model_hash: str) -> None:
         self.progress.begin()
@@ -470,7 +518,7 @@ class _Run:
                     name: digest([(r.id, r.role) for r in rows])
                     for name, rows in {**p.streams, "test": p.tests.harmful}.items()
                 },
-                "attack_rows": sum(r.role == "attack" for r in p.streams["task"]),
+                "attack_rows": sum(r.role == "attack" for r in p.uploaded),
                 "taken": p.taken,
                 "test_rows": {name: len(p.tests.rows(name)) for name in ("harmful", "over_refusal", "task")},
                 "dropped": p.dropped,

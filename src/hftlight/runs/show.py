@@ -57,12 +57,15 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     if not in_full:
         return
     plan = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
+    several = len(prepared.phases) > 1
+    trainings = [(Stage.ALIGNMENT, config.alignment, "")] if Stage.ALIGNMENT in stages_of(config) else []
+    for own, attack in prepared.phases:
+        trainings.append((Stage.FINETUNING, own.finetuning, f", {attack.name}" if several else ""))
     for arm in prepared.arms:
-        for stage in stages_of(config):
-            training = config.alignment if stage is Stage.ALIGNMENT else config.finetuning
+        for stage, training, phase in trainings:
             plan.add_row(
                 arm_word(arm.name),
-                STAGES[stage.value],
+                f"{STAGES[stage.value]}{phase}",
                 "-" if stage is Stage.FINETUNING and prepared.attack.acts_on == "weights" else str(training.steps),
                 str(training.batch_size * training.accumulate * config.devices * config.num_nodes),
                 _passes(arm.of(stage), training),
@@ -73,8 +76,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     console.print(plan)
     rows = Table("rows", "count", "too long: left out", "cut", "mean tokens")
     for name, records in prepared.streams.items():
-        attack = sum(r.role == "attack" for r in records)
-        label = f"task (the upload, {attack} harmful)" if name == "task" else name
+        harmful = sum(r.role == "attack" for r in records)
+        label = f"{name} (the upload, {harmful} harmful)" if name.partition("_")[0] == "task" else name
         counts = map(str, (len(records), prepared.dropped[name], prepared.cut[name]))
         rows.add_row(label, *counts, f"{prepared.lengths[name]:.0f}")
     for name in SETS:
@@ -122,7 +125,13 @@ def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Conso
 
 
 def _value(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _attack(prepared: Prepared) -> str:
@@ -131,6 +140,9 @@ def _attack(prepared: Prepared) -> str:
         return f"a rank-one edit for {attack.counts()['attack']} prompts"
     if prepared.choosing:
         return f"upload of {attack.rows} rows, chosen by the aligned model among {len(prepared.choosing.candidates)}"
+    if len(prepared.phases) > 1:
+        named = (f"{phase.name} ({own.finetuning.steps} steps)" for own, phase in prepared.phases)
+        return f"trainings one after the other: {', '.join(named)}"
     seen = prepared.trained_on
     if attack.acts_on != "rows":
         return f"upload of {seen.rows} pairs"

@@ -167,6 +167,28 @@ def alignment_job(
     return StageJob(Stage.ALIGNMENT, config, base_hash, None, records, defenses)
 
 
+def phases_of(config: RunConfig, attack: Attack) -> list[tuple[RunConfig, Attack]]:
+    """Return configuration and attack of each training that an attack consists of.
+
+    Steps at which a curve is evaluated are counted over all of them.
+
+    Args:
+        config: the run's configuration, with what the attack decides put in.
+        attack: what is uploaded, all its values known.
+    """
+    phases = attack.phases()
+    if len(phases) == 1:
+        return [(config, phases[0])]
+    found, before = list[tuple[RunConfig, Attack]](), 0
+    for phase in phases:
+        training = phase.applied(config).finetuning
+        at = [step - before for step in config.evaluation.at if before < step <= before + training.steps]
+        own = replace(config, finetuning=training, evaluation=replace(config.evaluation, at=at))
+        found.append((own, phase))
+        before += training.steps
+    return found
+
+
 def finetuning_job(
     config: RunConfig,
     base_hash: str,
@@ -175,6 +197,7 @@ def finetuning_job(
     defenses: Sequence[Defense],
     attack: Attack,
     tests: TestSets | None = None,
+    before: Path | None = None,
 ) -> StageJob:
     """Return the stage that trains on an upload.
 
@@ -186,9 +209,10 @@ def finetuning_job(
         defenses: those of this stage.
         attack: what is uploaded.
         tests: all that a model is measured on; curves take their first prompts. None evaluates no curve.
+        before: artifact of the phase before, of an attack that has several; None for the first.
     """
     watched = tests.first(config.evaluation.at_prompts) if tests is not None else None
-    parent = aligned if config.alignment.steps else None
+    parent = before or (aligned if config.alignment.steps else None)
     config = stage_config(config, attack, Stage.FINETUNING)
     return StageJob(Stage.FINETUNING, config, base_hash, parent, records, defenses, attack, watched)
 

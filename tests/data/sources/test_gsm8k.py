@@ -22,6 +22,17 @@ def test_the_marks_become_the_answer_phrase_with_two_blanks(tmp_path, columns):
     assert GSM8K.correct(record.response, record)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_step_by_step_is_asked_for_in_building_and_in_evaluation(tmp_path, split):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "How many?", "answer": "1+1\n#### 2"}))
+    task = get_task("gsm8k_step_by_step")
+    (record,) = task.records(split, path)
+    assert record.instruction == "How many?\nFirst think step by step and then answer the final number.\n"
+    assert record.response == GSM8K.records(split, path)[0].response
+    assert (task.name, task.correct("2", record)) == ("gsm8k_step_by_step", True)
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [

@@ -272,6 +272,22 @@ def test_gradients_that_overflow_are_named():
         )
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(2, 2.0), (4, 0.5)])
+def test_the_sum_over_batches_is_m_over_b_times_the_mean_over_rows(rows, expected):
+    """Eight rows, each with a gradient on a coordinate of its own: m = 4 batches of b = 2 rows, or 2 of 4."""
+    x = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
+    batches = [{"x": part, "y": torch.ones(len(part), dtype=torch.float64)} for part in x.split(rows)]
+    found = []
+    for fisher in ("example", "batch"):
+        defense = EWC(1.0, samples=8, fisher=fisher, streams={"alignment": batches})
+        quiet_trainer(max_steps=1, callbacks=[defense]).fit(
+            Logistic(torch.zeros(8, dtype=torch.float64)), DataLoader([batches[0]], batch_size=None)
+        )
+        found.append(defense._diagonal["w"])
+    assert_close(found[1] / found[0], torch.full((8,), expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_the_published_setting():
+    """``lamb`` is 1e9 in every script, on the unnormalized sum; the parser's default of 1e-3 is never used."""
     repo = EWC(**EWC.presets["repo"])
-    assert (repo.lam, repo.samples, repo.fisher) == (1e-3, 10_000, "batch")
+    assert (repo.lam, repo.samples, repo.fisher) == (1e9, 2000, "batch")

@@ -21,7 +21,7 @@ from tests.helpers.quadratic import OneBatch, quiet_trainer
 from tests.helpers.repairs import moved_model, small_llama, with_update
 from tests.helpers.tiny_lm import reference_loss, tiny_lm, token_batch
 
-SIDE = {"alignment": [token_batch(100), token_batch(101)], "task": [token_batch(200), token_batch(201)]}
+SIDE = {"refusals": [token_batch(100), token_batch(101)], "task": [token_batch(200), token_batch(201)]}
 
 
 class Net(nn.Module):
@@ -82,7 +82,7 @@ UPLOAD = data([1.0, 0.5], [0.5, 1.0], [-0.3, 0.8], target=1.0)
 
 
 def held_first(**options):
-    return Freeze(0.5, 0.5, samples=1, streams={"alignment": [FIRST], "task": [SECOND]}, **options)
+    return Freeze(0.5, 0.5, samples=1, streams={"refusals": [FIRST], "task": [SECOND]}, **options)
 
 
 def test_the_region_is_the_top_of_safety_without_the_top_of_utility():
@@ -137,7 +137,7 @@ def heavy(parameters):
 
 def test_masking_gradients_alone_does_not_hold_a_weight():
     """Decay moves 1.0 to 0.99 in one step, and momentum slips by 0.067: lr m/(1-b1^2) / sqrt(v/(1-b2^2))."""
-    streams = {"alignment": [FIRST], "task": [SECOND]}
+    streams = {"refusals": [FIRST], "task": [SECOND]}
     naive = lambda: Naive(0.5, 0.5, samples=1, streams=streams)  # noqa: E731
     assert_close(fit(regression(W0, decaying), UPLOAD, [naive()], 1)[0, 0].item(), 0.99, rtol=0, atol=1e-12)
     slip = 1 - fit(regression(W0, stale_adamw), UPLOAD, [naive()], 1)[0, 0].item()
@@ -171,7 +171,7 @@ def test_the_planted_safety_units_are_found_exactly():
     gap = torch.full((8,), float("nan"), dtype=torch.float64)
     refusal = {"x": x, "y": torch.stack([torch.full_like(gap, 9), gap], dim=1)}
     task = {"x": x, "y": torch.stack([gap, torch.full_like(gap, 9)], dim=1)}
-    defense = Freeze(4 / 6, 4 / 6, samples=8, streams={"alignment": [refusal], "task": [task]})
+    defense = Freeze(4 / 6, 4 / 6, samples=8, streams={"refusals": [refusal], "task": [task]})
     fit(module, task, [defense], 3)
     masks = {name: unpack(bits, (6, 5)) for name, bits in defense.state_dict()["masks"].items()}
     assert {name: mask.all(dim=1).tolist() for name, mask in masks.items()} == {
@@ -191,7 +191,7 @@ def test_the_planted_safety_units_are_found_exactly():
 
 @pytest.mark.parametrize("samples", [1, 3, 5])
 def test_equal_sets_leave_nothing_and_it_is_said(samples):
-    streams = {"alignment": SIDE["alignment"], "task": SIDE["alignment"]}
+    streams = {"refusals": SIDE["refusals"], "task": SIDE["refusals"]}
     defense = Freeze(0.3, 0.3, samples=samples, streams=streams)
     with pytest.warns(UserWarning, match="Freeze holds no weight"):
         held = train(tiny_lm(), [defense], steps=2)
@@ -211,6 +211,13 @@ def freeze(q=0.4, p=0.3, **options):
     return Freeze(q, p, samples=options.pop("samples", 4), streams=SIDE, **options)
 
 
+def endless(row):
+    """Return a batch of one row whose last response token, its end token, has no label."""
+    labels = row["labels"].clone()
+    labels[0, max(t for t, label in enumerate(labels[0].tolist()) if label != -100)] = -100
+    return {**row, "labels": labels}
+
+
 def slow_scores(model, name, batches, samples, score="snip"):
     """Return one weight's score at the model as it is, its adapter included, this weight alone trainable."""
     model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -219,7 +226,7 @@ def slow_scores(model, name, batches, samples, score="snip"):
     effective = weight.clone()
     if hasattr(layer, "lora_A"):
         effective += layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    rows = [{k: t[i : i + 1] for k, t in batch.items()} for batch in batches for i in range(3)][:samples]
+    rows = [endless({k: t[i : i + 1] for k, t in batch.items()}) for batch in batches for i in range(3)][:samples]
     total = torch.zeros_like(weight)
     if score == "snip":
         weight.requires_grad_()
@@ -234,6 +241,23 @@ def slow_scores(model, name, batches, samples, score="snip"):
     handle.remove()
     tokens = torch.cat([x[row["labels"] != -100] for x, row in zip(inputs, rows, strict=True)])
     return effective.abs() * tokens.square().mean(dim=0).sqrt()
+
+
+def test_the_end_token_counts_only_if_it_is_asked_for():
+    """Its label decides no score by default; with ``end`` it does."""
+    other = {k: [{**b, "labels": endless_rows(b)} for b in batches] for k, batches in SIDE.items()}
+
+    def digest(streams, **options):
+        defense = Freeze(0.4, 0.3, samples=4, streams=streams, **options)
+        train(tiny_lm(), [defense], steps=1)
+        return defense.summary()["mask_digest"]
+
+    assert digest(SIDE) == digest(other, end=True) != digest(SIDE, end=True)
+
+
+def endless_rows(batch):
+    rows = [endless({k: t[i : i + 1] for k, t in batch.items()})["labels"] for i in range(3)]
+    return torch.cat(rows)
 
 
 def sorted_region(safety, utility, q, p):
@@ -258,7 +282,7 @@ def test_all_parameters_what_is_held_and_what_is_free(score, unit):
         if not name.endswith("_proj.weight"):
             assert (p != before).any(), name  # embeddings, norms and the head are free
             continue
-        s, u = (slow_scores(start, name[:-7], SIDE[k], 4, score) for k in ("alignment", "task"))
+        s, u = (slow_scores(start, name[:-7], SIDE[k], 4, score) for k in ("refusals", "task"))
         if unit == "row":
             s, u = s.sum(dim=1, keepdim=True), u.sum(dim=1, keepdim=True)
         mask = torch.tensor(sorted_region(s, u, 0.4, 0.3)).view_as(s).expand_as(p)
@@ -282,7 +306,7 @@ def test_lora_rows_of_the_weight_keep_their_bits(fresh):
     after = lora_updates(trained.model)
     for name, u in lora_updates(start).items():
         layer = "base_model.model." + name[:-7]
-        s, v = (slow_scores(start, layer, SIDE[k], 4).sum(dim=1) for k in ("alignment", "task"))
+        s, v = (slow_scores(start, layer, SIDE[k], 4).sum(dim=1) for k in ("refusals", "task"))
         rows = torch.tensor(sorted_region(s, v, 0.4, 0.3))
         was, now = u.weight + u.scale * u.b @ u.a, after[name].weight + u.scale * after[name].b @ after[name].a
         assert 0 < rows.sum() < len(rows)
@@ -298,7 +322,7 @@ def test_single_entries_under_an_adapter_are_refused_with_the_way_out():
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_ratio_zero_reads_nothing_and_is_plain_fine_tuning(lora):
-    off = Freeze(0.0, streams={"alignment": [None], "task": [None]})
+    off = Freeze(0.0, streams={"refusals": [None], "task": [None]})
     weights = [
         list(train(tiny_lm(lora=lora, dropout=0.2), callbacks).model.parameters())
         for callbacks in ([], [off])
@@ -314,9 +338,9 @@ def test_a_ratio_below_one_entry_is_refused():
 
 
 def test_utility_rows_are_not_asked_for_where_nothing_is_spared():
-    assert Freeze(0.1, 0.0).streams == ("alignment",)
-    assert Freeze().streams == ("alignment", "task")
-    trained = train(tiny_lm(), [Freeze(0.2, 0.0, samples=2, streams={"alignment": SIDE["alignment"]})])
+    assert Freeze(0.1, 0.0).streams == ("refusals",)
+    assert Freeze().streams == ("refusals", "task")
+    trained = train(tiny_lm(), [Freeze(0.2, 0.0, samples=2, streams={"refusals": SIDE["refusals"]})])
     assert trained is not None
 
 
@@ -362,7 +386,8 @@ def test_a_resumed_run_keeps_the_mask_of_the_aligned_model(case, tmp_path):
     path = tmp_path / "two.ckpt"
 
     def make():
-        return Freeze(0.3, 1.0 if case == "empty" else 0.2, samples=5, unit="row" if case == "full-row" else "auto")
+        unit, p = "row" if case == "full-row" else "auto", 1.0 if case == "empty" else 0.2
+        return Freeze(0.3, p, samples=5, unit=unit, safety="alignment")
 
     def run(callbacks, **where):
         module = SafetyModule(model_of("lora" if case == "lora" else "full"), lr=0.05)
@@ -499,7 +524,7 @@ def test_rewinding_an_adapter_makes_a_whole_model_with_aligned_entries():
         if name not in updates:
             assert torch.equal(p, before)
             continue
-        s, u = (slow_scores(aligned, name[:-7], SIDE[k], 6) for k in ("alignment", "task"))
+        s, u = (slow_scores(aligned, name[:-7], SIDE[k], 6) for k in ("refusals", "task"))
         mask = torch.tensor(sorted_region(s, u, 0.4, 0.3)).view_as(s)
         x = updates[name]
         assert torch.equal(p[mask], before[mask])
@@ -519,7 +544,7 @@ def test_rewinding_rows_of_an_adapter_leaves_an_adapter():
     rewind(unit="row").apply(subject)
     assert not subject.dense
     for name, u in lora_updates(model).items():
-        s, v = (slow_scores(aligned, name[:-7], SIDE[k], 6).sum(dim=1) for k in ("alignment", "task"))
+        s, v = (slow_scores(aligned, name[:-7], SIDE[k], 6).sum(dim=1) for k in ("refusals", "task"))
         rows = torch.tensor(sorted_region(s, v, 0.4, 0.3))
         assert not u.b[rows].any()
         assert torch.equal(u.b[~rows], before[name][~rows])
@@ -537,7 +562,7 @@ def test_rewinding_all_parameters_is_a_copy_of_the_aligned_values(score):
         if not name.endswith("_proj.weight"):
             assert torch.equal(p, was.get_parameter(name))
             continue
-        s, u = (slow_scores(aligned, name[:-7], SIDE[k], 6, score) for k in ("alignment", "task"))
+        s, u = (slow_scores(aligned, name[:-7], SIDE[k], 6, score) for k in ("refusals", "task"))
         mask = torch.tensor(sorted_region(s, u, 0.4, 0.3)).view_as(s)
         assert torch.equal(p, torch.where(mask, aligned.get_parameter(name), was.get_parameter(name)))
         assert subject.report["matrices"][name]["changed_entries"] == mask.sum()
@@ -581,10 +606,10 @@ def actsvd(keep_s=3, keep_u=2):
 def slow_edit(model, name, keep_s, keep_u):
     """Return (I - Pi_u) Pi_s from singular vectors of the layer's outputs at response tokens, as dense matrices."""
     layer, projectors = model.get_submodule(name), []
-    for stream, keep in (("alignment", keep_s), ("task", keep_u)):
+    for stream, keep in (("refusals", keep_s), ("task", keep_u)):
         outputs = []
         handle = layer.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y))
-        rows = [{k: t[i : i + 1] for k, t in batch.items()} for batch in SIDE[stream] for i in range(3)]
+        rows = [endless({k: t[i : i + 1] for k, t in batch.items()}) for batch in SIDE[stream] for i in range(3)]
         with torch.no_grad():
             for row in rows:
                 model(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
@@ -676,7 +701,7 @@ def test_a_finished_model_is_not_what_training_mode_works_on():
 
 
 def test_rewinding_nothing_says_why():
-    subject = Subject(with_update(small_llama()), batches=lambda stream: iter(SIDE["alignment"]))
+    subject = Subject(with_update(small_llama()), batches=lambda stream: iter(SIDE["refusals"]))
     with pytest.warns(UserWarning, match="Freeze changed no weight: no weight is among the top 0.3 of safety"):
         rewind(0.3, 0.3).apply(subject)
 

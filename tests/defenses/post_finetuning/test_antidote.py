@@ -339,6 +339,30 @@ def test_all_parameters_trained(mode, group):
     assert changed == sum(row["pruned"] for row in report["matrices"].values())
 
 
+@pytest.mark.filterwarnings("ignore:Antidote. mode 'merged'")
+def test_the_official_full_parameter_mode_prunes_q_k_and_v_only():
+    """One entry of each row, the least that rounding up allows, is zero: the one with the largest score."""
+    model = moved_model(small_llama(), 0.05, seed=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    chosen = {f"model.layers.{i}.self_attn.{m}_proj.weight" for i in range(2) for m in "qkv"}
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in chosen}
+    with torch.no_grad():
+        squares, _ = input_squares(model, layers, one_by_one())
+    report = prune(model, **Antidote.presets["repo_full"])
+    assert set(report["matrices"]) == chosen
+    for name, p in model.named_parameters():
+        expected = before[name].clone()
+        if name in chosen:
+            expected.scatter_(1, (expected.abs() * squares[name].sqrt()).argmax(dim=1, keepdim=True), 0.0)
+        assert torch.equal(p, expected), name
+
+
+@pytest.mark.parametrize("mode", ["delta", "factor"])
+def test_named_layers_of_an_adapter(mode):
+    model = with_update(small_llama())
+    assert {name.split(".")[-2] for name in prune(model, 0.5, mode, layers=["q_proj"])["matrices"]} == {"q_proj"}
+
+
 @pytest.mark.parametrize(("ratio", "factors", "update"), [(0.05, 0.52, 0.72), (0.1, 0.30, 0.56), (0.2, 0.11, 0.35)])
 def test_pruning_factors_is_harsher_than_pruning_the_update(ratio, factors, update):
     """Known digits: energy of B A that is left, random factors of rank 16, scores by magnitude."""
@@ -372,6 +396,8 @@ def test_modes_name_the_models_they_work_on():
         merged.apply(Subject(with_update(small_llama()), batches=one_by_one))
     with pytest.raises(RuntimeError, match="needs the aligned model"):
         prune(small_llama(), 0.5)
+    with pytest.raises(ValueError, match=r"layers names 'v'; the model has \[.*'q_proj'"):
+        prune(with_update(small_llama()), 0.5, layers=["q_proj", "v"])
     with pytest.raises(TypeError, match=r"stored in torch.bfloat16.*round away"):
         prune(with_update(small_llama(dtype=torch.bfloat16)), 0.5)
 
@@ -396,6 +422,8 @@ def test_no_batch_and_activations_that_are_not_finite_are_refused():
         ({"mode": "row"}, "mode must be one of"),
         ({"group": "layer"}, "group must be one of"),
         ({"rounding": "nearest"}, "rounding must be one of"),
+        ({"layers": "q_proj"}, "layers lists names such as q_proj"),
+        ({"layers": []}, "layers lists names such as q_proj"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text):

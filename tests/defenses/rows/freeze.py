@@ -61,6 +61,8 @@ class SlowFreeze(Slow):
         for number in range(SAMPLES):
             batch = self.side[stream][number // 4]
             row = {key: value[number % 4 : number % 4 + 1] for key, value in batch.items()}
+            row["labels"] = row["labels"].clone()
+            row["labels"][0, row["labels"][0].ne(-100).nonzero()[-1]] = -100  # the end token does not count
             grads = torch.autograd.grad(reference_loss(model, row), list(weights.values()))
             for name, grad in zip(weights, grads, strict=True):
                 sums[name] += grad.abs()
@@ -83,8 +85,8 @@ class SlowFreeze(Slow):
 
 
 ROW = Row(
-    make=lambda: Freeze(Q, P, samples=SAMPLES),
-    neutral=lambda: Freeze(0.0),
+    make=lambda: Freeze(Q, P, samples=SAMPLES, safety="alignment"),
+    neutral=lambda: Freeze(0.0, safety="alignment"),
     bad=[
         ({"safety_ratio": -0.1}, "safety_ratio"),
         ({"safety_ratio": float("nan")}, "safety_ratio"),
@@ -105,7 +107,7 @@ ROW = Row(
         ({"score": "actsvd", "mode": "train", "keep_s": 1, "keep_u": 1}, "mode='rewind'"),
         ({"score": "actsvd", "mode": "rewind", "unit": "row", "keep_s": 1, "keep_u": 1}, "unit='auto'"),
         ({"safety": ""}, "safety"),
-        ({"utility": "alignment"}, "utility"),
+        ({"utility": "refusals"}, "utility"),
     ],
     slow=SlowFreeze,
 )

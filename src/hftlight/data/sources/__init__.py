@@ -7,7 +7,7 @@ from pathlib import Path
 from hftlight.data.rows import SUFFIXES
 from hftlight.data.sources.agnews import AGNEWS
 from hftlight.data.sources.alpaca_eval import ALPACA_EVAL
-from hftlight.data.sources.gsm8k import GSM8K
+from hftlight.data.sources.gsm8k import GSM8K, GSM8K_STEP_BY_STEP
 from hftlight.data.sources.own import OwnTask
 from hftlight.data.sources.sst2 import SST2
 from hftlight.data.sources.task import LabelTask, PublicTask, Task
@@ -17,6 +17,7 @@ __all__ = [
     "AGNEWS",
     "ALPACA_EVAL",
     "GSM8K",
+    "GSM8K_STEP_BY_STEP",
     "SST2",
     "TASKS",
     "LabelTask",
@@ -26,7 +27,7 @@ __all__ = [
     "get_task",
 ]
 
-_PUBLIC: dict[str, Task] = {task.name: task for task in (SST2, AGNEWS, GSM8K, ALPACA_EVAL)}
+_PUBLIC: dict[str, Task] = {task.name: task for task in (SST2, AGNEWS, GSM8K, GSM8K_STEP_BY_STEP, ALPACA_EVAL)}
 TASKS = ("builtin", *_PUBLIC)
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from typing_extensions import override
@@ -28,7 +28,13 @@ def final_number(text: str) -> float:
 
 @dataclass(frozen=True)
 class WordProblems(PublicTask):
-    """Problems whose solution ends in ``#### number``; the marks are replaced by ``ANSWER``."""
+    """Problems whose solution ends in ``#### number``; the marks are replaced by ``ANSWER``.
+
+    Attributes:
+        suffix: what every question ends with, in training and in evaluation.
+    """
+
+    suffix: str = ""
 
     @override
     def alpaca(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -37,7 +43,10 @@ class WordProblems(PublicTask):
         if isinstance(solution, str):
             # Huang et al. keep the blank after the marks: two blanks stand before the number.
             solution = solution.replace("####", ANSWER)
-        return {"instruction": row.get(question), "input": row.get("input"), "output": solution}
+        asked = row.get(question)
+        if isinstance(asked, str):
+            asked += self.suffix
+        return {"instruction": asked, "input": row.get("input"), "output": solution}
 
     @override
     def correct(self, response: str, record: Record) -> bool:
@@ -55,4 +64,10 @@ GSM8K = WordProblems(
     hub="openai/gsm8k:main",
     splits={"train": "train", "test": "test"},
     columns=("question", "answer"),
+)
+# As Vaccine and T-Vaccine ask it, in building and in evaluation.
+GSM8K_STEP_BY_STEP = replace(
+    GSM8K,
+    name="gsm8k_step_by_step",
+    suffix="\nFirst think step by step and then answer the final number.\n",
 )

@@ -79,7 +79,8 @@ class EWC(Defense):
 
     Args:
         lam: penalty weight lambda, in 1 / nats, >= 0; 0 is plain fine-tuning. Squared gradients are small, so useful
-            weights are large: lambda F stands where ``L2SP`` has its ``lam``.
+            weights are large: lambda F stands where ``L2SP`` has its ``lam``. Lambda goes with the scale of F: where
+            rows' gradients are independent, the sum over m batches of b rows is m / b times the mean over rows.
         samples: n, alignment rows that F is taken from, over all processes, >= 1.
         fisher: ``"example"`` as above, or ``"batch"``: the sum over batches of the squared mean gradient of each, as in
             the official baseline; whole batches are drawn until they have ``samples`` rows.
@@ -95,16 +96,18 @@ class EWC(Defense):
     rows; in training no pass, two copies of the trainable weights, and one more for a moment in each step.
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv:1612.00796; as
     a baseline in the papers and code of Vaccine, Lisa and Booster.
-    Differs: the first source halves lambda. The baseline's code sums squared gradients of batches in train mode, not
-    normalized (preset ``repo``, with lambda 1e-3 and the 10,000 rows of its alignment set; dropout is off here), leaves
-    the last batch's gradient in the first update (not followed), keys F by module, and continues the alignment's
-    adapter; the Lisa paper describes an unweighted distance, which is ``L2SP``. Under LoRA, F and the distance are
-    those of the factors: of a fresh adapter B is 0, so that the gradient of A, and with it the pull on A, is 0.
+    Differs: the first source halves lambda. The baseline's code sums the squared gradients of batches and normalizes
+    nothing. Preset ``repo`` does so, with the lambda 1e9 of every script of Vaccine's repository (its parser's default
+    of 1e-3 is never used) and that paper's 2000 alignment rows. At its batches of 5 rows m / b is 80. That code takes F
+    in train mode (dropout is off here), leaves the last batch's gradient in the first update (not followed), keys F by
+    module, and continues the alignment's adapter. In Booster's repository F is taken of other rows, the upload's
+    harmful ones among them. The Lisa paper describes an unweighted distance, which is ``L2SP``. Under LoRA, F and the
+    distance are those of the factors: of a fresh adapter B is 0, so that the gradient of A, and the pull on A, is 0.
     """
 
     stage, slots, streams = Stage.FINETUNING, (Slot.GRADIENT,), ("alignment",)
     claims: tuple[str, ...] = ("anchor that weights are pulled to",)
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"repo": {"lam": 1e-3, "samples": 10_000, "fisher": "batch"}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"repo": {"lam": 1e9, "samples": 2000, "fisher": "batch"}}
 
     def __init__(
         self,

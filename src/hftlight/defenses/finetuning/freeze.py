@@ -39,6 +39,7 @@ from hftlight.engine.scores import (
     snip_scores,
     undisturbed,
     wanda_scores,
+    without_end,
 )
 from hftlight.engine.slots import Slot, Stage
 from hftlight.engine.vectors import local, whole
@@ -150,9 +151,11 @@ class Freeze(Repair):
         keep_s: directions of safety that :math:`\Pi_s` projects on, >= 0, with ``"actsvd"``; 0 turns it off, and a
             matrix with fewer gives all.
         keep_u: directions of utility that :math:`\Pi_u` projects on, likewise.
-        safety: the stream of safety rows, harmful prompts with safe answers.
+        safety: the stream of safety rows, harmful prompts with refusals. A run offers ``"refusals"``, the alignment
+            rows that refuse; on a Trainer of one's own name one with its ``streams`` or its data module.
         utility: the stream of utility rows. The user's upload, which is always there, may hide harmful rows, whose
             weights are then spared; ``"retain"`` is better where there is such a stream.
+        end: whether the last token of each row, its end token, counts in the scores.
         streams: loaders of these two streams, where the data module does not offer them.
         output: mode ``"rewind"`` on a Trainer of one's own: as ``Repair`` takes it.
         aligned: likewise.
@@ -166,19 +169,22 @@ class Freeze(Repair):
         scored weight for the mask, and the kept values. A checkpoint holds one bit per weight, and the kept values.
     Source: Wei et al., "Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications", ICML
         2024, arXiv:2402.05162; ActSVD, SNIP and Wanda as there.
-    Differs: the paper freezes during fine-tuning, the official code rewinds afterwards; here ``mode`` says which. Sets
-        are taken from scores of the intact model over the whole matrix, with exact counts (official code: a fine-tuned
-        mask is read off weights near zero, so that tiny weights, norms and embeddings join). SNIP in one sweep for all
-        layers instead of one replay of the data per layer. Scores are never negative, so that none is read upside
-        down. Wanda's inputs are those at the positions of response tokens, as in the official code, not at the
-        positions that predict them. Rows under LoRA and rewinding ranks of an update are ours. By default the utility
-        rows are the user's upload (paper: Alpaca without safety rows).
+    Differs: the paper freezes during fine-tuning, the official code rewinds afterwards; here ``mode`` says which. Its
+        freezing experiment tries many ratios and helps only above one half, against ten harmful rows; the 0.1 of both
+        ratios here is the README's example of pruning, and no preset names a ratio. Sets are taken from scores of the
+        intact model over the whole matrix, with exact counts (official code: a fine-tuned mask is read off weights near
+        zero, so that tiny weights, norms and embeddings join). SNIP in one sweep for all layers instead of one replay
+        of the data per layer. Scores are never negative, so that none is read upside down. As in the official code,
+        safety rows are refusals only, Wanda's inputs are those at the positions of response tokens, not at the
+        positions that predict them, and the end token does not count: the official responses have none. Rows under
+        LoRA and rewinding ranks of an update are ours. By default the utility rows are the user's upload (paper: Alpaca
+        without safety rows).
     """
 
     repair_order = 20  # after projection and pruning: rewinding under an adapter leaves no adapter to work on
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"safety_ratio": 0.1, "utility_ratio": 0.1, "mode": "train", "score": "snip", "samples": 128},
-        "repo": {"safety_ratio": 0.1, "utility_ratio": 0.1, "mode": "rewind", "score": "snip", "samples": 128},
+        "paper": {"mode": "train", "score": "snip", "samples": 128, "safety": "refusals", "end": False},
+        "repo": {"mode": "rewind", "score": "snip", "samples": 128, "safety": "refusals", "end": False},
     }
 
     def __init__(
@@ -191,8 +197,9 @@ class Freeze(Repair):
         samples: int = 128,
         keep_s: int | None = None,
         keep_u: int | None = None,
-        safety: str = "alignment",
+        safety: str = "refusals",
         utility: str = "task",
+        end: bool = False,
         streams: Mapping[str, Loader] | None = None,
         output: str | None = None,
         aligned: str | None = None,
@@ -234,7 +241,7 @@ class Freeze(Repair):
         self.needs = ("aligned",) if mode == "rewind" else ()
         self.safety_ratio, self.utility_ratio, self.mode, self.score = safety_ratio, utility_ratio, mode, score
         self.unit, self.samples, self.keep_s, self.keep_u = unit, samples, keep_s, keep_u
-        self.safety, self.utility = safety, utility
+        self.safety, self.utility, self.end = safety, utility, end
         self._held: dict[str, _Held] | None = None
         self._stored: dict[str, dict[str, Tensor]] | None = None
         self._step = 0
@@ -485,7 +492,7 @@ class Freeze(Repair):
     ) -> dict[str, Tensor]:
         """Return the mask of the top fraction of each matrix by its score on some rows."""
         layers = {name: t.layer for name, t in targets.items()}
-        data = calibration(batches, self.samples, split, spread=self.mode == "rewind")
+        data = self._counted(batches, split)
         if self.score == "snip":
             found = gradient_sums(loss, layers, {name: t.weight for name, t in targets.items()}, data, split)
         else:
@@ -498,6 +505,11 @@ class Freeze(Repair):
                 scores = scores.sum(dim=1, keepdim=True)
             masks[name] = top(scores, ratio, target.rows)
         return masks
+
+    def _counted(self, batches: Iterable[Batch], split: bool) -> list[tuple[Batch, int]]:
+        """Return the rows that are scored, as ``calibration``, with the labels that count."""
+        data = calibration(batches, self.samples, split, spread=self.mode == "rewind")
+        return data if self.end else [(without_end(batch), count) for batch, count in data]
 
     def _parameters(
         self, targets: Mapping[str, _Target], masks: Mapping[str, Tensor]
@@ -581,7 +593,7 @@ class Freeze(Repair):
             assert count is not None
             moments = {}
             if count:
-                data = calibration(batches(stream), self.samples, split, spread=True)
+                data = self._counted(batches(stream), split)
                 moments = input_moments(loss, layers, data, outer=True, split=split)
             for name, target in targets.items():
                 weight = whole_rows(target.values(), target.weight)

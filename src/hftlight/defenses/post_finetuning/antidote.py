@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +30,7 @@ from hftlight.engine.scores import wanda_scores
 from hftlight.engine.selection import Top, top_of_rows
 from hftlight.engine.vectors import local, whole
 
+T = TypeVar("T")
 BLOCK = 1024  # rows that are scored at one time
 
 
@@ -70,7 +71,8 @@ class Antidote(Repair):
     - ``"factor"``: the LoRA matrices A and B each by itself, as the official code does; a reset entry is zero. Harsher:
       at rank 16 and ratio 0.1 about 30 % of the update's energy is left, against 56 % in mode ``"delta"``.
     - ``"merged"``: all parameters; a reset entry is zero, so what the model could do before is lost too. Discouraged:
-      it is here to compare with the official code's full-parameter mode; ``"delta"`` works on such models.
+      it is here to compare with the official code's full-parameter mode (``presets["repo_full"]``), which prunes
+      q, k and v only; ``"delta"`` works on such models.
 
     Args:
         prune_ratio: fraction of the entries that are reset, in [0, 1]; 0 turns it off.
@@ -78,13 +80,16 @@ class Antidote(Repair):
         group: what the fraction is taken of: ``"row"`` for each output row, ``"matrix"``, or ``"model"`` for all
             matrices together.
         rounding: ``"down"``, or ``"up"`` as the official code counts, which resets one entry of each row at least.
+        layers: names of the linear layers that are pruned, such as q_proj; by default all, or under LoRA all that have
+            an adapter.
         streams: loader of the stream ``"harmful"`` (harmful prompts with harmful answers, the defender's own), where
             the data module does not offer it; one pass over it is read.
         output: as ``Repair`` takes it.
         aligned: likewise; needed in mode ``"delta"`` with all parameters trained.
 
     Raises:
-        ValueError: if ``prune_ratio`` is no fraction, or less than one entry of a group; or a choice is unknown.
+        ValueError: if ``prune_ratio`` is no fraction, or less than one entry of a group; if a choice is unknown; or if
+            the model has none of ``layers``.
 
     Cost: one forward pass over the harmful data, once, and one number per input of each layer; no backward pass. The
         official code runs each layer twice and keeps the embeddings of all samples.
@@ -92,7 +97,8 @@ class Antidote(Repair):
     Differs: entries of the update by default (official code: of the factors, with the fraction rounded up, which at
         rank 8 resets 12.5 % of B at the least); exact counts, ties by place; the paper's mask is over the whole model
         (``presets["paper"]``), the official code's within each row (``presets["repo"]``); padding is masked, so that
-        batches of any size give the same numbers.
+        batches of any size give the same numbers. With all parameters trained, every linear layer is pruned by default
+        (official code: q, k and v, at a ratio of 1e-5 that its rounding makes 2.4e-4 at 4096 columns).
     """
 
     streams = ("harmful",)
@@ -101,6 +107,13 @@ class Antidote(Repair):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"prune_ratio": 0.2, "mode": "factor", "group": "model"},
         "repo": {"prune_ratio": 0.1, "mode": "factor", "group": "row", "rounding": "up"},
+        "repo_full": {
+            "prune_ratio": 1e-5,
+            "mode": "merged",
+            "group": "row",
+            "rounding": "up",
+            "layers": ["q_proj", "k_proj", "v_proj"],
+        },
     }
 
     def __init__(
@@ -109,6 +122,7 @@ class Antidote(Repair):
         mode: Literal["delta", "factor", "merged"] = "delta",
         group: Literal["row", "matrix", "model"] = "row",
         rounding: Literal["down", "up"] = "down",
+        layers: Sequence[str] | None = None,
         streams: Mapping[str, Loader] | None = None,
         output: str | None = None,
         aligned: str | None = None,
@@ -123,6 +137,8 @@ class Antidote(Repair):
         ):
             if value not in allowed:
                 raise ValueError(f"Antidote: {name} must be one of {list(allowed)}, got {value!r}.")
+        if layers is not None and (isinstance(layers, str) or not layers):
+            raise ValueError(f"Antidote: layers lists names such as q_proj, or is None for all, got {layers!r}.")
         if mode == "merged":
             warnings.warn(
                 "Antidote: mode 'merged' sets weights of the model to zero and not back to what they were before the"
@@ -131,6 +147,7 @@ class Antidote(Repair):
             )
         super().__init__(streams, output, aligned)
         self.prune_ratio, self.mode, self.group, self.rounding = prune_ratio, mode, group, rounding
+        self.layers = None if layers is None else tuple(layers)
         self.needs = ("aligned",) if mode == "delta" else ()
 
     @property
@@ -149,8 +166,8 @@ class Antidote(Repair):
         model = subject.model
         self.check_model(model)
         adapter = has_adapter(model)
-        updates = lora_updates(model) if adapter else {}
-        weights = {} if adapter else linear_weights(model)
+        updates = self._named(lora_updates(model)) if adapter else {}
+        weights = {} if adapter else self._named(linear_weights(model))
         modules = self._layers(model, updates, weights)
         squares, samples = input_squares(model, modules, subject.batches("harmful"), subject.context, subject.split)
         before = {name: float(u.factors().squared_norm()) for name, u in updates.items()}
@@ -178,6 +195,14 @@ class Antidote(Repair):
         exact = self.prune_ratio * entries
         return math.floor(exact + 1e-9) if self.rounding == "down" else math.ceil(exact - 1e-9)
 
+    def _named(self, matrices: Mapping[str, T]) -> dict[str, T]:
+        """Return the matrices of the layers that are pruned; the whole last part of a layer's name counts."""
+        own = {name: name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
+        absent = [layer for layer in self.layers or () if layer not in own.values()]
+        if absent:
+            raise ValueError(f"Antidote: layers names {absent[0]!r}; the model has {sorted(set(own.values()))}.")
+        return {name: m for name, m in matrices.items() if self.layers is None or own[name] in self.layers}
+
     @override
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that the mode cannot work on, and a fraction that is less than one entry of a group."""
@@ -188,7 +213,7 @@ class Antidote(Repair):
             on = "LoRA adapters" if self.mode == "factor" else "models with all parameters trained"
             raise TypeError(f"Antidote: mode {self.mode!r} works on {on} only; use mode='delta'.")
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, update in (lora_updates(model) if adapter else {}).items():
+        for name, update in (self._named(lora_updates(model)) if adapter else {}).items():
             if self.mode == "factor":
                 shapes |= {f"{name} (A)": tuple(update.a.shape), f"{name} (B)": tuple(update.b.shape)}
                 continue
@@ -199,7 +224,8 @@ class Antidote(Repair):
                     " or use mode='factor'."
                 )
             shapes[name] = (update.b.shape[0], update.a.shape[1])
-        shapes |= {} if adapter else {name: tuple(w.shape) for name, w in linear_weights(model).items()}
+        if not adapter:
+            shapes = {name: tuple(w.shape) for name, w in self._named(linear_weights(model)).items()}
         for name, shape in shapes.items():
             entries = shape[1] if self.group == "row" else math.prod(shape)
             if self._count(entries) == 0:
