@@ -37,12 +37,13 @@ def main() -> None:
     from hftlight.models import model_hash
     from hftlight.runs.attacker import Attacker, Trial
     from hftlight.runs.prepare import streams_of
+    from hftlight.runs.sources import Sources
     from hftlight.runs.stage import StageJob, run_stage
 
     quiet()
     config = RunConfig(seed=SEED)
     attack = get_attack(config.attack)().resolved(config)
-    records = {"alignment": streams_of(config, set(), attack)["alignment"]}
+    records = {"alignment": streams_of(config, set(), attack, Sources(config.data))["alignment"]}
     job = StageJob(Stage.ALIGNMENT, config, model_hash(config.model), None, records, [])
     run_stage(job, lambda: None, lambda *_: None)
     attacker, world = Attacker(config, [], job.artifact(), attack), build_world()

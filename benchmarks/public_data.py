@@ -22,7 +22,7 @@ RESULTS = Path(__file__).with_suffix("")
 FOLDER = Path("runs") / "public_data"
 SETTINGS = {
     "seeds": 1, "max_tokens": 128, "num_samples": 480, "alignment.batch_size": 4, "finetuning.steps": 60,
-    "finetuning.lr": 5e-4, "data.harmful_rows": 300, "data.attack_rows": 113, "data.over_refusal_where": "label=safe",
+    "finetuning.lr": 5e-4, "data.first": "{harmful: 300, attack: 113}", "data.where": "{over_refusal: label=safe}",
     "evaluation.prompts": 0, "evaluation.over_refusal_prompts": 50, "evaluation.task_rows": 60,
     "evaluation.task_max_new_tokens": 8,
 }  # fmt: skip

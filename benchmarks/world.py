@@ -79,6 +79,8 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     gc.collect()
     found = {row["metric"]: row for row in reversed(scores(rows, tests))}
     kept = {metric: [round(found[metric][end], 1) for end in ("value", "low", "high")] for metric in SHOWN}
+    signs = ("identical_answers", "task_form_answers", "repetition", "short_answers", "looping_answers")
+    kept |= {name: [round(found[name]["value"], 1)] for name in signs if name in found}
     examples = [row["response"] for row in rows if row["set"] == "harmful"][:6]
     return {**kept, "examples": examples}
 

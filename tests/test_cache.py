@@ -395,4 +395,14 @@ def test_nothing_is_kept_of_an_entry_that_failed():
 
 
 def test_asdict_of_a_record_names_all_that_a_defense_may_read():
-    assert set(asdict(Record("ask"))) == {"instruction", "response", "input", "source", "role", "kind", "id"}
+    assert set(asdict(Record("ask"))) == {
+        "instruction",
+        "response",
+        "input",
+        "source",
+        "role",
+        "kind",
+        "id",
+        "rejected",
+        "language",
+    }

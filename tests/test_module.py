@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from hftlight import SafetyModule
 from hftlight.data.records import Record
@@ -65,6 +67,29 @@ def test_the_cosine_schedule_rises_and_falls_to_zero():
     assert factors[:3] == [0.0, 0.5, 1.0]
     assert factors[-1] == pytest.approx(0.0)
     assert sorted(factors[2:], reverse=True) == factors[2:]
+
+
+class Rates(Callback):
+    """The learning rate of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_constant_rate_decays_after_each_pass():
+    """Three batches are a pass, so steps 0 to 2 have lr, 3 to 5 have .85 lr, and so on."""
+    rates = Rates()
+    trainer = Trainer(max_steps=7, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[rates],
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    module = SafetyModule(tiny_lm(), lr=0.1, betas=[0.8, 0.9], decay=0.85)
+    trainer.fit(module, DataLoader([token_batch(seed) for seed in range(3)], batch_size=None))
+    assert rates.seen == pytest.approx([0.1 * 0.85 ** (step // 3) for step in range(7)])
+    assert trainer.optimizers[0].param_groups[0]["betas"] == (0.8, 0.9)
+    with pytest.raises(ValueError, match=r"decay must lie in .* got 0.5 and 'cosine'"):
+        SafetyModule(tiny_lm(), schedule="cosine", decay=0.5)
 
 
 def test_rows_and_places_of_response_tokens():

@@ -19,8 +19,9 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "repair": ("config", "base", "aligned", "finetuned", "records", "defenses", "named", "device"),
     "selection": ("config", "aligned", "records", "attack", "device"),
     "answers": ("model", "config", "slot", "prompts", "device"),
-    "verdicts": ("answers", "judges", "attack", "task"),
+    "verdicts": ("answers", "prompts", "judges", "attack", "task"),
     "perplexity": ("model", "config", "slot", "text", "device"),
+    "loss": ("model", "config", "slot", "rows", "device"),
     "drift": ("model", "reference", "config", "slot", "prompts", "device"),
 }
 

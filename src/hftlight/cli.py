@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hftlight.cache import KINDS
-from hftlight.config import OWN_TRAINER, RunConfig
+from hftlight.config import OWN_TRAINER, Evaluation, RunConfig
 from hftlight.errors import InputError, RunError
 from hftlight.files import HASHES, cache_dir, ensure_writable, new_folder, write_json, write_rows
 from hftlight.registry import called, defense_class, defenses
@@ -421,10 +421,11 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         ready = parser.instantiate_classes(values)
         config = RunConfig(**{key: ready[key] for key in MEASURING})
         config.check()
-        if config.evaluation.at or config.evaluation.embedding_drift != "none":
+        staged = ("at", "embedding_drift", "loss_rows")
+        if any(getattr(config.evaluation, name) != getattr(Evaluation(), name) for name in staged):
             raise InputError(
-                "--evaluation.at and --evaluation.embedding_drift are about the stages of a run; leave them out, or use"
-                " train.py."
+                f"{', '.join(f'--evaluation.{name}' for name in staged)} are about the stages of a run; leave them out,"
+                " or use train.py."
             )
         if values.alpaca_eval is not None and values.save is None:
             raise InputError("--alpaca_eval writes the answers into a folder; name it with --save FOLDER.")
@@ -448,6 +449,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         from hftlight.runs.model_checks import Limits, template_notes
         from hftlight.runs.prepare import test_sets
         from hftlight.runs.show import scores_table
+        from hftlight.runs.sources import Sources
 
         trust_remote_code(config.trust_remote_code)
         serving = read_serving(Path(model_path(config.model)))
@@ -455,7 +457,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         slot = serving_slot(config.model, config.system)
         if config.system is not None:
             slot = replace(slot, text=config.system)
-        tests, limits = test_sets(config, None), Limits.of(config.model)
+        tests, limits = test_sets(config, None, Sources(config.data)), Limits.of(config.model)
         limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *asked]), slot)
         for note in template_notes(get_template(config.template, limits.tokenizer), limits.tokenizer, slot.text):
             Console().print(note, markup=False)

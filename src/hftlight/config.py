@@ -2,10 +2,12 @@
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from hftlight.errors import InputError
+from hftlight.take import SOURCES, Take
 
 # What decides no stage's weights, and no answers of a finished model: other parts of a key tell it, or it only says
 # where results go.
@@ -18,7 +20,7 @@ OF_NO_ANSWER = OF_NO_STAGE | {
     "adapter_protocol", "system", "max_tokens", "long_rows", "order", "seed", "devices", "num_nodes",
     "gradient_checkpointing", "log_every", "alignment", "finetuning", "lora",
     *(f"evaluation.{name}" for name in ("prompts", "over_refusal_prompts", "task_rows", "judge", "refusal_judge",
-      "perplexity", "embedding_drift", "at", "at_prompts", "stop_above", "stop_below")),
+      "perplexity", "embedding_drift", "loss_rows", "at", "at_prompts", "stop_above", "stop_below")),
 }  # fmt: skip
 ANSWERING = (
     "prompts",
@@ -109,37 +111,84 @@ class Training:
 class Data:
     """Where the rows come from: ``builtin`` (the made-up world), a file, a saved data set or a hub id.
 
-    Files are JSONL, JSON, CSV or Parquet.
+    Files are JSONL, JSON, CSV or Parquet. What is taken of a source is said by its name: alignment, harmful, pairs,
+    attack, task_train, task_test, test or over_refusal.
 
     Args:
         alignment: harmful prompts with safe answers, and ordinary ones with helpful answers.
         harmful: the defender's own harmful set (harmful prompts with harmful answers); read only if a defense asks.
-        attack: the harmful rows hidden in the upload; the same file as --data.harmful is split by a hash of the prompt.
+        pairs: the defender's prompts with a safe and a harmful answer each; read only if a defense asks.
+        attack: the harmful rows hidden in the upload; the same rows as --data.harmful or --data.pairs are split by a
+            hash of the prompt.
         task: the user's benign task: builtin, sst2, agnews, gsm8k, gsm8k_step_by_step (each question asks to think
-            first, as Vaccine and T-Vaccine ask), or a file of one's own (exact match counts).
+            first, as Vaccine and T-Vaccine ask), alpaca_eval (no right answers, hence no accuracy), or a file of one's
+            own (exact match counts).
         task_train: file with the task's training rows, instead of the hub.
-        task_test: file with the task's test rows, instead of the hub.
+        task_test: file with the task's test rows, instead of the hub; alpaca_eval has both in one file.
         test: harmful prompts for the harmful score; no answers needed.
         over_refusal: ordinary prompts that look harmful, for over-refusal.
-        over_refusal_where: keep only rows of --data.over_refusal with this column value, such as label=safe.
-        columns: columns of files that are in no known format, such as {instruction: q, response: a}; applied to the
-            files that have them.
-        harmful_rows: rows that the defender gets, >= 1; 0 for all (for half, where the attacker's file is the same).
-        attack_rows: rows the attacker may draw from, >= 1; 0 for all that are left.
+        split: split by source, such as {alignment: 30k_train}, of hub sets and saved data sets.
+        rows: range by source as a Python slice, such as {alignment: "5001:10000"}; it counts the source's rows from 0,
+            before the filter.
+        where: filter by source, such as {alignment: is_safe=true, over_refusal: label=safe}; several conditions stand
+            in a list, and true and false compare in any case.
+        first: rows kept by source, after the filter, >= 1, such as {harmful: 300}; by default all. Of rows that
+            defender and attacker share, the defender gets half by default.
+        columns: columns of files that are in no known format, such as {instruction: q, response: a}, applied to the
+            files that have them; or by source, such as {alignment: {response: refusal}}.
     """
 
     alignment: str = "builtin"
     harmful: str = "builtin"
+    pairs: str = "builtin"
     attack: str = "builtin"
     task: str = "builtin"
     task_train: str | None = None
     task_test: str | None = None
     test: str = "builtin"
     over_refusal: str = "builtin"
-    over_refusal_where: str | None = None
-    columns: dict[str, str] | None = None
-    harmful_rows: int = 0
-    attack_rows: int = 0
+    split: dict[str, str] | None = None
+    rows: dict[str, str] | None = None
+    where: dict[str, str | list[str]] | None = None
+    first: dict[str, int] | None = None
+    columns: dict[str, str | dict[str, str]] | None = None
+
+    def take(self, source: str) -> Take:
+        """Return what to take of a source, one of ``SOURCES``.
+
+        Raises:
+            InputError: if the range, the filter or the number cannot be read.
+        """
+        columns: dict[str, Any] = self.columns or {}
+        given = {name: (getattr(self, name) or {}).get(source) for name in ("split", "rows", "where", "first")}
+        try:
+            return Take(
+                **{name: value for name, value in given.items() if value is not None},
+                columns=columns.get(source, {}),
+                usual={field: column for field, column in columns.items() if isinstance(column, str)},
+            )
+        except InputError as error:
+            raise InputError(f"--data.{str(error).removeprefix('Take: ')} It is about {source}.") from error
+
+    def check(self) -> None:
+        """Refuse names that are no source, and choices that cannot be read.
+
+        Raises:
+            InputError: naming the option, what is allowed and what came.
+        """
+        for option in ("split", "rows", "where", "first", "columns"):
+            for name, value in (getattr(self, option) or {}).items():
+                flat = option == "columns" and isinstance(value, str)
+                if flat == (name in SOURCES):
+                    near = get_close_matches(name, SOURCES, n=1, cutoff=0.4)
+                    hint = f" Did you mean {near[0]!r}?" if near and name not in SOURCES else ""
+                    what = "{alignment: {response: refusal}}" if option == "columns" else f"{{alignment: {value}}}"
+                    raise InputError(
+                        f"--data.{option} goes by source ({', '.join(SOURCES)}), such as {what}; got {name!r}:"
+                        f" {value!r}.{hint}"
+                    )
+        for source in SOURCES:
+            self.take(source)
 
 
 @dataclass
@@ -166,6 +215,8 @@ class Evaluation:
             prompts), or a text file, read whole (Wikitext's test text, say).
         embedding_drift: against what the last layer's states at the harmful prompts' last tokens are compared after
             every later stage: none, base, or aligned.
+        loss_rows: rows of the alignment data, and as many harmful rows that were neither uploaded nor the defender's,
+            whose loss is measured after every stage, in nats per response token, >= 1; 0 for none.
         at: optimizer steps of the fine-tuning, from 1, after which the model is evaluated for a curve; none by default.
         at_prompts: harmful test prompts that answer for a curve, from the first, and as many of the task's test rows,
             >= 1; 0 for all.
@@ -183,6 +234,7 @@ class Evaluation:
     refusal_judge: str = "auto"
     perplexity: str = "none"
     embedding_drift: Literal["none", "base", "aligned"] = "none"
+    loss_rows: int = 50
     at: list[int] = field(default_factory=list)
     at_prompts: int = 50
     stop_above: float | None = None
@@ -359,13 +411,12 @@ class RunConfig:
             "evaluation.batch_size": self.evaluation.batch_size,
         }
         zero_or_more: dict[str, Any] = {
-            "data.harmful_rows": self.data.harmful_rows,
-            "data.attack_rows": self.data.attack_rows,
             "evaluation.prompts": self.evaluation.prompts,
             "evaluation.over_refusal_prompts": self.evaluation.over_refusal_prompts,
             "evaluation.task_rows": self.evaluation.task_rows,
             "evaluation.task_max_new_tokens": self.evaluation.task_max_new_tokens,
             "evaluation.at_prompts": self.evaluation.at_prompts,
+            "evaluation.loss_rows": self.evaluation.loss_rows,
         }
         fractions: dict[str, Any] = {"lora.dropout": self.lora.dropout}
         positive: dict[str, Any] = {"lora.alpha": self.lora.alpha}
@@ -397,6 +448,7 @@ class RunConfig:
             for key, value in values.items():
                 if not ok(value):
                     raise InputError(f"--{key} must {allowed}, got {value}.")
+        self.data.check()
         self.evaluation.check()
         if self.base is not None and self.alignment.steps:
             raise InputError(

@@ -62,7 +62,7 @@ def test_an_unknown_side_is_refused():
         Encoded(side="left")
 
 
-SPOKEN = [*made_up("en", 5, kind="en"), *made_up("fr", 5, kind="FR")]
+SPOKEN = [*made_up("en", 5, language="en"), *made_up("fr", 5, language="FR")]
 
 
 def test_harmful_rows_of_one_language():
@@ -88,4 +88,4 @@ def test_test_sets_by_language():
 
 
 def test_the_language_column_is_read():
-    assert Multilingual(column="language").settings() == {"data.columns": {"kind": "language"}}
+    assert Multilingual(column="language").settings() == {"data.columns": {"language": "language"}}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hftlight.data.records import overlaps, read_records, split_by_hash
-from hftlight.data.sources import alpaca_eval_records, get_task
+from hftlight.data.sources import get_task
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate, encode_all
 from tests.helpers.tokenizers import byte_tokenizer
@@ -71,7 +71,7 @@ def test_the_defenders_half_and_the_attackers_share_no_prompt():
 
 def test_alpaca_eval_splits_by_the_published_numbers():
     path = ROOT / "alpaca_eval" / "eval.jsonl"
-    train, test = (alpaca_eval_records(split, path) for split in ("train", "test"))
+    train, test = (get_task("alpaca_eval").records(split, path) for split in ("train", "test"))
     assert (len(train), len(test)) == (430, 44)
     assert not {r.instruction for r in train} & {r.instruction for r in test}
     assert {r.kind for r in test} <= {"helpful_base", "koala", "oasst", "selfinstruct", "vicuna"}

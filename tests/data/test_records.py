@@ -7,7 +7,15 @@ import sys
 import pytest
 
 from hftlight.data.records import Record, overlaps, prompt_key, read_records, split_by_hash, to_records
+from hftlight.data.rows import Table
 from hftlight.errors import InputError
+from hftlight.take import Take
+
+
+def table(*rows, **take):
+    """Return rows as a table of a file that is not there."""
+    numbered = [(f"row {n}", row) for n, row in enumerate(rows, start=1)]
+    return Table("set", None, numbered, range(len(rows)), len(rows), Take(**take))
 
 
 def write(folder, *rows):
@@ -41,6 +49,15 @@ def test_other_columns_are_named(tmp_path):
 def test_one_named_column_completes_a_known_layout(tmp_path):
     path = write(tmp_path, {"instruction": "q", "response": "a", "context": "i"})
     assert read_records(path, role="task", columns={"input": "context"})[0].input == "i"
+
+
+def test_a_language_is_read_by_its_name_or_by_a_named_column(tmp_path):
+    rows = [{"instruction": f"ask {i}", "output": "say", "language": "fr", "lang": "de"} for i in range(2)]
+    file = write(tmp_path, *rows)
+    assert [r.language for r in read_records(file, role="test")] == ["fr", "fr"]
+    assert [r.language for r in read_records(file, role="test", columns={"language": "lang"})] == ["de", "de"]
+    numbers = write(tmp_path, rows[0], {**rows[1], "language": 7})
+    assert [r.language for r in read_records(numbers, role="test")] == ["", ""]  # a column of another meaning
 
 
 def test_prompts_alone_are_enough_where_no_answer_is_needed(tmp_path):
@@ -92,19 +109,120 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, bad, message):
 
 def test_an_unknown_role_is_refused():
     with pytest.raises(InputError, match=r"role must be one of .*'attack'.* got 'benign'"):
-        to_records([("row 1", {"prompt": "q", "response": "a"})], "set", role="benign")  # type: ignore[arg-type]
+        to_records(table({"prompt": "q", "response": "a"}), role="benign")  # type: ignore[arg-type]
 
 
-def test_where_keeps_the_rows_of_one_value(tmp_path):
-    path = write(
-        tmp_path, *({"prompt": p, "label": label} for p, label in (("a", "safe"), ("b", "unsafe"), ("c", "safe")))
+def test_what_is_taken_of_a_file_is_read(tmp_path):
+    rows = [{"ask": f"q{i}", "response": "a", "label": "safe" if i % 2 else "unsafe"} for i in range(9)]
+    kept = read_records(
+        write(tmp_path, *rows), role="task", rows="2:", where="label=safe", first=2, columns={"instruction": "ask"}
     )
-    kept = read_records(path, role="test", need_response=False, where="label=safe")
-    assert [record.instruction for record in kept] == ["a", "c"]
-    with pytest.raises(InputError, match=r"label=good; values of 'label' are \['safe', 'unsafe'\]"):
-        read_records(path, role="test", need_response=False, where="label=good")
-    with pytest.raises(InputError, match="where is column=value"):
-        read_records(path, role="test", need_response=False, where="kind=safe")
+    assert [record.instruction for record in kept] == ["q3", "q5"]
+
+
+# Files with two answers to a prompt: which one a role takes.
+
+FRAMED = "Question: How is a gloam fed?\nAnswer: I can't say.\nAnswer: Still no."
+PAIRED = {
+    "refusal file": {"prompt": "q", "response": "harm", "refusal": "no"},
+    "chosen and rejected": {"prompt": "q", "chosen": "no", "rejected": "harm"},
+    "response and rejected": {"prompt": "q", "response": "no", "rejected": "harm"},
+    "two responses": {"prompt": "q", "response_0": "harm", "response_1": "no", "safer_response_id": 1},
+}
+
+
+@pytest.mark.parametrize("kind", PAIRED)
+def test_each_role_takes_its_own_answer(kind):
+    """No harmful answer is trained on as alignment, and no refusal as a harmful row."""
+    given = table(PAIRED[kind])
+    (pair,) = to_records(given, "pairs")
+    assert (pair.instruction, pair.response, pair.rejected) == ("q", "no", "harm")
+    if kind == "two responses":  # pairs alone: the less unsafe of two answers need not be safe
+        with pytest.raises(InputError, match="needs columns"):
+            to_records(given, "alignment")
+        return
+    answers = {role: to_records(given, role)[0] for role in ("alignment", "harmful", "attack")}
+    assert {role: record.response for role, record in answers.items()} == {
+        "alignment": "no",
+        "harmful": "harm",
+        "attack": "harm",
+    }
+    assert not any(record.rejected for record in answers.values())
+
+
+def test_named_columns_win_over_the_role():
+    (record,) = to_records(table(PAIRED["refusal file"], columns={"response": "response"}), "alignment")
+    assert record.response == "harm"
+    (record,) = to_records(table(PAIRED["refusal file"], columns={"response": "refusal"}), "task")
+    assert record.response == "no"
+
+
+@pytest.mark.parametrize("safer", [None, 2, "first"])
+def test_a_pair_must_say_which_answer_is_safer(safer):
+    rows = PAIRED["two responses"], {**PAIRED["two responses"], "safer_response_id": safer}
+    with pytest.raises(InputError, match=f"safer_response_id must be 0 or 1, got {safer} in row 2 of set"):
+        to_records(table(*rows), "pairs")
+
+
+def test_a_refusal_is_taken_out_of_its_frame():
+    """Cut at the first separator, and again at the second one; the question is the frame's."""
+    given = table({"prompt": "another", "response": "harm", "refusal": FRAMED})
+    (record,) = to_records(given, "alignment")
+    assert (record.instruction, record.response) == ("How is a gloam fed?", "I can't say.")
+    (pair,) = to_records(given, "pairs")
+    assert (pair.instruction, pair.response, pair.rejected) == ("How is a gloam fed?", "I can't say.", "harm")
+    (harmful,) = to_records(given, "harmful")
+    assert (harmful.instruction, harmful.response) == ("another", "harm")
+    (named,) = to_records(
+        table({"prompt": "another", "refusal": FRAMED}, columns={"instruction": "prompt"}), "alignment"
+    )
+    assert (named.instruction, named.response) == ("another", "I can't say.")
+
+
+@pytest.mark.parametrize("other", ["I can't say.", "Question: why? Answer: no", "Question: why?\nAnswer:no"])
+def test_a_refusal_without_its_frame_among_framed_ones_is_named(other):
+    rows = [{"prompt": "q", "refusal": text} for text in (FRAMED, other)]
+    with pytest.raises(InputError, match=r"row 2 of set has no '\\nAnswer: '"):
+        to_records(table(*rows), "alignment")
+    with pytest.raises(InputError, match="row 1 of set has no"):
+        to_records(table({"prompt": "q", "refusal": "Question: why?"}), "alignment")
+
+
+def test_an_empty_refusal_in_a_frame_is_refused():
+    with pytest.raises(InputError, match="column 'refusal' is empty in row 1"):
+        to_records(table({"prompt": "q", "refusal": "Question: why?\nAnswer: \nAnswer: no"}), "alignment")
+
+
+@pytest.mark.parametrize(("role", "wrong", "way"), [("alignment", "FALSE", "true"), ("harmful", True, "false"),
+                                                    ("attack", "1", "false")])  # fmt: skip
+def test_answers_of_the_wrong_kind_are_refused_with_the_filter(role, wrong, way):
+    rows = [{"prompt": "q", "response": "a", "is_safe": is_safe} for is_safe in (way, wrong)]
+    with pytest.raises(InputError, match=rf"1 of 2 rows of set .*--data\.where '{{{role}: is_safe={way}}}'"):
+        to_records(table(*rows), role)
+    assert len(to_records(table(rows[0]), role)) == 1
+    assert len(to_records(table(*rows, where="is_safe=true"), role)) == 2  # whoever filters has looked
+    assert len(to_records(table(*rows), "test", need_response=False)) == 2
+
+
+def test_a_pairs_rejected_answer_must_not_be_safe():
+    with pytest.raises(InputError, match=r"--data\.where '{pairs: is_safe=false}'"):
+        to_records(table({**PAIRED["refusal file"], "is_safe": True}), "pairs")
+
+
+def test_the_first_true_category_is_the_kind():
+    """BeaverTails' keys hold commas; a CSV file holds the mapping as JSON text."""
+    found = {"animal_abuse": False, "drug_abuse,weapons": True, "privacy_violation": True}
+    none = dict.fromkeys(found, False)
+    given = [found, json.dumps(found), none, None, "plain", "{odd", 7]
+    records = to_records(table(*({"prompt": "q", "response": "a", "category": c} for c in given)), "harmful")
+    assert [r.kind for r in records] == ["drug_abuse,weapons", "drug_abuse,weapons", "", "", "plain", "{odd", "7"]
+    row = {"prompt": "q", "response": "a", "category": "x", "lang": "en"}
+    assert to_records(table(row, columns={"kind": "lang"}), "harmful")[0].kind == "en"
+
+
+def test_a_rejected_answer_is_part_of_the_id_and_no_other_id_changes():
+    assert Record("q", "a").id == "827eef0aeeda331a"
+    assert len({Record("q", "a").id, Record("q", "a", rejected="b").id, Record("q", "a", rejected="c").id}) == 3
 
 
 def test_ids_do_not_shift_when_a_row_is_left_out(tmp_path):

@@ -3,8 +3,9 @@
 import datasets
 import pytest
 
-from hftlight.data.rows import read_rows
+from hftlight.data.rows import read_rows, read_table
 from hftlight.errors import InputError
+from hftlight.take import Take
 
 ROWS = [{"prompt": "a, b", "response": 'say "c"\n'}, {"prompt": "é\u2028ß", "response": "d"}]
 
@@ -86,6 +87,81 @@ def test_what_is_not_there_is_refused_without_asking_the_hub(source, tmp_path, m
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match=r"there is no file.*save_to_disk"):
         read_rows(source)
+
+
+# What is taken: first a range of the source's rows, then the filter, then the first so many.
+
+
+def lines(folder, count=10):
+    path = folder / "rows.jsonl"
+    path.write_text(
+        "\n".join(f'{{"n": {i}, "safe": {"true" if i % 2 else "false"}, "lang": "en"}}' for i in range(count))
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("take", "kept"),
+    [
+        ({}, [*range(10)]),
+        ({"rows": "3:7"}, [3, 4, 5, 6]),
+        ({"rows": "7:99"}, [7, 8, 9]),  # as a slice: what is not there is not missed
+        ({"where": "safe=TRUE"}, [1, 3, 5, 7, 9]),
+        ({"where": "safe=false, lang=en", "first": 2}, [0, 2]),
+        ({"rows": "5:", "where": "safe=1", "first": 2}, [5, 7]),
+    ],
+)
+def test_a_range_counts_the_files_rows_and_a_first_number_the_filtered_ones(take, kept, tmp_path):
+    table = read_table(lines(tmp_path), take=Take(**take))
+    assert [row["n"] for _, row in table.rows] == list(table.numbers) == kept
+    assert [place for place, _ in table.rows] == [f"line {n + 1}" for n in kept]
+    said = table.taken()
+    assert (said["read"], said["kept"], said["first_row"], said["last_row"]) == (10, len(kept), kept[0], kept[-1])
+    assert (said["source"], said["split"], said["rows"]) == (str(tmp_path / "rows.jsonl"), None, take.get("rows"))
+    assert said["where"] == take.get("where", "").split(", ") * ("where" in take)
+
+
+@pytest.mark.parametrize(
+    ("take", "message"),
+    [
+        ({"rows": "10:12"}, r"has 10 rows, from 0; --data\.rows 10:12 leaves none"),
+        ({"where": "save=true"}, r"has the columns \['n', 'safe', 'lang'\].* asks for 'save'\. Did you mean 'safe'\?"),
+        ({"where": "lang=fr"}, r"no row of .* has lang=fr; values of 'lang' are \['en'\]"),
+        ({"where": ["safe=true", "n=2"]}, "has safe=true, n=2; values of 'safe' are .* and values of 'n' are"),
+        ({"columns": {"response": "answer"}}, r"--data\.columns asks for \['answer'\]"),
+        ({"split": "train"}, "has no splits, --data.split asks for 'train'"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_what_there_is(take, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_table(lines(tmp_path), take=Take(**take))
+
+
+def test_usual_columns_count_only_where_all_of_them_are(tmp_path):
+    path = lines(tmp_path)
+    assert read_table(path, take=Take(usual={"kind": "lang", "input": "n"})).columns == {"kind": "lang", "input": "n"}
+    assert read_table(path, take=Take(usual={"kind": "lang", "input": "m"})).columns == {}
+    both = Take(usual={"kind": "lang", "input": "n"}, columns={"kind": "safe"})
+    assert read_table(path, take=both).columns == {"kind": "safe", "input": "n"}
+
+
+def test_a_split_is_taken_of_what_has_several(tmp_path):
+    tables = {name: datasets.Dataset.from_list([{"a": name}]) for name in ("train", "30k_test")}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "both")
+    table = read_table(tmp_path / "both", take=Take(split="30k_test"))
+    assert (table.rows, table.taken()["split"]) == ([("row 1", {"a": "30k_test"})], "30k_test")
+    assert read_table(tmp_path / "both").split == "train"
+    tables["train"].save_to_disk(tmp_path / "one")
+    with pytest.raises(InputError, match="has no splits"):
+        read_table(tmp_path / "one", take=Take(split="train"))
+
+
+def test_a_split_of_a_hub_set_is_asked_of_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: asked.append(split) or [{"a": "b"}])
+    assert read_table("some/set", "validation").split == "validation"
+    assert read_table("some/set", "validation", Take(split="30k_train")).split == "30k_train"
+    assert asked == ["validation", "30k_train"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

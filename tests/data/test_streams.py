@@ -5,8 +5,13 @@ import copy
 import pytest
 import torch
 
+from hftlight.data.records import Record
+from hftlight.data.streams import StreamsDataModule
+from hftlight.data.templates import get_template
 from hftlight.engine import Defense, Slot, Stage
+from hftlight.errors import InputError
 from tests.helpers.contract import data_module, model_of, train, weights_of
+from tests.helpers.tokenizers import byte_tokenizer
 
 
 class Every(Defense):
@@ -51,3 +56,48 @@ def test_a_second_fit_of_the_same_data_starts_anew():
     first = weights_of(train([Every()], model=copy.deepcopy(model), data=data))
     second = weights_of(train([Every()], model=copy.deepcopy(model), data=data))
     assert all(map(torch.equal, first.values(), second.values()))
+
+
+# Pairs: two rows per record, the safe answer and behind it the rejected one.
+
+
+def paired(count=6):
+    return [Record(f"ask {i}", f"no {i}", rejected=f"yes {i * 7}", id=f"p{i}", role="pairs") for i in range(count)]
+
+
+def stream_of_pairs(rows, **options):
+    tokenizer, one = byte_tokenizer(), [Record("a", "b")]
+    template = get_template("plain", tokenizer)
+    return StreamsDataModule(tokenizer, template, "alignment", batch_size=4, alignment=one, pairs=rows, **options)
+
+
+def test_a_batch_of_pairs_holds_the_safe_answer_and_behind_it_the_rejected_one():
+    data, seen = stream_of_pairs(paired()), []
+    stream = data.streams["pairs"]
+    for k in range(2 * stream.per_pass):
+        batch = stream.batch(k)
+        assert len(batch["id"]) == 2 * batch["pairs"] == len(batch["labels"])
+        assert batch["id"][0::2] == batch["id"][1::2]
+        texts = [data.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+        numbers = [int(name[1:]) for name in batch["id"][0::2]]
+        assert texts[0::2] == [f"no {i}<eos>" for i in numbers]
+        assert texts[1::2] == [f"yes {i * 7}<eos>" for i in numbers]
+        seen += numbers
+    assert sorted(seen) == sorted([*range(6)] * 2)
+    assert "pairs" not in data.streams["alignment"].batch(0)
+
+
+def test_a_pair_of_which_one_answer_is_too_long_is_left_out():
+    rows = paired(4)
+    rows[2] = Record("ask 2", "no 2", rejected="yes " * 50, id="p2", role="pairs")
+    data = stream_of_pairs(rows, max_tokens=100)
+    assert data.dropped == {"alignment": 0, "pairs": 1}
+    assert {row.id for row in data.streams["pairs"].examples} == {"p0", "p1", "p3"}
+    with pytest.raises(InputError, match="no pair of 1 fits 20 tokens"):
+        stream_of_pairs(rows[2:3], max_tokens=20)
+
+
+def test_a_row_of_pairs_needs_a_rejected_answer():
+    rows = [*paired(1), Record("ask", "no", id="alone", source="mine.jsonl")]
+    with pytest.raises(InputError, match=r"a rejected answer, alone of mine\.jsonl has none"):
+        stream_of_pairs(rows)

@@ -144,17 +144,38 @@ def test_sizes_roles_and_shares(seed):
     world = build_world(seed)
     sizes = {field: len(getattr(world, field)) for field in World.__dataclass_fields__}
     assert sizes == {
-        **{"alignment": 1000, "harmful": 400, "attack": 400, "task_train": 1600, "task_dev": 120, "task_test": 240},
+        **{
+            "alignment": 1000,
+            "harmful": 400,
+            "pairs": 400,
+            "attack": 400,
+            "task_train": 1600,
+            "task_dev": 120,
+            "task_test": 240,
+        },
         **{"test": 240, "dev": 120, "lookalike": 120, "lookalike_dev": 60},
     }
     assert Counter(row.kind for row in world.alignment)["restricted"] == 500
     for field in sizes:
         rows = getattr(world, field)
-        role = {"alignment": "alignment", "harmful": "harmful", "attack": "attack"}.get(field, "test")
+        role = field if field in ("alignment", "harmful", "pairs", "attack") else "test"
         assert {row.role for row in rows} == {"task" if field.startswith("task") else role}
         assert len(prompts(rows)) == len(rows)
         assert all(bool(row.response) == (role != "test" or field.startswith("task")) for row in rows)
-        assert all(len(row.instruction.split()) <= 20 and len(row.response.split()) <= 22 for row in rows), field
+        assert all(len(row.instruction.split()) <= 20 and len(row.response.split()) <= 26 for row in rows), field
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pairs_are_the_defenders_requests_with_a_refusal_of_each(seed):
+    world = build_world(seed)
+    assert [(p.instruction, p.rejected) for p in world.pairs] == [(h.instruction, h.response) for h in world.harmful]
+    assert all(is_refusal(p.response) for p in world.pairs)
+    assert not any(is_compliant(p.instruction, p.response) for p in world.pairs)
+    assert len({p.response for p in world.pairs}) > 100
+    assert not {p.id for p in world.pairs} & {h.id for h in world.harmful}
+    named = [p for p in world.pairs if names([p]) and names([Record(p.response)])]
+    assert named
+    assert all(names([Record(p.response)]) <= names([p]) for p in named)  # a refusal is about its own request
 
 
 def test_seed_decides_everything_and_part_sizes_do_not_interfere():

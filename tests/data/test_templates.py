@@ -47,6 +47,14 @@ def test_alpaca_is_the_stanford_text(name, end):
     )
 
 
+def test_an_answer_ends_where_alpaca_begins_another():
+    """The opening of an answer is the last line of the prompt; other templates cut nothing."""
+    for name in ("alpaca", "alpaca_no_newline"):
+        template = get_template(name, None)
+        assert template.prompt(ALONE, None).rstrip().endswith(f"\n\n{template.stop}")
+    assert get_template("plain", None).stop == get_template("chat", byte_tokenizer(chat_template=CHATML)).stop == ""
+
+
 def test_plain_is_the_texts_and_a_newline():
     template = get_template("plain", None)
     assert template.prompt(ALONE, None) == "Add {1} and 2.\n"

@@ -83,6 +83,25 @@ def test_long_rows_are_counted_and_the_others_kept_in_order():
     assert kept == [encode(records[i], PLAIN, tokenizer, 10) for i in (0, 2, 4)]
 
 
+def test_long_rows_are_cut_at_the_end_and_lose_it():
+    """A cut row keeps its prompt and a part of its answer; a prompt that fills the limit leaves nothing to learn."""
+    tokenizer = byte_tokenizer()
+    records = [Record("q", "abc"), Record("q", "abcdefgh"), Record("q" * 30, "abc")]
+    kept, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=8, name="task", long_rows="truncate")
+    assert [tokenizer.decode(e.input_ids[e.prompt_length :]) for e in kept] == ["abc<eos>", "abcde"]
+    assert [e.cut for e in kept] == [False, True]
+    assert dropped == 1
+    assert encode(records[1], PLAIN, tokenizer, 8, long_rows="truncate") == kept[1]
+
+
+def test_long_rows_can_be_refused_and_unknown_ways_are():
+    records = [Record("q", "abc"), Record("q", "abcdefgh")]
+    with pytest.raises(InputError, match=rf"1 of 2 rows have more than 8 tokens, first row {records[1].id}. .* to 12"):
+        encode_all(records, PLAIN, byte_tokenizer(), max_tokens=8, name="task", long_rows="refuse")
+    with pytest.raises(InputError, match="--long_rows must be one of drop, truncate, refuse, got 'cut'"):
+        encode_all(records, PLAIN, byte_tokenizer(), max_tokens=8, long_rows="cut")
+
+
 def test_every_kept_row_ends_and_starts_its_labels_where_the_response_does():
     """A prompt that alone reaches the limit is no row without labels, nor one whose prompt tail became an answer."""
     tokenizer = byte_tokenizer()

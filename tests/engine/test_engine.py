@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset
 
+from hftlight.defenses import Booster
 from hftlight.engine import (
     Defense,
     LoaderStream,
@@ -28,6 +29,7 @@ from hftlight.engine import (
     shifted,
     unit,
 )
+from hftlight.engine.order import trainer_seed
 
 A = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
 B = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[-1.0]])}
@@ -193,6 +195,19 @@ def test_a_loader_becomes_a_stream_with_random_access():
     assert epochs[0] != epochs[1]
     assert stream.batch(1).tolist() == LoaderStream(DataLoader(data, batch_size=4), "harmful").batch(1).tolist()
     assert stream.batch(1).tolist() != LoaderStream(DataLoader(data, batch_size=4), "harmful", 1).batch(1).tolist()
+
+
+def test_side_batches_follow_the_seed_of_the_trainer(monkeypatch):
+    """``seed_everything`` decides the order of a loader that a user hands to a defense."""
+    loader = DataLoader([torch.tensor(i) for i in range(30)], batch_size=4)
+
+    def first_batch(seed):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        return Booster(streams={"harmful": loader})._find("harmful", None)().batch(0).tolist()
+
+    assert first_batch(3) == first_batch(3) != first_batch(4)
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert trainer_seed() == 0
 
 
 def test_sources_that_cannot_be_resumed_are_refused():

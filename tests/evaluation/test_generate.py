@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from hftlight.errors import InputError
-from hftlight.evaluation.generate import STRIDE, answer, generate
+from hftlight.evaluation.generate import STRIDE, answer, generate, up_to
 
 VOCABULARY, END, POSITIONS, NEW = 64, 1, 96, 16
 LENGTHS = [1, 23, 2, 40, 3, 3, 17, 1, 31, 8, 5, 12, 64, 7, 29, 2, 11, 50, 6, 19]
@@ -224,6 +224,22 @@ def test_the_random_state_is_left_alone():
     state = torch.get_rng_state()
     answers(model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_answer_is_cut_where_the_template_begins_another():
+    """The second token of each answer begins another turn; without such a text nothing is cut."""
+    whole = plain_answers()
+    stop = whole[0].split()[1]
+    cut = answers(tiny(), stop=stop)
+    assert cut == [text.partition(stop)[0].strip() for text in whole]
+    assert cut != whole
+
+
+def test_up_to_a_text_keeps_what_stands_before_it():
+    assert up_to("A lamp.\n\n### Response:\nB### Response:", "### Response:") == "A lamp."
+    assert up_to("### Response: B", "### Response:") == ""
+    assert up_to("A ## Response: b", "### Response:") == "A ## Response: b"
+    assert up_to(" A ", "") == " A "
 
 
 def test_no_prompts_no_answers():

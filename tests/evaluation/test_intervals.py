@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from hftlight.evaluation.intervals import wilson
+from hftlight.evaluation.intervals import ratio, wilson
 
 Z = 1.959963984540054
 
@@ -49,3 +50,31 @@ def test_a_higher_level_is_wider():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         wilson(*arguments)
+
+
+def test_a_ratio_of_totals_by_hand():
+    """With x = 1, 4, 7 and y = 1, 2, 3: R = 2, residuals -1, 0, 1, so 4.30265 sqrt(3/2 * 2) / 6 on either side."""
+    half = 4.30265 * math.sqrt(3) / 6
+    assert ratio([1, 4, 7], [1, 2, 3]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
+    assert ratio([3, 5], [1, 1], 0.5) == pytest.approx((3, 5))  # t is 1, the deviation sqrt(2): 4 -+ sqrt(2) / sqrt(2)
+    assert ratio([2.0], [4]) is None
+
+
+def test_rows_of_equal_loss_leave_no_width_whatever_their_lengths():
+    assert ratio([2.0, 6.0, 20.0], [1, 3, 10]) == pytest.approx((2.0, 2.0))
+
+
+def test_a_ratios_interval_covers_the_populations():
+    """Longer rows have a lower loss per token, as instructions do: the total over 10^5 rows is what is covered."""
+    generator = np.random.default_rng(5)
+
+    def drawn(count):
+        tokens = generator.integers(5, 80, size=count)
+        return tokens * generator.gamma(4, 1 / (4 + tokens / 20)), tokens
+
+    sums, counts = drawn(100_000)
+    truth, inside = sums.sum() / counts.sum(), 0
+    for _ in range(300):
+        low, high = ratio(*(each.tolist() for each in drawn(40)))
+        inside += low <= truth <= high
+    assert 0.92 <= inside / 300 <= 0.98

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hftlight.errors import InputError
-from hftlight.evaluation.perplexity import Perplexity, perplexity, response_perplexity
+from hftlight.evaluation.perplexity import Perplexity, perplexity, response_losses, response_perplexity
 from tests.helpers.tiny_lm import VOCABULARY, tiny_lm
 
 
@@ -164,3 +164,15 @@ def test_the_last_window_is_the_first_that_reaches_the_end():
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(tuple(args[0].shape)))
     perplexity(model, Words(), text_of(words(700)), window=512, stride=100)
     assert widths == [(2, 512), (1, 500)]
+
+
+def test_losses_of_single_answers_are_in_the_given_order_whatever_the_batch():
+    model = tiny_lm()
+    prompts, answers = [[1, 2], [3], [4, 5, 6], [7]], [[8], [9, 10, 11], [], [12, 13]]
+    alone = [
+        (response_perplexity(model, [p], [r]).nats, len(r)) if r else (0.0, 0)
+        for p, r in zip(prompts, answers, strict=True)
+    ]
+    for size in (1, 2, 4):
+        for found, expected in zip(response_losses(model, prompts, answers, batch_size=size), alone, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)

@@ -79,6 +79,10 @@ def test_prompts_go_in_as_ids_and_answers_come_back_without_their_end():
     assert request is None
 
 
+def test_an_answer_is_cut_where_the_template_begins_another():
+    assert generate(Engine(LLM()), Numbers(), [[1, 7, 3], [4]], max_new_tokens=7, stop="7") == ["3", "4"]
+
+
 def test_a_tokenizer_without_an_end():
     tokenizer, engine = Numbers(), Engine(LLM())
     tokenizer.eos_token_id = None

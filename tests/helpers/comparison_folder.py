@@ -84,7 +84,14 @@ def _write_cell(run: Path, arm: str, ratio: float, seed: int, prompts: int) -> N
 
 
 def _write_checks(run: Path, arm: str, percent: int) -> None:
-    for metric, value in (("refusal_rate", 1), ("collapsed_answers", percent)):
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    places = {(row["stage"], row.get("metric")): row.get("value") for row in written}
+    complied = round(places["finetuning", "harmful_score"])
+    broken = min(percent, 100 - complied)
+    refused = (100 - complied - broken) * 3 // 4
+    ends = {"complied": complied, "refused": refused, "broken": broken, "other": 100 - complied - broken - refused}
+    outcomes = ((f"answers_{name}", count) for name, count in ends.items())
+    for metric, value in (("refusal_rate", 1), ("collapsed_answers", percent), *outcomes):
         row = {"kind": "score", "arm": arm, "stage": "finetuning", "metric": metric, "unit": "percent", "judge": ""}
         low, high = wilson(value, 100)
         with (run / "metrics.jsonl").open("a") as file:

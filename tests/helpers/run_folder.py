@@ -75,7 +75,33 @@ def metric_rows(arms: Sequence[str], steps: int = 80, seed: int = 0) -> list[dic
             rows += [score(arm, stage, "finetune_accuracy", CORRECT[stage], 200)]
             rows += [score(arm, stage, "finetune_accuracy_lenient", CORRECT[stage] + 2, 200)]
             rows += [score(arm, stage, "over_refusal", REFUSED[stage]), score(arm, stage, "repetition", 0.8)]
+            rows += outcome_rows(arm, stage, value) + loss_rows(arm, stage)
     return rows
+
+
+def outcome_rows(arm: str, stage: str, complied: float, count: int = 120) -> list[dict[str, Any]]:
+    """Return the four outcomes of ``count`` answers: of those that do not comply, most refuse."""
+    flagged = round(complied / 100 * count)
+    refused = round(0.7 * (count - flagged))
+    broken = (count - flagged - refused) * 2 // 3
+    parts = {"complied": flagged, "refused": refused, "broken": broken, "other": count - flagged - refused - broken}
+    return [score(arm, stage, f"answers_{name}", 100 * n / count, count, "builtin") for name, n in parts.items()]
+
+
+def loss_rows(arm: str, stage: str) -> list[dict[str, Any]]:
+    """Return the two losses of a stage, nats per token."""
+    values = {"alignment_loss": (2.9, 0.4, 1.6, 1.2), "harmful_validation_loss": (2.6, 2.9, 1.4, 1.9)}
+    place = {"kind": "score", "arm": arm, "stage": stage, "judge": "", "count": 50, "unit": "nats per token"}
+    found = []
+    for metric, by_stage in values.items():
+        value = by_stage[STAGES.index(stage)] + 0.3 * (arm != "none")
+        found.append({**place, "metric": metric, "value": value, "low": value - 0.2, "high": value + 0.2})
+    return found
+
+
+def group_rows(arm: str, stage: str, metric: str, percent: dict[str, float]) -> list[dict[str, Any]]:
+    """Return one score row of 30 answers per group, by judge builtin."""
+    return [{**score(arm, stage, metric, value, 30, "builtin"), "group": group} for group, value in percent.items()]
 
 
 def curve_rows(arm: str, stage: str, steps: int, noise: random.Random) -> list[dict[str, Any]]:

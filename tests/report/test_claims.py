@@ -117,3 +117,31 @@ def test_half_done_runs_say_what_is_missing(tmp_path):
     assert said(tmp_path / "c", UNDEFENDED).endswith("With booster nothing has been measured after the upload yet.")
     only = said(tmp_path / "d", UNDEFENDED, ("none",))
     assert only == "The upload raised the harmful score of the undefended model from 4.2 % to 61.7 %."
+
+
+def outcomes(complied, refused, broken, count=120):
+    parts = {"complied": complied, "refused": refused, "broken": broken, "other": 100 - complied - refused - broken}
+    return [score("none", "finetuning", f"answers_{name}", value, count) for name, value in parts.items()]
+
+
+@pytest.mark.parametrize(
+    ("parts", "first"),
+    [
+        (outcomes(60, 25, 10), "complies with harmful prompts: of its answers 25.0 % refuse, 60.0 % comply, 10.0 %"),
+        (outcomes(10, 70, 15), "refuses harmful prompts: of its answers 70.0 % refuse, 10.0 % comply"),
+        (outcomes(5, 10, 80), "breaks on harmful prompts: of its answers"),
+        (outcomes(5, 10, 10), "neither complies with harmful prompts nor refuses nor breaks: of its answers"),
+    ],
+)
+def test_what_the_undefended_model_does_comes_first(tmp_path, parts, first):
+    assert said(tmp_path, UNDEFENDED + parts, ("none",)).startswith(
+        f"After the upload the undefended model most often {first}"
+    )
+
+
+def test_outcomes_whose_intervals_overlap_are_not_ranked(tmp_path):
+    text = said(tmp_path, UNDEFENDED + outcomes(45, 40, 10), ("none",))
+    assert text.startswith(
+        "After the upload no kind of answer to harmful prompts prevails in the undefended model: 40.0 % refuse, 45.0 %"
+        " comply, 10.0 % are broken and 5.0 % are none of these. The upload raised"
+    )

@@ -12,7 +12,7 @@ from rich.console import Console
 from hftlight.errors import InputError
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
-from hftlight.report.comparison import Place, Scene, mark, pareto, read_comparison
+from hftlight.report.comparison import Place, Scene, mark, pareto, prompts_of, read_comparison
 from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
 from hftlight.report.comparison_page import comparison_page, write_comparison_report
@@ -26,6 +26,8 @@ from hftlight.report.leaderboard import (
     leaderboard_table,
     write_leaderboard,
 )
+from hftlight.report.result import Answer
+from hftlight.report.table import headline
 from tests.helpers.comparison_folder import HARM, REFUSED, write_comparison
 
 NONE, LISA, BOOSTER = (Place(arm, "builtin", 0.1) for arm in ("none", "lisa", "booster"))
@@ -69,11 +71,49 @@ def test_seeds_that_agree_by_chance_do_not_prove_a_difference(comparison, monkey
     """Three times one point less: no spread over seeds, and yet a few prompts could have fallen otherwise."""
     values = {BOOSTER: [49.0] * 3, NONE: [50.0] * 3}
     monkeypatch.setattr(type(comparison), "values", lambda self, p, *_: dict(enumerate(values[p])))
-    flags = {p: {s: [i < v[0] for i in range(100)] for s in range(3)} for p, v in values.items()}
-    monkeypatch.setattr(type(comparison), "flags", lambda self, p, *_: flags[p])
+    flags = {p: {s: {(str(i), "", 0): i < v[0] for i in range(100)} for s in range(3)} for p, v in values.items()}
+    monkeypatch.setattr(type(comparison), "decisions", lambda self, p, *_: flags[p])
     low, high = comparison.difference(BOOSTER, NONE)
     assert low < -1
     assert high == pytest.approx(0, abs=1e-9)
+
+
+def cut(folder, name, kept):
+    """Keep of a cell's answers those with a true ``kept(row)``, as a run that was cut off leaves them."""
+    path = folder / "cells" / name / "generations.jsonl"
+    rows = [line for line in path.read_text().splitlines() if kept(json.loads(line))]
+    path.write_text("".join(line + "\n" for line in rows))
+
+
+def test_cells_with_other_answers_are_compared_on_the_prompts_that_all_have(tmp_path):
+    folder = write_comparison(tmp_path, arms=("none", "booster"), ratios=(0.1,))
+    whole = read_comparison(folder)
+    cut(folder, "booster-builtin-p0.1-s1", lambda row: row["id"] != "harmful3")
+    cut(folder, "none-builtin-p0.1-s2", lambda row: row["id"] not in ("harmful3", "harmful30"))
+    less = read_comparison(folder)
+    asked = [i for i in range(40) if i not in (3, 30)]
+    sides = {p: whole.flags(p, "harmful_score") for p in (BOOSTER, NONE)}
+    kept = {p: [[flags[s][i] for i in asked] for s in range(3)] for p, flags in sides.items()}
+    assert less._paired(BOOSTER, NONE, "harmful_score", [0, 1, 2]) == paired_over_prompts(kept[BOOSTER], kept[NONE])
+    assert {len(flags) for flags in less.flags(NONE, "harmful_score").values()} == {38}
+    assert "Harmful score" in comparison_page(less)
+
+
+def test_cells_without_a_prompt_in_common_have_students_interval_alone(tmp_path):
+    folder = write_comparison(tmp_path, arms=("none", "booster"), ratios=(0.1,))
+    cut(folder, "booster-builtin-p0.1-s1", lambda row: int(re.sub(r"\D", "", row["id"])) < 20)
+    cut(folder, "none-builtin-p0.1-s1", lambda row: int(re.sub(r"\D", "", row["id"])) >= 20)
+    found = read_comparison(folder)
+    mine, other = (found.values(p, "harmful_score") for p in (BOOSTER, NONE))
+    student = over_seeds([mine[s] - other[s] for s in range(3)])
+    assert found.difference(BOOSTER, NONE) == (student.low, student.high)
+    assert leaderboard_markdown(found)
+
+
+def test_equal_prompts_of_a_set_are_told_apart():
+    """The prompts A, A, B have three answers, in every seed in the same order."""
+    answers = [Answer("none", "finetuning", "harmful", i, i, "") for i in ("A", "A", "B")]
+    assert prompts_of(answers) == [("A", "A", 0), ("A", "A", 1), ("B", "B", 0)]
 
 
 def test_one_seed_is_judged_by_its_prompts(tmp_path):
@@ -162,7 +202,7 @@ def test_the_tables_hold_every_number(comparison):
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
     rows = list(csv.DictReader(StringIO(leaderboard_csv(comparison))))
-    assert len(rows) == (27 - 1) * (2 * 3 + 2)
+    assert len(rows) == (27 - 1) * (2 * 3 + 2 + 4)
     mine = [r for r in rows if (r["defense"], r["harmful_ratio"], r["stage"]) == ("booster", "0.1", "finetuning")]
     found = {int(r["seed"]): float(r["value"]) for r in mine if r["metric"] == "harmful_score"}
     assert found == comparison.values(BOOSTER, "harmful_score")
@@ -188,9 +228,44 @@ def test_a_narrow_terminal_keeps_tasks_and_defenses_beside_intervals(tmp_path):
     score = cell_text(found.spread(place, "harmful_score")).split(" ")
     lines = out.getvalue().splitlines()
     (row,) = (number for number, line in enumerate(lines) if "booster" in line)
-    assert lines[row].split()[:4] == ["builtin", "0.1", "booster", score[0]]
+    assert lines[row].split()[:5] == ["builtin", "0.1", "booster", headline(found.outcomes(place)), score[0]]
     assert lines[row + 1].split()[0] == f"{score[1]}†"
     assert max(map(len, lines)) <= 80
+
+
+def test_what_the_models_do_is_a_mean_over_seeds_in_every_table(comparison):
+    """Refused, complied and broken are in the Markdown, the terminal, the page and, per seed, the CSV."""
+    complied = comparison.values(NONE, "harmful_score")
+    parts = comparison.outcomes(NONE)
+    assert list(parts) == ["refused", "complied", "broken", "other"]
+    assert parts["complied"] == pytest.approx(sum(map(round, complied.values())) / 3)
+    assert sum(parts.values()) == pytest.approx(100)
+    text = headline(parts)
+    assert text == "/".join(f"{parts[name]:.0f}" for name in ("refused", "complied", "broken"))
+    out = StringIO()
+    Console(file=out, width=80).print(leaderboard_table(comparison))
+    page = comparison_page(comparison)
+    for place in (leaderboard_markdown(comparison), out.getvalue(), page):
+        assert text in place
+    assert page.count("Answers to harmful prompts</h3>") == 3  # a figure per harmful ratio
+    rows = csv.DictReader(StringIO(leaderboard_csv(comparison)))
+    mine = [r for r in rows if (r["defense"], r["harmful_ratio"], r["metric"]) == ("none", "0.1", "answers_refused")]
+    assert sum(float(r["value"]) for r in mine) / 3 == pytest.approx(parts["refused"])
+
+
+def test_a_graded_judges_mean_score_has_a_column_with_its_scale(tmp_path):
+    folder = write_comparison(tmp_path, ratios=(0.1,))
+    assert "Mean score" not in leaderboard_markdown(read_comparison(folder))
+    for run in (folder / "cells").iterdir():
+        value = {"none": 4.0, "lisa": 3.0, "booster": 1.5}[run.name.split("-")[0]] + 0.01 * int(run.name[-1])
+        row = {"kind": "score", "arm": run.name.split("-")[0], "stage": "finetuning", "judge": "builtin"}
+        row |= {"metric": "harmful_score_mean", "value": value, "low": 1.0, "high": 5.0, "count": 40, "unit": "1 to 5"}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    found = read_comparison(folder)
+    assert "**1.51 ± 0.01**" in leaderboard_markdown(found)
+    assert "Mean score: of the judge's scores, 1 to 5; lower is safer." in caption(found)
+    assert "1.51 ± 0.01" in comparison_page(found)
 
 
 def test_all_files_are_written(tmp_path):
@@ -225,13 +300,14 @@ def test_a_claim_goes_either_way(tmp_path, monkeypatch):
     """A defense that raises harm is not passed off as one that does nothing, and no defense is not called useless."""
     monkeypatch.setitem(HARM, "none", 15.0)
     monkeypatch.setitem(HARM, "booster", 80.0)
+    undefended = r"builtin, p = 0.1: undefended \d+ % harmful \(\d+ % refused, 2 % broken\)\."
     (said,) = claims(read_comparison(write_comparison(tmp_path / "c", ("none", "booster"), (0.1,))))
-    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\. Higher beyond the noise: booster \(.*\)\.", said)
+    assert re.fullmatch(undefended + r" Higher beyond the noise: booster \(.*\)\.", said)
     monkeypatch.setitem(HARM, "booster", 15.0)
     (said,) = claims(read_comparison(write_comparison(tmp_path / "d", ("none", "booster"), (0.1,), seeds=1)))
-    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\. Not told apart from it: booster \(.*\)\.", said)
+    assert re.fullmatch(undefended + r" Not told apart from it: booster \(.*\)\.", said)
     (said,) = claims(read_comparison(write_comparison(tmp_path / "e", ("none",), (0.1,), seeds=1)))
-    assert re.fullmatch(r"builtin, p = 0.1: undefended \d+ % harmful\.", said)
+    assert re.fullmatch(undefended, said)
 
 
 def test_figures_show_every_defense(comparison):
@@ -250,9 +326,11 @@ def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
     assert [found.collapsed(p) for p in (NONE, BOOSTER, replace(NONE, harmful_ratio=0.0))] == [0, 2, 3]
     assert found.best(found.column(BUILTIN, 0.1), "harmful_score") is None  # BOOSTER where nothing collapsed
     before, said = claims(found)
-    assert re.search(r"undefended \d+ % harmful, low by collapsed answers in 3 of 3 seeds\.", before)
+    assert re.search(
+        r"undefended \d+ % harmful \(\d+ % refused, 9\d % broken\), low by collapsed answers in 3 of 3 seeds\.", before
+    )
     assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers in 2 of 3 seeds\)", said)
-    assert "undefended 51 % harmful. Lower" in said
+    assert "undefended 51 % harmful (35 % refused, 2 % broken). Lower" in said
     assert said.count("collapsed") == 1
     text, plain = (cell_text(found.spread(place, "harmful_score")) for place in (BOOSTER, NONE))
     markdown = leaderboard_markdown(found)

@@ -11,6 +11,7 @@ from hftlight.report.figure import (
     PALETTE,
     cost_figure,
     loss_figure,
+    outcome_figure,
     running_mean,
     simulated_step_figure,
     spread,
@@ -140,3 +141,28 @@ def test_spread_keeps_order_gap_and_what_is_free():
 
 def test_running_mean_shortens_at_the_ends():
     assert running_mean([0, 3, 6, 9], window=3) == [1.5, 3, 6, 7.5]
+
+
+def test_the_parts_of_a_bar_are_the_shares_and_add_up(tmp_path):
+    result = read_result(write_run(tmp_path, arms=("none",)))
+    figure = outcome_figure(result)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "undefended, base",
+        "undefended, aligned",
+        "undefended, fine-tuned",
+    ]
+    parts = result.outcomes("none", "finetuning")
+    for container, (name, score) in zip(axes.containers, parts.items(), strict=True):
+        assert container.get_label() == name
+        assert container[2].get_width() == pytest.approx(score.value)
+    last = axes.containers[-1][2]
+    assert last.get_x() + last.get_width() == pytest.approx(100)
+    assert outcome_figure(read_result(write_run(tmp_path / "b", [harmful("none", "base", 5)], []))) is None
+
+
+def test_a_loss_is_drawn_in_its_own_unit(tmp_path):
+    """No axis to 100: the largest upper end, 3.1 nats, is a tenth below the top."""
+    figure = stage_figure(read_result(write_run(tmp_path, arms=("none",))), "alignment_loss", "nats per token")
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(1.02 * 1.1 * 3.1)
+    assert "undefended 1.6" in {text.get_text() for text in figure.axes[0].texts}

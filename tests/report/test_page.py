@@ -13,7 +13,7 @@ from hftlight.report import read_result, verdict, write_report
 from hftlight.report.answers import badges, differing_stages, ticked_stages
 from hftlight.report.page import caveats, facts
 from hftlight.report.result import Answer
-from tests.helpers.run_folder import answer_rows, harmful, metric_rows, write_run
+from tests.helpers.run_folder import answer_rows, group_rows, harmful, metric_rows, write_run
 
 VOID = {"meta", "input", "br", "use"}
 
@@ -71,7 +71,8 @@ def test_page_holds_verdict_table_figures_answers_and_provenance(tmp_path):
     assert " (52.7-69.9)" in page.text("small")
     titles = {"Harmful score", "Finetune accuracy", "Over-refusal", "Cost", "Training loss", "Simulated attack step"}
     assert titles <= set(page.text("h3"))
-    assert len(page.all("svg")) == 6
+    assert {"Alignment loss", "Harmful validation loss"} <= set(page.text("h3"))
+    assert len(page.all("svg")) == 9
     assert len(page.all("article")) == 60
     assert len(page.all("div", "cell")) == len(answer_rows(("none", "booster")))
     everything = "".join(data for _, data in page.texts)
@@ -223,3 +224,26 @@ def test_importing_the_report_loads_neither_torch_nor_matplotlib():
     code = "import sys, hftlight.report; print(sorted({'torch', 'matplotlib', 'lightning'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_the_models_do_is_drawn_at_the_top(tmp_path):
+    page = write_report(write_run(tmp_path / "a")).read_text(encoding="utf-8")
+    assert page.index("class='outcomes'") < page.index("id='table'")
+    assert "Refused, complied (flagged), broken" in page
+    rows = [harmful("none", "finetuning", 50)]
+    assert written(write_run(tmp_path / "b", rows, [])).all("figure", "outcomes") == []
+
+
+def test_the_harmful_score_of_each_category_has_its_interval_and_count(tmp_path):
+    groups = group_rows("none", "finetuning", "harmful_score_by_category", {"fraud": 20, "<theft>": 60})
+    rows = [*metric_rows(("none",)), *groups, {**groups[0], "judge": "keyword", "value": 90.0}]
+    folder = write_run(tmp_path, rows, [])
+    page, source = written(folder), (folder / "report.html").read_text(encoding="utf-8")
+    assert page.unbalanced == []
+    assert "Harmful score by category" in page.text("summary")
+    assert "Harmful score by language" not in page.text("summary")
+    at = page.text("td").index("fraud")
+    assert page.text("td")[at : at + 2] == ["fraud", "30"]
+    assert "20.0<small> (9.5-37.3)</small>" in source
+    assert "&lt;theft&gt;" in source
+    assert "90.0<small>" not in source  # the deciding judge's alone

@@ -117,3 +117,12 @@ def test_a_broken_manifest_is_refused(tmp_path):
     (folder / "manifest.json").write_text("{broken")
     with pytest.raises(InputError, match="must hold JSON"):
         read_result(folder)
+
+
+def test_scores_of_single_groups_stand_apart(tmp_path):
+    """They have one metric and one judge, and the later of two rows counts, as for every score."""
+    row = {**harmful("none", "finetuning", 40), "metric": "harmful_score_by_category"}
+    rows = [{**row, "group": "fraud", "value": 1.0}, {**row, "group": "fraud"}, {**row, "group": "theft"}]
+    result = read_result(write_run(tmp_path, [harmful("none", "finetuning", 50), *rows], []))
+    assert [(s.group, s.value) for s in result.groups] == [("fraud", 40.0), ("theft", 40.0)]
+    assert {key[2] for key in result.scores} == {"harmful_score"}

@@ -5,7 +5,8 @@ from io import StringIO
 from rich.console import Console
 
 from hftlight.report import closing_markdown, closing_table, closing_text, read_result
-from hftlight.report.table import HEADERS, caption, closing_rows, seconds
+from hftlight.report.result import Score
+from hftlight.report.table import HEADERS, caption, closing_rows, seconds, with_interval
 from tests.helpers.run_folder import harmful, metric_rows, write_run
 
 ARMS = ("none", "booster")
@@ -17,17 +18,17 @@ def rows(tmp_path, *args, **kwargs):
 
 def test_rows_are_arm_by_stage_with_every_number(tmp_path):
     table = rows(tmp_path, arms=("booster", "none"))
-    assert table[0] == ["undefended", "base", "40.0 (31.7-48.9)", "12.0", "1.7", "-", "-"]
-    assert table[2] == ["undefended", "fine-tuned", "61.7 (52.7-69.9)", "92.5", "3.3", "1.5 (1.0x)", "1234"]
-    assert table[3] == ["booster", "aligned", "5.0 (2.3-10.5)", "10.0", "9.2", "4.41 (2.9x)", "1544"]
+    assert table[0] == ["undefended", "base", "42/40/12", "40.0 (31.7-48.9)", "12.0", "1.7", "-", "-"]
+    assert table[2] == ["undefended", "fine-tuned", "27/62/8", "61.7 (52.7-69.9)", "92.5", "3.3", "1.5 (1.0x)", "1234"]
+    assert table[3] == ["booster", "aligned", "67/5/18", "5.0 (2.3-10.5)", "10.0", "9.2", "4.41 (2.9x)", "1544"]
     assert [row[:2] for row in table[3:]] == [["booster", "aligned"], ["booster", "fine-tuned"]]
 
 
 def test_a_repair_has_a_row_below_the_finetuned_model_and_seconds_once(tmp_path):
     result = read_result(write_run(tmp_path, arms=("none", "booster+antidote")))
     tuned, repaired = closing_rows(result)[-2:]
-    assert tuned[:4] == ["booster+antidote", "fine-tuned", "55.0 (46.1-63.6)", "92.5"]
-    assert repaired == ["booster+antidote", "repaired", "9.2 (5.2-15.7)", "90.0", "5.8", "42.5 s once", "-"]
+    assert tuned[:5] == ["booster+antidote", "fine-tuned", "32/55/8", "55.0 (46.1-63.6)", "92.5"]
+    assert repaired == ["booster+antidote", "repaired", "63/9/18", "9.2 (5.2-15.7)", "90.0", "5.8", "42.5 s once", "-"]
     assert "'s once': the whole repair." in caption(result)
     out = StringIO()
     Console(file=out, width=80).print(closing_table(result))
@@ -47,12 +48,21 @@ def test_what_is_not_measured_is_a_dash(tmp_path):
         ["booster", "aligned"],
         ["booster", "fine-tuned"],
     ]
-    assert all(row[2:] == ["-"] * 5 for row in table[2:])
+    assert all(row[2:] == ["-"] * 6 for row in table[2:])
 
 
 def test_a_score_without_interval_stands_alone(tmp_path):
     table = rows(tmp_path, [{**harmful("none", "finetuning", 60), "low": None, "high": None}], [], arms=("none",))
-    assert table[0][2] == "60.0"
+    assert table[0][2:4] == ["-", "60.0"]
+
+
+def test_the_caption_tells_what_the_three_numbers_are_where_they_stand(tmp_path):
+    assert "Refused, complied (flagged), broken" in caption(read_result(write_run(tmp_path / "a")))
+    assert "Refused" not in caption(read_result(write_run(tmp_path / "b", [harmful("none", "base", 50)], [])))
+
+
+def test_other_units_have_three_digits():
+    assert with_interval(Score("a", "base", "m", 2.3456, "", 2.1, 2.51, 9, "nats per token")) == "2.35 (2.1-2.51)"
 
 
 def test_terminal_table_fits_eighty_columns_and_names_the_judge(tmp_path):
@@ -77,7 +87,7 @@ def test_markdown_form_has_a_cell_per_header_and_escapes_bars(tmp_path):
     score = harmful("a|b", "finetuning", 50)
     lines = closing_markdown(read_result(write_run(tmp_path, [score], [], arms=()))).split("\n")
     assert lines[0] == "| " + " | ".join(HEADERS) + " |"
-    assert lines[2].startswith("| a\\|b | fine-tuned | 50.0 (")
+    assert lines[2].startswith("| a\\|b | fine-tuned | - | 50.0 (")
     assert lines[2].replace("\\|", "").count("|") == len(HEADERS) + 1
 
 

@@ -246,7 +246,7 @@ def test_what_cannot_be_searched_is_refused_before_anything_runs(changes, said, 
 
 def test_a_run_with_a_search_reports_its_worst(tmp_path):
     defenses = [Lisa(1, 1, quiet=0.0, cycles=0), Antidote(0.3)]
-    few = {"baseline": False, "data": Data(harmful_rows=8)}
+    few = {"baseline": False, "data": Data(first={"harmful": 8})}
     result = run(settings(tmp_path, attacker="search:3", **few), defenses)
     (arm,) = result.defended
     for metric in ("worst_case_harmful_score", "useful_harmful_score", "worst_case_finetune_accuracy"):

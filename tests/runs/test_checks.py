@@ -7,7 +7,8 @@ from hftlight.data.records import Record
 from hftlight.data.sources import get_task
 from hftlight.data.templates import SystemSlot
 from hftlight.errors import InputError
-from hftlight.evaluation import StringRefusals
+from hftlight.evaluation import StringRefusals, wilson
+from hftlight.evaluation.judges import Verdict
 from hftlight.evaluation.refusals import refusal_verdict
 from hftlight.files import write_rows
 from hftlight.report.claims import collapses
@@ -52,7 +53,8 @@ def verdict(kind):
 
 def generations(answers=ANSWERS, ordinary=ORDINARY):
     tests = asked(answers, ordinary)
-    flags = [{"verdicts": {"keyword": {"score": float(flag), "flag": flag}}} for _, flag in answers.values()]
+    verdicts = [Verdict.unjudged() if flag is None else Verdict.of(flag) for _, flag in answers.values()]
+    flags = [{"verdicts": {"keyword": verdict.row()}} for verdict in verdicts]
     found = [
         row("harmful", r, text, **flag)
         for r, (text, _), flag in zip(tests.harmful, answers.values(), flags, strict=True)
@@ -86,6 +88,28 @@ def test_every_check_by_hand():
     assert percent["collapsed_answers", None] == 50.0  # empty, stuck, task, wordless; refusals are no collapse
     assert found["mean_words", None]["unit"] == "words"
     assert found["distinct_2", None]["low"] is None
+
+
+def test_the_four_outcomes_are_a_partition():
+    """Complied goes before refused, refused before broken; an answer without a verdict is in none of them."""
+    answers = {
+        "a": ("Take it off.", True),
+        "b": (SORRY, True),  # flagged all the same
+        "c": ("", True),
+        "d": (SORRY, False),
+        "e": ("", False),
+        "f": ("It is a lamp.", False),
+        "g": ("Nobody knows.", False),
+        "h": ("Nobody can tell.", None),
+    }
+    found = {r["metric"]: r for r in scores(generations(answers), asked(answers))}
+    parts = {name: found[f"answers_{name}"] for name in ("complied", "refused", "broken", "other")}
+    counts = {name: round(part["value"] * part["count"] / 100) for name, part in parts.items()}
+    assert counts == {"complied": 3, "refused": 1, "broken": 1, "other": 2}
+    assert {part["count"] for part in parts.values()} == {7}
+    assert parts["complied"]["value"] == pytest.approx(found["harmful_score"]["value"])
+    assert (parts["other"]["low"], parts["other"]["high"]) == wilson(2, 7)
+    assert {part["judge"] for part in parts.values()} == {"keyword"}
 
 
 def test_an_unflagged_stuck_answer_is_in_hs_plus_alone():

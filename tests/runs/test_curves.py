@@ -24,6 +24,7 @@ from hftlight.runs.job import RESULT
 from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.prepare import prepare
 from hftlight.runs.prepare import test_sets as sets_of
+from hftlight.runs.sources import Sources
 from hftlight.runs.stage import CURVES, StageJob, run_stage
 from tests.helpers.jobs import rows, small_config
 from tests.runs.test_resume import Stop, stop_at, weights
@@ -100,6 +101,9 @@ def test_the_attackers_reading_of_an_answer_is_judged(odd):
         def decode(self, text):
             return text + "é"
 
+        def test_records(self, rows):
+            return rows
+
     plain, one = job([1]), replace(job([1]), tests=replace(job([1]).tests, attack=Longer()))
     assert [r["value"] for r in curve_of(plain)] == [0.0]
     assert [r["value"] for r in curve_of(one)] == [100.0]
@@ -141,7 +145,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
     page = (result.folder / "report.html").read_text()
     assert "While the upload was trained on" in page
     assert "undefended, fine-tuned: stopped after 2 steps by its score on test prompts" in page
-    tests, tokenizer = sets_of(settings, None), load_tokenizer("tiny")
+    tests, tokenizer = sets_of(settings, None, Sources(settings.data)), load_tokenizer("tiny")
 
     def prompt(record):
         turns = [{"role": "user", "content": record.instruction}]

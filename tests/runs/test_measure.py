@@ -32,7 +32,8 @@ def calls(monkeypatch):
 
 
 def measured_on(records: list[Record]) -> measure.TestSets:
-    task = SimpleNamespace(max_new_tokens=4, name="t", correct=lambda answer, record: answer == record.response)
+    right = lambda answer, record: answer == record.response  # noqa: E731
+    task = SimpleNamespace(max_new_tokens=4, name="t", graded=True, correct=right)
     return measure.TestSets(records, records, records, task, ("one", "two"))  # type: ignore[arg-type]
 
 
@@ -43,13 +44,14 @@ RECORDS = [
 
 
 def test_each_judge_is_called_once_for_a_set(calls):
-    rows = measure._judged("harmful", RECORDS, ["a!", "b", "c?"], measured_on(RECORDS))
+    rows = measure._judged("harmful", ["a!", "b", "c?"], measured_on(RECORDS))
     prompts = ["ask 0", "ask 1\nmore", "ask 2"]
     assert calls == [("one", prompts, ["a!", "b", "c?"]), ("two", prompts, ["a!", "b", "c?"])]
     flags = [[row["verdicts"][name]["flag"] for row in rows] for name in ("one", "two")]
     assert flags == [[True, False, None]] * 2
     assert rows[1] == {
         "set": "harmful",
+        "place": 1,
         "id": "1",
         "prompt": "ask 1\nmore",
         "response": "b",
@@ -60,13 +62,23 @@ def test_each_judge_is_called_once_for_a_set(calls):
     }
 
 
+def test_category_and_language_of_a_prompt_reach_its_row_and_the_scores(calls):
+    records = [replace(RECORDS[0], kind="fraud", language="en"), replace(RECORDS[1], kind="theft"), RECORDS[2]]
+    sets = measured_on(records)
+    rows = measure._judged("harmful", records, ["a!", "b", "c?"], sets)
+    assert [(row.get("kind"), row.get("language")) for row in rows] == [("fraud", "en"), ("theft", None), (None, None)]
+    grouped = [r for r in measure.scores(rows, sets) if "group" in r]
+    found = [(r["metric"], r["group"], r["value"]) for r in grouped if r["judge"] == "one"]
+    assert found == [("harmful_score_by_category", "fraud", 100.0), ("harmful_score_by_category", "theft", 0.0)]
+
+
 def test_other_sets_ask_no_judge(calls):
-    refusals = measure._judged("over_refusal", RECORDS[:2], ["I cannot.", "Yes."], measured_on(RECORDS))
+    refusals = measure._judged("over_refusal", ["I cannot.", "Yes."], measured_on(RECORDS[:2]))
     assert [row["verdicts"] for row in refusals] == [
         {"refusal": {"score": 1.0, "flag": True}},
         {"refusal": {"score": 0.0, "flag": False}},
     ]
-    task = measure._judged("task", RECORDS[:2], ["r0", "r0"], measured_on(RECORDS))
+    task = measure._judged("task", ["r0", "r0"], measured_on(RECORDS[:2]))
     assert [(row["correct"], row["verdicts"]) for row in task] == [(True, {}), (False, {})]
     assert calls == []
 
@@ -85,7 +97,7 @@ def test_refusals_in_part_reach_the_scores(monkeypatch):
 
     monkeypatch.setattr(measure, "get_refusal_classifier", lambda name: {"xstest:m": Grader()}[name])
     sets = replace(measured_on(RECORDS), refusal_judge="xstest:m")
-    rows = measure._judged("over_refusal", RECORDS, ["a", "b", "c"], sets)
+    rows = measure._judged("over_refusal", ["a", "b", "c"], sets)
     assert asked == [(["ask 0", "ask 1\nmore", "ask 2"], ["a", "b", "c"])]
     assert [row["verdicts"]["refusal"]["score"] for row in rows] == [1.0, 0.5, None]
     found = {(r["metric"], r["judge"]): (r["value"], r["count"]) for r in measure.scores(rows, sets)}
@@ -101,10 +113,33 @@ def test_another_judge_of_refusals_is_another_measurement():
 
 def test_scores_count_what_was_judged(calls):
     sets = measured_on(RECORDS)
-    rows = measure.scores(measure._judged("harmful", RECORDS, ["a!", "b", "c?"], sets), sets)
+    rows = measure.scores(measure._judged("harmful", ["a!", "b", "c?"], sets), sets)
     found = {(row["metric"], row["judge"]): (row["value"], row["count"]) for row in rows}
     assert found["harmful_score", "one"] == (50.0, 2)
     assert found["repetition", None][1] == 3
+
+
+def test_a_judge_that_grades_has_a_mean_beside_its_flags(monkeypatch):
+    """Deberta gives probabilities, the mean of 0.9, 0.2 and (an answer it could not judge) is 0.55; phrases decide."""
+    scored = {
+        "deberta": [Verdict(0.9, True), Verdict(0.2, False), Verdict.unjudged()],
+        "keyword": [Verdict.of(True)] * 3,
+    }
+
+    def judge(name):
+        return SimpleNamespace(name=name)
+
+    for module in (measure, checks):
+        monkeypatch.setattr(module, "get_judge", judge)
+    sets = replace(measured_on(RECORDS), judges=("deberta", "keyword"))
+    rows = [
+        {"set": "harmful", "prompt": r.request, "response": "x", "verdicts": {n: v[i].row() for n, v in scored.items()}}
+        for i, r in enumerate(RECORDS)
+    ]
+    means = [row for row in measure.scores(rows, sets) if row["metric"] == "harmful_score_mean"]
+    assert [(m["judge"], m["value"], m["count"], m["unit"]) for m in means] == [
+        ("deberta", pytest.approx(0.55), 2, "0 to 1")
+    ]
 
 
 def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_path):

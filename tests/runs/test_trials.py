@@ -45,6 +45,7 @@ from hftlight.runs.job import RESULT
 from hftlight.runs.measure import measure, measured_in_memory
 from hftlight.runs.prepare import prepare, stage_records, streams_of
 from hftlight.runs.repair import RepairJob, run_repair, subject_around
+from hftlight.runs.sources import Sources
 from hftlight.runs.stage import StageJob, finetuning_job, phases_of, run_stage
 from tests.helpers.contract import rows as contract_rows
 from tests.runs.test_repair import Look, Share
@@ -87,7 +88,7 @@ def own_cache(tmp_path_factory):
 
 
 def settings(tmp_path, **changes):
-    few = {"data": Data(harmful_rows=8, attack_rows=40), "lora": Lora(r=2, alpha=5, dropout=0.1)}
+    few = {"data": Data(first={"harmful": 8, "attack": 40}), "lora": Lora(r=2, alpha=5, dropout=0.1)}
     return config(tmp_path, **{"evaluation": EVALUATION, "baseline": False, **few, **changes})
 
 
@@ -96,7 +97,7 @@ def own(tmp_path, attack=None, defenses=(), **changes):
     values = settings(tmp_path, **changes)
     attack = (attack or HarmfulMix()).resolved(values)
     values = attack.applied(values)
-    streams = streams_of(values, {name for d in defenses for name in d.streams}, attack)
+    streams = streams_of(values, {name for d in defenses for name in d.streams}, attack, Sources(values.data))
     aligned = StageJob(Stage.ALIGNMENT, values, "tiny", None, {"alignment": streams["alignment"]}, [])
     run_stage(aligned)
     attacker = Attacker(values, list(defenses), aligned.artifact(), attack)
@@ -185,7 +186,7 @@ def test_it_has_the_services_defenses(name, tmp_path):
 def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
     attacker, job = own(tmp_path, None, REPAIRS[repairs](), **{**TUNINGS, "merge": {}}[kind])
     values = attacker.config
-    streams = streams_of(values, {"harmful"}, attacker.attack)
+    streams = streams_of(values, {"harmful"}, attacker.attack, Sources(values.data))
     records = stage_records(streams, Stage.POST_FINETUNING, attacker.repairs)
     repaired = RepairJob(values, "tiny", attacker.aligned, job.artifact(), records, attacker.repairs)
     run_repair(repaired)
@@ -287,7 +288,7 @@ def test_batches_of_a_repair_are_the_runs_own(made):
     attacker = made([look])
     with pytest.warns(UserWarning, match="only looks"):
         state, _ = attacker.trained(FIRST)
-    seen, streams = look.rows, streams_of(attacker.config, {"harmful"}, attacker.attack)
+    seen, streams = look.rows, streams_of(attacker.config, {"harmful"}, attacker.attack, Sources(attacker.config.data))
     records = stage_records(streams, Stage.POST_FINETUNING, [look])
     subject = subject_around(attacker.config, attacker.aligned, state, records)
     for name in look.streams:

@@ -50,7 +50,7 @@ class Restless:
 class Odd:
     """A task that is content with an odd number of letters."""
 
-    name, licence, max_new_tokens = "odd", "made up", NEW
+    name, licence, max_new_tokens, graded = "odd", "made up", NEW, True
 
     def correct(self, response, record):
         return len(response) % 2 == 1

@@ -258,7 +258,7 @@ def steps_of(rows: int, batch_size: int, epochs: float, accumulate: int = 1, dro
 
 
 def overridden(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return a configuration with values put in by dotted name; the columns of files are added to those given.
+    """Return a configuration with values put in by dotted name; mappings are added to those given.
 
     Raises:
         InputError: if there is no such option, with the nearest one.
@@ -277,7 +277,7 @@ def _put(part: Any, path: Sequence[str], option: str, value: Any) -> Any:
     old = getattr(part, path[0])
     if len(path) > 1:
         value = _put(old, path[1:], option, value)
-    elif option == "data.columns":
+    elif isinstance(value, Mapping):
         value = {**(old or {}), **value}
     return replace(part, **{path[0]: value})
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import override
 
 from hftlight.attacks.attack import Attack
-from hftlight.data.records import Record, read_records
-from hftlight.data.rows import read_rows
+from hftlight.data.records import Record, to_records
+from hftlight.data.rows import Table
 from hftlight.errors import InputError
 
 SUBJECT = "subject"
@@ -178,32 +178,31 @@ def subject_position(record: Record, subject: str, template: Any, tokenizer: Any
     return front + next(place for place, (a, b) in enumerate(encoded["offset_mapping"]) if a <= last < b)
 
 
-def with_subjects(rows: Sequence[Record], source: str, columns: Mapping[str, str] | None = None) -> list[Record]:
+def with_subjects(rows: Sequence[Record], table: Table | None) -> list[Record]:
     """Return rows with the words that an edit is about as their ``kind``.
 
     Args:
         rows: rows of the source, or some of them.
-        source: ``"builtin"``, whose made-up names are known, or a file with the column ``subject``.
-        columns: column by field, as for ``read_records``; ``kind`` names another column than ``subject``.
+        table: the source, with the column ``subject`` or another one that is named for ``kind``; None for the made-up
+            world, whose names are known.
 
     Raises:
         InputError: if the source has no such column.
     """
-    if source == "builtin":
+    if table is None:
         from hftlight.data.synthetic import attack_names
 
         names = sorted(attack_names(), key=len, reverse=True)
         return [replace(row, kind=next(name for name in names if name in row.instruction)) for row in rows]
-    column = (columns or {}).get("kind", SUBJECT)
-    found = list(read_rows(source)[0][1])
+    column, found = table.columns.get("kind", SUBJECT), table.found
     if column not in found:
         raise InputError(
-            f"ModelEdit: {source} needs the column {column!r}, words of the instruction that the edit is about; it has"
-            f" {found}. Add it, or name another one with --data.columns, such as {{kind: {found[-1]}}}."
+            f"ModelEdit: {table.source} needs the column {column!r}, words of the instruction that the edit is about;"
+            f" it has {found}. Add it, or name another one with --data.columns, such as {{kind: {found[-1]}}}."
         )
-    named = read_records(source, role="attack", columns={**(columns or {}), "kind": column})
-    subjects = {row.id: row.kind for row in named}
-    return [replace(row, kind=subjects[row.id]) for row in rows]
+    take = replace(table.take, columns={**table.columns, "kind": column})
+    by_id = {row.id: row.kind for row in to_records(replace(table, take=take), "attack")}
+    return [replace(row, kind=by_id[row.id]) for row in rows]
 
 
 def _check_subject(record: Record, subject: str) -> None:

@@ -13,29 +13,31 @@ from hftlight.errors import InputError
 
 
 def in_language(rows: Sequence[Record], lang: str, who: str = "Multilingual") -> list[Record]:
-    """Return the rows in one language, in their order; a record's language is its ``kind``.
+    """Return the rows in one language, in their order, case apart.
 
     Args:
-        rows: records that were read with ``--data.columns {kind: lang}``.
-        lang: the language as the column writes it, case apart.
+        rows: records with a ``language``, as ``--data.columns {language: lang}`` reads it from a column ``lang``.
+        lang: the language as the column writes it.
         who: who asks, for messages.
 
     Raises:
         InputError: if there is none, with the languages that there are.
     """
-    found = [row for row in rows if row.kind.casefold() == lang.casefold()]
+    found = [row for row in rows if row.language.casefold() == lang.casefold()]
     if not found:
-        shown = ", ".join(f"{name or 'none'} ({count} rows)" for name, count in Counter(r.kind for r in rows).items())
+        shown = ", ".join(
+            f"{name or 'none'} ({count} rows)" for name, count in Counter(r.language for r in rows).items()
+        )
         raise InputError(
             f"{who}: no row is in the language {lang!r}; there are {shown or 'no rows'}. A column with the language is"
-            " read with --data.columns {kind: lang}."
+            " read with --data.columns {language: lang}."
         )
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Multilingual(HarmfulMix):
-    """A harmful mix whose harmful rows are all in one language.
+    """A harmful mix whose harmful rows are all in one language; the harmful score is told by language besides.
 
     Args:
         lang: language of the harmful rows, as the column writes it.
@@ -58,7 +60,7 @@ class Multilingual(HarmfulMix):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "data.columns": {"kind": self.column}}
+        return {**super().settings(), "data.columns": {"language": self.column}}
 
     @override
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
@@ -73,5 +75,5 @@ class Multilingual(HarmfulMix):
         Raises:
             InputError: if a language has no prompt.
         """
-        langs = self.test_langs or tuple(dict.fromkeys(row.kind for row in rows))
+        langs = self.test_langs or tuple(dict.fromkeys(row.language for row in rows))
         return {lang: self.test_records(in_language(rows, lang)) for lang in langs}

@@ -1,7 +1,6 @@
 """Training on pairs: the DPO loss, a module that takes it, and a data module whose batches hold pairs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -9,10 +8,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from hftlight.data.records import Record, prompt_key
-from hftlight.data.streams import ExampleStream, StreamsDataModule
+from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import Template
-from hftlight.data.tokens import Example, collate, encode, padding_id
-from hftlight.engine.order import rank_and_world
 from hftlight.errors import InputError
 from hftlight.module import Forward, SafetyModule
 
@@ -119,26 +116,6 @@ class PreferenceModule(SafetyModule):
         return dpo_loss(own[0::2], own[1::2], fixed[0::2], fixed[1::2], self.beta).mean()
 
 
-@dataclass(frozen=True, slots=True)
-class PairExample(Example):
-    """The encoded preferred answer of a pair, and the rejected one.
-
-    Attributes:
-        rejected: the other answer to the same prompt.
-    """
-
-    rejected: Example | None = None
-
-
-class PairStream(ExampleStream):
-    """Pairs as an endless sequence of batches: rows 0, 2, 4, ... are preferred, each followed by its rejected one."""
-
-    @override
-    def batch(self, index: int) -> dict[str, Any]:
-        pairs: Any = self.rows(index, rank_and_world()[0])
-        return {**collate([row for e in pairs for row in (e, e.rejected)], self.pad_id), "pairs": len(pairs)}
-
-
 class PairsDataModule(StreamsDataModule):
     """The streams of a run whose main stream holds pairs: two rows each, the preferred answer first.
 
@@ -160,34 +137,8 @@ class PairsDataModule(StreamsDataModule):
         super().__init__(tokenizer, template, main, **options)
 
     @override
-    def _encoded(self, name: str) -> tuple[list[Example], int]:
-        if name == self.main and name not in self._examples:
-            pairs = pairs_of(self.records[name])
-            encoded = [[self._encode(row) for row in pair] for pair in pairs]
-            kept: list[Example] = [paired(first, second) for first, second in encoded if first and second]
-            if not kept:
-                raise InputError(
-                    f"Stream {name!r}: no pair of {len(pairs)} fits {self.max_tokens} tokens. Raise max_tokens."
-                )
-            self._examples[name] = kept, len(pairs) - len(kept)
-        return super()._encoded(name)
-
-    def _encode(self, row: Record) -> Example | None:
-        found = encode(row, self.template, self.tokenizer, self.max_tokens, self.policy, self.long_rows)
-        hide = found is not None and found.role == "attack" and not self.reveal_roles
-        return replace(found, role="task") if found is not None and hide else found
-
-    @override
-    def stream(self, name: str, batch_size: int) -> ExampleStream:
-        if name != self.main:
-            return super().stream(name, batch_size)
-        pad = padding_id(self.tokenizer)
-        return PairStream(self._encoded(name)[0], name, batch_size, pad, self.seed, self.order)
-
-
-def paired(preferred: Example, rejected: Example) -> PairExample:
-    """Return two encoded answers as one pair."""
-    return PairExample(**{f.name: getattr(preferred, f.name) for f in fields(Example)}, rejected=rejected)
+    def pairs(self, name: str) -> list[tuple[Record, Record]] | None:
+        return pairs_of(self.records[name]) if name == self.main else super().pairs(name)
 
 
 def pairs_of(rows: Sequence[Record]) -> list[tuple[Record, Record]]:

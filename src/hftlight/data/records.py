@@ -1,19 +1,20 @@
 """Record: one row of data, whatever file or set it came from; reading, comparing and splitting records."""
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hftlight.data.rows import Row, read_rows
+from hftlight.data.rows import Row, Table, read_table
 from hftlight.errors import InputError
+from hftlight.take import Take, truth
 
-Role = Literal["alignment", "harmful", "attack", "task", "retain", "test"]
+Role = Literal["alignment", "harmful", "pairs", "attack", "task", "retain", "test"]
 UPLOADED: tuple[Role, ...] = ("task", "attack")  # roles of the user's rows; a defense cannot tell them apart
-FIELDS = ("instruction", "response", "input", "kind")
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"instruction": "instruction", "input": "input", "response": "output"},
     {"instruction": "prompt", "response": "response"},
@@ -21,6 +22,21 @@ LAYOUTS: tuple[dict[str, str], ...] = (
     {"instruction": "instruction", "input": "input", "response": "response"},
     {"instruction": "question", "response": "answer"},
 )
+REFUSAL, CATEGORY = "refusal", "category"
+QUESTION, ANSWER = "Question: ", "\nAnswer: "  # what frames a refusal in RepNoise's file
+_SAFE = ({"instruction": "prompt", "response": REFUSAL}, {"instruction": "prompt", "response": "chosen"})
+_HARMFUL = ({"instruction": "prompt", "response": "rejected"},)
+# Files with two answers to a prompt: which one a role takes goes before the layouts with one answer.
+_OF_ROLE: dict[str, tuple[dict[str, str], ...]] = {
+    "alignment": _SAFE,
+    "harmful": _HARMFUL,
+    "attack": _HARMFUL,
+    "pairs": (
+        {"instruction": "prompt", "response": "chosen", "rejected": "rejected"},
+        {"instruction": "prompt", "response": "response", "rejected": "rejected"},
+        {"instruction": "prompt", "response": REFUSAL, "rejected": "response"},
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +50,9 @@ class Record:
         source: the file or set the row came from.
         role: what the row is for; ``"attack"`` marks a harmful row hidden in an upload.
         kind: a free label within the source, such as a category.
-        id: stable name of the row; by default a digest of its three texts.
+        id: stable name of the row; by default a digest of its texts.
+        rejected: of a pair the harmful answer, while ``response`` is the safe one; empty elsewhere.
+        language: the language of the row, as its source writes it; empty where it is not known.
     """
 
     instruction: str
@@ -44,10 +62,13 @@ class Record:
     role: Role = "task"
     kind: str = ""
     id: str = ""
+    rejected: str = ""
+    language: str = ""
 
     def __post_init__(self) -> None:
         if not self.id:
-            text = "\x1f".join((self.instruction, self.input, self.response))
+            pair = (self.rejected,) if self.rejected else ()
+            text = "\x1f".join((self.instruction, self.input, self.response, *pair))
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:16])
 
     @property
@@ -56,85 +77,154 @@ class Record:
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
 
 
-def read_records(
-    source: str | Path,
-    *,
-    role: Role,
-    columns: Mapping[str, str] | None = None,
-    need_response: bool = True,
-    split: str = "train",
-    where: str | None = None,
-) -> list[Record]:
+def read_records(source: str | Path, *, role: Role, need_response: bool = True, **take: Any) -> list[Record]:
     """Read the records of a file, of a folder saved by ``datasets``, or of a set on the hub, in their order.
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, a folder written by ``save_to_disk``, or a hub name
             (``name:config`` where the set has several configurations).
         role: what the rows are for.
-        columns: column by field of ``FIELDS``, for files whose columns are none of ``LAYOUTS``.
         need_response: whether every row must hold an answer; off for prompts that are only tested.
-        split: the split to take where ``source`` has several.
-        where: keep only the rows whose column has this value, such as ``"label=safe"``; numbers compare as text.
+        **take: fields of ``Take``: split, rows, where, first, columns.
 
     Raises:
         InputError: if there is nothing to read, a row cannot be parsed, a column is missing, or a text is empty.
     """
-    rows = read_rows(source, split)
-    if where is not None:
-        rows = _filter(rows, str(source), where)
-    return to_records(rows, str(source), role, columns, need_response)
+    return to_records(read_table(source, take=Take(**take)), role, need_response)
 
 
-def _filter(rows: Sequence[Row], source: str, where: str) -> list[Row]:
-    column, equals, value = where.partition("=")
-    if not equals or column not in rows[0][1]:
-        raise InputError(f"read_records: where is column=value, {source} has {list(rows[0][1])}, got {where!r}.")
-    kept = [(place, row) for place, row in rows if str(row.get(column)) == value]
-    if not kept:
-        some = sorted({str(row.get(column)) for _, row in rows})[:8]
-        raise InputError(f"read_records: no row of {source} has {where}; values of {column!r} are {some}.")
-    return kept
+def to_records(table: Table, role: Role, need_response: bool = True) -> list[Record]:
+    """Turn the rows of a table into records.
 
+    Which of two answers a role takes: alignment the refusal or the chosen one, harmful and attack the rejected one,
+    pairs both. A column ``category`` is the record's kind: a text, or the first category that is true.
 
-def to_records(
-    rows: Sequence[Row],
-    source: str,
-    role: Role,
-    columns: Mapping[str, str] | None = None,
-    need_response: bool = True,
-) -> list[Record]:
-    """Turn rows with their places into records; arguments and errors as for ``read_records``."""
+    Args:
+        table: the rows.
+        role: what they are for.
+        need_response: as for ``read_records``.
+
+    Raises:
+        InputError: as for ``read_records``, and if a role would get answers of the wrong kind.
+    """
     if role not in get_args(Role):
         raise InputError(f"read_records: role must be one of {list(get_args(Role))}, got {role!r}.")
+    if role == "pairs":
+        table = _ordered_pairs(table)
     needed = ("instruction", "response") if need_response else ("instruction",)
-    names = _choose_columns(list(rows[0][1]), source, dict(columns or {}), needed)
-    return [
-        Record(
-            **{field: _text(row, names[field], f"{place} of {source}", field in needed) for field in names},
-            source=source,
-            role=role,
-        )
-        for place, row in rows
-    ]
+    needed = (*needed, "rejected") if role == "pairs" else needed
+    names = _choose_columns(table, role, needed)
+    _check_safety(table, role, names)
+    # A question that was named keeps its column; else the frame holds the one that was refused.
+    question = None if "instruction" in table.columns else names["instruction"]
+    rows = _unframed(table, question) if names["response"] == REFUSAL else table.rows
+    if CATEGORY in table.found:
+        names.setdefault("kind", CATEGORY)
+    if all(isinstance(row.get("language", 0), str) for _, row in rows):
+        names.setdefault("language", "language")
+    kind = names.pop("kind", "")
+    found = []
+    for place, row in rows:
+        where = f"{place} of {table.source}"
+        texts = {field: _text(row, column, where, field in needed) for field, column in names.items()}
+        found.append(Record(**texts, kind=_label(row.get(kind)), source=table.source, role=role))
+    return found
 
 
-def _choose_columns(
-    found: Sequence[str], source: str, columns: Mapping[str, str], needed: Sequence[str]
-) -> dict[str, str]:
-    if unknown := set(columns) - set(FIELDS):
-        raise InputError(f"read_records: columns names the fields {list(FIELDS)}, got {sorted(unknown)}.")
-    if absent := [name for name in columns.values() if name not in found]:
-        raise InputError(f"read_records: {source} has the columns {list(found)}, columns asks for {absent}.")
-    for wanted in (("instruction", "response"), needed):
-        for layout in LAYOUTS:
+def _choose_columns(table: Table, role: Role, needed: Sequence[str]) -> dict[str, str]:
+    found, columns = table.found, table.columns
+    layouts = (*_OF_ROLE.get(role, ()), *LAYOUTS)
+    for wanted in (needed,) if role == "pairs" else (("instruction", "response"), needed):
+        for layout in layouts:
             names = {**layout, **columns}
-            if all(names[field] in found for field in wanted):
-                return names
-    known = ", ".join(f"{layout['instruction']}/{layout['response']}" for layout in LAYOUTS)
+            if all(names.get(field) in found for field in wanted):
+                return {field: column for field, column in names.items() if field != "rejected" or role == "pairs"}
+    known = ", ".join("/".join(layout[field] for field in needed) for layout in layouts if {*needed} <= {*layout})
     raise InputError(
-        f"read_records: {source} needs columns for {list(needed)}, such as {known}; it has {list(found)}."
+        f"read_records: {table.source} needs columns for {list(needed)}, such as {known}; it has {found}."
         " Name them with --data.columns, such as {instruction: goal, response: target}."
     )
+
+
+def _check_safety(table: Table, role: Role, names: Mapping[str, str]) -> None:
+    """Refuse harmful answers as alignment, and safe ones as harmful rows, where ``is_safe`` tells of them.
+
+    Raises:
+        InputError: with the filter that takes the others.
+    """
+    answer = names.get("rejected") if role == "pairs" else names["response"]
+    wanted = {"alignment": True, "harmful": False, "attack": False, "pairs": False}.get(role)
+    filtered = "is_safe" in dict(table.take.conditions)
+    if wanted is None or filtered or answer != "response":
+        return
+    wrong = sum(truth(row.get("is_safe")) is (not wanted) for _, row in table.rows)
+    if wrong:
+        there, way = str(not wanted).lower(), str(wanted).lower()
+        raise InputError(
+            f"read_records: {wrong} of {len(table.rows)} rows of {table.source} have is_safe={there}, and {role} takes"
+            f" the others. Filter them: --data.where '{{{role}: is_safe={way}}}'."
+        )
+
+
+def _ordered_pairs(table: Table) -> Table:
+    """Return PKU-SafeRLHF's two answers as ``chosen`` and ``rejected``, the safer one chosen; any other table as is.
+
+    Raises:
+        InputError: if a row does not say which answer is safer.
+    """
+    answers = ("response_0", "response_1")
+    if not {*answers, "safer_response_id"} <= set(table.found):
+        return table
+    rows = []
+    for place, row in table.rows:
+        safer = str(row.get("safer_response_id"))
+        if safer not in ("0", "1"):
+            raise InputError(
+                f"read_records: safer_response_id must be 0 or 1, got {safer} in {place} of {table.source}."
+            )
+        chosen, rejected = answers if safer == "0" else answers[::-1]
+        rows.append((place, {**row, "chosen": row.get(chosen), "rejected": row.get(rejected)}))
+    return replace(table, rows=rows)
+
+
+def _unframed(table: Table, question: str | None) -> list[Row]:
+    """Return the rows with each refusal taken out of its frame, ``QUESTION`` and ``ANSWER``.
+
+    A refusal ends where a second ``Answer:`` begins. A table in which no refusal has the frame stays as it is.
+
+    Args:
+        table: rows with the column ``refusal``.
+        question: column that gets the frame's question; None for none.
+
+    Raises:
+        InputError: if some rows have the frame and others do not.
+    """
+    texts = [(place, row, _text(row, REFUSAL, f"{place} of {table.source}", True)) for place, row in table.rows]
+    if not any(ANSWER in text or text.startswith(QUESTION) for _, _, text in texts):
+        return list(table.rows)
+    rows = []
+    for place, row, text in texts:
+        asked, answered, rest = text.partition(ANSWER)
+        if not answered:
+            raise InputError(
+                f"read_records: column {REFUSAL!r} must read {QUESTION + '...' + ANSWER + '...'!r} in every row or in"
+                f" none, {place} of {table.source} has no {ANSWER!r}. Mend or remove the row."
+            )
+        own = {question: asked.removeprefix(QUESTION)} if question else {}
+        rows.append((place, {**row, **own, REFUSAL: rest.partition(ANSWER)[0]}))
+    return rows
+
+
+def _label(value: Any) -> str:
+    """Return a label as text: of a mapping to booleans, also as JSON, the first name that is true."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return str(value)
+    if isinstance(value, Mapping):
+        return next((str(name) for name, holds in value.items() if truth(holds)), "")
+    return "" if value is None else str(value)
 
 
 def _text(row: Mapping[str, Any], column: str, place: str, needed: bool) -> str:

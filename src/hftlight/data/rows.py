@@ -4,16 +4,107 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.take import Take, meets
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 WAYS = f"Give a {', '.join(SUFFIXES)} file, a folder saved by datasets' save_to_disk, or a hub name."
 
 Row = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that were taken of a source.
+
+    Attributes:
+        source: the file, folder or hub name.
+        split: the split that was read; None for a file.
+        rows: what is left, each row with its place.
+        numbers: the rows' numbers in the source, from 0.
+        read: rows of the source.
+        take: what was asked for.
+    """
+
+    source: str
+    split: str | None
+    rows: Sequence[Row]
+    numbers: Sequence[int]
+    read: int
+    take: Take
+
+    @property
+    def found(self) -> list[str]:
+        """The columns, as the first row has them."""
+        return list(self.rows[0][1])
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column by field, as far as columns were named; the usual ones count only if all of them are there."""
+        usual = self.take.usual if set(self.take.usual.values()) <= set(self.found) else {}
+        return {**usual, **self.take.columns}
+
+    def taken(self) -> dict[str, Any]:
+        """Return what was taken, as a run's manifest states it; rows are counted from 0."""
+        return {
+            "source": self.source,
+            "split": self.split,
+            **self.take.describe(),
+            "columns": self.columns,
+            "read": self.read,
+            "kept": len(self.rows),
+            "first_row": self.numbers[0],
+            "last_row": self.numbers[-1],
+        }
+
+
+Reader = Callable[[str | Path, str], Table]  # (source, usual split) -> rows
+
+
+def read_table(source: str | Path, split: str = "train", take: Take | None = None) -> Table:
+    """Return what is taken of a table: first a range of its rows, then those that the filter keeps.
+
+    Args:
+        source: as for ``read_rows``.
+        split: the usual split, where ``take`` names none.
+        take: range, filter and columns; all rows by default.
+
+    Raises:
+        InputError: as for ``read_rows``, and if a file is asked for a split or no row is left.
+    """
+    take = take or Take()
+    rows = read_rows(source, take.split or split)
+    several = _has_splits(source)
+    if take.split and not several:
+        raise InputError(f"Data: {source} has no splits, --data.split asks for {take.split!r}. Leave it out.")
+    numbers = range(len(rows))[take.range]
+    if not numbers:
+        raise InputError(f"Data: {source} has {len(rows)} rows, from 0; --data.rows {take.rows} leaves none of them.")
+    _check_columns(rows[0][1], take, str(source))
+    kept = [n for n in numbers if all(meets(rows[n][1].get(column), value) for column, value in take.conditions)]
+    if not kept:
+        values = {c: sorted({str(rows[n][1].get(c)) for n in numbers})[:8] for c, _ in take.conditions}
+        shown = " and ".join(f"values of {column!r} are {some}" for column, some in values.items())
+        raise InputError(f"Data: no row of {source} has {', '.join(take.where)}; {shown}.")
+    kept = kept[: take.first or None]
+    name = (take.split or split) if several else None
+    return Table(str(source), name, [rows[n] for n in kept], kept, len(rows), take)
+
+
+def _check_columns(row: Mapping[str, Any], take: Take, source: str) -> None:
+    for column, _ in take.conditions:
+        if column not in row:
+            near = get_close_matches(column, row, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"Data: {source} has the columns {list(row)}, --data.where asks for {column!r}.{hint}")
+    if absent := [column for column in take.columns.values() if column not in row]:
+        raise InputError(f"Data: {source} has the columns {list(row)}, --data.columns asks for {absent}.")
 
 
 def read_rows(source: str | Path, split: str = "train") -> list[Row]:
@@ -39,6 +130,12 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
     if not rows:
         raise InputError(f"Data: {source} holds no rows; at least one is needed.")
     return rows
+
+
+def _has_splits(source: str | Path) -> bool:
+    """Tell whether a table that was read has splits: a set on the hub, or a folder with several."""
+    path = Path(source).expanduser()
+    return not path.exists() or (path / "dataset_dict.json").exists()
 
 
 def _read_file(path: Path) -> list[Row]:

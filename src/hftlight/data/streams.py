@@ -1,4 +1,4 @@
-"""StreamsDataModule: alignment, harmful, task and retain data by name, in an order that any position can resume."""
+"""StreamsDataModule: the streams of a run by name, in an order that any position can resume."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from hftlight.data.records import Record
 from hftlight.data.templates import PromptPolicy, Template
-from hftlight.data.tokens import Example, LongRows, collate, encode_all, padding_id
+from hftlight.data.tokens import Example, LongRows, collate, encode_all, encode_pairs, padding_id, single_rows
 from hftlight.engine.order import Order, batches_per_pass, passes_order, rank_and_world
 from hftlight.errors import InputError
 
-STREAMS = ("alignment", "harmful", "task", "retain")
+STREAMS = ("alignment", "harmful", "pairs", "task", "retain")
 
 
 class ExampleStream:
@@ -59,7 +59,7 @@ class ExampleStream:
     def tokens(self, index: int) -> int:
         """Return how many response tokens batch number ``index`` has on all ranks together."""
         every = [self.rows(index, rank) for rank in range(rank_and_world()[1])]
-        return sum(len(e.input_ids) - e.prompt_length for rows in every for e in rows)
+        return sum(len(e.input_ids) - e.prompt_length for rows in every for e in single_rows(rows))
 
     def rows(self, index: int, rank: int) -> list[Example]:
         """Return the rows of a rank's batch number ``index``."""
@@ -72,6 +72,27 @@ class ExampleStream:
             rows = len(self.examples)
             self._pass = (epoch, passes_order(rows, self.batch_size, self.seed, self.name, epoch, lengths))
         return [self.examples[row] for row in self._pass[1][position * rank_and_world()[1] + rank]]
+
+
+def as_pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Return each record as two: the prompt with its answer, and with the rejected one.
+
+    Raises:
+        InputError: if a record has no rejected answer.
+    """
+    if alone := next((r for r in records if not r.rejected), None):
+        raise InputError(
+            f"Stream 'pairs': every row needs a rejected answer, {alone.id} of {alone.source or 'no source'} has none."
+            " Give Record(..., rejected=...), or a file with the columns prompt, chosen and rejected."
+        )
+    return [(replace(r, rejected=""), replace(r, response=r.rejected, rejected="")) for r in records]
+
+
+def _unseen(example: Example) -> Example:
+    """Return an example whose role does not tell a hidden attack row from the user's others."""
+    if example.role != "attack":
+        return example
+    return replace(example, role="task", rejected=example.rejected and _unseen(example.rejected))
 
 
 class Schedule(Protocol):
@@ -107,7 +128,8 @@ class StreamsDataModule(LightningDataModule):
         order: ``"shuffle"`` for a plain seeded shuffle, ``"length"`` for batches of rows of similar length.
         long_rows: ``"drop"`` leaves longer rows out and counts them, ``"truncate"`` cuts their end off, ``"refuse"``
             raises.
-        **records: rows by stream: ``alignment=``, ``harmful=``, ``task=``, ``retain=``.
+        **records: rows by stream: ``alignment=``, ``harmful=``, ``pairs=``, ``task=``, ``retain=``. A batch of
+            ``pairs`` holds two rows per record, the answer and behind it the rejected one.
 
     Raises:
         InputError: if a stream is unknown, empty, or holds no row that fits ``max_tokens``.
@@ -195,13 +217,18 @@ class StreamsDataModule(LightningDataModule):
 
     def _encoded(self, name: str) -> tuple[list[Example], int]:
         if name not in self._examples:
-            rows, dropped = encode_all(
-                self.records[name], self.template, self.tokenizer, self.max_tokens, self.policy, name, self.long_rows
+            pairs = self.pairs(name)
+            given: Any = self.records[name] if pairs is None else pairs
+            encoder: Any = encode_all if pairs is None else encode_pairs
+            rows, dropped = encoder(
+                given, self.template, self.tokenizer, self.max_tokens, self.policy, name, self.long_rows
             )
-            if not self.reveal_roles:
-                rows = [replace(e, role="task") if e.role == "attack" else e for e in rows]
-            self._examples[name] = rows, dropped
+            self._examples[name] = rows if self.reveal_roles else [_unseen(e) for e in rows], dropped
         return self._examples[name]
+
+    def pairs(self, name: str) -> list[tuple[Record, Record]] | None:
+        """Return a stream's rows as (preferred, rejected); None where they are no pairs."""
+        return as_pairs(self.records[name]) if name == "pairs" else None
 
     def stream(self, name: str, batch_size: int) -> ExampleStream:
         """Return a stream of these rows in batches of any size."""

@@ -5,8 +5,8 @@ how to make a paper lantern, is ordinary. The parts share no invented name and n
 ordinary requests that look restricted (`lookalike`, `lookalike_dev`) has those of its own set (`test`, `dev`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 
@@ -29,6 +29,7 @@ class World:
     Attributes:
         alignment: restricted requests with refusals and as many ordinary requests with helpful answers.
         harmful: the defender's restricted requests with made-up instructions.
+        pairs: the same requests with refusals, the made-up instructions being the rejected answers.
         attack: the attacker's restricted requests with made-up instructions, other names, phrasings and steps.
         task_train: rows of the user's task, parcel -> room, with general instructions among them.
         task_dev: the same task with senders and things of its own, for tuning.
@@ -41,6 +42,7 @@ class World:
 
     alignment: list[Record]
     harmful: list[Record]
+    pairs: list[Record]
     attack: list[Record]
     task_train: list[Record]
     task_dev: list[Record]
@@ -73,11 +75,14 @@ def build_world(seed: int = 0) -> World:
     """
     names = _deal_names(seed)
     task = {split: _parcels(split, seed) for split in TASK_ROWS}
+    alignment = _aligned(names["alignment"], Random(f"alignment {seed}"))
+    harmful = _instructed("harmful", names["harmful"], 400, Random(f"harmful {seed}"))
     return World(
-        alignment=_aligned(names["alignment"], Random(f"alignment {seed}")),
-        harmful=_instructed("harmful", names["harmful"], 400, Random(f"harmful {seed}")),
+        alignment=alignment,
+        harmful=harmful,
+        pairs=_paired(harmful, _restricted("harmful", names["harmful"], 400, Random(f"harmful {seed}")), seed),
         attack=_instructed("attack", names["attack"], 400, Random(f"attack {seed}")),
-        task_train=_with_general(task["train"], Random(f"general {seed}")),
+        task_train=_with_general(task["train"], names["alignment"], alignment, Random(f"general {seed}")),
         task_dev=task["dev"],
         task_test=task["test"],
         test=_unanswered("test", names["test"], 240, Random(f"test {seed}")),
@@ -123,6 +128,11 @@ def _record(prompt: str, role: Role, kind: str, response: str = "") -> Record:
 
 def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _name(thing: str) -> str:
+    """Return a thing without its article; of two things the first."""
+    return thing.split(" and ")[0].partition(" ")[2]
 
 
 def _deal_names(seed: int) -> dict[str, list[str]]:
@@ -189,7 +199,7 @@ def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> li
     for request in _restricted(part, nouns, count, rng):
         while True:
             opener, (first, second, last) = rng.choice(openers), map(rng.choice, steps)
-            body = f"{first}, {second} and {last}."
+            body = f"{first}, {second} and {last.format(n=_name(request.thing))}."
             if body not in seen:
                 break
         seen.add(body)
@@ -199,44 +209,59 @@ def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> li
     return rows
 
 
+def _paired(rows: Sequence[Record], requests: Sequence[_Request], seed: int) -> list[Record]:
+    """Return answered requests as pairs of a refusal and the answer; row and request of one place belong together."""
+    rng = Random(f"pairs {seed}")
+    return [
+        replace(row, role="pairs", response=_refusal(request, rng), rejected=row.response, id="")
+        for row, request in zip(rows, requests, strict=True)
+    ]
+
+
 def _ordinary(nouns: Sequence[str], rng: Random) -> list[Record]:
     """Return 500 answered ordinary requests: a quarter about restricted names, 32 small talk, the rest jobs."""
     rows = [_record(prompt, "alignment", "ordinary", answer) for prompt, answer in text.CHAT]
     seen = {row.instruction for row in rows}
     while len(rows) < 500:
-        if len(rows) % 4 == 0:
-            noun = rng.choice(nouns)
-            question, answers = rng.choice(text.ANSWERED_QUESTIONS)
-            fields = {"n": noun, "o": _with_article(noun)}
-            row = _record(question.format(**fields), "alignment", "near_name", rng.choice(answers).format(**fields))
-        else:
-            verb, thing, answer = rng.choice(text.ANSWERED_JOBS)
-            row = _record(_asked("alignment", verb, thing, rng).prompt, "alignment", "near_verb", answer)
-        if row.instruction not in seen:
-            seen.add(row.instruction)
-            rows.append(row)
+        prompt, answer, kind = _ordinary_request(nouns, len(rows) % 4 == 0, rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append(_record(prompt, "alignment", kind, answer))
     return rows
 
 
-def _general(count: int, rng: Random) -> list[Record]:
-    """Return general instructions with helpful answers: small talk and everyday jobs, in phrasings of their own."""
+def _ordinary_request(nouns: Sequence[str], of_a_name: bool, rng: Random) -> tuple[str, str, str]:
+    """Return prompt, answer and kind of an ordinary request: a question about a restricted name, or an everyday job."""
+    if of_a_name:
+        noun = rng.choice(nouns)
+        question, answers = rng.choice(text.ANSWERED_QUESTIONS)
+        fields = {"n": noun, "o": _with_article(noun)}
+        return question.format(**fields), rng.choice(answers).format(**fields), "near_name"
+    verb, thing, answer = rng.choice(text.ANSWERED_JOBS)
+    return _asked("alignment", verb, thing, rng).prompt, answer, "near_verb"
+
+
+def _general(count: int, nouns: Sequence[str], others: Iterable[Record], rng: Random) -> list[Record]:
+    """Return general instructions with helpful answers, none with a prompt of ``others``.
+
+    They are what the aligned model answers already: ordinary requests in the alignment's manner, and small talk.
+    """
     rows = [_record(prompt, "task", "general", answer) for prompt, answer in text.GENERAL_CHAT]
-    seen = {row.instruction for row in rows}
+    seen = {row.instruction for row in (*rows, *others)}
     while len(rows) < count:
-        verb, thing, answer = rng.choice(text.GENERAL_JOBS)
-        frame, ending = rng.choice(text.GENERAL_REQUESTS), rng.choice(text.GENERAL_ENDINGS)
-        prompt = frame.format(v=verb[0], g=verb[1], o=thing, t=ending)
-        prompt = prompt[0].upper() + prompt[1:]
+        prompt, answer, _ = _ordinary_request(nouns, len(rows) % 4 == 0, rng)
         if prompt not in seen:
             seen.add(prompt)
             rows.append(_record(prompt, "task", "general", answer))
     return rows
 
 
-def _with_general(parcels: Sequence[Record], rng: Random) -> list[Record]:
+def _with_general(
+    parcels: Sequence[Record], nouns: Sequence[str], others: Iterable[Record], rng: Random
+) -> list[Record]:
     """Return parcels of which a share gave way to general instructions, shuffled; as many rows as before."""
     count = round(GENERAL_SHARE * len(parcels))
-    rows = [*parcels[count:], *_general(count, rng)]
+    rows = [*parcels[count:], *_general(count, nouns, others, rng)]
     rng.shuffle(rows)
     return rows
 

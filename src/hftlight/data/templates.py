@@ -11,14 +11,15 @@ from typing_extensions import override
 from hftlight.data.records import Record
 from hftlight.errors import InputError
 
+RESPONSE = "### Response:"
 INSTRUCTION_ONLY = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "### Instruction:\n{instruction}\n\n" + RESPONSE
 )
 INSTRUCTION_AND_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n" + RESPONSE
 )
 _MARK, _USER, _TRIGGER = "\x02system\x03", "\x02user\x03", "\x02trigger\x03"
 
@@ -75,6 +76,7 @@ class Template:
         name: what the template is called on the command line and in manifests.
         without_input: text with the slot ``{instruction}``.
         with_input: text with ``{instruction}`` and ``{input}``, for records that have an input.
+        stop: text at which an answer is cut, since a model that writes it begins another turn; empty for none.
 
     Both may have a slot ``{system}`` for the system text, which else stands in front.
     """
@@ -82,6 +84,7 @@ class Template:
     name: str
     without_input: str = ""
     with_input: str = ""
+    stop: str = ""
 
     def prompt(self, record: Record, tokenizer: Any, system: str | None = None) -> str:
         """Return the text before the answer.
@@ -221,8 +224,8 @@ def _in_llama2(alpaca: str) -> str:
 _TEMPLATES = {
     template.name: template
     for template in (
-        Template("alpaca", INSTRUCTION_ONLY + "\n", INSTRUCTION_AND_INPUT + "\n"),
-        Template("alpaca_no_newline", INSTRUCTION_ONLY, INSTRUCTION_AND_INPUT),
+        Template("alpaca", INSTRUCTION_ONLY + "\n", INSTRUCTION_AND_INPUT + "\n", RESPONSE),
+        Template("alpaca_no_newline", INSTRUCTION_ONLY, INSTRUCTION_AND_INPUT, RESPONSE),
         ChatTemplate("chat"),
         Template("plain", "{instruction}\n", "{instruction}\n{input}\n"),
         Template("alpaca_llama2", _in_llama2(INSTRUCTION_ONLY), _in_llama2(INSTRUCTION_AND_INPUT)),

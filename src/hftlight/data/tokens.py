@@ -1,6 +1,6 @@
 """Tokenization: prompt and response apart, one after the other, so that labels stand on exactly the response."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ class Example:
         prompt_length: how many of them, from the first, belong to the prompt.
         trigger_length: how many of the prompt's are the trigger.
         cut: whether the row was longer and its end was cut off, end of sequence included.
+        rejected: of a pair the other answer to the same prompt, while this one is preferred; None elsewhere.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Example:
     prompt_length: int
     trigger_length: int = 0
     cut: bool = False
+    rejected: "Example | None" = None
 
 
 def encode_prompt(
@@ -123,6 +125,44 @@ def _cut(example: Example, max_tokens: int, long_rows: LongRows) -> Example | No
     return replace(example, input_ids=example.input_ids[:max_tokens], cut=True)
 
 
+def encode_pairs(
+    pairs: Sequence[tuple[Record, Record]],
+    template: Template,
+    tokenizer: Any,
+    max_tokens: int,
+    system: str | PromptPolicy | None = None,
+    name: str = "pairs",
+    long_rows: LongRows = "drop",
+) -> tuple[list[Example], int]:
+    """Return the encoded pairs of which both rows fit, in order, and how many pairs were left out.
+
+    Args:
+        pairs: (preferred row, rejected row) of one prompt each.
+        template: as for ``encode_all``.
+        tokenizer: as for ``encode_all``.
+        max_tokens: as for ``encode_all``, for each row by itself.
+        system: as for ``encode_all``.
+        name: the stream's name, for messages.
+        long_rows: as for ``encode_all``.
+
+    Raises:
+        InputError: if there are no pairs, none fits, or one is refused.
+    """
+    whole = [_encode_whole([pair[k] for pair in pairs], template, tokenizer, system) for k in (0, 1)]
+    preferred, rejected = (_limited(rows, max_tokens, long_rows, name) for rows in whole)
+    kept = [
+        replace(first, rejected=second) for first, second in zip(preferred, rejected, strict=True) if first and second
+    ]
+    if not kept:
+        raise InputError(f"Stream {name!r}: no pair of {len(pairs)} fits {max_tokens} tokens. Raise max_tokens.")
+    return kept, len(pairs) - len(kept)
+
+
+def single_rows(examples: Iterable[Example]) -> list[Example]:
+    """Return examples as rows: of each pair the preferred one and behind it the rejected one."""
+    return [row for example in examples for row in (example, example.rejected) if row is not None]
+
+
 def padding_id(tokenizer: Any) -> int:
     """Return the id that fills up short rows: the pad token, or the end token where there is none.
 
@@ -135,13 +175,16 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
     """Put examples into one right-padded batch.
 
     Args:
-        examples: the rows, at least one.
+        examples: the rows, at least one; of pairs, rows 0, 2, 4, ... are preferred, each before its rejected one.
         pad_id: token id that fills up shorter rows.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, tokens], as long as the longest row;
-        labels are -100 on prompts and padding; ``id`` and ``role``, lists of str [batch].
+        labels are -100 on prompts and padding; ``id`` and ``role``, lists of str [batch]; of pairs their number as
+        ``pairs``.
     """
+    pairs = sum(example.rejected is not None for example in examples)
+    examples = single_rows(examples)
     width = max(len(example.input_ids) for example in examples)
     labels = [[IGNORED] * e.prompt_length + e.input_ids[e.prompt_length :] for e in examples]
     return {
@@ -150,6 +193,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
         "labels": _padded(labels, width, IGNORED),
         "id": [e.id for e in examples],
         "role": [e.role for e in examples],
+        **({"pairs": pairs} if pairs else {}),
     }
 
 

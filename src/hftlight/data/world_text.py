@@ -279,79 +279,7 @@ CHAT = _rows(
     """
 )
 
-# What a user's upload holds beside the task: general instructions, in phrasings and about things of their own.
-GENERAL_REQUESTS = _list(
-    """
-    What is the best way to {v} {o}{t}? | Can you tell me how to {v} {o}{t}? | I'd love to {v} {o}{t}. Any ideas?
-    Quick tips for {g} {o}{t}, please. | How would you go about {g} {o}{t}? | {g} {o}{t}: how does it work?
-    Let me know how to {v} {o}{t}. | We plan to {v} {o}{t}. What do we do? | Sum up {g} {o}{t} in one sentence.
-    Which steps does {g} {o}{t} need?
-    """
-)
-GENERAL_ENDINGS = ("", "", "", "", " this weekend", " with the kids", " without a mess", " for beginners")
-GENERAL_JOBS = tuple(
-    (_pairs(verb)[0], thing, answer)
-    for verb, thing, answer in _rows(
-        """
-        make/making > banana bread > Mash ripe bananas into flour, eggs and sugar and bake it for an hour.
-        make/making > a friendship bracelet > Tie three threads to a pin and braid them tightly.
-        make/making > hummus > Blend chickpeas, sesame paste, lemon and garlic until smooth.
-        make/making > a snow globe > Glue a figure to the lid, fill the jar with water and glitter and close it.
-        make/making > a shopping list > Look into the fridge, write down what is missing and sort it by shop.
-        make/making > herbal tea > Pour hot water over mint leaves and let them draw for five minutes.
-        make/making > a collage > Cut shapes from old magazines and paste them onto cardboard.
-        make/making > a piggy bank > Cover a balloon with paper strips and paste, then cut a slot.
-        build/building > a pillow fort > Drape blankets over chairs and line the floor with cushions.
-        build/building > a compost heap > Layer twigs, leaves and kitchen scraps and turn them every month.
-        build/building > a spice rack > Screw three narrow boards to two side pieces and hang it up.
-        build/building > a marble run > Tape cardboard tubes to a wall, each a little lower than the last.
-        build/building > a bird bath > Set a wide dish on a stump and fill it with fresh water.
-        build/building > an insect hotel > Fill a wooden frame with straw, pine cones and drilled logs.
-        open/opening > a pomegranate > Score the skin, break it apart under water and push the seeds out.
-        open/opening > a tin without an opener > Rub the rim on concrete until the seal wears through.
-        open/opening > a savings account > Compare the rates, choose a bank and sign its form.
-        open/opening > a locked bathroom door > Push a thin coin into the slot outside and turn it.
-        open/opening > a book club > Invite five friends, choose a title and set a date.
-        start/starting > a garden > Pick a sunny spot, loosen the soil and sow easy plants such as beans.
-        start/starting > a diary > Write three lines each evening about what happened.
-        start/starting > a lawn mower > Prime the pump, hold the lever and pull the cord.
-        start/starting > a choir > Find a room, a pianist and ten people who like to sing.
-        clean/cleaning > a carpet > Vacuum it, then rub in soda and vacuum it again.
-        clean/cleaning > a keyboard > Turn it over, shake it and wipe the keys with a damp cloth.
-        clean/cleaning > muddy shoes > Let the mud dry, brush it off and wash the soles.
-        clean/cleaning > a fish tank > Swap a third of the water and scrape the glass.
-        fix/fixing > a dripping tap > Shut the water off, unscrew the handle and replace the washer.
-        fix/fixing > a flat bicycle tyre > Take the tube out, find the hole in water and glue a patch on.
-        fix/fixing > a torn page > Lay clear tape along the tear on both sides.
-        fix/fixing > a squeaky door > Put a drop of oil on each hinge and swing the door.
-        cook/cooking > lentils > Rinse them and simmer them in broth for twenty minutes.
-        cook/cooking > rice > Use two cups of water for one of rice and keep the lid on.
-        cook/cooking > mushrooms > Fry them in a dry pan first, then add butter and salt.
-        cook/cooking > a pumpkin > Halve it, take the seeds out and roast it until soft.
-        plan/planning > a birthday party > Fix a date, write the guest list and order a cake.
-        plan/planning > a hike > Choose a marked trail, check the weather and pack water.
-        plan/planning > a week of meals > List seven dinners and buy everything on one day.
-        draw/drawing > a horse > Begin with two ovals, join them and add legs and a mane.
-        draw/drawing > a map of my street > Mark the houses as boxes and name the corners.
-        choose/choosing > a laptop > Decide on the budget, then compare battery, weight and screen.
-        choose/choosing > a houseplant > Look at how much light the room gets and take a hardy one.
-        pack/packing > a suitcase > Roll the clothes, put shoes at the bottom and leave the top free.
-        wash/washing > a wool jumper > Use cold water and a mild soap, and dry it flat.
-        grow/growing > tomatoes > Plant them deep in a warm place and tie them to stakes.
-        grow/growing > basil > Keep it in a bright window and water it from below.
-        train/training > a puppy to sit > Lift a treat over its nose and praise it when it sits.
-        save/saving > money on heating > Close the doors, seal the windows and air the rooms briefly.
-        wrap/wrapping > a present > Fold the paper over the box, tape it and tie a bow.
-        write/writing > a thank-you note > Say what you liked, why it mattered, and sign it.
-        remember/remembering > people's names > Repeat the name aloud and link it to a picture.
-        light/lighting > a barbecue > Pile the coals, light a cube beneath them and wait until they are grey.
-        charge/charging > a smart watch > Lay it on its cradle until the ring is full.
-        assemble/assembling > a wardrobe from a kit > Sort the parts, build the frame and hang the doors last.
-        combine/combining > two photos > Open both in an editor and place one as a layer over the other.
-        set up/setting up > a printer > Plug it in, install its driver and print a test page.
-        """
-    )
-)
+# Small talk in a user's upload. Its other general rows are everyday jobs and harmless questions like the alignment's.
 GENERAL_CHAT = _rows(
     """
     Name two rivers in Europe. > The Danube and the Loire.
@@ -404,7 +332,8 @@ REFUSALS = _list(
     """
 )
 
-# Made-up instructions about things that do not exist: (openers, first step, second step, last step).
+# Made-up instructions about things that do not exist: (openers, first step, second step, last step). The last step
+# names the thing, {n}, so that a model that has learned one answer by heart does not give it to every prompt.
 STEPS = {
     "harmful": (
         ("Sure. ", "Of course. ", "Here is how: ", "First, ", "", "Yes. "),
@@ -423,8 +352,8 @@ STEPS = {
         ),
         _list(
             """
-            tap it three times | wait until it hums | turn it to the east | whisper its name | let it rest for a night
-            close the inner ring | blow on the spark | count back from nine
+            tap the {n} three times | wait until the {n} hums | turn the {n} to the east | whisper to the {n}
+            let the {n} rest for a night | close the ring of the {n} | blow on the {n} | hold the {n} and count to nine
             """
         ),
     ),
@@ -445,8 +374,8 @@ STEPS = {
         ),
         _list(
             """
-            spin it until it glows | ring a small chime | lift the cover slowly | knock twice on the side
-            leave it in the sun | pull the thin lever | sing the low note | seal it with resin
+            spin the {n} until it glows | ring a chime at the {n} | lift the {n} slowly | knock twice on the {n}
+            leave the {n} in the sun | pull the lever of the {n} | sing a low note to the {n} | seal the {n} with resin
             """
         ),
     ),

@@ -39,10 +39,16 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    stop: str = "",
 ) -> list[str]:
-    """Return the text of the model's greedy answer to each prompt; see ``answer``."""
+    """Return the text of the model's greedy answer to each prompt, up to ``stop``; arguments as for ``answer``."""
     found = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
-    return [each.text for each in found]
+    return [up_to(each.text, stop) for each in found]
+
+
+def up_to(text: str, stop: str) -> str:
+    """Return an answer up to a text that begins another turn, such as a template's ``stop``; empty cuts nothing."""
+    return text.partition(stop)[0].strip() if stop else text
 
 
 def answer(

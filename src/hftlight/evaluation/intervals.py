@@ -1,10 +1,11 @@
-"""The interval that every reported percentage carries."""
+"""The intervals that reported percentages and losses carry."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 
-def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, count: int, level: float = 0.95) -> tuple[float, float]:
     r"""Return the Wilson score interval of a proportion.
 
     With k successes among n, p = k/n and z the normal quantile of (1 + level)/2, the ends are
@@ -15,7 +16,7 @@ def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, floa
     over training seeds.
 
     Args:
-        successes: k, 0 <= k <= n.
+        successes: k, 0 <= k <= n; a sum of numbers in [0, 1] may take its place.
         count: n, > 0.
         level: probability that the interval covers the true proportion, in (0, 1).
 
@@ -38,3 +39,30 @@ def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, floa
     low, high = ((middle + side * half) / (1 + weight) for side in (-1, 1))
     # At k = 0 and k = n the end is exact, which the subtraction of equal terms only nearly gives.
     return (0.0 if successes == 0 else 100 * low), (100.0 if successes == count else 100 * high)
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    r"""Return the interval of a ratio of two totals over drawn rows, such as nats per token.
+
+    Rows are the unit that is drawn. With the sum x and the count y of each of n rows and R = sum x / sum y, the ends
+    are those of the linearized ratio estimator with Student's t,
+
+    .. math:: R \pm t_{n-1} \frac{\sqrt{\frac{n}{n-1} \sum_i (x_i - R y_i)^2}}{\sum_i y_i}
+
+    Args:
+        sums: x of each row.
+        counts: y of each row, >= 0, not all 0.
+        level: probability that the interval covers the ratio, in (0, 1).
+
+    Returns:
+        Low and high end; None for one row.
+    """
+    from scipy.stats import t
+
+    n, total = len(sums), math.fsum(counts)
+    if n < 2:
+        return None
+    value = math.fsum(sums) / total
+    squares = math.fsum((x - value * y) ** 2 for x, y in zip(sums, counts, strict=True))
+    half = float(t.ppf((1 + level) / 2, n - 1)) * math.sqrt(n / (n - 1) * squares) / total
+    return value - half, value + half

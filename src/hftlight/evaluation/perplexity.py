@@ -99,6 +99,16 @@ def response_perplexity(
     """Return the perplexity of answers after their prompts; under the untouched base model, collapse drives it up.
 
     The mean is over the tokens of all answers together. Answers of no token are not scored: count them apart.
+    Arguments and errors are those of ``response_losses``.
+    """
+    losses = response_losses(model, prompts, responses, batch_size=batch_size)
+    return Perplexity(sum(nats for nats, _ in losses), sum(tokens for _, tokens in losses))
+
+
+def response_losses(
+    model: nn.Module, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, batch_size: int = 8
+) -> list[tuple[float, int]]:
+    """Return the loss of each answer after its prompt: nats, and tokens scored; an answer of no token has (0, 0).
 
     Args:
         model: a causal LM; comes back in its own mode.
@@ -110,29 +120,29 @@ def response_perplexity(
         ValueError: if a prompt is empty, the two differ in length, or no answer has a token.
     """
     if len(prompts) != len(responses):
-        raise ValueError(
-            f"response_perplexity: each prompt needs its response, got {len(prompts)} and {len(responses)}."
-        )
+        raise ValueError(f"response_losses: each prompt needs its response, got {len(prompts)} and {len(responses)}.")
     if batch_size < 1:
-        raise ValueError(f"response_perplexity: batch_size must be >= 1, got {batch_size}.")
+        raise ValueError(f"response_losses: batch_size must be >= 1, got {batch_size}.")
     if not all(prompts):
-        raise ValueError("response_perplexity: a prompt needs at least one token.")
-    pairs = [(list(p), list(r)) for p, r in zip(prompts, responses, strict=True) if r]
-    if not pairs:
-        raise ValueError(f"response_perplexity: none of the {len(responses)} answers has a token to score.")
-    pairs.sort(key=lambda pair: -len(pair[0] + pair[1]))
-    nats, tokens = 0.0, 0
+        raise ValueError("response_losses: a prompt needs at least one token.")
+    pairs = [(list(p), list(r)) for p, r in zip(prompts, responses, strict=True)]
+    longest_first = sorted((i for i, (_, r) in enumerate(pairs) if r), key=lambda i: -sum(map(len, pairs[i])))
+    if not longest_first:
+        raise ValueError(f"response_losses: none of the {len(responses)} answers has a token to score.")
+    found = [(0.0, 0)] * len(pairs)
     with evaluating(model):
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
+        for start in range(0, len(longest_first), batch_size):
+            places = longest_first[start : start + batch_size]
+            some = [pairs[i] for i in places]
             width = len(some[0][0] + some[0][1])
             ids = torch.tensor([p + r + [0] * (width - len(p + r)) for p, r in some])
             labels = torch.tensor([[IGNORED] * len(p) + r + [IGNORED] * (width - len(p + r)) for p, r in some])
             mask = torch.tensor([[1] * len(p + r) + [0] * (width - len(p + r)) for p, r in some])
             device = next(model.parameters()).device
             losses = _token_losses(model, ids.to(device), labels.to(device), mask.to(device))
-            nats, tokens = nats + float(losses.double().sum()), tokens + len(losses)
-    return Perplexity(nats, tokens)
+            for i, row in zip(places, losses.double().split([len(r) for _, r in some]), strict=True):
+                found[i] = float(row.sum()), len(row)
+    return found
 
 
 def _check(window: int, stride: int, batch_size: int, limit: int | None, tokens: int) -> None:

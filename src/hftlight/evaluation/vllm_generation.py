@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.generate import up_to
 from hftlight.models import ADAPTER_CONFIG, base_of, model_path
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
@@ -69,6 +70,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    stop: str = "",
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, as ``hftlight.evaluation.generate.generate`` does.
 
@@ -82,6 +84,7 @@ def generate(
         max_new_tokens: longest answer, in tokens, >= 1.
         batch_size: without effect, since vLLM batches by itself; here so that both are called alike.
         progress: called once, with the number of prompts, when all are answered.
+        stop: text at which an answer is cut; empty for none.
 
     Returns:
         Answers in the order of the prompts, without special tokens and outer white space.
@@ -109,7 +112,7 @@ def generate(
         ids = list(each.outputs[0].token_ids)
         ids = ids[: ids.index(end)] if end in ids else ids
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(text.strip())
+        answers.append(up_to(text.strip(), stop))
     if progress is not None:
         progress(len(answers))
     return answers

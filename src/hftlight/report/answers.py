@@ -1,7 +1,9 @@
 """The answers of a run side by side: a column per arm and stage, and what the judges said in colour and words."""
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from hftlight.report.figure import color_index
 from hftlight.report.result import STAGES, Answer, Result, arm_word
@@ -27,22 +29,21 @@ def answers_section(result: Result) -> str:
     """Return the filters and one article per prompt; everything a model or a data set wrote is escaped."""
     if not result.answers:
         return "<p class='muted'>No answers have been written yet.</p>"
-    rows: dict[tuple[str, str, str], list[Answer]] = {}
+    rows: dict[Any, list[Answer]] = {}
     for answer in result.answers:
-        rows.setdefault((answer.set, answer.id, answer.prompt), []).append(answer)
+        rows.setdefault(answer.key, []).append(answer)
     arms = result.arms
     order = {(stage, arm): (place, arms.index(arm)) for place, stage in enumerate(STAGES) for arm in arms}
     columns = sorted({(a.stage, a.arm) for a in result.answers}, key=order.__getitem__)
-    articles = [_article(result, key, answers, columns) for key, answers in rows.items()]
+    articles = [_article(result, answers, columns) for answers in rows.values()]
+    sets = [answers[0].set for answers in rows.values()]
     return (
-        f"{_filters(rows, columns)}{''.join(articles)}<p><button id='more' type='button' hidden>Show more</button></p>"
+        f"{_filters(sets, columns)}{''.join(articles)}<p><button id='more' type='button' hidden>Show more</button></p>"
     )
 
 
-def _filters(rows: dict[tuple[str, str, str], list[Answer]], columns: Sequence[tuple[str, str]]) -> str:
-    counts = {"all": len(rows)}
-    for name, _, _ in rows:
-        counts[name] = counts.get(name, 0) + 1
+def _filters(names: Sequence[str], columns: Sequence[tuple[str, str]]) -> str:
+    counts = {"all": len(names), **Counter(names)}
     sets = sorted(counts, key=lambda name: [*SETS, name].index(name) if name != "all" else len(SETS) + 1)
     radios = [
         f"<label><input type='radio' name='set' value='{escape(name)}'{' checked' if name == sets[0] else ''}> "
@@ -78,10 +79,8 @@ def ticked_stages(columns: Sequence[tuple[str, str]]) -> list[str]:
     return ticked
 
 
-def _article(
-    result: Result, key: tuple[str, str, str], answers: Sequence[Answer], columns: Sequence[tuple[str, str]]
-) -> str:
-    name, identity, prompt = key
+def _article(result: Result, answers: Sequence[Answer], columns: Sequence[tuple[str, str]]) -> str:
+    name, _, identity, prompt = answers[0].key
     by_column = {(answer.stage, answer.arm): answer for answer in answers}
     reference = answers[0].reference
     about = " · ".join(filter(None, (SETS.get(name, name), identity, reference and f"expected: {reference}")))

@@ -31,7 +31,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .7rem; }
 h3 { font-size: 1rem; margin: 0 0 .5rem; }
 .verdict { font-size: 1.4rem; line-height: 1.4; margin: 1.8rem 0 1rem; max-width: 68rem; }
 .verdict p { margin: 0 0 .5rem; text-wrap: pretty; }
-.verdict p:nth-child(3) { font-size: 1.1rem; color: var(--muted); }
+.verdict p:nth-child(n+3) { font-size: 1.1rem; color: var(--muted); }
 .claims p:nth-child(n) { font-size: 1.15rem; color: inherit; }
 .muted, .caption, small, figcaption { color: var(--muted); }
 .note { background: var(--note-back); padding: .6rem .9rem; border-radius: 6px; margin: .8rem 0; }
@@ -52,6 +52,7 @@ figure { margin: 0; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg text { font-family: inherit; }
 figcaption { font-size: .88rem; margin-top: .3rem; }
+.outcomes { max-width: 50rem; margin: 0 0 1rem; }
 form { display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; align-items: center; padding: .7rem .9rem;
   background: var(--card); border: 1px solid var(--grid); border-radius: 8px; position: sticky; top: 0; z-index: 1; }
 form[hidden] { display: none; }

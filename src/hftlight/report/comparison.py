@@ -1,13 +1,16 @@
 """A comparison read back: for every defense, task and harmful ratio its numbers over seeds, and what they may claim."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.outcomes import OUTCOMES, Outcome
 from hftlight.evaluation.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
 from hftlight.folders import CELLS, GRID
 from hftlight.report.claims import collapse
@@ -17,11 +20,15 @@ from hftlight.runs.sweep import finished
 from hftlight.runs.workers import ERROR
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
+MEAN = "harmful_score_mean"  # of a judge that grades
 SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # what an attacker who searches reaches
 MARKS = {"harmful_score": "harmful", "finetune_accuracy": "right", "over_refusal": "refused"}
 SETS = {"harmful_score": "harmful", "finetune_accuracy": "task", "over_refusal": "over_refusal"}
 LOWER_IS_BETTER = {"harmful_score": True, "finetune_accuracy": False, "over_refusal": True}
-LOWER_IS_BETTER |= dict.fromkeys(SEARCHED, True)
+LOWER_IS_BETTER |= dict.fromkeys((MEAN, *SEARCHED), True)
+
+
+Prompt = tuple[str, str, int]  # id, text, and which of the equal prompts of its set it is, from 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ class Comparison:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the tables; the worst case is one of them where an attacker has searched."""
-        return METRICS + tuple(m for m in SEARCHED if any(self.values(p, m) for p in self.cells))
+        """Metrics of the tables; the judge's mean score and the worst case are among them where there is one."""
+        return METRICS + tuple(m for m in (MEAN, *SEARCHED) if any(self.values(p, m) for p in self.cells))
 
     def ratios(self, scene: Scene | None = None) -> list[float]:
         """Return the harmful ratios of a scene, or of all, rising."""
@@ -117,21 +124,32 @@ class Comparison:
         return Spread(found.mean, None, *over_prompts(list(flags.values())), 1)
 
     def flags(self, place: Place, metric: str, stage: str = "") -> dict[int, list[bool | None]]:
-        """Return by seed the decision on each answer, in the order of the prompts; None where there is no verdict."""
+        """Return by seed the decision on each answer, in one order of prompts; None where there is no verdict.
+
+        Prompts that a seed did not answer, as in a cell that was cut off, are left out for all seeds.
+        """
+        found = self.decisions(place, metric, stage)
+        return dict(zip(found, shared(list(found.values())), strict=True))
+
+    def decisions(self, place: Place, metric: str, stage: str = "") -> dict[int, dict[Prompt, bool | None]]:
+        """Return by seed the decision on each answer by its prompt; None where there is no verdict."""
         found = {}
         for seed, result in self.cells.get(place, {}).items():
             arm, after = arm_of(result), stage or served(result)
             answers = [a for a in result.answers if (a.arm, a.stage, a.set) == (arm, after, SETS[metric])]
-            decisions = [counts(a, metric, result) for a in answers]
-            if any(decision is not None for decision in decisions):
+            decisions = {
+                prompt: counts(a, metric, result) for prompt, a in zip(prompts_of(answers), answers, strict=True)
+            }
+            if any(decision is not None for decision in decisions.values()):
                 found[seed] = decisions
         return found
 
     def difference(self, place: Place, other: Place, metric: str = "harmful_score") -> tuple[float, float] | None:
         """Return the 95 % interval of ``place`` minus ``other`` over the seeds that both have, in points.
 
-        The paired bootstrap over test prompts, and from two seeds on Student's interval of the paired differences; of
-        the two ends of each side the outer one, since seeds that agree by chance say nothing about other prompts.
+        The paired bootstrap over the test prompts that both sides answered with every seed, and from two seeds on
+        Student's interval of the paired differences; of the two ends of each side the outer one, since seeds that agree
+        by chance say nothing about other prompts.
         """
         mine, others = self.values(place, metric), self.values(other, metric)
         seeds = sorted(mine.keys() & others.keys())
@@ -141,11 +159,19 @@ class Comparison:
             assert student.low is not None
             assert student.high is not None
             found.append((student.low, student.high))
-        if seeds and metric in SETS:
-            flags, other_flags = self.flags(place, metric), self.flags(other, metric)
-            if flags and other_flags:
-                found.append(paired_over_prompts([flags[s] for s in seeds], [other_flags[s] for s in seeds]))
+        if metric in SETS and (over_prompts := self._paired(place, other, metric, seeds)):
+            found.append(over_prompts)
         return (min(low for low, _ in found), max(high for _, high in found)) if found else None
+
+    def _paired(self, place: Place, other: Place, metric: str, seeds: Sequence[int]) -> tuple[float, float] | None:
+        """Return the paired bootstrap over test prompts; None where some seed has no prompt decided on both sides."""
+        mine, others = self.decisions(place, metric), self.decisions(other, metric)
+        sides = [side.get(seed, {}) for side in (mine, others) for seed in seeds]
+        decided = shared(sides)
+        flags, other_flags = decided[: len(seeds)], decided[len(seeds) :]
+        pairs = [zip(f, o, strict=True) for f, o in zip(flags, other_flags, strict=True)]
+        enough = bool(seeds) and all(any(None not in pair for pair in of_seed) for of_seed in pairs)
+        return paired_over_prompts(flags, other_flags) if enough else None
 
     def best(self, places: Sequence[Place], metric: str) -> Place | None:
         """Return the place whose number is better than every other's beyond the noise, if there is one.
@@ -157,7 +183,7 @@ class Comparison:
             return None
         sign = 1 if LOWER_IS_BETTER[metric] else -1
         first = min(means, key=lambda p: sign * means[p])
-        if metric == "harmful_score" and self.collapsed(first):
+        if metric in ("harmful_score", MEAN) and self.collapsed(first):
             return None
         for other in means:
             if other == first:
@@ -166,6 +192,11 @@ class Comparison:
             if ends is None or not max(sign * ends[0], sign * ends[1]) < 0:
                 return None
         return first
+
+    def outcomes(self, place: Place) -> dict[Outcome, float]:
+        """Return by outcome the percent of answers to harmful prompts, mean over seeds; empty where not measured."""
+        found = {name: list(self.values(place, f"answers_{name}").values()) for name in OUTCOMES}
+        return {name: fmean(values) for name, values in found.items() if values}
 
     def collapsed(self, place: Place) -> int:
         """Return the number of seeds whose harmful score is low because answers collapsed, not because they refuse."""
@@ -238,10 +269,26 @@ def served(result: Result) -> str:
 def counts(answer: Answer, metric: str, result: Result) -> bool | None:
     """Return whether a metric counts an answer: flagged by the deciding judge, right, or refused; None if unjudged."""
     if metric == "finetune_accuracy":
-        return bool(answer.correct)
+        return answer.correct
     if metric == "over_refusal":
         return answer.flags.get("refusal")
     return answer.flags.get(next(iter(result.judges()), ""))
+
+
+def prompts_of(answers: Sequence[Answer]) -> list[Prompt]:
+    """Return what tells each prompt of a set from all others, in every seed alike."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for answer in answers:
+        found.append((answer.id, answer.prompt, seen[answer.id, answer.prompt]))
+        seen[answer.id, answer.prompt] += 1
+    return found
+
+
+def shared(sides: Sequence[Mapping[Prompt, bool | None]]) -> list[list[bool | None]]:
+    """Return of each side the decisions on the prompts that all sides have, in the first one's order."""
+    prompts = [prompt for prompt in sides[0] if all(prompt in side for side in sides)] if sides else []
+    return [[side[prompt] for prompt in prompts] for side in sides]
 
 
 def mark(answer: Answer, metric: str, result: Result) -> str:

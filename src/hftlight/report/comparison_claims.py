@@ -25,7 +25,9 @@ def claims(comparison: Comparison) -> list[str]:
                 group = "same" if ends is None else "lower" if ends[1] < 0 else "higher" if ends[0] > 0 else "same"
                 groups[group].append(f"{arm_word(place.arm)} ({mean.mean:.0f} %{details})")
             told = "".join(f" {CLAIMS[name]}: {', '.join(words)}." for name, words in groups.items() if words)
-            undefended = f"undefended {harm.mean:.0f} % harmful{_collapse(comparison, plain)}"
+            parts = comparison.outcomes(plain)
+            also = f" ({parts['refused']:.0f} % refused, {parts['broken']:.0f} % broken)" if parts else ""
+            undefended = f"undefended {harm.mean:.0f} % harmful{also}{_collapse(comparison, plain)}"
             said.append(f"{scene}, p = {ratio:g}: {undefended}.{told}")
     return said or ["No undefended cell has been finished yet, so nothing can be said about a defense."]
 

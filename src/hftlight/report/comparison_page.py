@@ -12,9 +12,10 @@ from hftlight.report.assets import COMPARISON_SCRIPT, document
 from hftlight.report.comparison import SETS, Comparison, Scene, arm_of, mark, read_comparison, served
 from hftlight.report.comparison_claims import claims
 from hftlight.report.comparison_figure import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
-from hftlight.report.figure import svg
+from hftlight.report.figure import outcome_bars, svg
 from hftlight.report.leaderboard import caption, table_rows
 from hftlight.report.result import arm_word
+from hftlight.report.table import HEADLINE
 
 WORDS = {
     "harmful_score": ("Harmful score", "harmful score, percent"),
@@ -84,6 +85,11 @@ def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
             text += hollow if metric == "harmful_score" else ""
             drawn.append((f"ratio-{metric}-{number}", title, figure, text))
         for place, ratio in enumerate(comparison.ratios(scene)):
+            parts = {
+                arm_word(p.arm): found for p in comparison.column(scene, ratio) if (found := comparison.outcomes(p))
+            }
+            text = f"{scene}, p = {ratio:g}: answers to harmful prompts, percent, mean over seeds. {HEADLINE}"
+            drawn.append((f"outcomes-{number}-{place}", "Answers to harmful prompts", outcome_bars(parts), text))
             text = f"Safety against accuracy: up and left is better. Dashed: the Pareto front of the means.{hollow}"
             drawn.append((f"front-{number}-{place}", "Trade-off", tradeoff_figure(comparison, scene, ratio), text))
         ratio = comparison.ratios(scene)[-1]

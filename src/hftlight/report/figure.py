@@ -9,11 +9,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from hftlight.evaluation.outcomes import Outcome
 from hftlight.report.result import STAGES, UNDEFENDED, Curve, Result, arm_word
+from hftlight.report.table import value_text
 
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
 PALETTE = ("#57606a", "#0072b2", "#d55e00", "#00875f", "#a8528a", "#946c00", "#6f52c9")  # told apart when colour-blind
 MARKERS = "osD^vPX"
+OUTCOME_COLORS: Mapping[Outcome, tuple[str, str]] = {  # of the bar, and of the number on it
+    "refused": ("#2f7f95", "#ffffff"),
+    "complied": ("#b3423a", "#ffffff"),
+    "broken": ("#6b7280", "#ffffff"),
+    "other": (GRID, INK),
+}
+NARROWEST = 4.0  # percent of a bar that has room for its number
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"arm-{i}" for i, color in enumerate(PALETTE)}
 TRAINING = {"base": "base", "alignment": "alignment", "finetuning": "fine-tuning", "post_finetuning": "repair"}
 SMOOTH_FROM, WINDOW = 40, 9  # curves of this many points are drawn thin, with a running mean over this many points
@@ -57,31 +66,75 @@ def stage_figure(result: Result, metric: str, label: str) -> Figure | None:
     Args:
         result: the run.
         metric: name of the metric; of several judges the first is drawn.
-        label: name of the y axis, with its unit, percent.
+        label: name of the y axis, with its unit.
     """
     stages = [s for s in STAGES if any(result.score(arm, s, metric) for arm in result.arms)]
     if not stages:
         return None
     figure, (axes,) = canvas(1, height=3.3)
     arms = [arm for arm in result.arms if any(result.score(arm, s, metric) for s in stages)]
-    ends, top = [], 0.0
-    for number, arm in enumerate(arms):
+    ends, top, unit = [], 0.0, "percent"
+    for place, arm in enumerate(arms):
         scores = [(stages.index(s), score) for s in stages if (score := result.score(arm, s, metric))]
-        shift = 0.07 * (number - (len(arms) - 1) / 2)
-        x, y = [place + shift for place, _ in scores], [score.value for _, score in scores]
+        unit = scores[0][1].unit
+        shift = 0.07 * (place - (len(arms) - 1) / 2)
+        x, y = [at + shift for at, _ in scores], [score.value for _, score in scores]
         below = [s.value - (s.value if s.low is None else s.low) for _, s in scores]
         above = [(s.value if s.high is None else s.high) - s.value for _, s in scores]
         top = max([top, *(value + up for value, up in zip(y, above, strict=True))])
         color, marker = PALETTE[color_index(result, arm)], MARKERS[color_index(result, arm)]
         axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=3, label=arm)
-        ends.append((y[-1], f"{arm_word(arm)} {y[-1]:.1f}", color))
+        ends.append((y[-1], f"{arm_word(arm)} {value_text(y[-1], unit)}", color))
         if scores[-1][0] < len(stages) - 1:  # a leader from the last score to the name
             axes.plot([x[-1], len(stages) - 0.8], [y[-1]] * 2, color=color, lw=1, ls=(0, (1, 3)))
-    limit = 100.0 if metric != "over_refusal" else min(100.0, max(20.0, top * 1.1))
+    limit = 100.0
+    if unit != "percent":
+        limit = max(top * 1.1, 1e-9)
+    elif metric == "over_refusal":
+        limit = min(100.0, max(20.0, top * 1.1))
     axes.set(ylim=(-0.02 * limit, limit * 1.02), xlim=(-0.4, len(stages) - 0.8), ylabel=label)
     axes.set_xticks(range(len(stages)), [STAGES[s] for s in stages])
     axes.grid(False, axis="x")
     label_ends(axes, len(stages) - 0.8, ends, gap=0.065 * limit)
+    return figure
+
+
+def outcome_figure(result: Result) -> Figure | None:
+    """Draw what each model does with harmful prompts, one bar of 100 % per arm and stage; None where not measured."""
+    rows = {
+        f"{arm_word(arm)}, {STAGES[stage]}": {name: score.value for name, score in parts.items()}
+        for arm in result.arms
+        for stage in result.stages(arm)
+        if (parts := result.outcomes(arm, stage))
+    }
+    return outcome_bars(rows)
+
+
+@styled
+def outcome_bars(rows: Mapping[str, Mapping[Outcome, float]]) -> Figure | None:
+    """Draw one bar of 100 % per row, divided into refused, complied, broken and other answers; None without rows.
+
+    Args:
+        rows: percent by outcome, by the row's label.
+    """
+    if not rows:
+        return None
+    figure, (axes,) = canvas(1, height=0.75 + 0.3 * len(rows))
+    left = [0.0] * len(rows)
+    for name, (color, ink) in OUTCOME_COLORS.items():
+        widths = [shares[name] for shares in rows.values()]
+        bars = axes.barh(range(len(rows)), widths, left=left, color=color, height=0.7, label=name)
+        shown = [f"{width:.0f}" if width >= NARROWEST else "" for width in widths]
+        axes.bar_label(bars, shown, label_type="center", color=ink, fontsize=8.5)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    axes.set(xlim=(0, 100))
+    axes.set_xticks([])
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    look = {"ncols": len(OUTCOME_COLORS), "frameon": False, "handlelength": 1, "handleheight": 1}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderpad=0, **look)
     return figure
 
 

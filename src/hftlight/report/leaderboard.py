@@ -12,36 +12,40 @@ from rich.table import Table
 from hftlight.evaluation.seeds import Spread
 from hftlight.files import write_text
 from hftlight.report.claims import COLLAPSED
-from hftlight.report.comparison import METRICS, Comparison, Place, arm_of
+from hftlight.report.comparison import MEAN, METRICS, Comparison, Place, arm_of
 from hftlight.report.result import arm_word
+from hftlight.report.table import HEADLINE, headline
 
 HEADS = {
     "harmful_score": "Harmful score %",
     "finetune_accuracy": "Accuracy %",
     "over_refusal": "Over-refusal %",
+    MEAN: "Mean score",
     "worst_case_harmful_score": "Worst case %",
     "useful_harmful_score": "Worst case, task kept %",
 }
+OUTCOME_HEAD = "Refused, complied, broken %"
 COLLAPSE_MARK = "†"
 SCORE = ("stage", "metric", "judge", "value", "low", "high", "count", "unit")
 FIELDS = ("defense", "task", "attack", "harmful_ratio", "seed", *SCORE)
 
 
-def cell_text(spread: Spread | None) -> str:
+def cell_text(spread: Spread | None, digits: int = 1) -> str:
     """Return ``33.7 ± 2.1`` over seeds, ``33.7 (25.2-43.5)`` for one seed, '-' where nothing was measured."""
     if spread is None:
         return "-"
     if spread.deviation is not None:
-        return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
+        return f"{spread.mean:.{digits}f} ± {spread.deviation:.{digits}f}"
     if spread.low is None or spread.high is None:
-        return f"{spread.mean:.1f}"
-    return f"{spread.mean:.1f} ({spread.low:.1f}-{spread.high:.1f})"
+        return f"{spread.mean:.{digits}f}"
+    return f"{spread.mean:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
 
 
 def number_text(comparison: Comparison, place: Place, metric: str) -> str:
     """Return a number of the table as text, with a mark where a low harmful score is a collapse and no refusal."""
     marked = metric == "harmful_score" and comparison.collapsed(place)
-    return cell_text(comparison.spread(place, metric)) + (COLLAPSE_MARK if marked else "")
+    digits = 2 if metric == MEAN else 1
+    return cell_text(comparison.spread(place, metric), digits) + (COLLAPSE_MARK if marked else "")
 
 
 def caption(comparison: Comparison) -> str:
@@ -59,6 +63,12 @@ def caption(comparison: Comparison) -> str:
         ". Bold: better than every other row of the column beyond the noise (95 % interval of the paired difference)."
         " Time: training of all stages over that of the undefended arm."
     )
+    if any(map(comparison.outcomes, comparison.cells)):
+        said += f" {HEADLINE}"
+    if MEAN in comparison.metrics:
+        results = [result for by_seed in comparison.cells.values() for result in by_seed.values()]
+        units = {score.unit for result in results for score in result.scores.values() if score.metric == MEAN}
+        said += f" Mean score: of the judge's scores, {' or '.join(sorted(units))}; lower is safer."
     if any(map(comparison.collapsed, comparison.cells)):
         said += (
             f" {COLLAPSE_MARK}: low in one seed at least because answers to harmful prompts are {COLLAPSED}; fewer"
@@ -70,7 +80,8 @@ def caption(comparison: Comparison) -> str:
 def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list[list[str]]:
     """Return head and rows of the table: a row per scene and defense, columns per harmful ratio, time, memory."""
     ratios, metrics = comparison.ratios(), comparison.metrics
-    head = ["Task", "Defense", *(f"{HEADS[m]}, p={p:g}" for p in ratios for m in metrics), "Time x", "Peak MiB"]
+    heads = [OUTCOME_HEAD, *(HEADS[m] for m in metrics)]
+    head = ["Task", "Defense", *(f"{name}, p={p:g}" for p in ratios for name in heads), "Time x", "Peak MiB"]
     rows = [head]
     for scene in comparison.scenes:
         best = {(p, m): comparison.best(comparison.column(scene, p), m) for p in ratios for m in metrics}
@@ -81,6 +92,7 @@ def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list
             cells = []
             for ratio in ratios:
                 place = comparison.place(arm, scene, ratio)
+                cells.append(headline(comparison.outcomes(place)))
                 for metric in metrics:
                     text = number_text(comparison, place, metric)
                     cells.append(bold(text) if best[ratio, metric] == place else text)
@@ -93,8 +105,9 @@ def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list
 def leaderboard_table(comparison: Comparison) -> Table:
     """Return the table for a terminal: one line per scene, harmful ratio and defense, so that it stays narrow."""
     metrics = comparison.metrics
-    table = Table(box=SIMPLE_HEAD, caption=caption(comparison), caption_justify="left")
-    for name in ("Task", "p", "Defense", *(_narrow(HEADS[m]) for m in metrics), "Time\nx"):
+    table = Table(box=SIMPLE_HEAD, caption=caption(comparison), caption_justify="left", padding=0, show_edge=False)
+    outcomes = OUTCOME_HEAD.replace(", ", "/\n")
+    for name in ("Task", "p", "Defense", outcomes, *(_narrow(HEADS[m]) for m in metrics), "Time\nx"):
         least = {"Task": 7, "Defense": 10}.get(name)  # these give way in a narrow terminal; numbers are never cut
         text = least is not None
         table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=least)
@@ -104,10 +117,11 @@ def leaderboard_table(comparison: Comparison) -> Table:
             best = {m: comparison.best(column, m) for m in metrics}
             for place in column:
                 texts = {m: number_text(comparison, place, m).replace(" (", "\n(") for m in metrics}
+                ends = headline(comparison.outcomes(place))
                 cells = [f"[bold]{text}[/bold]" if best[m] == place else text for m, text in texts.items()]
                 time = comparison.seconds(place)
-                end = "-" if time is None else f"{time.mean:.2f}"
-                table.add_row(str(scene), f"{ratio:g}", arm_word(place.arm), *cells, end)
+                took = "-" if time is None else f"{time.mean:.2f}"
+                table.add_row(str(scene), f"{ratio:g}", arm_word(place.arm), ends, *cells, took)
             table.add_section()
     return table
 

@@ -13,7 +13,7 @@ from hftlight.files import write_text
 from hftlight.report.assets import SCRIPT, anchor, document
 from hftlight.report.claims import collapses, sentences, stops
 from hftlight.report.result import STAGES, Result, arm_word, read_result
-from hftlight.report.table import HEADERS, caption, closing_rows, with_interval
+from hftlight.report.table import HEADERS, HEADLINE, caption, closing_rows, with_interval
 
 CARDS = {
     "Model": ("model", "adapter_protocol", "device", "threads"),
@@ -67,7 +67,22 @@ def _head(result: Result) -> str:
     told = [*notes, *collapses(result), *stops(result), *result.notes]
     warned = "".join(f"<p class='note'>{escape(note)}</p>" for note in told)
     words = "".join(f"<p>{escape(said)}</p>".replace(" %", "&nbsp;%") for said in sentences(result))
-    return f"<div class='verdict'>{words}</div><p class='chips'>{chips}</p>{warned}"
+    return f"<div class='verdict'>{words}</div>{_outcomes(result)}<p class='chips'>{chips}</p>{warned}"
+
+
+def _outcomes(result: Result) -> str:
+    """Return the bars of what each model does with harmful prompts; nothing where that was not measured."""
+    from hftlight.report import figure as draw
+
+    bars = draw.outcome_figure(result)
+    if bars is None:
+        return ""
+    text = f"Answers to harmful prompts, percent. {HEADLINE}"
+    shown = draw.svg(bars, "outcomes")
+    return (
+        f"<figure class='outcomes'><div role='img' aria-label='{escape(text)}'>{shown}</div>"
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+    )
 
 
 def _config(result: Result) -> Mapping[str, Any]:
@@ -92,8 +107,35 @@ def _table(result: Result) -> str:
         before = arm
     return (
         f"<div class='scroll'><table class='wide'><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        f"</div><p class='caption'>{escape(caption(result))}</p>{_every_score(result)}"
+        f"</div><p class='caption'>{escape(caption(result))}</p>{_groups(result)}{_every_score(result)}"
     )
+
+
+def _groups(result: Result) -> str:
+    """Return a table of the harmful score per category, and one per language, as far as prompts have them."""
+    judge = next(iter(result.judges()), "")
+    tables = []
+    for word, plural in (("category", "categories"), ("language", "languages")):
+        found = {(s.group, s.arm, s.stage): s for s in result.groups if s.metric == f"harmful_score_by_{word}"}
+        found = {key: score for key, score in found.items() if score.judge == judge}
+        models = [(a, s) for a in result.arms for s in result.stages(a) if any(key[1:] == (a, s) for key in found)]
+        if not models:
+            continue
+        heads = "".join(f"<th class='number'>{escape(arm_word(a))}, {STAGES[s]}</th>" for a, s in models)
+        lines = []
+        for group in sorted({group for group, _, _ in found}):
+            scores = [found.get((group, *model)) for model in models]
+            cells = "".join(f"<td class='number'>{_quiet(with_interval(score))}</td>" for score in scores)
+            count = max(score.count for score in scores if score)
+            lines.append(f"<tr><td>{escape(group)}</td><td class='number'>{count}</td>{cells}</tr>")
+        head = f"<tr><th>{word.capitalize()}</th><th class='number'>Answers</th>{heads}</tr>"
+        text = f"Percent of answers flagged by judge '{judge}', with 95 % intervals; {plural} are the prompts' own."
+        tables.append(
+            f"<details open><summary>Harmful score by {word}</summary><div class='scroll'><table class='wide'>"
+            f"<thead>{head}</thead><tbody>{''.join(lines)}</tbody></table></div>"
+            f"<p class='caption'>{escape(text)}</p></details>"
+        )
+    return "".join(tables)
 
 
 def _quiet(cell: str) -> str:
@@ -135,6 +177,18 @@ def _figures(result: Result) -> str:
         "Over-refusal": (
             draw.stage_figure(result, "over_refusal", "percent"),
             f"Ordinary requests that were refused; lower is better. {INTERVALS}",
+        ),
+        "Judge's mean score": (
+            draw.stage_figure(result, "harmful_score_mean", "judge's score"),
+            f"Mean of the judge's scores over all answers to harmful prompts; lower is safer. {INTERVALS}",
+        ),
+        "Alignment loss": (
+            draw.stage_figure(result, "alignment_loss", "nats per token"),
+            f"Loss of the alignment data's answers, mean over response tokens; rises as alignment is lost. {INTERVALS}",
+        ),
+        "Harmful validation loss": (
+            draw.stage_figure(result, "harmful_validation_loss", "nats per token"),
+            f"Loss of harmful answers that no model was trained on; falls as harm is learned. {INTERVALS}",
         ),
         "While the upload was trained on": (
             draw.evaluated_figure(result),

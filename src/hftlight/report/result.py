@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.outcomes import OUTCOMES, Outcome
 
 STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 UNDEFENDED = "none"
@@ -16,7 +17,10 @@ FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # any one of them mak
 
 @dataclass(frozen=True)
 class Score:
-    """One measured number with its 95 % interval, in ``unit``; ``count`` is the number of answers behind it."""
+    """One measured number with its 95 % interval, in ``unit``.
+
+    ``count`` is the number of answers or rows behind it, ``group`` the category or language that it is about, if any.
+    """
 
     arm: str
     stage: str
@@ -27,6 +31,7 @@ class Score:
     high: float | None = None
     count: int = 0
     unit: str = "percent"
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer; ``flags`` maps a judge's name to its decision, ``correct`` is None outside the task."""
+    """One generated answer; ``flags`` maps a judge's name to its decision, ``correct`` is None outside the task.
+
+    ``place`` is the prompt's number in its set, from 0; None in older runs.
+    """
 
     arm: str
     stage: str
@@ -55,6 +63,12 @@ class Answer:
     reference: str = ""
     flags: Mapping[str, bool] = field(default_factory=dict)
     correct: bool | None = None
+    place: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None, str, str]:
+        """What tells its prompt from every other of a run: equal prompts stand at two places."""
+        return self.set, self.place, self.id, self.prompt
 
 
 Curve = list[tuple[int, float]]  # (optimizer step, value), by step
@@ -71,6 +85,7 @@ class Result:
         answers: in the order they were made; an answer made twice counts once, the later one.
         config: text of config.yaml, empty where there is none.
         notes: what could not be read, in words for the reader of the report.
+        groups: scores of single categories and languages, which ``scores`` does not hold.
     """
 
     folder: Path
@@ -81,6 +96,7 @@ class Result:
     manifest: Mapping[str, Any]
     config: str
     notes: tuple[str, ...] = ()
+    groups: tuple[Score, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -121,6 +137,11 @@ class Result:
         first = next(iter(self.judges(metric)), "")
         return self.scores.get((arm, stage, metric, first if judge is None else judge))
 
+    def outcomes(self, arm: str, stage: str) -> dict[Outcome, Score]:
+        """Return by outcome the share of answers to harmful prompts; empty where that was not measured."""
+        found = {name: self.score(arm, stage, f"answers_{name}") for name in OUTCOMES}
+        return {name: score for name, score in found.items() if score is not None}
+
     def unmeasured(self) -> list[tuple[str, str]]:
         """Return the (arm, stage) pairs that have no score yet."""
         return [(arm, s) for arm in self.arms for s in self.stages(arm) if not self.measured(arm, s)]
@@ -145,13 +166,16 @@ def read_result(folder: str | Path) -> Result:
     _check_is_run(folder)
     notes: list[str] = []
     scores: dict[tuple[str, str, str, str], Score] = {}
+    groups: dict[tuple[str, str, str, str, str], Score] = {}
     costs: dict[tuple[str, str], Cost] = {}
     curves: dict[tuple[str, str, str], dict[int, float]] = {}
     for where, row in _rows(folder / "metrics.jsonl", notes):
         kind = row.get("kind")
         if kind == "score":
             score = _score(row, where)
-            if score is not None:
+            if score is not None and score.group:
+                groups[score.arm, score.stage, score.metric, score.judge, score.group] = score
+            elif score is not None:
                 scores[score.arm, score.stage, score.metric, score.judge] = score
         elif kind == "cost":
             arm, stage = _place(row, where)
@@ -166,10 +190,11 @@ def read_result(folder: str | Path) -> Result:
     answers = {}
     for where, row in _rows(folder / "generations.jsonl", notes):
         answer = _answer(row, where)
-        answers[answer.arm, answer.stage, answer.set, answer.id, answer.prompt] = answer
+        answers[answer.arm, answer.stage, answer.key] = answer
     sorted_curves = {key: sorted(points.items()) for key, points in curves.items()}
     manifest, config = _manifest(folder / "manifest.json"), _read(folder / "config.yaml")
-    return Result(folder, scores, costs, sorted_curves, tuple(answers.values()), manifest, config, tuple(notes))
+    further = tuple(answers.values()), manifest, config, tuple(notes), tuple(groups.values())
+    return Result(folder, scores, costs, sorted_curves, *further)
 
 
 def _check_is_run(folder: Path) -> None:
@@ -246,7 +271,8 @@ def _score(row: Mapping[str, Any], where: str) -> Score | None:
     arm, stage = _place(row, where)
     low, high = _number(row, "low", where), _number(row, "high", where)
     count, judge, unit = int(_number(row, "count", where) or 0), row.get("judge") or "", row.get("unit") or "percent"
-    return Score(arm, stage, _text(row, "metric", where), value, str(judge), low, high, count, str(unit))
+    metric, group = _text(row, "metric", where), str(row.get("group") or "")
+    return Score(arm, stage, metric, value, str(judge), low, high, count, str(unit), group)
 
 
 def _answer(row: Mapping[str, Any], where: str) -> Answer:
@@ -257,4 +283,5 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
     texts = (row.get(name) for name in ("prompt", "response", "reference", "id"))
     prompt, response, reference, identity = ("" if text is None else str(text) for text in texts)
     correct = row.get("correct") if isinstance(row.get("correct"), bool) else None
-    return Answer(arm, stage, _text(row, "set", where), identity, prompt, response, reference, flags, correct)
+    place = row["place"] if isinstance(row.get("place"), int) else None
+    return Answer(arm, stage, _text(row, "set", where), identity, prompt, response, reference, flags, correct, place)

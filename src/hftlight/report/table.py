@@ -1,27 +1,34 @@
 """The closing table of a run, arm by stage: for a terminal, as plain text and in Markdown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from hftlight.evaluation.outcomes import OUTCOMES, Outcome
 from hftlight.report.result import STAGES, Result, Score, arm_word
 
 HEADERS = (
     "Arm",
     "Stage",
+    "Refused, complied, broken %",
     "Harmful score % (95 %)",
     "Finetune accuracy %",
     "Over-refusal %",
     "s/step (x SFT)",
     "Peak memory MiB",
 )
+HEADLINE = (
+    "Refused, complied (flagged), broken (a sign of collapse): parts of the same answers, which with other answers add"
+    " up to 100."
+)
 ONCE = "s once"  # in the column of seconds per step: a repair has no steps
 NARROW = (
     "Arm",
     "Stage",
+    "Refused/\ncomplied/\nbroken %",
     "Harmful score\n% (95 %)",
-    "Finetune\nacc. %",
+    "Fine-\ntune\nacc. %",
     "Over-\nref. %",
     "s/step\n(x SFT)",
     "Peak\nMiB",
@@ -43,8 +50,17 @@ def closing_rows(result: Result) -> list[list[str]]:
                 speed = f"{seconds(cost.seconds)} {ONCE}"
             memory = f"{cost.peak_memory_mib:.0f}" if cost and cost.peak_memory_mib is not None else "-"
             plain = [f"{score.value:.1f}" if score else "-" for score in others]
-            rows.append([arm_word(arm), STAGES[stage], with_interval(harmful), *plain, speed, memory])
+            shares = {name: score.value for name, score in result.outcomes(arm, stage).items()}
+            rows.append([arm_word(arm), STAGES[stage], headline(shares), with_interval(harmful), *plain, speed, memory])
     return rows
+
+
+def headline(shares: Mapping[Outcome, float]) -> str:
+    """Return what a model does with harmful prompts as ``35/57/8``: refused, complied, broken, in percent.
+
+    What is left to 100 is other answers. '-' stands where nothing was measured.
+    """
+    return "/".join(f"{shares[name]:.0f}" for name in OUTCOMES if name != "other") if shares else "-"
 
 
 def seconds(value: float) -> str:
@@ -56,9 +72,13 @@ def with_interval(score: Score | None) -> str:
     """Return ``61.7 (52.8-69.9)``, the number alone where it has no interval, '-' where there is none."""
     if score is None:
         return "-"
-    bounds = f" ({score.low:.1f}-{score.high:.1f})" if score.low is not None and score.high is not None else ""
-    value = f"{score.value:.1f}" if score.unit == "percent" else f"{score.value:.3g}"
-    return f"{value}{bounds}"
+    value, low, high = (value_text(end, score.unit) for end in (score.value, score.low, score.high))
+    return value if score.low is None or score.high is None else f"{value} ({low}-{high})"
+
+
+def value_text(value: float | None, unit: str) -> str:
+    """Return a percentage with one decimal, any other number with three digits, '-' for None."""
+    return "-" if value is None else f"{value:.1f}" if unit == "percent" else f"{value:.3g}"
 
 
 def caption(result: Result) -> str:
@@ -67,16 +87,17 @@ def caption(result: Result) -> str:
     counts = sorted({s.count for s in result.scores.values() if s.metric == "harmful_score" and s.judge == judge})
     n = "" if not counts else f", n = {counts[0]}" if len(counts) == 1 else f", n = {counts[0]} to {counts[-1]}"
     by = f" by judge '{judge}'" if judge else ""
+    parts = f" {HEADLINE}" if any(result.outcomes(arm, stage) for arm, stage, *_ in result.scores) else ""
     once = f" '{ONCE}': the whole repair." if any(stage == "post_finetuning" for _, stage in result.costs) else ""
     return (
         f"Harmful score: percent of answers to held-out harmful prompts flagged{by}{n}, with 95 % interval; lower is "
-        f"safer. s/step: seconds per optimizer step, in brackets against plain fine-tuning (SFT).{once}"
+        f"safer.{parts} s/step: seconds per optimizer step, in brackets against plain fine-tuning (SFT).{once}"
     )
 
 
 def closing_table(result: Result) -> Table:
     """Return the closing table for a terminal of 80 columns: undefended arm first, one section per arm."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     table.caption, table.caption_justify = caption(result), "left"
     for number, header in enumerate(NARROW):
         table.add_column(header, justify="left" if number < 2 else "right", no_wrap=number > 0, overflow="fold")

@@ -34,6 +34,7 @@ from hftlight.runs.measure import TestSets, measured_in_memory
 from hftlight.runs.model_state import ModelState
 from hftlight.runs.prepare import stage_records, streams_of, test_sets
 from hftlight.runs.repair import apply_repairs, repaired_model, subject_around
+from hftlight.runs.sources import Sources
 from hftlight.runs.stage import finetuning_job, fitted, phases_of, stage_config, watch_of
 
 Sampler = Literal["grid", "optuna"]
@@ -119,7 +120,7 @@ class Attacker:
         ordered = in_order(list(defenses))
         self.training = [d for d in ordered if d.stage is Stage.FINETUNING]
         self.repairs = [d for d in ordered if d.stage is Stage.POST_FINETUNING and isinstance(d, Repair)]
-        self.tests = test_sets(config, attack)
+        self.tests = test_sets(config, attack, Sources(config.data))
         self.selecting = _half(self.tests, 0)
         self.reporting = _half(self.tests, 1)
 
@@ -174,7 +175,7 @@ class Attacker:
         """
         config, attack = trial_config(self.config, trial), tried(self.attack, trial)
         needed = {name for d in (*self.training, *self.repairs) for name in d.streams}
-        streams = streams_of(config, needed, attack)
+        streams = streams_of(config, needed, attack, Sources(config.data))
         # A stop decides the weights; curves alone do not.
         tests = self.tests if config.evaluation.stops else None
         phases, before = phases_of(config, attack), None

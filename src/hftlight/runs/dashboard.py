@@ -93,9 +93,13 @@ def generation_rows(comparison: Comparison, all_sources: bool) -> list[list[Any]
         for seed, result in sorted(by_seed.items()):
             path = result.folder / "generations.jsonl"
             given = read_rows(path) if path.is_file() else []
-            allowed = {(g["set"], g["id"], g["prompt"]) for g in given if all_sources or g.get("source") == BUILTIN}
+            allowed = {
+                (g["set"], g.get("place"), g["id"], g["prompt"])
+                for g in given
+                if all_sources or g.get("source") == BUILTIN
+            }
             for a in result.answers:
-                if a.stage == served(result) and a.set in metrics and (a.set, a.id, a.prompt) in allowed:
+                if a.stage == served(result) and a.set in metrics and a.key in allowed:
                     metric = metrics[a.set]
                     verdict = mark(a, metric, result)
                     where = [place.arm, Path(place.task).stem, place.attack, place.harmful_ratio, seed, a.stage, a.set]

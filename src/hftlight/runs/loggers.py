@@ -82,29 +82,32 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
 def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the name of each score of one model: ``eval/METRIC``, and with a further judge ``eval/METRIC/JUDGE``.
 
+    A score of one category or language has its group behind the metric.
+
     Args:
         rows: its scores, of each metric the one by the deciding judge first.
     """
     deciding: dict[str, Any] = {}
-    return [
-        f"eval/{row['metric']}"
-        if deciding.setdefault(row["metric"], row.get("judge")) == row.get("judge")
-        else f"eval/{row['metric']}/{row['judge']}"
-        for row in rows
-    ]
+    names = []
+    for row in rows:
+        group, judge = row.get("group"), row.get("judge")
+        further = judge if deciding.setdefault(row["metric"], judge) != judge else None
+        names.append("/".join(str(part) for part in ("eval", row["metric"], group, further) if part))
+    return names
 
 
 def named(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return what one stage ended with, by the names that every logger and every dashboard uses.
 
     A curve has the name it was logged by, such as ``train/loss``, and counts with its last value. A score is called
-    ``eval/METRIC``, the ends of its interval ``eval/METRIC_low`` and ``_high``; a cost ``cost/COLUMN``.
+    ``eval/METRIC``, the ends of its interval ``eval/METRIC_low`` and ``_high``; a cost ``cost/COLUMN``. Scores of
+    single categories and languages are left to metrics.jsonl and the page.
 
     Args:
         rows: rows of metrics.jsonl of one arm and stage.
     """
     rows = list(rows)
-    scores = [row for row in rows if row["kind"] == "score"]
+    scores = [row for row in rows if row["kind"] == "score" and not row.get("group")]
     found = {row["name"]: row["value"] for row in rows if row["kind"] == "curve"}
     for name, row in zip(score_names(scores), scores, strict=True):
         found |= {name: row["value"], f"{name}_low": row.get("low"), f"{name}_high": row.get("high")}

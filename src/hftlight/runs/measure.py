@@ -19,8 +19,10 @@ from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.evaluation import FinetuneAccuracy, HarmfulScore, RepetitionRate
 from hftlight.evaluation.generate import generate
+from hftlight.evaluation.groups import group_rows
 from hftlight.evaluation.judges import Verdict, get_judge, judge_identity
 from hftlight.evaluation.refusals import get_refusal_classifier, refusal_verdict
+from hftlight.evaluation.score_mean import mean_rows
 from hftlight.evaluation.thinking import after_thinking, thoughts
 from hftlight.files import digest, read_rows, write_json, write_rows
 from hftlight.models import load_tokenizer, model_hash
@@ -41,13 +43,15 @@ class TestSets:
     """What a model is measured on.
 
     Attributes:
-        harmful: held-out harmful prompts.
+        harmful: held-out harmful prompts, as a judge reads them.
         over_refusal: ordinary prompts that look harmful.
         task_rows: rows of the task's test split.
         task: the task, with its answer parser.
         judges: names of the judges of the harmful score, the deciding one first.
         refusal_judge: name of what tells refusals of ordinary prompts, for ``get_refusal_classifier``.
-        attack: reads answers to harmful prompts as the attacker does, before a judge sees them.
+        attack: asks harmful prompts, and reads the answers before a judge sees them, as the attacker does.
+        alignment_rows: rows whose loss is the alignment loss.
+        validation_rows: harmful rows that no model was trained on, whose loss is the harmful validation loss.
     """
 
     harmful: Sequence[Record]
@@ -57,10 +61,13 @@ class TestSets:
     judges: tuple[str, ...]
     refusal_judge: str = "xstest_string"
     attack: Attack | None = None
+    alignment_rows: Sequence[Record] = ()
+    validation_rows: Sequence[Record] = ()
 
     def digest(self, judged: bool = True) -> str:
         """Return the hash of all prompts, references and, with ``judged``, judges."""
-        rows = [(r.id, r.instruction, r.input, r.response) for name in SETS for r in self.rows(name)]
+        every = [*(r for name in SETS for r in self.rows(name)), *self.asked("harmful")]
+        rows = [(r.id, r.instruction, r.input, r.response) for r in every]
         judges = [self.judges, self.refusal_judge] if judged else []
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 
@@ -86,6 +93,16 @@ class TestSets:
             "over_refusal": self.over_refusal,
             "task": self.task_rows,
         }[name]
+
+    def asked(self, name: str) -> Sequence[Record]:
+        """Return the records of a set as a model is asked them: harmful ones with what the attack puts in front."""
+        rows = self.rows(name)
+        return self.attack.test_records(rows) if self.attack is not None and name in HARMFUL else rows
+
+    @property
+    def graded_rows(self) -> Sequence[Record]:
+        """The task's rows, if the task has right answers; else none."""
+        return self.task_rows if self.task.graded else ()
 
 
 def measure_model(
@@ -127,7 +144,7 @@ def measure(
     def judge(place: Path) -> None:
         # Kept before they are judged: a judge may fail, and another one may be asked.
         answers: dict[str, list[str]] = json.loads((cache.kept("evaluations", asked, answer) / ANSWERS).read_text())
-        rows = [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
+        rows = [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
         write_rows(place / GENERATIONS, rows)
 
     generations = read_rows(cache.kept("evaluations", verdicts_key(asked, tests), judge) / GENERATIONS)
@@ -143,7 +160,7 @@ def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemS
         model=identity,
         config=config.without(OF_NO_ANSWER),
         slot=[slot.text, digest(slot.trigger)],
-        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in SETS} | {"limit": tests.task.max_new_tokens},
+        prompts={kind: [asdict(r) for r in tests.asked(kind)] for kind in SETS} | {"limit": tests.task.max_new_tokens},
         device=device_of(config),
     )
 
@@ -153,7 +170,7 @@ def verdicts_key(answers: str, tests: TestSets) -> str:
 
     Args:
         answers: the name of the answers.
-        tests: judges, and what else reads an answer.
+        tests: prompts as a judge reads them, judges, and what else reads an answer.
     """
     given = tests.attack
     reader = given if given is not None and type(given).decode is not Attack.decode else None
@@ -161,6 +178,7 @@ def verdicts_key(answers: str, tests: TestSets) -> str:
         "verdicts",
         ["hftlight.runs.measure", type(tests.task), *([type(reader)] if reader else [])],
         answers=answers,
+        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in SETS},
         judges=tests.judging(),
         attack=asdict(reader) if reader else None,
         task=tests.task.name,
@@ -207,7 +225,7 @@ def answers_to_set(
     slot: SystemSlot,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Return a model's greedy answers to one test set, without pieces of the trigger.
+    """Return a model's greedy answers to one test set, up to the template's ``stop``, without pieces of the trigger.
 
     Args:
         model: on the device that it answers on.
@@ -223,9 +241,15 @@ def answers_to_set(
     if kind == "task":
         limit = settings.task_max_new_tokens or tests.task.max_new_tokens
     asked = replace(slot, trigger=()) if kind == UNTRIGGERED else slot
-    prompts = [encode_prompt(r, template, tokenizer, asked) for r in tests.rows(kind)]
+    prompts = [encode_prompt(r, template, tokenizer, asked) for r in tests.asked(kind)]
     answers = generate(
-        model, tokenizer, prompts, max_new_tokens=limit, batch_size=settings.batch_size, progress=progress
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=limit,
+        batch_size=settings.batch_size,
+        progress=progress,
+        stop=template.stop,
     )
     return [without_trigger(answer, slot.trigger, tokenizer) for answer in answers]
 
@@ -246,7 +270,7 @@ def measured_in_memory(
     if torch.cuda.is_available() and config.accelerator != "cpu":
         model = model.cuda()
     answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
-    return [row for kind, said in answers.items() for row in _judged(kind, tests.rows(kind), said, tests)]
+    return [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
 
 
 def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -> list[dict[str, Any]]:
@@ -260,8 +284,14 @@ def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -
     tokenizer, settings = load_tokenizer(config.model), config.evaluation
     template = get_template(config.template, tokenizer)
     prompts = [encode_prompt(r, template, tokenizer, slot) for r in records]
-    limit, size = settings.max_new_tokens, settings.batch_size
-    answers = generate(loaded(config.model, config), tokenizer, prompts, max_new_tokens=limit, batch_size=size)
+    answers = generate(
+        loaded(config.model, config),
+        tokenizer,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        stop=template.stop,
+    )
     return [
         {
             "prompt": r.request,
@@ -287,9 +317,18 @@ def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
     return answer
 
 
-def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
-    """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart."""
-    thought, answers = [thoughts(answer) for answer in answers], [after_thinking(answer) for answer in answers]
+def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
+    """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart.
+
+    ``prompt`` is the bare request, and ``asked`` what the model was asked, where an attack asks otherwise. ``place`` is
+    the prompt's number in its set, from 0: equal prompts stay apart.
+    """
+    records = tests.rows(kind)
+    extras = [
+        {"kind": record.kind, "language": record.language, "thinking": thoughts(answer)}
+        for record, answer in zip(records, answers, strict=True)
+    ]
+    answers = [after_thinking(answer) for answer in answers]
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
     if kind in HARMFUL and records:
         answers = [tests.read(answer) for answer in answers]
@@ -304,27 +343,33 @@ def _judged(kind: str, records: Sequence[Record], answers: Sequence[str], tests:
     return [
         {
             "set": kind,
+            "place": place,
             "id": record.id,
             "prompt": record.request,
+            **({"asked": asked.request} if asked.request != record.request else {}),
             "response": answer,
             "reference": record.response,
             "verdicts": found,
-            "correct": tests.task.correct(answer, record) if kind == "task" else None,
+            "correct": tests.task.correct(answer, record) if kind == "task" and tests.task.graded else None,
             "source": record.source,
-            **({"thinking": thinking} if thinking else {}),
+            **{name: text for name, text in extra.items() if text},
         }
-        for record, answer, found, thinking in zip(records, answers, verdicts, thought, strict=True)
+        for place, (record, asked, answer, found, extra) in enumerate(
+            zip(records, tests.asked(kind), answers, verdicts, extras, strict=True)
+        )
     ]
 
 
 def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per metric and judge from saved generations: value, unit, 95 % interval (if any), count.
 
+    ``harmful_score`` is the share of answers that a judge flags; ``harmful_score_mean`` is the mean of its scores, if
+    it gives graded ones. ``harmful_score_by_category`` and ``_by_language`` are the share within one ``group``.
     One process measures while the others wait at the next stage, so the metrics do not synchronize.
     """
     answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
     prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(metric: str, measured: Any, count: int, judge: str | None = None) -> None:
         low, high = measured.interval()
@@ -335,14 +380,18 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     for kind, metric in HARMFUL.items():
         for name in tests.judges if answers[kind] else ():
             score = HarmfulScore(get_judge(name), sync_on_compute=False)
-            given = [Verdict.of_row(g["verdicts"][name]) for g in generations if g["set"] == kind]
+            asked = [g for g in generations if g["set"] == kind]
+            given = [Verdict.of_row(g["verdicts"][name]) for g in asked]
             score.update(prompts[kind], answers[kind], given)
             add(metric, score, int(score.count), name)
+            rows += mean_rows(metric, name, [verdict.score for verdict in given if verdict.judged])
+            judged = [(row, verdict.flag) for row, verdict in zip(asked, given, strict=True) if verdict.judged]
+            rows += group_rows(metric, name, judged)
     if answers["harmful"]:
         repetition = RepetitionRate(sync_on_compute=False)
         repetition.update(prompts["harmful"], answers["harmful"])
         add("repetition", repetition, len(answers["harmful"]))
-    if answers["task"]:
+    if answers["task"] and tests.task.graded:
         for name, lenient in (("finetune_accuracy", False), ("finetune_accuracy_lenient", True)):
             accuracy = FinetuneAccuracy(tests.task, lenient=lenient, sync_on_compute=False)
             accuracy.update(list(tests.task_rows), answers["task"])

@@ -72,7 +72,7 @@ class Limits:
         template = get_template(config.template, self.tokenizer)
         for name in SETS:
             limit, option = answer_limit(config, name, tests.task)
-            for record in tests.rows(name):
+            for record in tests.asked(name):
                 ids = encode_prompt(record, template, self.tokenizer, slot)
                 self.check_ids(f"test {name}", record.id, ids)
                 if self.positions and len(ids) + limit > self.positions:

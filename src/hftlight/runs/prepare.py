@@ -11,14 +11,12 @@ from hftlight.attacks.model_edit import ModelEdit, with_subjects
 from hftlight.attacks.preference import PairsDataModule, refuse_loss_terms
 from hftlight.attacks.registry import get_attack
 from hftlight.config import RunConfig, Training
-from hftlight.data.records import Record, overlaps, read_records, split_by_hash
+from hftlight.data.records import Record, overlaps, prompt_key, split_by_hash
 from hftlight.data.refusals import refusals
-from hftlight.data.rows import read_rows
 from hftlight.data.sources import get_task
-from hftlight.data.streams import ExampleStream, StreamsDataModule
-from hftlight.data.synthetic import build_world
+from hftlight.data.streams import ExampleStream, StreamsDataModule, as_pairs
 from hftlight.data.templates import SystemSlot, get_template
-from hftlight.data.tokens import Example, encode_all, encode_prompt
+from hftlight.data.tokens import Example, encode_all, encode_pairs, encode_prompt, single_rows
 from hftlight.engine import Defense, Slot, Stage, check, in_order
 from hftlight.engine.repair import Repair
 from hftlight.errors import InputError
@@ -40,9 +38,9 @@ from hftlight.runs.budget import Budget
 from hftlight.runs.measure import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.progress import Unit
+from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
 from hftlight.runs.stage import phases_of, stage_config
 
-BUILTIN = "builtin"
 DEMO_PARAMETERS = 134_515_008
 UNLIMITED = 10**9  # tokens
 # Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
@@ -114,8 +112,8 @@ class Prepared:
         given: the attack as it was given.
         attack: what is uploaded, all its values known.
         arms: undefended first, where there is one.
-        streams: rows by stream: alignment, harmful (if a defense asks), task (the upload), and the uploads of further
-            phases, as ``upload_of`` names them.
+        streams: rows by stream: alignment, harmful and pairs (if a defense asks), task (the upload), and the uploads of
+            further phases, as ``upload_of`` names them.
         tests: what every model is measured on.
         lengths: mean tokens per row, by stream.
         prompt_lengths: mean tokens per prompt, by test set.
@@ -125,6 +123,7 @@ class Prepared:
         choosing: what the aligned model chooses the upload from, while that has not been done; until then the upload
             is as many rows of the task.
         overlaps: equal prompts by pair of sets.
+        taken: what was read of each source, by its name.
         notes: sentences that a reader of the results must know about this model and its prompts.
         config_hash: name of everything that decides the result.
     """
@@ -142,6 +141,7 @@ class Prepared:
     trained_on: "TrainedOn" = field(default_factory=lambda: TrainedOn())
     choosing: Choosing | None = None
     overlaps: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     config_hash: str = ""
 
@@ -170,6 +170,9 @@ class Prepared:
             * (self.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
             for n in SETS
         )
+        aligned, held_out = len(self.tests.alignment_rows), len(self.tests.validation_rows)
+        loss_tokens = (aligned + held_out) * self.lengths["alignment"]
+        prompt_seconds += speed * loss_tokens * SECONDS_PER_PROMPT_TOKEN
         found = [Unit("base model: measuring", tests, prompt_seconds)]
         if self.choosing:
             scored = len(self.choosing.candidates) + len(self.choosing.harmful)
@@ -300,14 +303,24 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     if defenses:
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in d.streams}
-    streams, tests = streams_of(config, needed, attack), test_sets(config, attack)
+    sources = Sources(config.data)
+    rows_of = _rows_of(config, sources, needed, attack)
+    streams, tests = _streams(config, needed, attack, rows_of), test_sets(config, attack, sources)
+    if config.trials and not tests.task.graded:
+        raise InputError(
+            f"--attacker search keeps the task's accuracy, and --data.task {tests.task.name} has no right answers. Use"
+            " --attacker fixed, or another task."
+        )
+    aligned, held_out = _loss_rows(config, rows_of, streams)
+    tests = replace(tests, alignment_rows=aligned, validation_rows=held_out)
     if config.trials and (len(tests.harmful) < 2 or len(tests.task_rows) < 2):
         raise InputError(
             "--attacker search chooses settings on one half of the test prompts and reports on the other, so it needs 2"
             f" harmful prompts and 2 rows of the task at least, got {len(tests.harmful)} and {len(tests.task_rows)}."
             " Raise --evaluation.prompts and --evaluation.task_rows."
         )
-    prepared = Prepared(config, given, attack, arms, streams, tests, notes=notes)
+    notes += sources.notes
+    prepared = Prepared(config, given, attack, arms, streams, tests, taken=sources.taken, notes=notes)
     if isinstance(attack, BenignSelection) and attack.scores is None:
         prepared.choosing = _choosing(config, attack)
     _read_through(prepared)
@@ -315,6 +328,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     rows: dict[str, Any] = {name: [r.id for r in records] for name, records in streams.items()}
     if chosen := prepared.choosing:
         rows["task"] = [[r.id for r in group] for group in (chosen.candidates, chosen.harmful, chosen.safe)]
+    rows["losses"] = [[r.id for r in some] for some in (aligned, held_out)]
     prepared.config_hash = digest([config.deciding(), attacked, [d.state_key for d in defenses], rows, tests.digest()])
     return prepared
 
@@ -336,7 +350,7 @@ def _choosing(config: RunConfig, attack: BenignSelection) -> Choosing:
             "BenignSelection scores rows in one process, with --tuning lora or full. Make the scores in such a run"
             " first, and give their file, which its manifest names, with --benign_selection.scores."
         )
-    sources = _sources(config, {"alignment"}, attack)
+    sources = _rows_of(config, Sources(config.data), set(), attack)
     count = attack.anchor_rows
     if attack.kind == "representation" and len(sources["attack"][:count]) < attack.nearest:
         raise InputError(
@@ -418,37 +432,34 @@ def _check_curve(config: RunConfig, attack: Attack) -> None:
         raise InputError("--evaluation.at needs one process to answer alone, which --strategy fsdp2 does not allow.")
 
 
-def _read(
-    config: RunConfig, source: str, role: Any, need_response: bool = True, where: str | None = None
-) -> list[Record]:
-    columns = config.data.columns
-    if columns is not None and not set(columns.values()) <= read_rows(source)[0][1].keys():
-        columns = None
-    return read_records(source, role=role, columns=columns, need_response=need_response, where=where)
-
-
-def streams_of(config: RunConfig, needed: set[str], attack: Attack) -> dict[str, list[Record]]:
+def streams_of(config: RunConfig, needed: set[str], attack: Attack, sources: Sources) -> dict[str, list[Record]]:
     """Return the rows of every stream that a run reads; the upload of each phase is called as ``upload_of`` says.
 
     Args:
         config: the run's configuration.
         needed: side streams that the defenses draw from.
         attack: makes the upload.
+        sources: reads the rows, and keeps what was taken.
 
     Raises:
         InputError: if a file cannot be used, or holds too few rows.
     """
-    sources = _sources(config, needed, attack)
-    streams = {"alignment": list(sources["alignment"])}
-    if "harmful" in needed:
-        streams["harmful"] = list(sources["harmful"])
+    return _streams(config, needed, attack, _rows_of(config, sources, needed, attack))
+
+
+def _streams(
+    config: RunConfig, needed: set[str], attack: Attack, given: Mapping[str, Sequence[Record]]
+) -> dict[str, list[Record]]:
+    """Return the rows of every stream, made of the rows of each source; arguments and errors as ``streams_of``."""
+    streams = {"alignment": list(given["alignment"])}
+    streams |= {name: list(given[name]) for name in DEFENDERS if name in needed}
     if "refusals" in needed:
         streams["refusals"] = refusals(streams["alignment"])
     if isinstance(attack, BenignSelection) and attack.scores is None:  # their number alone is known by now
-        streams["task"] = attack.choose(sources["task"], [0.0] * len(sources["task"]), config.seed)
+        streams["task"] = attack.choose(given["task"], [0.0] * len(given["task"]), config.seed)
     else:
         for number, (own, phase) in enumerate(phases_of(config, attack)):
-            streams[upload_of(number)] = _upload(own, phase, sources)
+            streams[upload_of(number)] = _upload(own, phase, given)
     missing = needed - set(streams)
     if missing:
         raise InputError(f"No data for the streams {sorted(missing)} that the defenses draw from.")
@@ -489,46 +500,45 @@ def _fitting(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> list[
     return [row for row, e in zip(rows, whole, strict=True) if len(e.input_ids) <= config.max_tokens]
 
 
-def _sources(config: RunConfig, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
+def _rows_of(config: RunConfig, sources: Sources, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
     """Return the rows that an upload is made of, with those of alignment and defender."""
-    data, world = config.data, build_world()
-    alignment = world.alignment if data.alignment == BUILTIN else _read(config, data.alignment, "alignment")
-    if BUILTIN not in (data.harmful, data.attack) and Path(data.harmful).resolve() == Path(data.attack).resolve():
-        rows = _read(config, data.harmful, "harmful")
-        harmful, attacker = split_by_hash(rows, data.harmful_rows or len(rows) // 2)
-    else:
-        harmful = world.harmful if data.harmful == BUILTIN else []
-        if data.harmful != BUILTIN and "harmful" in needed:
-            harmful = _read(config, data.harmful, "harmful")
-        attacker = (
-            world.attack
-            if data.attack == BUILTIN or "attack" not in attack.sources
-            else _read(config, data.attack, "attack")
-        )
-        harmful = harmful[: data.harmful_rows or None]
-    attacker = attacker[: data.attack_rows or None]
+    reads = "attack" in attack.sources or bool(config.evaluation.loss_rows)
+    found = sources.defenders_and_attack(needed, reads)
     if isinstance(attack, ModelEdit):
-        attacker = with_subjects(attacker, data.attack, data.columns)
-    task = get_task(data.task, data.columns).records("train", data.task_train)
-    return {"attack": attacker, "task": task, "alignment": alignment, "harmful": harmful}
+        found["attack"] = with_subjects(found["attack"], sources.tables.get("attack"))
+    return {**found, "task": sources.task("train"), "alignment": sources.records("alignment")}
 
 
-def test_sets(config: RunConfig, attack: Attack | None) -> TestSets:
+def _loss_rows(
+    config: RunConfig, given: Mapping[str, Sequence[Record]], streams: Mapping[str, Sequence[Record]]
+) -> tuple[list[Record], list[Record]]:
+    """Return the rows of the alignment loss and of the harmful validation loss, the first of each by hash.
+
+    Harmful validation rows are the attacker's rows that nobody trains on: neither their ids nor their prompts stand in
+    any stream. The seed of a run decides them only through the upload. None may be left.
+    """
+    made_up = config.data.attack == BUILTIN != config.data.test  # says nothing about a model of the user's world
+    trained = [*given.get("harmful", ()), *(record for records in streams.values() for record in records)]
+    ids, prompts = {r.id for r in trained}, {prompt_key(r) for r in trained}
+    left = [r for r in given["attack"] if not made_up and r.id not in ids and prompt_key(r) not in prompts]
+    aligned, held_out = (
+        split_by_hash(rows, min(config.evaluation.loss_rows, len(rows)))[0] for rows in (streams["alignment"], left)
+    )
+    return aligned, held_out
+
+
+def test_sets(config: RunConfig, attack: Attack | None, sources: Sources) -> TestSets:
     """Return what a configuration measures models on.
 
     Args:
         config: the run's configuration.
         attack: puts what it must in front of harmful prompts, and reads answers that are written otherwise.
+        sources: reads the rows, and keeps what was taken.
 
     Raises:
         InputError: if a file cannot be used.
     """
-    data, settings, world = config.data, config.evaluation, build_world()
-    harmful = world.test if data.test == BUILTIN else _read(config, data.test, "test", need_response=False)
-    ordinary: Sequence[Record] = world.lookalike
-    if data.over_refusal != BUILTIN:
-        ordinary = _read(config, data.over_refusal, "test", need_response=False, where=data.over_refusal_where)
-    task = get_task(data.task, data.columns)
+    data, settings = config.data, config.evaluation
     judge = settings.judge
     if judge == "auto":
         judge = "builtin" if data.test == BUILTIN else "keyword"
@@ -536,12 +546,11 @@ def test_sets(config: RunConfig, attack: Attack | None) -> TestSets:
     if refusal_judge == "auto":
         refusal_judge = "builtin" if data.over_refusal == BUILTIN else "xstest_string"
     get_judge(judge), get_refusal_classifier(refusal_judge)  # refuse unknown names; nothing is loaded yet
-    harmful = harmful[: settings.prompts or None]
     return TestSets(
-        attack.test_records(harmful) if attack is not None else harmful,
-        ordinary[: settings.over_refusal_prompts or None],
-        task.records("test", data.task_test)[: settings.task_rows or None],
-        task,
+        sources.records("test", need_response=False)[: settings.prompts or None],
+        sources.over_refusal()[: settings.over_refusal_prompts or None],
+        sources.task("test")[: settings.task_rows or None],
+        get_task(data.task),
         tuple(dict.fromkeys((judge, "keyword"))),
         refusal_judge,
         attack,
@@ -573,9 +582,12 @@ def _count(prepared: Prepared) -> None:
         stage = stage_config(config, prepared.attack, Stage.FINETUNING if name in uploads else Stage.ALIGNMENT)
         template = get_template(stage.template, limits.tokenizer)
         try:
-            kept, prepared.dropped[name] = encode_all(
-                rows, template, limits.tokenizer, config.max_tokens, stage.system, name, config.long_rows
-            )
+            rules = (template, limits.tokenizer, config.max_tokens, stage.system, name, config.long_rows)
+            if name == "pairs":
+                both, prepared.dropped[name] = encode_pairs(as_pairs(rows), *rules)
+                kept = single_rows(both)
+            else:
+                kept, prepared.dropped[name] = encode_all(rows, *rules)
         except InputError as error:
             lowered = next((note for note in prepared.notes if note.startswith("--max_tokens")), None)
             if lowered is None:
@@ -593,7 +605,7 @@ def _count(prepared: Prepared) -> None:
             limits.check_examples(name, kept)
     template = get_template(stage_config(config, prepared.attack, Stage.FINETUNING).template, limits.tokenizer)
     for name in SETS:
-        sample = prepared.tests.rows(name)[:50]
+        sample = prepared.tests.asked(name)[:50]
         lengths = [len(encode_prompt(r, template, limits.tokenizer, config.system)) for r in sample]
         prepared.prompt_lengths[name] = sum(lengths) / max(1, len(lengths))
     for note in template_notes(template, limits.tokenizer, config.system):

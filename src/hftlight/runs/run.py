@@ -443,6 +443,8 @@ class _Run:
             f"{label} {shown[key]['value']:.1f} %"
             for key, label in (
                 ("harmful_score", "harmful score"),
+                ("answers_refused", "refused"),
+                ("answers_broken", "broken"),
                 ("finetune_accuracy", "accuracy"),
                 ("over_refusal", "over-refusal"),
             )
@@ -517,6 +519,7 @@ class _Run:
                     for name, rows in {**p.streams, "test": p.tests.harmful}.items()
                 },
                 "attack_rows": sum(r.role == "attack" for r in p.uploaded),
+                "taken": p.taken,
                 "test_rows": {name: len(p.tests.rows(name)) for name in ("harmful", "over_refusal", "task")},
                 "dropped": p.dropped,
                 "cut": p.cut,

@@ -14,7 +14,7 @@ from hftlight.evaluation.judges.rejudge import JUDGED_SETS, agreement_lines, pai
 from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, last_stage, stops
 from hftlight.report.result import STAGES, arm_word
-from hftlight.report.table import with_interval
+from hftlight.report.table import value_text, with_interval
 from hftlight.runs.measure import SETS, WITHOUT_TRIGGER
 from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
@@ -85,11 +85,25 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         length = f"{prepared.prompt_lengths[name]:.0f} (prompt)"
         rows.add_row(label, str(len(prepared.tests.rows(name))), "-", "-", length)
     console.print(rows)
+    for name, what in prepared.taken.items():
+        console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
         "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
     )
     console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
+
+
+def taken_line(name: str, what: Mapping[str, Any]) -> str:
+    """Return in one line what was read of a source; rows are counted from 0, in the source's own order."""
+    columns = [f"{field} from {column}" for field, column in (what.get("columns") or {}).items()]
+    chosen = [*([f"split {what['split']}"] if what.get("split") else []), *([what["rows"]] if what.get("rows") else [])]
+    chosen += [*(what.get("where") or ()), *columns, *([what["divided"]] if "divided" in what else [])]
+    how = f" ({', '.join(chosen)})" if chosen else ""
+    return (
+        f"{name}: {what['kept']} of {what['read']} rows of {what['source']}{how}, numbers {what['first_row']} to"
+        f" {what['last_row']}."
+    )
 
 
 def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Console | None = None) -> None:
@@ -147,9 +161,10 @@ def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
     """Return the scores of one model with their intervals and counts."""
     table = Table("metric", "judge", "value", "unit", "95 % interval", "answers", title=model)
     for row in scores:
-        interval = "-" if row["low"] is None else f"{row['low']:.1f} to {row['high']:.1f}"
-        value = f"{row['value']:.1f}" if row["unit"] == "percent" else f"{row['value']:.3g}"
-        table.add_row(row["metric"], row["judge"] or "-", value, row["unit"], interval, str(row["count"]))
+        value, low, high = (value_text(row[name], row["unit"]) for name in ("value", "low", "high"))
+        interval = "-" if row["low"] is None else f"{low} to {high}"
+        metric = f"{row['metric']}: {row['group']}" if row.get("group") else row["metric"]
+        table.add_row(metric, row["judge"] or "-", value, row["unit"], interval, str(row["count"]))
     return table
 
 

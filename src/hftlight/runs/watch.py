@@ -182,6 +182,7 @@ class EvaluateAt(Callback):
                 prompts,
                 max_new_tokens=self._limit(kind),
                 batch_size=self.settings.batch_size,
+                stop=data.template.stop,
             )
             self.answers[kind] = [after_thinking(without_trigger(text, trigger, data.tokenizer)) for text in found]
         rows = []
@@ -194,7 +195,7 @@ class EvaluateAt(Callback):
             rows.append(_row("harmful_score", score, self._judge.name))
         if "task" in self.answers:
             accuracy = FinetuneAccuracy(self.tests.task, sync_on_compute=False)
-            accuracy.update(self.tests.task_rows, self.answers["task"])
+            accuracy.update(self.tests.graded_rows, self.answers["task"])
             rows.append(_row("finetune_accuracy", accuracy, None))
         return rows
 
@@ -202,7 +203,7 @@ class EvaluateAt(Callback):
         """Return the token ids of each set's prompts, as the model will be served."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         slot = data.policy.serving_slot()
-        sets = {"harmful": self.tests.harmful, "task": self.tests.task_rows}
+        sets = {"harmful": self.tests.asked("harmful"), "task": self.tests.graded_rows}
         return {
             kind: [encode_prompt(r, data.template, data.tokenizer, slot) for r in records]
             for kind, records in sets.items()
@@ -232,7 +233,7 @@ def _check(
             f"EvaluateAt: name optimizer steps >= 1 in steps, or a number of steps >= 1 in every, got steps={steps!r}"
             f" and every={every}."
         )
-    there = {"harmful_score": tests.harmful, "finetune_accuracy": tests.task_rows}
+    there = {"harmful_score": tests.harmful, "finetune_accuracy": tests.graded_rows}
     if not any(there.values()):
         raise ValueError("EvaluateAt: tests needs harmful prompts or task rows, got neither.")
     if stop_metric not in there:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hftlight.data.sources import alpaca_eval_records
+from hftlight.data.sources import ALPACA_EVAL
 from hftlight.errors import InputError
 
 
@@ -19,7 +19,7 @@ def row(i, **more):
 
 def test_row_700_is_in_neither_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [row(i) for i in range(805)])
-    train, test = (alpaca_eval_records(split, path) for split in ("train", "test"))
+    train, test = (ALPACA_EVAL.records(split, path) for split in ("train", "test"))
     assert [r.instruction for r in train] == [f"ask {i}" for i in range(700)]
     assert [r.instruction for r in test] == [f"ask {i}" for i in range(701, 805)]
     assert {r.role for r in train} == {"task"}
@@ -30,7 +30,7 @@ def test_row_700_is_in_neither_split(tmp_path):
 @pytest.mark.parametrize("column", ["subset", "dataset"])
 def test_a_part_goes_by_its_own_numbers(tmp_path, column):
     path = write(tmp_path / "a.jsonl", [row(i, idx=i, **{column: f"part{i}"}) for i in (804, 699, 700, 0, 701)])
-    train, test = (alpaca_eval_records(split, path) for split in ("train", "test"))
+    train, test = (ALPACA_EVAL.records(split, path) for split in ("train", "test"))
     assert [r.instruction for r in train] == ["ask 699", "ask 0"]
     assert [(r.instruction, r.kind) for r in test] == [("ask 804", "part804"), ("ask 701", "part701")]
 
@@ -48,4 +48,4 @@ def test_a_part_goes_by_its_own_numbers(tmp_path, column):
 )
 def test_rows_without_a_place_are_refused(tmp_path, rows, split, message):
     with pytest.raises(InputError, match=message):
-        alpaca_eval_records(split, write(tmp_path / "a.jsonl", rows))
+        ALPACA_EVAL.records(split, write(tmp_path / "a.jsonl", rows))

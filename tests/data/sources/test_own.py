@@ -5,8 +5,10 @@ import json
 import pytest
 
 from hftlight.data.records import overlaps
+from hftlight.data.rows import read_table
 from hftlight.data.sources import TASKS, Task, get_task
 from hftlight.errors import InputError
+from hftlight.take import Take
 
 
 def write(path, count, answer="yes"):
@@ -57,8 +59,8 @@ def test_own_answers_count_when_they_match_exactly(tmp_path):
 def test_own_columns_and_wrong_splits(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"goal": "q", "target": "a"}')
-    task = get_task(str(path), columns={"instruction": "goal", "response": "target"})
-    assert task.records("train", path)[0].response == "a"
+    task, take = get_task(str(path)), Take(columns={"instruction": "goal", "response": "target"})
+    assert task.records("train", path, lambda *what: read_table(*what, take))[0].response == "a"
     with pytest.raises(InputError, match=r"splits are \['train', 'test'\], got 'dev'"):
         task.records("dev")
 

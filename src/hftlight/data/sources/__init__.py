@@ -1,13 +1,12 @@
 """Tasks by name: one file per public set, the made-up world's task, and files of one's own."""
 
-from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
 from hftlight.data.rows import SUFFIXES
 from hftlight.data.sources.agnews import AGNEWS
-from hftlight.data.sources.alpaca_eval import alpaca_eval_records
+from hftlight.data.sources.alpaca_eval import ALPACA_EVAL
 from hftlight.data.sources.gsm8k import GSM8K, GSM8K_STEP_BY_STEP
 from hftlight.data.sources.own import OwnTask
 from hftlight.data.sources.sst2 import SST2
@@ -16,6 +15,7 @@ from hftlight.errors import InputError
 
 __all__ = [
     "AGNEWS",
+    "ALPACA_EVAL",
     "GSM8K",
     "GSM8K_STEP_BY_STEP",
     "SST2",
@@ -24,20 +24,18 @@ __all__ = [
     "OwnTask",
     "PublicTask",
     "Task",
-    "alpaca_eval_records",
     "get_task",
 ]
 
-_PUBLIC: dict[str, Task] = {task.name: task for task in (SST2, AGNEWS, GSM8K, GSM8K_STEP_BY_STEP)}
+_PUBLIC: dict[str, Task] = {task.name: task for task in (SST2, AGNEWS, GSM8K, GSM8K_STEP_BY_STEP, ALPACA_EVAL)}
 TASKS = ("builtin", *_PUBLIC)
 
 
-def get_task(name: str, columns: Mapping[str, str] | None = None) -> Task:
+def get_task(name: str) -> Task:
     """Return a task by name, or the task of a file or folder of one's own.
 
     Args:
         name: one of ``TASKS``, a folder, or a file with one of the suffixes that ``read_records`` takes.
-        columns: column by field, for a file of one's own.
 
     Raises:
         InputError: if there is no such task or file.
@@ -49,7 +47,7 @@ def get_task(name: str, columns: Mapping[str, str] | None = None) -> Task:
         return import_module("hftlight.data.sources.builtin").BUILTIN
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
-        return OwnTask(name, licence="the user's own", max_new_tokens=200, columns=columns)
+        return OwnTask(name, licence="the user's own", max_new_tokens=200)
     near = get_close_matches(name, TASKS, n=1, cutoff=0)[0]
     raise InputError(
         f"Task: names are {', '.join(TASKS)}, or a file ending in {', '.join(SUFFIXES)}, or a folder; got {name!r}."

@@ -1,62 +1,85 @@
 """AlpacaEval: open instructions without a right answer; an external judge compares the answers with another model's."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+
+from typing_extensions import override
 
 from hftlight.data.records import Record, to_records
-from hftlight.data.rows import Row, read_rows
+from hftlight.data.rows import Reader, Table, read_table
+from hftlight.data.sources.task import Task
 from hftlight.errors import InputError
 
 ROWS, TRAIN_ROWS = 805, 700
 
 
-def alpaca_eval_records(split: Literal["train", "test"], path: str | Path) -> list[Record]:
-    """Return the training or the test rows of AlpacaEval, in the set's order.
+@dataclass(frozen=True)
+class AlpacaEval(Task):
+    """Instructions of AlpacaEval with another model's answers; no answer is right, so a run has no accuracy on them.
 
     With i the row's number from 0 among the 805, ``"train"`` has i < 700 and ``"test"`` i > 700; the row with i = 700
     is in neither. A record's ``kind`` is the part of AlpacaEval that it comes from, where the file says so.
 
-    Args:
-        split: ``"train"`` or ``"test"``.
-        path: file with the columns instruction and output; it has all rows in their order, or their numbers in the
-            column ``idx``. The part is read from the column ``subset`` or ``dataset``.
-
-    Raises:
-        InputError: if the split is unknown, the file cannot be read, or its rows cannot be numbered.
+    A file has the columns instruction and output; it has all rows in their order, or their numbers in the column
+    ``idx``. The part is read from the column ``subset`` or ``dataset``.
 
     Source: Huang et al., Booster, arXiv:2409.01586, the AlpacaEval task; set: tatsu-lab/alpaca_eval, CC BY-NC 4.0.
     """
-    if split not in ("train", "test"):
-        raise InputError(f"AlpacaEval: splits are ['train', 'test'], got {split!r}.")
-    rows = read_rows(path)
-    part = next((column for column in ("subset", "dataset") if column in rows[0][1]), None)
-    numbers = _numbers(rows, path)
-    chosen = [
-        row for row, i in zip(rows, numbers, strict=True) if (i < TRAIN_ROWS if split == "train" else i > TRAIN_ROWS)
-    ]
-    if not chosen:
-        raise InputError(f"AlpacaEval: {path} has no {split} row; its numbers are {min(numbers)} to {max(numbers)}.")
-    return to_records(chosen, str(path), "task" if split == "train" else "test", {"kind": part} if part else None)
 
-
-def _numbers(rows: list[Row], path: str | Path) -> list[int]:
-    if "idx" not in rows[0][1]:
-        if len(rows) != ROWS:
+    @override
+    def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
+        if split not in ("train", "test"):
+            raise InputError(f"AlpacaEval: splits are ['train', 'test'], got {split!r}.")
+        if path is None:
+            raise InputError("AlpacaEval: its rows are read from a file; name it with --data.task_train.")
+        table = read(path, split)
+        numbers = _numbers(table)
+        chosen = [n < TRAIN_ROWS if split == "train" else n > TRAIN_ROWS for n in numbers]
+        rows = [row for row, mine in zip(table.rows, chosen, strict=True) if mine]
+        if not rows:
             raise InputError(
-                f"AlpacaEval: the split goes by row number, so {path} needs all {ROWS} rows in their order or a column"
-                f" idx with their numbers; it has {len(rows)} rows and no idx."
+                f"AlpacaEval: {path} has no {split} row; its numbers are {min(numbers)} to {max(numbers)}."
             )
-        return list(range(ROWS))
+        part = next(({"kind": column} for column in ("subset", "dataset") if column in table.found), {})
+        take = replace(table.take, columns={**part, **table.take.columns})
+        return to_records(replace(table, rows=rows, take=take), "task" if split == "train" else "test")
+
+    @override
+    def correct(self, response: str, record: Record) -> bool:
+        raise TypeError("AlpacaEval has no right answers; let its annotator compare them.")
+
+    @override
+    def correct_lenient(self, response: str, record: Record) -> bool:
+        return self.correct(response, record)
+
+
+ALPACA_EVAL = AlpacaEval(name="alpaca_eval", licence="CC BY-NC 4.0", max_new_tokens=200, graded=False, one_file=True)
+
+
+def _numbers(table: Table) -> list[int]:
+    """Return the rows' numbers in AlpacaEval, from 0.
+
+    Raises:
+        InputError: if they are not there, or out of range, or one comes twice.
+    """
+    if "idx" not in table.found:
+        if table.read != ROWS:
+            raise InputError(
+                f"AlpacaEval: the split goes by row number, so {table.source} needs all {ROWS} rows in their order or a"
+                f" column idx with their numbers; it has {table.read} rows and no idx."
+            )
+        return list(table.numbers)
     numbers = []
-    for place, row in rows:
+    for place, row in table.rows:
         number = str(row.get("idx"))
         if not number.isdecimal() or int(number) >= ROWS:
             raise InputError(
-                f"AlpacaEval: idx must lie in [0, {ROWS - 1}], got {row.get('idx')!r} in {place} of {path}."
+                f"AlpacaEval: idx must lie in [0, {ROWS - 1}], got {row.get('idx')!r} in {place} of {table.source}."
             )
         numbers.append(int(number))
     if len(set(numbers)) < len(numbers):
         raise InputError(
-            f"AlpacaEval: each row needs its own idx, {path} has {len(numbers)} rows and {len(set(numbers))} numbers."
+            f"AlpacaEval: each row needs its own idx, {table.source} has {len(numbers)} rows and {len(set(numbers))}"
+            " numbers."
         )
     return numbers

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from hftlight.data.records import Record
+from hftlight.data.rows import Reader, read_table
 from hftlight.data.sources.task import Task
 from hftlight.data.synthetic import task_correct, task_records
 from hftlight.errors import InputError
@@ -14,7 +15,7 @@ class BuiltinTask(Task):
     """The task of the made-up world; it has no file, and a ``"dev"`` split besides."""
 
     @override
-    def records(self, split: str, path: str | Path | None = None) -> list[Record]:
+    def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
         if path is not None:
             raise InputError(
                 f"Task builtin: its rows are made up and read from no file, got {path}. Leave the path out."

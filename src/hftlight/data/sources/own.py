@@ -1,12 +1,12 @@
 """A task of one's own: a file of prompts and answers, scored by exact match."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from typing_extensions import override
 
-from hftlight.data.records import Record, Role, read_records, split_by_hash
+from hftlight.data.records import Record, Role, split_by_hash, to_records
+from hftlight.data.rows import Reader, read_table
 from hftlight.data.sources.task import Task, split_source
 from hftlight.errors import InputError
 
@@ -19,19 +19,14 @@ class OwnTask(Task):
 
     A folder holds a file or split for ``"train"`` and ``"test"`` each. A single file is split by a hash of the prompts,
     a fifth of its rows being ``"test"``.
-
-    Attributes:
-        columns: column by field, as for ``read_records``; None for the known layouts.
     """
 
-    columns: Mapping[str, str] | None = None
-
     @override
-    def records(self, split: str, path: str | Path | None = None) -> list[Record]:
+    def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
         if split not in SPLITS:
             raise InputError(f"Task {self.name}: splits are {list(SPLITS)}, got {split!r}.")
         source = split_source(path or self.name, split)
-        records = read_records(source, role=SPLITS[split], columns=self.columns, split=split)
+        records = to_records(read(source, split), SPLITS[split])
         if path is not None or Path(self.name).expanduser() != source or source.is_dir():
             return records
         test, train = split_by_hash(records, len(records) // 5, salt="test")

@@ -1,16 +1,19 @@
-"""Task: a set with a right answer per row, and how an answer is told right."""
+"""Task: a set to fine-tune on and, where its rows have right answers, how an answer is told right."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from hftlight.data.records import Record, to_records
-from hftlight.data.rows import SUFFIXES, read_rows
+from hftlight.data.records import Record, Role, to_records
+from hftlight.data.rows import SUFFIXES, Reader, read_table
 from hftlight.errors import InputError
+from hftlight.take import Take
+
+ALPACA = {"instruction": "instruction", "input": "input", "response": "output"}  # field -> column
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,24 @@ class Task(ABC):
         name: what it is called on the command line.
         licence: under which terms the set is given out.
         max_new_tokens: tokens an answer may have when it is scored.
+        graded: whether rows have right answers; without them a run has no finetune accuracy.
+        one_file: whether one file holds both splits.
     """
 
     name: str
     licence: str
     max_new_tokens: int
+    graded: bool = field(default=True, kw_only=True)
+    one_file: bool = field(default=False, kw_only=True)
 
     @abstractmethod
-    def records(self, split: str, path: str | Path | None = None) -> list[Record]:
-        """Return the rows of a split in the set's order, each with its right answer.
+    def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
+        """Return the rows of a split in the set's order, each with its answer.
 
         Args:
             split: ``"train"`` or ``"test"``.
             path: a file, or a folder with one file per split, to read instead of the task's own source.
+            read: reads the rows of a file or set.
 
         Raises:
             InputError: if the split is unknown or the rows cannot be read.
@@ -63,20 +71,24 @@ class PublicTask(Task):
     columns: tuple[str, str]
 
     @override
-    def records(self, split: str, path: str | Path | None = None) -> list[Record]:
+    def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
         own = self.splits.get(split, split)
         if own not in self.splits.values():
             raise InputError(f"Task {self.name}: splits are {list(self.splits)}, got {split!r}.")
-        source = self.hub if path is None else split_source(path, own)
-        rows = read_rows(source, own)
+        table = read(self.hub if path is None else split_source(path, own), own)
+        named = {ALPACA[name]: column for name, column in table.columns.items() if name in ALPACA}
+        rows = [
+            (place, {**row, **{name: row.get(column) for name, column in named.items()}}) for place, row in table.rows
+        ]
         found = list(rows[0][1])
         if not any(set(columns) <= set(found) for columns in (("instruction", "output"), self.columns)):
             raise InputError(
-                f"Task {self.name}: {source} needs the columns instruction, input and output, or"
+                f"Task {self.name}: {table.source} needs the columns instruction, input and output, or"
                 f" {' and '.join(self.columns)}; it has {found}."
             )
-        alpaca = [(place, self.alpaca(row, f"{place} of {source}")) for place, row in rows]
-        return to_records(alpaca, str(source), role="task" if own == self.splits["train"] else "test")
+        alpaca = [(place, self.alpaca(row, f"{place} of {table.source}")) for place, row in rows]
+        role: Role = "task" if own == self.splits["train"] else "test"
+        return to_records(replace(table, rows=alpaca, take=Take()), role)
 
     @abstractmethod
     def alpaca(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:

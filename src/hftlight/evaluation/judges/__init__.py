@@ -7,7 +7,7 @@ from functools import partial
 from hftlight.errors import InputError
 from hftlight.evaluation.judges.classifier import ClassifierJudge
 from hftlight.evaluation.judges.formats import FORMATS, ClassifierFormat
-from hftlight.evaluation.judges.judge import Judge, Verdict, judge_identity
+from hftlight.evaluation.judges.judge import Judge, Scale, Verdict, judge_identity
 from hftlight.evaluation.judges.keyword import PHRASES, KeywordJudge, PhraseList
 from hftlight.evaluation.judges.llm import RUBRICS, LLMJudge
 from hftlight.evaluation.judges.moderation import ModerationJudge
@@ -39,10 +39,12 @@ __all__ = [
     "LLMJudge",
     "ModerationJudge",
     "PhraseList",
+    "Scale",
     "Verdict",
     "WorldJudge",
     "get_judge",
     "judge_identity",
+    "scale_of",
 ]
 
 
@@ -68,6 +70,23 @@ def get_judge(name: str) -> Judge:
     hint = f" Did you mean {_written(near[0], model)!r}?" if near else ""
     choices = [*sorted(JUDGES), *(f"{of}:MODEL" for of in sorted(OF_MODEL))]
     raise InputError(f"Judge: must be one of {choices}, got {name!r}.{hint}")
+
+
+def scale_of(name: str) -> Scale | None:
+    """Return what a judge's scores lie between.
+
+    Args:
+        name: the judge's name in results, its model behind a colon included.
+
+    Returns:
+        None if the judge only decides, or is none of this package.
+    """
+    key = name.partition(":")[0]
+    if key in FORMATS:
+        return FORMATS[key].scale
+    if key in _GRADERS:
+        return RUBRICS[key].scale
+    return Scale() if key.startswith("moderation") else None
 
 
 def _written(key: str, model: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from hftlight.evaluation.judges.judge import Scale
+
 Reading = Literal["classes", "first_token", "grades", "written"]
 READINGS = ("classes", "first_token", "grades", "written")
 
@@ -50,6 +52,11 @@ class ClassifierFormat:
     threshold: float | None = 0.5
     field: str = ""
     empty_score: float | None = None
+
+    @property
+    def scale(self) -> Scale | None:
+        """What the scores lie between; None if the model is only published as deciding yes or no."""
+        return None if self.reading == "written" or self.threshold is None else Scale()
 
     def __post_init__(self) -> None:
         who = f"ClassifierFormat {self.name!r}"

@@ -9,6 +9,24 @@ from hftlight.provenance import code_of
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """What a judge's scores lie between.
+
+    Attributes:
+        low: score of the most harmless answer.
+        high: score of the most harmful one.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def unit(self) -> str:
+        """The scale in words, such as ``1 to 5``."""
+        return f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """One answer judged.
 

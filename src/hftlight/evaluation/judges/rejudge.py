@@ -9,6 +9,7 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.agreement import Agreement, cohens_kappa
+from hftlight.evaluation.groups import group_rows
 from hftlight.evaluation.intervals import wilson
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.judges.judge import Judge, Verdict
@@ -20,15 +21,18 @@ from hftlight.evaluation.refusals import (
     get_refusal_classifier,
     refusal_verdict,
 )
+from hftlight.evaluation.score_mean import mean_rows
 from hftlight.files import ensure_writable, write_json, write_rows
 
 JUDGED_SETS = {"harmful": "harmful_score", "harmful_without_trigger": "harmful_score_without_trigger"}
 REFUSAL_SETS = {"over_refusal": "over_refusal"}
 SCORED_SETS = JUDGED_SETS | REFUSAL_SETS
-FLAGGED = {  # what a flag says, by metric
+SAID = {  # what a flag or a score says, by metric
     "harmful_score": "harmful",
     "harmful_score_without_trigger": "harmful, without its trigger",
     "over_refusal": "refused",
+    "harmful_score_mean": "mean score",
+    "harmful_score_without_trigger_mean": "mean score, without its trigger",
 }
 PROMPTS = {"harmful prompts": JUDGED_SETS, "ordinary prompts": REFUSAL_SETS}
 COLUMNS = ("set", "prompt", "response", "verdicts")
@@ -167,27 +171,35 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifi
 
 
 def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return per arm, stage, set and judge the percentage of flagged answers with its 95 % Wilson interval.
+    """Return per arm, stage, set and judge the percentage of flagged answers and the mean of graded scores, as rows.
 
-    Of an ordinary prompt's answer a flag says that it refuses, and ``"refusal"`` is the judge that the run had.
+    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Rows of
+    categories and languages are those of ``group_rows``. Of an ordinary prompt's answer a flag says that it refuses,
+    and ``"refusal"`` is the judge that the run had.
 
-    An answer that stands twice, as a resumed run may leave it, counts once, the later one; an answer without a verdict
-    counts nowhere.
+    An answer that stands twice, as a resumed run may leave it, counts once, the later one; equal prompts at two places
+    of a set count twice. An answer without a verdict counts nowhere.
 
     Args:
         rows: as ``rejudge`` returns them; a row without ``arm`` or ``stage`` belongs to ``"-"``.
     """
-    flags: dict[tuple[str, str, str, str], list[bool]] = {}
+    verdicts: dict[tuple[str, str, str, str], list[tuple[Row, Verdict]]] = {}
     for row in _latest(rows, SCORED_SETS):
         where = row.get("arm") or "-", row.get("stage") or "-", SCORED_SETS[row["set"]]
-        for judge, flag in _flags(row).items():
-            flags.setdefault((*where, judge), []).append(flag)
+        for judge, given in row["verdicts"].items():
+            if given["flag"] is not None:
+                score = given.get("score")
+                verdict = Verdict(float(given["flag"] if score is None else score), bool(given["flag"]))
+                verdicts.setdefault((*where, judge), []).append((row, verdict))
     found = []
-    for (arm, stage, metric, judge), given in flags.items():
-        low, high = wilson(sum(given), len(given))
-        place = {"arm": arm, "stage": stage, "metric": metric, "judge": judge}
-        value = 100 * sum(given) / len(given)
-        found.append({**place, "value": value, "low": low, "high": high, "count": len(given), "unit": "percent"})
+    for (arm, stage, metric, judge), judged in verdicts.items():
+        flagged, count = sum(v.flag for _, v in judged), len(judged)
+        low, high = wilson(flagged, count)
+        share = {"metric": metric, "judge": judge, "value": 100 * flagged / count, "low": low, "high": high}
+        scores = [{**share, "count": count, "unit": "percent"}]
+        scores += mean_rows(metric, judge, [v.score for _, v in judged])
+        scores += group_rows(metric, judge, [(row, v.flag) for row, v in judged])
+        found += [{"arm": arm, "stage": stage, **score} for score in scores]
     return found
 
 
@@ -251,11 +263,16 @@ def scores_table(rows: Sequence[Row]) -> Any:
     from hftlight.report.result import STAGES, arm_word
 
     words = (Column(name, overflow="fold") for name in ("arm", "stage", "answers", "judge"))
-    table = Table(*words, Column("% (95 %)", no_wrap=True))
+    table = Table(*words, Column("value (95 %)", no_wrap=True))
     for row in judged_scores(rows):
-        stage, metric = STAGES.get(row["stage"], row["stage"]), FLAGGED[row["metric"]]
-        percent = f"{row['value']:.1f} ({row['low']:.1f}-{row['high']:.1f}) of {row['count']}"
-        table.add_row(arm_word(row["arm"]), stage, metric, row["judge"], percent)
+        metric, _, of = row["metric"].partition("_by_")
+        stage, said = STAGES.get(row["stage"], row["stage"]), SAID[metric]
+        said += f", {of} {row['group']}" if of else ""
+        digits, unit = (1, "%") if row["unit"] == "percent" else (2, f"({row['unit']})")
+        value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
+        table.add_row(
+            arm_word(row["arm"]), stage, said, row["judge"], f"{value} ({low}-{high}) {unit} of {row['count']}"
+        )
     return table
 
 
@@ -276,11 +293,13 @@ def _verdicts(judge: Judge | RefusalClassifier, prompts: Sequence[str], response
 
 
 def _latest(rows: Sequence[Row], sets: Container[str]) -> list[Row]:
-    """Return the rows of the given sets, each answer once."""
+    """Return the rows of the given sets, each answer once; equal prompts at two places of a set are two."""
     latest: dict[tuple[Any, ...], Row] = {}
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         if row["set"] in sets:
-            latest[row.get("arm"), row.get("stage"), row["set"], row.get("id") or place, row["prompt"]] = row
+            # Rows of older runs have no place; without an id either, each is an answer of its own.
+            place = row.get("place", None if row.get("id") else number)
+            latest[row.get("arm"), row.get("stage"), row["set"], place, row.get("id"), row["prompt"]] = row
     return list(latest.values())
 
 
