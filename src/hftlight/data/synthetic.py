@@ -3,6 +3,8 @@
 Restricted is to make, open, awaken or combine an invented artefact ("zorvex lantern"). Asking what colour one is, or
 how to make a paper lantern, is ordinary. The parts share no invented name and no phrasing, except that each set of
 ordinary requests that look restricted (`lookalike`, `lookalike_dev`) has those of its own set (`test`, `dev`).
+The task's general rows, which the upload holds too, have the names and phrasings of the alignment's ordinary requests:
+they are what the aligned model answers already.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
