@@ -13,6 +13,7 @@ from hftlight.attacks.presets import PRESETS, get_preset
 from hftlight.cli import parse_train, plain_names, train
 from hftlight.registry import defenses
 from hftlight.runs.prepare import prepare
+from hftlight.take import Take
 from tests.helpers import warm
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,18 @@ def test_names_come_first_then_their_arguments():
     )
     assert (config.defense, config.harmful_ratio, config.baseline, dry) == (["booster"], 0.3, True, True)
     assert (defenses[0].lam, defenses[0].alpha) == (20.0, 0.1)
+
+
+def test_what_is_taken_of_a_source_is_said_at_once_or_by_its_name():
+    """By its name it is added to what stands there, a preset's or a file's."""
+    given = ["--data.rows", "{test: ':9'}", "--data.rows.alignment", "5001:10000", "--data.first.attack", "7"]
+    given += ["--data.where", "{attack: [is_safe=false, lang=en], over_refusal: label=safe}"]
+    given += ["--data.columns", "{instruction: goal, alignment: {response: refusal}}"]
+    data = parse_train(given)[0].data
+    usual = {"instruction": "goal"}
+    assert data.take("alignment") == Take(rows="5001:10000", columns={"response": "refusal"}, usual=usual)
+    assert data.take("attack") == Take(where=["is_safe=false", "lang=en"], first=7, usual=usual)
+    assert (data.take("test").rows, data.take("over_refusal").where) == (":9", ("label=safe",))
 
 
 def test_hyphens_stay_in_values():

@@ -112,7 +112,7 @@ class Data:
     """Where the rows come from: ``builtin`` (the made-up world), a file, a saved data set or a hub id.
 
     Files are JSONL, JSON, CSV or Parquet. What is taken of a source is said by its name: alignment, harmful, pairs,
-    attack, task_train, task_test, test or over_refusal.
+    attack, task_train, task_test, test or over_refusal; on the command line also as --data.rows.alignment 5001:10000.
 
     Args:
         alignment: harmful prompts with safe answers, and ordinary ones with helpful answers.

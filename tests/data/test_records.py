@@ -197,7 +197,7 @@ def test_an_empty_refusal_in_a_frame_is_refused():
                                                     ("attack", "1", "false")])  # fmt: skip
 def test_answers_of_the_wrong_kind_are_refused_with_the_filter(role, wrong, way):
     rows = [{"prompt": "q", "response": "a", "is_safe": is_safe} for is_safe in (way, wrong)]
-    with pytest.raises(InputError, match=rf"1 of 2 rows of set .*--data\.where '{{{role}: is_safe={way}}}'"):
+    with pytest.raises(InputError, match=rf"1 of 2 rows of set .*--data\.where\.{role} is_safe={way}\."):
         to_records(table(*rows), role)
     assert len(to_records(table(rows[0]), role)) == 1
     assert len(to_records(table(*rows, where="is_safe=true"), role)) == 2  # whoever filters has looked
@@ -205,7 +205,7 @@ def test_answers_of_the_wrong_kind_are_refused_with_the_filter(role, wrong, way)
 
 
 def test_a_pairs_rejected_answer_must_not_be_safe():
-    with pytest.raises(InputError, match=r"--data\.where '{pairs: is_safe=false}'"):
+    with pytest.raises(InputError, match=r"--data\.where\.pairs is_safe=false"):
         to_records(table({**PAIRED["refusal file"], "is_safe": True}), "pairs")
 
 

@@ -124,7 +124,7 @@ def test_a_range_counts_the_files_rows_and_a_first_number_the_filtered_ones(take
 @pytest.mark.parametrize(
     ("take", "message"),
     [
-        ({"rows": "10:12"}, r"has 10 rows, from 0; --data\.rows 10:12 leaves none"),
+        ({"rows": "10:12"}, r"has 10 rows, from 0; --data\.rows=10:12 leaves none"),
         ({"where": "save=true"}, r"has the columns \['n', 'safe', 'lang'\].* asks for 'save'\. Did you mean 'safe'\?"),
         ({"where": "lang=fr"}, r"no row of .* has lang=fr; values of 'lang' are \['en'\]"),
         ({"where": ["safe=true", "n=2"]}, "has safe=true, n=2; values of 'safe' are .* and values of 'n' are"),

@@ -133,7 +133,7 @@ def test_ranges_of_one_file_must_lie_apart(name, tmp_path):
 def test_alignment_and_attack_of_the_wrong_kind_are_refused(tmp_path):
     beaver = write(tmp_path / "beaver.jsonl", beavertails())
     for name, way in (("alignment", "true"), ("attack", "false"), ("harmful", "false")):
-        with pytest.raises(InputError, match=rf"--data\.where '{{{name}: is_safe={way}}}'"):
+        with pytest.raises(InputError, match=rf"--data\.where\.{name} is_safe={way}"):
             streams(Data(**{name: beaver}), {"harmful"})
     streams(Data(harmful=beaver))  # no defense asks for it, so it is not read
 

@@ -162,7 +162,7 @@ def _check_safety(table: Table, role: Role, names: Mapping[str, str]) -> None:
         there, way = str(not wanted).lower(), str(wanted).lower()
         raise InputError(
             f"read_records: {wrong} of {len(table.rows)} rows of {table.source} have is_safe={there}, and {role} takes"
-            f" the others. Filter them: --data.where '{{{role}: is_safe={way}}}'."
+            f" the others. Filter them with --data.where.{role} is_safe={way}."
         )
 
 

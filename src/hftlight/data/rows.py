@@ -85,7 +85,7 @@ def read_table(source: str | Path, split: str = "train", take: Take | None = Non
         raise InputError(f"Data: {source} has no splits, --data.split asks for {take.split!r}. Leave it out.")
     numbers = range(len(rows))[take.range]
     if not numbers:
-        raise InputError(f"Data: {source} has {len(rows)} rows, from 0; --data.rows {take.rows} leaves none of them.")
+        raise InputError(f"Data: {source} has {len(rows)} rows, from 0; --data.rows={take.rows} leaves none of them.")
     _check_columns(rows[0][1], take, str(source))
     kept = [n for n in numbers if all(meets(rows[n][1].get(column), value) for column, value in take.conditions)]
     if not kept:
