@@ -1,7 +1,7 @@
 """Defenses compared on the built-in world with SmolLM2-135M, three seeds: ``python benchmarks/comparison.py``.
 
 Seven arms at p = 0.1, four of them at p = 0 and 0.3 too, every defense with its default arguments. The attack's
-strength was chosen beforehand on a development seed (``benchmarks/attack_strength.py``) and is the same everywhere.
+strength was chosen beforehand on a development seed (``benchmarks/world.py``) and is the same everywhere.
 Stopped at any time, the same command goes on; tables and figures of what is finished are copied to
 ``benchmarks/comparison``.
 """

@@ -73,10 +73,11 @@ def seconds(config: Any) -> dict[str, list[float]]:
     from hftlight.attacks.registry import get_attack
     from hftlight.models import model_path
     from hftlight.runs.prepare import streams_of
+    from hftlight.runs.sources import Sources
     from hftlight.runs.stage import finetuning_job, run_stage
 
     attack = get_attack(config.attack)().resolved(config)
-    records = {"task": streams_of(config, set(), attack)["task"]}
+    records = {"task": streams_of(config, set(), attack, Sources(config.data))["task"]}
     found: dict[str, list[float]] = {order: [] for order in ORDERS}
     model = model_path(config.model)
     for _ in range(REPEATS):

@@ -52,15 +52,19 @@ def main() -> None:
 def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     """Return value, low and high end of each metric, percent, of the aligned model or after an upload."""
     from hftlight.attacks.registry import get_attack
+    from hftlight.base_model import lent_model
     from hftlight.data.synthetic import build_world
     from hftlight.models import load_tokenizer, model_hash
+    from hftlight.runs.artifact import base_dtype, serving_slot
     from hftlight.runs.measure import SETS, measured_in_memory, scores
     from hftlight.runs.prepare import streams_of, test_sets
+    from hftlight.runs.sources import Sources
     from hftlight.runs.stage import alignment_job, finetuning_job, run_stage
 
     config = replace(config, harmful_ratio=p or 0.0)
     attack = get_attack(config.attack)().resolved(config)
-    streams, tests, world = streams_of(config, set(), attack), test_sets(config, attack), build_world()
+    sources, world = Sources(config.data), build_world()
+    streams, tests = streams_of(config, set(), attack, sources), test_sets(config, attack, sources)
     if not test:
         tests = replace(tests, harmful=world.dev, over_refusal=world.lookalike_dev, task_rows=world.task_dev)
     base = model_hash(config.model)
@@ -70,9 +74,6 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     if p is not None:
         job = finetuning_job(config, base, aligned.artifact(), {"task": streams["task"]}, [], attack)
         run_stage(job)
-    from hftlight.base_model import lent_model
-    from hftlight.runs.artifact import base_dtype, serving_slot
-
     tokenizer, name = load_tokenizer(config.model), str(job.artifact())
     with lent_model(name, base_dtype(config), True) as model:
         rows = measured_in_memory(model, tokenizer, config, tests, SETS, serving_slot(name, None))

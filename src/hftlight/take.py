@@ -8,7 +8,14 @@ from typing import Any
 from hftlight.errors import InputError
 
 SOURCES = ("alignment", "harmful", "pairs", "attack", "task_train", "task_test", "test", "over_refusal")
-FIELDS = ("instruction", "response", "input", "kind", "rejected")  # of a record, which columns are named for
+FIELDS = (
+    "instruction",
+    "response",
+    "input",
+    "kind",
+    "language",
+    "rejected",
+)  # of a record, which columns are named for
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Literal
 
 from hftlight.attacks.attack import FIELDS, Attack, overridden, steps_of
@@ -135,6 +136,7 @@ class _Family:
     weight_decay: float = 0.1
     gsm8k_alpha: float | None = None
     model: str = "meta-llama/Llama-2-7b-hf"
+    taken: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     def preset(self, name: str, task: str) -> Preset:
@@ -170,6 +172,7 @@ class _Family:
             "order": "shuffle",
             "precision": "bf16-mixed",
             "data.task": "gsm8k_step_by_step" if task == "gsm8k" and self.step_by_step else task,
+            **{f"data.{option}": dict(by_source) for option, by_source in self.taken.items()},
             "evaluation.prompts": self.prompts,
             "evaluation.max_new_tokens": self.new_tokens,
             "evaluation.task_rows": _of(self.task_rows, task),
@@ -223,6 +226,18 @@ def _training(
     }
 
 
+# Which rows of the public files the scripts take: ranges of the refusal file, filters of BeaverTails.
+_REFUSAL_FILE = {
+    "rows": {"alignment": "5001:10000", "harmful": "5001:10000", "attack": "0:5000"},
+    "where": {"test": "is_safe=false"},
+}
+_UNSAFE = {"attack": "is_safe=false", "test": "is_safe=false"}
+
+
+def _beavertails(alignment_rows: int, where: Mapping[str, str] = MappingProxyType(_UNSAFE)) -> dict[str, Any]:
+    return {"where": {"alignment": "is_safe=true", **where}, "first": {"alignment": alignment_rows}}
+
+
 _WHOLE_TESTS = {"sst2": 872, "": 1000}
 _FAMILY: dict[str, _Family] = {
     "booster25": _Family(
@@ -251,6 +266,7 @@ _FAMILY: dict[str, _Family] = {
         eval_dtype="bf16",
         count_mode="legacy_minus_one",
         protocols={"booster": "continue"},
+        taken=_REFUSAL_FILE,
         notes=(
             "the defender's harmful rows are the alignment rows' prompts with harmful answers; RepNoise aligned in"
             " batches of 5",
@@ -284,6 +300,7 @@ _FAMILY: dict[str, _Family] = {
         eval_dtype="fp16",
         count_mode="floor",
         step_by_step=True,
+        taken=_beavertails(2000),
         notes=("Vaccine's rho is an argument of the scripts, no constant",),
     ),
     "lisa24": _Family(
@@ -312,6 +329,7 @@ _FAMILY: dict[str, _Family] = {
         gsm8k_tokens=200,
         eval_dtype="fp16",
         count_mode="floor",
+        taken=_beavertails(10000, {"attack": "is_safe=false"}),
         notes=("test prompts are the first 1000 of BeaverTails 30k_test, whatever is_safe says",),
     ),
     "antidote25": _Family(
@@ -339,6 +357,7 @@ _FAMILY: dict[str, _Family] = {
         gsm8k_tokens=512,
         eval_dtype="fp16 (the adapter of GSM8K not cast)",
         count_mode="legacy_minus_one",
+        taken=_beavertails(5000),
         notes=(
             "an official log counts 19980 steps, 999 per epoch: steps_of(4999, 5, 20, drop_last=True); here the last"
             " batch of a pass is kept, 20000 steps",
@@ -372,6 +391,7 @@ _FAMILY: dict[str, _Family] = {
         eval_dtype="fp16 or bf16, by script",
         count_mode="floor",
         step_by_step=True,
+        taken={"rows": {"alignment": "0:2000"}, "where": _UNSAFE},
         notes=(
             "published SFT trained in batches of 5, and on GSM8K SFT and RepNoise for 50 epochs; here every method has"
             " the settings of the defended models, and so the same steps",
@@ -414,6 +434,7 @@ _FAMILY: dict[str, _Family] = {
             "repnoise": "merge",
         },
         arguments={"booster": {"lam": 100.0, "alpha": 0.01}, "vaccine": {"rho": 20.0}, "repnoise": {"alpha": 0.02}},
+        taken=_REFUSAL_FILE,
         notes=("published comparisons gave Booster 1000 harmful rows where its own paper gives 5000",),
     ),
 }
