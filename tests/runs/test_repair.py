@@ -245,7 +245,7 @@ def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(finetuned):
         pytest.param(lambda: [SafeLoRA(number=3)], id="safe_lora"),
         pytest.param(lambda: [Antidote(0.1)], id="antidote"),
         pytest.param(lambda: [SafeLoRA(number=3), Antidote(0.1)], id="both"),
-        pytest.param(lambda: [Freeze(0.2, 0.1, mode="rewind", samples=4)], id="rewind"),
+        pytest.param(lambda: [Freeze(0.2, 0.1, mode="rewind", samples=4, safety="alignment")], id="rewind"),
     ],
 )
 def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, kind):

@@ -112,7 +112,7 @@ class Antidote(Repair):
             "mode": "merged",
             "group": "row",
             "rounding": "up",
-            "layers": ["q_proj", "k_proj", "v_proj"],
+            "layers": ("q_proj", "k_proj", "v_proj"),
         },
     }
 
