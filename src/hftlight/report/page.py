@@ -116,8 +116,8 @@ def _groups(result: Result) -> str:
     judge = next(iter(result.judges()), "")
     tables = []
     for word, plural in (("category", "categories"), ("language", "languages")):
-        found = {(s.group, s.arm, s.stage): s for s in result.groups if s.metric == f"harmful_score_by_{word}"}
-        found = {key: score for key, score in found.items() if score.judge == judge}
+        wanted = f"harmful_score_by_{word}", judge
+        found = {(s.group, s.arm, s.stage): s for s in result.groups if (s.metric, s.judge) == wanted}
         models = [(a, s) for a in result.arms for s in result.stages(a) if any(key[1:] == (a, s) for key in found)]
         if not models:
             continue
