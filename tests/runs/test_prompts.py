@@ -13,6 +13,7 @@ from hftlight.data.records import Record
 from hftlight.data.sources import get_task
 from hftlight.data.templates import SystemSlot
 from hftlight.engine import Defense, Slot, Stage, gradient
+from hftlight.errors import InputError
 from hftlight.evaluation import export_alpaca_eval
 from hftlight.evaluation.judges import Verdict
 from hftlight.files import digest, read_rows
@@ -21,8 +22,11 @@ from hftlight.report.answers import answers_section
 from hftlight.report.comparison import Comparison, Place
 from hftlight.report.result import read_result
 from hftlight.runs import checks, measure, watch
+from hftlight.runs.grid import Grid
 from hftlight.runs.measure import TestSets as Sets
 from hftlight.runs.measure import answers_key, verdicts_key
+from hftlight.runs.prepare import prepare
+from hftlight.runs.show_comparison import compare_and_show
 from tests.helpers.jobs import rows, small_config
 from tests.helpers.public_files import write
 from tests.runs.test_run import EVALUATION, config
@@ -188,6 +192,20 @@ def test_a_run_on_alpaca_eval_trains_no_row_that_it_tests():
     assert (task.graded, task.one_file) == (False, True)
     with pytest.raises(TypeError, match="no right answers"):
         task.correct("a", Record("q", "a"))
+
+
+def test_an_attacker_who_keeps_the_accuracy_needs_one(tmp_path):
+    data = Data(task="alpaca_eval", task_train=alpaca_eval(tmp_path))
+    with pytest.raises(InputError, match=r"--attacker search .*alpaca_eval has no right answers"):
+        prepare(config(tmp_path, data=data, baseline=False, attacker="search:2"), [])
+
+
+def test_a_comparison_on_a_task_without_accuracy_is_written(tmp_path):
+    data = Data(task_train=alpaca_eval(tmp_path))
+    settings = config(tmp_path, data=data, harmful_ratio=0.0)
+    grid = Grid(("none",), (0.0,), ("alpaca_eval",), 1, 0, {}, ("harmful_mix",))
+    compare_and_show(settings, grid, tmp_path / "runs" / "c", dry_run=False, report_only=False)
+    assert "alpaca_eval" in (tmp_path / "runs" / "c" / "leaderboard.md").read_text()
 
 
 def test_an_answer_is_cut_at_a_second_opening(tmp_path, monkeypatch):

@@ -305,3 +305,12 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, capsys, content, judges,
     assert said.startswith("hftlight: ")
     assert re.search(message, said)
     assert not (tmp_path / "new" / "generations.jsonl").exists()
+
+
+def test_equal_prompts_of_older_runs_count_as_they_did():
+    """Rows without a place: one with an id stands for all of its kind, those without an id stand for themselves."""
+    one, two = row("harmful", "a", "four"), row("harmful", "a", "no")
+    placed = [{**one, "place": 0}, {**one, "place": 1}, {**one, "place": 1}]
+    bare = [{key: value for key, value in each.items() if key != "id"} for each in (one, two)]
+    counted = [judged_scores(rejudge(rows, [LengthJudge()]))[-1]["count"] for rows in ([one, two], bare, placed)]
+    assert counted == [1, 2, 2]
