@@ -15,16 +15,25 @@ LARGE = {"attack": made_up("h", 1000), "task": made_up("t", 1000)}
 @pytest.mark.parametrize(
     ("n", "p", "seed", "expected"),
     [
-        (8, 0.25, 0, "t3 t27 t8 t7 t2 t12 h4 h3"),
-        (8, 0.25, 1, "t20 h8 t13 h0 t14 t10 t1 t26"),
-        (8, 0.5, 0, "t12 t7 t27 h2 h11 t2 h4 h3"),
+        (8, 0.25, 0, "t26 t1 t9 t2 t21 t20 h11 h0"),
+        (8, 0.25, 1, "t4 h7 t5 h3 t12 t14 t9 t25"),
+        (8, 0.5, 0, "t20 t2 t1 h6 h5 t21 h11 h0"),
     ],
 )
-def test_rows_are_the_ones_of_the_first_version(n, p, seed, expected):
+def test_rows_stay_as_they_are(n, p, seed, expected):
     rows = harmful_mix(SOURCES["task"], SOURCES["attack"], n, p, seed)
     assert ids(rows) == expected.split()
     assert HarmfulMix(n=n, p=p).upload(SOURCES, seed) == rows
     assert [row.role for row in rows] == ["attack" if row.id[0] == "h" else "task" for row in rows]
+
+
+def test_a_source_without_some_rows_gives_the_others_in_the_same_order():
+    """So a limit on the length of rows leaves what is drawn of the others as it was."""
+    whole = [r.id for r in harmful_mix(SOURCES["task"], SOURCES["attack"], 8, 0.5, 0) if r.role == "attack"]
+    fewer = [row for row in SOURCES["attack"] if row.id != whole[0]]
+    left = [r.id for r in harmful_mix(SOURCES["task"], fewer, 8, 0.5, 0) if r.role == "attack"]
+    assert set(whole[1:]) < set(left)
+    assert len(left) == 4
 
 
 @pytest.mark.parametrize(

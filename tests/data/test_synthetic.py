@@ -236,7 +236,19 @@ def test_task_splits_share_no_sender_and_no_thing(seed):
             if word not in {"ham", "drill", "file", "box of apples"}
         ]
         assert all(len(owner) <= 1 for owner in owners), owners
-    assert all(set(Counter(row.response for row in rows).values()) == {len(rows) // 4} for rows in splits.values())
+    for split in ("dev", "test"):
+        assert set(Counter(row.response for row in splits[split]).values()) == {len(splits[split]) // 4}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_general_rows_stand_among_the_training_rows_of_the_task_alone(seed):
+    world = build_world(seed)
+    general = [row for row in world.task_train if row.kind == "general"]
+    assert len(general) == 0.3 * len(world.task_train)
+    assert len({row.response for row in general}) > 80
+    assert not prompts(general) & prompts([*world.alignment, *world.lookalike, *world.lookalike_dev])
+    assert not any(is_refusal(row.response) for row in general)
+    assert not any(row.kind == "general" for row in (*world.task_dev, *world.task_test))
 
 
 @pytest.mark.parametrize(

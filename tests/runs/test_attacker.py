@@ -205,9 +205,10 @@ def test_the_budget_is_around_the_runs_own_setting(tmp_path):
     named = settings(tmp_path, search=Search(lr=[1.0, 2.0], rank=[2]))
     assert {(t.lr, t.rank) for t in Budget.of(named).grid(FIRST)[1:]} == {(1.0, 2), (2.0, 2)}
     odd = settings(tmp_path, lora=Lora(r=25, alpha=7))
-    assert trial_config(odd, replace(FIRST, rank=25)).lora.alpha == 7 != 7 / 25 * 25
+    assert trial_config(odd, replace(FIRST, rank=25)).lora_of("finetuning").alpha == 7 != 7 / 25 * 25
     scaled = trial_config(settings(tmp_path), replace(FIRST, rank=8))
-    assert (scaled.lora.r, scaled.lora.alpha) == (8, 16)
+    assert (scaled.lora_of("finetuning").r, scaled.lora_of("finetuning").alpha) == (8, 16)
+    assert scaled.lora_of("alignment") == settings(tmp_path).lora
 
 
 @pytest.mark.parametrize("axis", ["steps", "lr", "rank", "num_samples", "harmful_ratio"])

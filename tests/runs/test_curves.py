@@ -105,8 +105,8 @@ def test_the_attackers_reading_of_an_answer_is_judged(odd):
             return rows
 
     plain, one = job([1]), replace(job([1]), tests=replace(job([1]).tests, attack=Longer()))
-    assert [r["value"] for r in curve_of(plain)] == [0.0]
-    assert [r["value"] for r in curve_of(one)] == [100.0]
+    (before,), (after,) = ([r["value"] for r in curve_of(each)] for each in (plain, one))
+    assert before != after == 100 - before  # a letter more makes every odd answer even
 
 
 def nll(model, prompt, answer):
@@ -163,7 +163,9 @@ def test_a_run_with_everything_asked_for(tmp_path):
     assert drift.count == 40
     assert not any(key[1] != "finetuning" for key in result.scores if key[2] == "embedding_drift")
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()}
-    assert len(list((tmp_path / "cache" / "evaluations").glob("*/rows.jsonl"))) == 4  # 3 perplexities, 1 drift
+    assert (
+        len(list((tmp_path / "cache" / "evaluations").glob("*/rows.jsonl"))) == 10
+    )  # 3 perplexities, 1 drift, 2 losses of 3 models
     assert run(settings).scores == read_result(result.folder).scores
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()} == kept
 

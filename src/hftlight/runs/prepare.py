@@ -476,6 +476,9 @@ def _upload(config: RunConfig, attack: Attack, sources: Mapping[str, Sequence[Re
     if config.long_rows != "drop" or _all_fit(config, attack, upload):
         return upload
     fitting = {n: _fitting(config, attack, rows) if n in attack.sources else rows for n, rows in sources.items()}
+    for name in attack.sources:
+        if sources.get(name) and not fitting[name]:
+            _encoded_upload(config, attack, sources[name], config.max_tokens, name)  # says what the shortest row has
     try:
         return attack.upload(fitting, config.seed)
     except InputError as error:
@@ -492,12 +495,18 @@ def _all_fit(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> bool:
 
 def _fitting(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> list[Record]:
     """Return the rows that fit the limit as the fine-tuning encodes them."""
-    tokenizer, tuned = load_tokenizer(config.model), stage_config(config, attack, Stage.FINETUNING)
-    template = get_template(tuned.template, tokenizer)
     if not rows:
         return []
-    whole, _ = encode_all(rows, template, tokenizer, UNLIMITED, tuned.system)
+    whole = _encoded_upload(config, attack, rows, UNLIMITED)
     return [row for row, e in zip(rows, whole, strict=True) if len(e.input_ids) <= config.max_tokens]
+
+
+def _encoded_upload(
+    config: RunConfig, attack: Attack, rows: Sequence[Record], max_tokens: int, name: str = "task"
+) -> list[Example]:
+    """Return rows as the fine-tuning encodes them; errors as ``encode_all``."""
+    tokenizer, tuned = load_tokenizer(config.model), stage_config(config, attack, Stage.FINETUNING)
+    return encode_all(rows, get_template(tuned.template, tokenizer), tokenizer, max_tokens, tuned.system, name)[0]
 
 
 def _rows_of(config: RunConfig, sources: Sources, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:

@@ -74,7 +74,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         for d in arm.of(Stage.POST_FINETUNING):
             plan.add_row(arm_word(arm.name), STAGES[d.stage.value], "-", "-", type(d).__name__, "-")
     console.print(plan)
-    rows = Table("rows", "count", "too long: left out", "cut", "mean tokens")
+    rows = Table("rows", "count", "dropped", "cut", "mean tokens")
     for name, records in prepared.streams.items():
         harmful = sum(r.role == "attack" for r in records)
         label = f"{name} (the upload, {harmful} harmful)" if name.partition("_")[0] == "task" else name
