@@ -195,6 +195,7 @@ def test_what_is_not_asked_for_leaves_a_runs_hash_alone():
         ({"at": [1], "stop_above": 101.0}, r"stop_above must lie in \[0, 100\] percent, got 101"),
         ({"stop_below": 5.0}, "stop_below acts where a curve is evaluated"),
         ({"at_prompts": -1}, "at_prompts must be >= 0, got -1"),
+        ({"loss_rows": -1}, "loss_rows must be >= 0, got -1"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values, message):

@@ -122,4 +122,4 @@ def test_a_dry_run_says_what_is_taken(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"alignment: 19 of 40 rows of {tmp_path / 'refusals.jsonl'} (11:30), numbers 11 to 29.\n" in said
     assert f"attack: 20 of 40 rows of {tmp_path / 'beaver.jsonl'} (:30, is_safe=false), numbers 1 to 29.\n" in said
-    assert "over_refusal: 120 of 120 rows of builtin, numbers 0 to 119.\n" in said
+    assert "of builtin" not in said  # whole parts of the made-up world go without saying

@@ -18,6 +18,7 @@ from hftlight.report.table import value_text, with_interval
 from hftlight.runs.measure import SETS, WITHOUT_TRIGGER
 from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
+from hftlight.runs.sources import BUILTIN
 
 
 def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None) -> None:
@@ -86,7 +87,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         rows.add_row(label, str(len(prepared.tests.rows(name))), "-", "-", length)
     console.print(rows)
     for name, what in prepared.taken.items():
-        console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
+        if what["source"] != BUILTIN or what["kept"] < what["read"]:
+            console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
     found = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
         "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
