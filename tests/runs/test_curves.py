@@ -163,18 +163,13 @@ def test_a_run_with_everything_asked_for(tmp_path):
     assert drift.count == 40
     assert not any(key[1] != "finetuning" for key in result.scores if key[2] == "embedding_drift")
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()}
-    assert (
-        len(list((tmp_path / "cache" / "evaluations").glob("*/rows.jsonl"))) == 10
-<<<<<<< HEAD
-    )  # 3 perplexities, 1 drift, 2 losses of 3 models
-=======
-    )  # 3 perplexities, 1 drift, 6 losses
+    further = list((tmp_path / "cache" / "evaluations").glob("*/rows.jsonl"))
+    assert len(further) == 10  # 3 perplexities, 1 drift, 6 losses
     for metric in ("alignment_loss", "harmful_validation_loss"):
         losses = [result.score("none", stage, metric) for stage in ("base", "alignment", "finetuning")]
         assert [loss.count for loss in losses] == [50] * 3
         assert all(loss.low < loss.value < loss.high for loss in losses)
         assert len({loss.value for loss in losses}) == 3
->>>>>>> wA
     assert run(settings).scores == read_result(result.folder).scores
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()} == kept
 
