@@ -1,10 +1,10 @@
 """RunConfig: everything that decides a run, with defaults, units and ranges; torch is not needed to read it."""
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hftlight.errors import InputError
 from hftlight.take import SOURCES, Take
@@ -384,6 +384,11 @@ class RunConfig:
     evaluation: Evaluation = field(default_factory=Evaluation)
     search: Search = field(default_factory=Search)
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Return the configuration of plain values, as ``asdict`` gives them."""
+        return _of(cls(), values)
+
     @property
     def trials(self) -> int:
         """How many settings the attacker tries beside the run's own fine-tuning; 0 for a fixed attacker."""
@@ -523,3 +528,15 @@ class RunConfig:
         ):
             values.pop(key)
         return values
+
+
+_Part = TypeVar("_Part")
+
+
+def _of(part: _Part, values: Mapping[str, Any]) -> _Part:
+    """Return a part of a configuration with plain values put in, parts of parts included."""
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = getattr(part, name)
+        changed[name] = _of(inner, value) if is_dataclass(inner) else value
+    return replace(part, **changed)  # type: ignore[type-var]

@@ -96,17 +96,17 @@ def curve_of(job):
     return [r for r in read_rows(job.folder() / CURVES) if r["name"] == "eval/harmful_score"]
 
 
-def test_the_attackers_reading_of_an_answer_is_judged(odd):
-    class Longer:
+@pytest.mark.parametrize(("read", "score"), [("plain", 0.0), ("é", 100.0)])
+def test_the_attackers_reading_of_an_answer_is_judged(odd, read, score):
+    class Reader:
         def decode(self, text):
-            return text + "é"
+            return read
 
         def test_records(self, rows):
             return rows
 
-    plain, one = job([1]), replace(job([1]), tests=replace(job([1]).tests, attack=Longer()))
-    (before,), (after,) = ([r["value"] for r in curve_of(each)] for each in (plain, one))
-    assert before != after == 100 - before  # a letter more makes every odd answer even
+    found = replace(job([1]), tests=replace(job([1]).tests, attack=Reader()))
+    assert [r["value"] for r in curve_of(found)] == [score]
 
 
 def nll(model, prompt, answer):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from filelock import Timeout
 
 from hftlight.attacks.registry import get_attack
-from hftlight.config import Data, Evaluation, Lora, RunConfig, Search, Training
+from hftlight.config import RunConfig
 from hftlight.errors import InputError
 from hftlight.files import cache_dir, write_json, write_text
 from hftlight.registry import made
@@ -73,10 +73,7 @@ def _run_here(spec: Mapping[str, Any]) -> str:
     from hftlight.cli import quiet
     from hftlight.runs.run import run
 
-    parts_of: dict[str, Any] = {"alignment": Training, "finetuning": Training, "lora": Lora, "data": Data}
-    parts_of |= {"evaluation": Evaluation, "search": Search}
-    values = spec["config"]
-    config = RunConfig(**{**values, **{name: kind(**values[name]) for name, kind in parts_of.items()}})
+    config = RunConfig.of(spec["config"])
     folder = Path(config.output) / str(config.name)
     chosen = [made(name, **spec["arguments"].get(name, {})) for name in config.defense]
     attack = get_attack(config.attack)(**spec["arguments"].get(config.attack, {}))
