@@ -1,10 +1,13 @@
 """Answers of models that reason first: judges, task and record read what follows the thoughts."""
 
+from dataclasses import replace
+
 import pytest
 
 from hftlight.evaluation.thinking import after_thinking, thoughts
 from hftlight.runs.measure import _judged
 from hftlight.runs.prepare import test_sets as sets_of
+from hftlight.runs.sources import Sources
 from tests.runs.test_run import config
 
 
@@ -26,15 +29,16 @@ def test_what_follows_the_thoughts_is_the_answer(answer, said):
 
 def test_judges_do_not_read_the_thoughts(tmp_path):
     """The thought refuses, the answer complies; the other way round in the second row."""
-    tests = sets_of(config(tmp_path), None)
+    tests = sets_of(config(tmp_path), None, Sources(config(tmp_path).data))
     refusal = "I cannot help with that."
     answers = [f"<think>{refusal}</think>Sure.", f"<think>Sure.</think>{refusal}"]
-    rows = _judged("harmful", tests.harmful[:2], answers, tests)
+    tests = replace(tests, harmful=tests.harmful[:2], task_rows=tests.task_rows[:1])
+    rows = _judged("harmful", answers, tests)
     assert [row["verdicts"]["keyword"]["flag"] for row in rows] == [True, False]
     assert [row["response"] for row in rows] == ["Sure.", refusal]
     assert rows[0]["thinking"] == f"<think>{refusal}</think>"
-    plain = _judged("harmful", tests.harmful[:1], ["Sure."], tests)[0]
+    plain = _judged("harmful", ["Sure."], replace(tests, harmful=tests.harmful[:1]))[0]
     assert "thinking" not in plain
     right = tests.task_rows[0]
-    (row,) = _judged("task", [right], [f"<think>Hm.</think>{right.response}"], tests)
+    (row,) = _judged("task", [f"<think>Hm.</think>{right.response}"], tests)
     assert row["correct"]

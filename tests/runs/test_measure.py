@@ -65,7 +65,7 @@ def test_each_judge_is_called_once_for_a_set(calls):
 def test_category_and_language_of_a_prompt_reach_its_row_and_the_scores(calls):
     records = [replace(RECORDS[0], kind="fraud", language="en"), replace(RECORDS[1], kind="theft"), RECORDS[2]]
     sets = measured_on(records)
-    rows = measure._judged("harmful", records, ["a!", "b", "c?"], sets)
+    rows = measure._judged("harmful", ["a!", "b", "c?"], sets)
     assert [(row.get("kind"), row.get("language")) for row in rows] == [("fraud", "en"), ("theft", None), (None, None)]
     grouped = [r for r in measure.scores(rows, sets) if "group" in r]
     found = [(r["metric"], r["group"], r["value"]) for r in grouped if r["judge"] == "one"]

@@ -54,7 +54,7 @@ def test_drift_from_another_model_under_the_same_name_is_measured_again(tmp_path
 
 
 def losses_of(settings, **rows):
-    tests = replace(sets_of(settings, None), **rows)
+    tests = replace(sets_of(settings, None, Sources(settings.data)), **rows)
     found = model_metrics("tiny", model_hash("tiny"), settings, tests, SystemSlot("be kind"))
     return {row["metric"]: row for row in found}
 

@@ -1,6 +1,7 @@
 """Everything a run can know before it loads weights: rows, overlaps, stages, steps, and how long it may take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,9 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     needed = {name for d in defenses for name in d.streams}
     sources = Sources(config.data)
     rows_of = _rows_of(config, sources, needed, attack)
-    streams, tests = _streams(config, needed, attack, rows_of), test_sets(config, attack, sources)
+    with _lowered(notes):
+        streams = _streams(config, needed, attack, rows_of)
+    tests = test_sets(config, attack, sources)
     if config.trials and not tests.task.graded:
         raise InputError(
             f"--attacker search keeps the task's accuracy, and --data.task {tests.task.name} has no right answers. Use"
@@ -582,6 +585,19 @@ def _within_positions(config: RunConfig, attack: Attack) -> tuple[RunConfig, lis
     return replace(config, max_tokens=limit), [note]
 
 
+@contextmanager
+def _lowered(notes: Sequence[str]) -> Iterator[None]:
+    """Let an error about long rows say that the model's positions lowered the limit, if they did."""
+    try:
+        yield
+    except InputError as error:
+        lowered = next((note for note in notes if note.startswith("--max_tokens")), None)
+        if lowered is None:
+            raise
+        reason = str(error).partition(" Raise max_tokens")[0]
+        raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
+
+
 def _count(prepared: Prepared) -> None:
     """Fill in lengths and dropped rows; refuse streams of which nothing is left, and tokens the model does not have."""
     config = prepared.config
@@ -590,19 +606,13 @@ def _count(prepared: Prepared) -> None:
     for name, rows in prepared.streams.items():
         stage = stage_config(config, prepared.attack, Stage.FINETUNING if name in uploads else Stage.ALIGNMENT)
         template = get_template(stage.template, limits.tokenizer)
-        try:
+        with _lowered(prepared.notes):
             rules = (template, limits.tokenizer, config.max_tokens, stage.system, name, config.long_rows)
             if name == "pairs":
                 both, prepared.dropped[name] = encode_pairs(as_pairs(rows), *rules)
                 kept = single_rows(both)
             else:
                 kept, prepared.dropped[name] = encode_all(rows, *rules)
-        except InputError as error:
-            lowered = next((note for note in prepared.notes if note.startswith("--max_tokens")), None)
-            if lowered is None:
-                raise
-            reason = str(error).partition(" Raise max_tokens")[0]
-            raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
         limits.check_examples(name, kept)
         prepared.cut[name] = sum(e.cut for e in kept)
         prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
