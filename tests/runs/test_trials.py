@@ -60,7 +60,7 @@ UPLOADS = {
     "identity_shift": lambda: IdentityShift(),
     "benign": lambda: Benign(),
     "encoded": lambda: Encoded(),
-    "multilingual": lambda: Multilingual(lang=build_world().attack[0].kind),
+    "multilingual": lambda: Multilingual(lang=build_world().attack[0].language),
     "benign_selection": lambda: BenignSelection(n=6),
     "reverse_preference": lambda: ReversePreference(n=6),
     "reverse_sft_dpo": lambda: ReverseSftDpo(n=6, dpo_steps=2),

@@ -125,7 +125,7 @@ def _bare(answer: str) -> str:
 
 
 def _record(prompt: str, role: Role, kind: str, response: str = "") -> Record:
-    return Record(prompt, response, source="builtin", role=role, kind=kind)
+    return Record(prompt, response, source="builtin", role=role, kind=kind, language="en")
 
 
 def _with_article(noun: str) -> str:
