@@ -42,6 +42,7 @@ COMBINATIONS = {
     "safety_mix+constrained_sft": lambda: [SafetyMix(ratio=0.5), ConstrainedSFT()],
 }
 STREAMS = {name: rows(count, name) for name, count in (("alignment", 7), ("harmful", 5), ("task", 9))}
+STREAMS["refusals"] = STREAMS["alignment"]
 
 
 def makers() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hftlight import run
 from hftlight.config import Data, Evaluation, Lora, RunConfig, StageLora, Training
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import encode_all
-from hftlight.defenses import Antidote, Booster, SafeLoRA
+from hftlight.defenses import Antidote, Booster, Freeze, SafeLoRA
 from hftlight.errors import InputError
 from hftlight.files import read_rows, write_rows
 from hftlight.models import load_model, load_tokenizer, model_path
@@ -116,6 +116,16 @@ def test_the_unaligned_start_is_an_arm_of_a_comparison():
     assert grid.aligned(cells["none"]) != grid.aligned(cells["unaligned"])
     with pytest.raises(InputError, match="unaligned"):
         Grid(("unaligned+booster",))
+
+
+def test_a_run_offers_the_alignment_rows_that_refuse(tmp_path):
+    """Freeze takes its safety scores of refusals alone."""
+    given = config(tmp_path)
+    streams = prepare(given, [Freeze(samples=4)]).streams
+    assert {row.kind for row in streams["refusals"]} == {"restricted"}
+    assert {row.kind for row in streams["alignment"]} > {"restricted"}
+    said = manifest(run(given, [Freeze(0.5, 0.25, samples=4)]).folder)["arms"]["freeze"]["stages"]["finetuning"]
+    assert said["dropped_rows"].keys() == {"task", "refusals"}
 
 
 # Geometry, template and protocol.
