@@ -28,6 +28,7 @@ MEASURING = {
     "data",
     "evaluation",
 }
+NO_DEFENSE = ("none", "unaligned")  # arms of a comparison without a defense
 GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # what a comparison's grid decides
 Backend = Literal["processes", "ray"]
 LISTS = {
@@ -314,7 +315,13 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with any of these values")
     add = parser.add_argument
     add("--preset", type=str, default=None, help=_preset_help())
-    add("--defenses", nargs="+", type=str, default=["none"], help="combinations, their names joined by +")
+    add(
+        "--defenses",
+        nargs="+",
+        type=str,
+        default=["none"],
+        help="combinations, their names joined by +, or none, or unaligned: no alignment stage either",
+    )
     add("--attacks", nargs="+", type=str, default=["harmful_mix"], help="uploads, each as --attack of train.py")
     add("--harmful_ratios", nargs="+", type=float, default=[0.1], help="harmful fractions p of the upload, each 0-1")
     add(
@@ -348,7 +355,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         arguments = plain_names(sys.argv[1:] if argv is None else argv)
         words = _words(arguments, "--defenses")
-        names = list(dict.fromkeys(n.replace("-", "_") for w in words for n in w.split("+") if n != "none"))
+        names = list(dict.fromkeys(n.replace("-", "_") for w in words for n in w.split("+") if n not in NO_DEFENSE))
         preset = chosen_preset(arguments)
         attacks = [n.replace("-", "_") for n in _words(arguments, "--attacks")]
         attacks = attacks or [preset.attack.name if preset else "harmful_mix"]

@@ -1,6 +1,7 @@
 """Losses, perplexity and embedding drift of a finished model: metrics that need its weights, each cached by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hftlight import cache
-from hftlight.base_model import device_of
+from hftlight.base_model import device_of, keeps_base, lent_model
 from hftlight.config import OF_NO_ANSWER, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.templates import SystemSlot, get_template
@@ -116,15 +117,24 @@ def model_metrics(
 
     work = {"perplexity": of_task if config.evaluation.perplexity == "task" else of_text, "drift": drift}
     work |= {metric: partial(loss, metric=metric) for metric in LOSSES}
-    loading = once(lambda: loaded(model, config))  # only if a value is not kept yet, for all that are not
     rows: list[dict[str, Any]] = []
-    for kind, name in keys.items():
+    with ExitStack() as stack:
+        # Only if a value is not kept yet, and once for all that are not.
+        loading = once(lambda: stack.enter_context(_lent(model, config)))
+        for kind, name in keys.items():
 
-        def make(place: Path, kind: str = kind) -> None:
-            write_rows(place / ROWS, work[kind](loading()))
+            def make(place: Path, kind: str = kind) -> None:
+                write_rows(place / ROWS, work[kind](loading()))
 
-        rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
+            rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
     return rows
+
+
+@contextmanager
+def _lent(name: str, config: RunConfig) -> Iterator[Any]:
+    """Yield a model as a run measures it, on the base that is in memory already."""
+    with lent_model(name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
+        yield model.cuda() if torch.cuda.is_available() and config.accelerator != "cpu" else model
 
 
 def metric_keys(
