@@ -10,7 +10,7 @@ import pytest
 from hftlight import cli
 from hftlight.attacks.attack import option_of
 from hftlight.attacks.presets import PRESETS, get_preset
-from hftlight.cli import parse_train, plain_names, train
+from hftlight.cli import compare, parse_train, plain_names, train
 from hftlight.registry import defenses
 from hftlight.runs.prepare import prepare
 from hftlight.take import Take
@@ -296,3 +296,12 @@ def test_clearing_the_cache_keeps_the_replies_of_paid_judges(tmp_path, monkeypat
     }
     assert cli.cache(["clear", "judges"]) == 0
     assert not any((tmp_path / "judges").iterdir())
+
+
+def test_a_comparison_takes_the_arms_without_a_defense_by_name(tmp_path, capsys):
+    """``unaligned`` is an arm, not a defense: its upload trains the model as it comes."""
+    given = ["--model", "tiny", "--accelerator", "cpu", "--output", str(tmp_path), "--dry_run"]
+    assert compare(["--defenses", "unaligned", "none", *given]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 cells, 2 to run" in said
+    assert "unaligned-builtin-p0.1-s0" in said
