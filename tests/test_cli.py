@@ -300,7 +300,7 @@ def test_clearing_the_cache_keeps_the_replies_of_paid_judges(tmp_path, monkeypat
 
 def test_a_comparison_takes_the_arms_without_a_defense_by_name(tmp_path, capsys):
     """``unaligned`` is an arm, not a defense: its upload trains the model as it comes."""
-    given = ["--model", "tiny", "--accelerator", "cpu", "--output", str(tmp_path), "--dry_run"]
+    given = ["--model", "tiny", "--accelerator", "cpu", "--output", str(tmp_path), "--seeds", "1", "--dry_run"]
     assert compare(["--defenses", "unaligned", "none", *given]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "2 cells, 2 to run" in said

@@ -28,6 +28,9 @@ COMPARE = [
     "--evaluation.task_max_new_tokens", "4", "--comparison", "mine",
 ]  # fmt: skip
 SCORES = {
+    *(f"answers_{outcome}" for outcome in ("refused", "complied", "broken", "other")),
+    "alignment_loss",
+    "harmful_validation_loss",
     "harmful_score",
     "harmful_score/keyword",
     "repetition",
