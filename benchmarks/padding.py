@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 RESULTS = Path(__file__).with_suffix(".json")
 ORDERS = ("shuffle", "length")
 TASKS = {"sst2": "sst2", "agnews": "ag_news", "gsm8k": "gsm8k"}
-STEPS, REPEATS = 16, 3
+STEPS, REPEATS = 8, 2
 
 
 def main() -> None:
