@@ -19,7 +19,7 @@ ATTACK = HarmfulMix(n=8, p=0.5)
 
 def streams(data, needed=(), attack=ATTACK):
     sources = Sources(data)
-    return streams_of(RunConfig(data=data), set(needed), attack, sources), sources
+    return streams_of(RunConfig(model="tiny", data=data), set(needed), attack, sources), sources
 
 
 def asked(records):
@@ -46,7 +46,7 @@ def test_each_source_takes_its_own_rows(tmp_path):
         columns={"test": {"kind": "response"}},
     )
     found, sources = streams(data, {"harmful"})
-    tests = sets_of(RunConfig(data=data), None, sources)
+    tests = sets_of(RunConfig(model="tiny", data=data), None, sources)
     lanterns = [f"How is zorvex lantern {i} opened?" for i in range(40)]
     assert asked(found["alignment"]) == [lanterns[i] for i in (3, 6, 9, 12, 15)]
     assert asked(found["harmful"]) == [lanterns[i] for i in (20, 22, 23, 25)]
@@ -166,7 +166,7 @@ def test_the_made_up_world_is_taken_whole_or_its_first_rows():
     world = build_world()
     data = Data(first={"harmful": 7, "task_train": 30}, rows={"alignment": "0:5"}, where={"test": "kind=restricted"})
     found, sources = streams(data, {"harmful", "pairs"})
-    sets_of(RunConfig(data=data), None, sources)
+    sets_of(RunConfig(model="tiny", data=data), None, sources)
     assert found["harmful"] == world.harmful[:7]
     assert found["pairs"] == world.pairs
     assert found["alignment"] == world.alignment
