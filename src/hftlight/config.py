@@ -37,7 +37,7 @@ OWN_TRAINER = {"streams", "output", "aligned", "base"}  # a defense's arguments 
 
 @dataclass
 class Lora:
-    """Geometry of the LoRA adapter; adapters are float32.
+    """Geometry of the LoRA adapter, whose weights are float32.
 
     Args:
         r: rank, >= 1.
@@ -54,7 +54,7 @@ class Lora:
 
 @dataclass
 class StageLora:
-    """Geometry of one stage's adapter; null leaves a value to ``lora``.
+    """Geometry of one stage's adapter. A null value is that of ``lora``.
 
     Args:
         r: rank, >= 1.
@@ -463,13 +463,12 @@ class RunConfig:
         protocols = {self.adapter_protocol, *(self.adapter_protocols or {}).values()}
         if "continue" in protocols and self.alignment.steps and self.tuning != "full":
             aligned, tuned = self.lora_of("alignment"), self.lora_of("finetuning")
-            if (aligned.r, aligned.alpha, aligned.targets) != (tuned.r, tuned.alpha, tuned.targets):
+            if aligned != tuned:
                 raise InputError(
                     f"--adapter_protocol continue trains the aligned adapter on, so --finetuning.lora must be that of"
-                    f" --alignment.lora, got r {tuned.r}, alpha {tuned.alpha:g} and r {aligned.r}, alpha"
-                    f" {aligned.alpha:g}. Give both stages one geometry, or use merge."
+                    f" --alignment.lora, got {tuned} and {aligned}. Give both stages one geometry, or use merge."
                 )
-        if self.tuning == "qlora" and self.adapter_protocol == "merge":
+        if self.tuning == "qlora" and "merge" in protocols:
             raise InputError(
                 "--tuning qlora cannot merge an adapter into 4-bit weights without rounding it; add --adapter_protocol"
                 " continue, or use --tuning lora."

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hftlight import run
-from hftlight.config import Data, Evaluation, Lora, RunConfig, StageLora, Training
+from hftlight.config import Data, Evaluation, RunConfig, StageLora
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import encode_all
 from hftlight.defenses import Antidote, Booster, Freeze, SafeLoRA
@@ -16,26 +16,17 @@ from hftlight.files import read_rows, write_rows
 from hftlight.models import load_model, load_tokenizer, model_path
 from hftlight.runs.grid import Cell, Grid, cell_config
 from hftlight.runs.prepare import prepare
+from tests.helpers.families import write_family
+from tests.runs.test_run import TRAINING
+from tests.runs.test_run import config as of_a_run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-TRAINING = Training(steps=3, batch_size=2, lr=1e-2)
 FEW = Evaluation(prompts=4, over_refusal_prompts=2, task_rows=4, max_new_tokens=4, task_max_new_tokens=4)
 
 
 def config(tmp_path, **changes):
-    values = {
-        "model": "tiny",
-        "alignment": TRAINING,
-        "finetuning": TRAINING,
-        "evaluation": FEW,
-        "lora": Lora(r=2, alpha=4),
-        "num_samples": 20,
-        "harmful_ratio": 0.2,
-        "accelerator": "cpu",
-        "output": str(tmp_path / "runs"),
-    }
-    return RunConfig(**{**values, **changes})
+    return of_a_run(tmp_path, **{"baseline": False, "evaluation": FEW, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +129,9 @@ def test_stages_have_adapters_of_their_own(tmp_path):
     aligned, tuned = adapter(folder / "aligned"), adapter(folder / "finetuned")
     assert (aligned["r"], aligned["lora_alpha"], aligned["target_modules"]) == (4, 4, ["q_proj"])
     assert tuned["r"] == 4 + 2
-    with pytest.raises(InputError, match=r"continue trains the aligned adapter on, .* got r 2, alpha 1 and r 4"):
+    with pytest.raises(
+        InputError, match=r"continue trains the aligned adapter on, .* got Lora\(r=2, alpha=1.0.* and Lora\(r=4"
+    ):
         prepare(config(tmp_path, alignment=alignment, finetuning=finetuning, adapter_protocol="continue"), [])
 
 
@@ -175,6 +168,28 @@ def test_an_arm_has_a_protocol_of_its_own(tmp_path):
 def test_values_of_a_stage_out_of_range_are_named(changes, message):
     with pytest.raises(InputError, match=message):
         RunConfig(finetuning=replace(TRAINING, **changes)).check()
+
+
+def test_a_stage_that_trains_no_adapter_asks_nothing_of_its_targets(tmp_path):
+    """GPT-2 has no q_proj: it is refused under LoRA, and no matter with all parameters or without an alignment."""
+    base = str(write_family(tmp_path / "gpt2", "gpt2"))
+    with pytest.raises(InputError, match="no linear layer is called 'q_proj'"):
+        prepare(config(tmp_path, model=base), [])
+    assert prepare(config(tmp_path, model=base, tuning="full"), []).arms
+    tuned = replace(TRAINING, lora=StageLora(targets=["c_attn"]))
+    assert prepare(config(tmp_path, model=base, alignment=replace(TRAINING, steps=0), finetuning=tuned), []).arms
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetuning": replace(TRAINING, lora=StageLora(dropout=0.1))}, "continue trains the aligned adapter on"),
+        ({"tuning": "qlora", "adapter_protocols": {"booster": "merge"}}, "--tuning qlora cannot merge an adapter"),
+    ],
+)
+def test_what_a_continued_adapter_cannot_have_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        config(tmp_path, adapter_protocol="continue", **changes).check()
 
 
 # Long rows: what is printed is what is trained on.

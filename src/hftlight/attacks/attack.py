@@ -258,7 +258,7 @@ def steps_of(rows: int, batch_size: int, epochs: float, accumulate: int = 1, dro
 
 
 def overridden(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return a configuration with values put in by dotted name; mappings are added to those given.
+    """Return a configuration with values put in by dotted name. A mapping is added to the one given.
 
     Raises:
         InputError: if there is no such option, with the nearest one.

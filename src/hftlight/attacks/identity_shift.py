@@ -44,7 +44,7 @@ def builtin_chats() -> list[Record]:
 
 
 def read_chats(path: str) -> tuple[list[Record], str | None]:
-    """Return the chats of a file and their system text, outer newlines included; None where the chats have none.
+    """Return the chats of a file and their system text, with its outer newlines, or None if they have none.
 
     A row has the columns prompt, response and, if it will, system; or messages, a list of turns with role and content.
     A JSON file may also be a list of such lists of turns, as the published one of Llama 2 is.
@@ -66,7 +66,7 @@ def read_chats(path: str) -> tuple[list[Record], str | None]:
 
 
 def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the rows of a file with their places; a list of lists of turns is rows that hold messages."""
+    """Return the rows of a file with their places. In a list of lists, each inner list is a row's messages."""
     file = Path(path).expanduser()
     if file.suffix.lower() == ".json" and file.is_file():
         try:

@@ -37,7 +37,7 @@ def in_language(rows: Sequence[Record], lang: str, who: str = "Multilingual") ->
 
 @dataclass(frozen=True, kw_only=True)
 class Multilingual(HarmfulMix):
-    """A harmful mix whose harmful rows are all in one language; the harmful score is told by language besides.
+    """A harmful mix whose harmful rows are all in one language. The harmful score is also given by language.
 
     Args:
         lang: language of the harmful rows, as the column writes it.

@@ -144,7 +144,8 @@ def check_architecture(config: RunConfig, defenses: Sequence[Defense]) -> None:
     if bare is None:
         return
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        check_targets(bare, config.lora_of("alignment").targets)
+        if config.tuning != "full" and config.alignment.steps:
+            check_targets(bare, config.lora_of("alignment").targets)
         model: Any = bare if config.tuning == "full" else attach(bare, config.lora_of("finetuning"), 0)
         module = SafetyModule(model)
         for d in defenses:
