@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--output", default="runs")
     options = parser.parse_args()
     from hftlight import run
-    from hftlight.cli import quiet
     from hftlight.config import RunConfig
+    from hftlight.console import quiet
     from hftlight.registry import defense_class
 
     quiet()

@@ -29,8 +29,8 @@ def keep(comparison: Path, results: Path) -> None:
         comparison: its folder of runs.
         results: where they go.
     """
-    from hftlight.report.comparison import read_comparison
-    from hftlight.report.comparison_figure import ratio_figure, tradeoff_figure
+    from hftlight.comparison.figures import ratio_figure, tradeoff_figure
+    from hftlight.comparison.read import read_comparison
 
     if not (comparison / "leaderboard.csv").is_file():
         return  # nothing ran, as under --dry_run
@@ -51,7 +51,7 @@ def keep(comparison: Path, results: Path) -> None:
 
 
 def main() -> int:
-    from hftlight.cli import compare
+    from hftlight.cli.compare import compare
 
     for defenses, ratios in GRIDS:
         grid = ["--defenses", *defenses, "--harmful_ratios", *ratios, "--comparison", FOLDER.name]

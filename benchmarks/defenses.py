@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hftlight import SafetyModule
-from hftlight.cli import quiet
 from hftlight.config import Lora
+from hftlight.console import quiet
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template

@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hftlight.cli import quiet
-from hftlight.data.synthetic import build_world
+from hftlight.console import quiet
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import encode_prompt
-from hftlight.evaluation.generate import answer, generate
+from hftlight.data.world.build import build_world
+from hftlight.evaluation.answering.generate import answer, generate
 from hftlight.files import cache_dir
-from hftlight.models import load_model, load_tokenizer, model_path
+from hftlight.model_files import model_path
+from hftlight.models.load import load_model, load_tokenizer
 
 RESULTS = Path(__file__).with_suffix(".json")
 
@@ -28,9 +29,9 @@ def loads(model: str) -> dict[str, Any]:
     """Return how often two cells read the base model from the disk, and the seconds that this took."""
     from transformers import AutoModelForCausalLM
 
+    from hftlight.comparison.grid import Grid
+    from hftlight.comparison.sweep import compare
     from hftlight.config import Evaluation, RunConfig, Training
-    from hftlight.runs.grid import Grid
-    from hftlight.runs.sweep import compare
 
     took, real = [], AutoModelForCausalLM.from_pretrained
 

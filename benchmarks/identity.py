@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 from hftlight import files
+from hftlight.builtin_models import DEMO
 from hftlight.config import RunConfig
 from hftlight.data.records import Record
 from hftlight.engine import Stage
-from hftlight.models import DEMO, model_hash, model_path
-from hftlight.runs.stage import StageJob
+from hftlight.model_files import model_hash, model_path
+from hftlight.runs.stages.train import StageJob
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHARD, CHUNK = 2 * 10**9, 2**24

@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the public sets")
     given = parser.parse_args()
     from hftlight import __version__
-    from hftlight.cli import quiet
     from hftlight.config import Data, RunConfig
+    from hftlight.console import quiet
 
     quiet()
     config = RunConfig(num_samples=384, max_tokens=512)
@@ -49,7 +49,7 @@ def padding(config: Any) -> dict[str, float]:
     """Return the percent of padding among the tokens of one pass, and of steps with an attack row."""
     from hftlight.data.streams import StreamsDataModule
     from hftlight.data.templates import get_template
-    from hftlight.models import load_tokenizer
+    from hftlight.models.load import load_tokenizer
     from hftlight.runs.prepare import prepare
 
     prepared, tokenizer = prepare(config, []), load_tokenizer(config.model)
@@ -71,10 +71,10 @@ def padding(config: Any) -> dict[str, float]:
 def seconds(config: Any) -> dict[str, list[float]]:
     """Return seconds per step of plain fine-tuning, the orders in turn."""
     from hftlight.attacks.registry import get_attack
-    from hftlight.models import model_path
+    from hftlight.model_files import model_path
     from hftlight.runs.prepare import streams_of
     from hftlight.runs.sources import Sources
-    from hftlight.runs.stage import finetuning_job, run_stage
+    from hftlight.runs.stages.train import finetuning_job, run_stage
 
     attack = get_attack(config.attack)().resolved(config)
     records = {"task": streams_of(config, set(), attack, Sources(config.data))["task"]}

@@ -34,7 +34,7 @@ FILES = {
 
 def main() -> int:
     from benchmarks.comparison import keep
-    from hftlight.cli import compare
+    from hftlight.cli.compare import compare
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_dir():
         print(f"{__doc__}\nThe first argument must be such a folder.", file=sys.stderr)

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hftlight.defenses.post_finetuning.safe_lora import PROBES
-from hftlight.engine.shards import Share
-from hftlight.engine.spectrum import back_and_forth
-from hftlight.engine.weights import Difference, FileWeights, ModelWeights
+from hftlight.engine.weights.shards import Share
+from hftlight.engine.weights.spectrum import back_and_forth
+from hftlight.engine.weights.stored import Difference, FileWeights, ModelWeights
 from tests.helpers.buffers import LiveBytes
 
 NAME = "weight"

@@ -66,9 +66,10 @@ def together(options: argparse.Namespace) -> None:
 
 def search_here(options: argparse.Namespace) -> None:
     """Be the process that searches."""
-    from hftlight.cli import parse_train, quiet
-    from hftlight.runs.attacker import Attacker, Budget, search
+    from hftlight.cli.train import parse_train
+    from hftlight.console import quiet
     from hftlight.runs.prepare import prepare
+    from hftlight.runs.stages.attacker import Attacker, Budget, search
 
     quiet()
     first = [f"--finetuning.lr={LR[0]}", f"--finetuning.steps={options.steps}", f"--harmful_ratio={RATIOS[0]}"]
@@ -106,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as place:
         options.folder = options.folder or place
         from hftlight.files import cache_dir
-        from hftlight.models import model_path
+        from hftlight.model_files import model_path
 
         model_path(options.model)
         cache = Path(place) / "cache"  # the models alone are shared: no run here finds a stage that another left behind

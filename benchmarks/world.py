@@ -30,8 +30,8 @@ def main() -> None:
     given = parser.parse_args()
     from hftlight import __version__
     from hftlight.attacks.attack import overridden
-    from hftlight.cli import quiet
     from hftlight.config import RunConfig
+    from hftlight.console import quiet
 
     quiet()
     values = dict(pair.split("=", 1) for pair in given.set)
@@ -52,14 +52,16 @@ def main() -> None:
 def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     """Return value, low and high end of each metric, percent, of the aligned model or after an upload."""
     from hftlight.attacks.registry import get_attack
-    from hftlight.base_model import lent_model
-    from hftlight.data.synthetic import build_world
-    from hftlight.models import load_tokenizer, model_hash
-    from hftlight.runs.artifact import base_dtype, serving_slot
-    from hftlight.runs.measure import SETS, measured_in_memory, scores
+    from hftlight.data.world.build import build_world
+    from hftlight.model_files import model_hash
+    from hftlight.models.base import lent_model
+    from hftlight.models.load import load_tokenizer
+    from hftlight.models.serving import base_dtype, serving_slot
+    from hftlight.runs.measuring.measure import measured_in_memory, scores
+    from hftlight.runs.measuring.test_sets import SETS
     from hftlight.runs.prepare import streams_of, test_sets
     from hftlight.runs.sources import Sources
-    from hftlight.runs.stage import alignment_job, finetuning_job, run_stage
+    from hftlight.runs.stages.train import alignment_job, finetuning_job, run_stage
 
     config = replace(config, harmful_ratio=p or 0.0)
     attack = get_attack(config.attack)().resolved(config)

@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import cache
+from hftlight.cli.cache import cache
 
 if __name__ == "__main__":
     sys.exit(cache())

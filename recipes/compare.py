@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import compare
+from hftlight.cli.compare import compare
 
 if __name__ == "__main__":
     sys.exit(compare())

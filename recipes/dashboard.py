@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import dashboard
+from hftlight.cli.dashboard import dashboard
 
 if __name__ == "__main__":
     sys.exit(dashboard())

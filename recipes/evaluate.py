@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import evaluate
+from hftlight.cli.evaluate import evaluate
 
 if __name__ == "__main__":
     sys.exit(evaluate())

@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import export
+from hftlight.cli.export import export
 
 if __name__ == "__main__":
     sys.exit(export())

@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import rejudge
+from hftlight.cli.rejudge import rejudge
 
 if __name__ == "__main__":
     sys.exit(rejudge())

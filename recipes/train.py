@@ -2,7 +2,7 @@
 
 import sys
 
-from hftlight.cli import train
+from hftlight.cli.train import train
 
 if __name__ == "__main__":
     sys.exit(train())

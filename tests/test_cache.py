@@ -16,12 +16,13 @@ from hftlight.data.sources import get_task
 from hftlight.data.templates import SystemSlot
 from hftlight.defenses import Antidote, Booster
 from hftlight.engine import Stage
-from hftlight.runs.edit import EditJob
-from hftlight.runs.measure import TestSets, answers_key, verdicts_key
-from hftlight.runs.model_metrics import Reference, metric_keys
-from hftlight.runs.repair import OF_NO_REPAIR, RepairJob
-from hftlight.runs.select import SelectionJob
-from hftlight.runs.stage import StageJob
+from hftlight.runs.measuring.measure import answers_key, verdicts_key
+from hftlight.runs.measuring.model_metrics import Reference, metric_keys
+from hftlight.runs.measuring.test_sets import TestSets
+from hftlight.runs.stages.model_edit import EditJob
+from hftlight.runs.stages.repair import OF_NO_REPAIR, RepairJob
+from hftlight.runs.stages.selection import SelectionJob
+from hftlight.runs.stages.train import StageJob
 from tests.helpers.jobs import rows, small_config
 
 SOURCE = Path(cache.__file__).parent
@@ -43,7 +44,7 @@ def test_every_input_changes_the_key(kind):
     before = cache.key(kind, ["hftlight.files"], **inputs)
     assert cache.key(kind, ["hftlight.files"], **inputs) == before
     others = [cache.key(kind, ["hftlight.files"], **{**inputs, name: 1}) for name in inputs]
-    others.append(cache.key(kind, ["hftlight.models"], **inputs))
+    others.append(cache.key(kind, ["hftlight.models.load"], **inputs))
     assert len({before, *others}) == 1 + len(others)
 
 

@@ -11,8 +11,8 @@ from hftlight import cache, provenance
 from hftlight.defenses import Booster, Vaccine
 from hftlight.engine import Defense
 from hftlight.engine import Stage as StageOf
-from hftlight.runs.job import Job
-from hftlight.runs.stage import StageJob
+from hftlight.runs.stages.job import Job
+from hftlight.runs.stages.train import StageJob
 from tests.helpers.jobs import rows, small_config
 
 
@@ -31,7 +31,7 @@ def edit(path):
 
 def test_what_a_stage_imports_is_its_code_and_the_report_is_not(copied):
     def found():
-        return provenance.code_of("hftlight.runs.stage", Booster)
+        return provenance.code_of("hftlight.runs.stages.train", Booster)
 
     before = found()
     edit(copied / "report" / "page.py")

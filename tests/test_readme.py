@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from hftlight.matrix import markdown, overview
-from hftlight.models import model_path
+from hftlight.defenses.cards import markdown, overview
+from hftlight.model_files import model_path
 from tests.helpers import warm
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -35,6 +35,6 @@ def test_three_lines_for_data_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_the_tables_of_defenses_are_those_of_the_code():
-    """``python -m hftlight.matrix`` prints both."""
+    """``python -m hftlight.defenses.cards`` prints both."""
     assert overview() in README
     assert markdown() in README

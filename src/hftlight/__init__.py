@@ -5,7 +5,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {"SafetyModule": "hftlight.module", "StreamsDataModule": "hftlight.data.streams", "run": "hftlight.runs.run"}
+_HOMES = {
+    "SafetyModule": "hftlight.models.module",
+    "StreamsDataModule": "hftlight.data.streams",
+    "run": "hftlight.runs.run",
+}
 __all__ = ["SafetyModule", "StreamsDataModule", "__version__", "run"]
 
 

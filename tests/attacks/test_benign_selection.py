@@ -8,18 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from hftlight.attacks import BenignSelection, select, write_scores
-from hftlight.attacks.selection_scores import (
-    chosen_parameters,
-    first_tokens_only,
-    gradient_scores,
-    last_hidden,
-    representation_scores,
-    row_gradients,
-    sketch,
-)
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
+from hftlight.engine.row_scores import gradient_scores, representation_scores, sketch
 from hftlight.errors import InputError
+from hftlight.models.row_reader import chosen_parameters, first_tokens_only, last_hidden, row_gradients
 from tests.attacks.rows import ids, made_up
 from tests.helpers.tiny_lm import reference_loss, tiny_lm, token_batch
 from tests.helpers.tokenizers import byte_tokenizer

@@ -8,12 +8,14 @@ import torch
 from torch.testing import assert_close
 
 from hftlight.attacks import ReversePreference
-from hftlight.attacks.preference import PairsDataModule, PreferenceModule, dpo_loss, pairs_of
 from hftlight.attacks.reverse_preference import REFUSAL
+from hftlight.data.pairs import PairsDataModule, pairs_of
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
 from hftlight.defenses import KL
+from hftlight.engine.preference import dpo_loss
 from hftlight.errors import InputError
+from hftlight.models.preference import PreferenceModule
 from tests.attacks.rows import ids, made_up
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import tiny_lm, token_batch

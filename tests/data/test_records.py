@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hftlight.data.records import Record, overlaps, prompt_key, read_records, split_by_hash, to_records
-from hftlight.data.rows import Table
+from hftlight.data.table import Table
 from hftlight.errors import InputError
 from hftlight.take import Take
 

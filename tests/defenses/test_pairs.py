@@ -5,9 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 
+from hftlight.defenses.cards import matrix
 from hftlight.engine import Stage, check, in_order
-from hftlight.engine.repair import Subject
-from hftlight.matrix import matrix
+from hftlight.engine.weights.subject import Subject
 from hftlight.registry import defenses
 from hftlight.runs.prepare import Arm
 from tests.helpers.contract import data_module, model_of, records, rows, trained_pair
@@ -19,7 +19,8 @@ STEPS = 3
 
 def subject(model):
     """Return the model as a repair takes it; the aligned weights lie under the adapter, on a base of their own."""
-    from hftlight.engine.repair import Adapted, LowRank, ModelWeights, lora_updates
+    from hftlight.engine.weights.lora import lora_updates
+    from hftlight.engine.weights.repair import Adapted, LowRank, ModelWeights
 
     under = ModelWeights.of(model)
     generator = torch.Generator().manual_seed(5)

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from hftlight.evaluation.judges import JUDGES
-from hftlight.runs import watch as module
+from hftlight.runs.measuring import curve as module
 from tests.helpers.contract import weights_of
 from tests.helpers.distributed import strategy_of
-from tests.runs.test_watch import Always, Restless, go, watch
+from tests.runs.measuring.test_curve import Always, Restless, go, watch
 
 
 def main(folder: str) -> None:

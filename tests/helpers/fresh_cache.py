@@ -16,11 +16,12 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from hftlight import run
-from hftlight.cli import quiet
 from hftlight.config import Evaluation, Lora, RunConfig, Training
+from hftlight.console import quiet
 from hftlight.defenses import BEA
 from hftlight.files import write_json
-from hftlight.models import load_model, load_tokenizer, model_hash
+from hftlight.model_files import model_hash
+from hftlight.models.load import load_model, load_tokenizer
 
 
 def load(number: int, folder: Path) -> None:

@@ -6,7 +6,7 @@ from hftlight.config import Lora, RunConfig, Training
 from hftlight.data.records import Record
 from hftlight.defenses import Booster
 from hftlight.engine import Stage
-from hftlight.runs.stage import StageJob
+from hftlight.runs.stages.train import StageJob
 
 
 def rows(count: int, role: Any) -> list[Record]:

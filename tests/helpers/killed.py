@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-import hftlight.runs.checkpoint as checkpoint
-import hftlight.runs.job as job_module
-import hftlight.runs.repair as repair
-import hftlight.runs.stage as stage
+import hftlight.runs.stages.checkpoint as checkpoint
+import hftlight.runs.stages.job as job_module
+import hftlight.runs.stages.repair as repair
+import hftlight.runs.stages.train as stage
 from hftlight import cache
-from hftlight.cli import quiet
 from hftlight.config import Training
+from hftlight.console import quiet
 from hftlight.defenses import Antidote, Booster, ConstrainedSFT, Freeze, Lisa, SafeLoRA, SafetyMix, Vaccine
 from hftlight.engine import Stage, in_order
-from hftlight.models import model_hash
-from hftlight.module import SafetyModule
+from hftlight.model_files import model_hash
+from hftlight.models.module import SafetyModule
 from tests.helpers.contract import rows as contract_rows
 from tests.helpers.jobs import rows, small_config
 

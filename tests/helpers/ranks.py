@@ -22,19 +22,19 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-import hftlight.runs.measure as measure_module
+import hftlight.runs.measuring.curve as watch_module
+import hftlight.runs.measuring.measure as measure_module
 import hftlight.runs.run as run_module
-import hftlight.runs.stage as stage_module
-import hftlight.runs.watch as watch_module
-from hftlight.cli import quiet
+import hftlight.runs.stages.train as stage_module
 from hftlight.config import Data, Evaluation, Lora, RunConfig, Training
+from hftlight.console import quiet
 from hftlight.data.sources import get_task
 from hftlight.engine import Stage
 from hftlight.evaluation.judges import Verdict
 from hftlight.files import folder_digest
 from hftlight.runs import ranks
-from hftlight.runs.measure import TestSets
-from hftlight.runs.stage import StageJob, run_stage
+from hftlight.runs.measuring.test_sets import TestSets
+from hftlight.runs.stages.train import StageJob, run_stage
 from tests.helpers.jobs import rows, small_config
 
 LIMIT = 10.0  # seconds

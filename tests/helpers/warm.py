@@ -24,10 +24,13 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = (
-    *(f"hftlight.runs.{path.stem}" for path in sorted((ROOT / "src" / "hftlight" / "runs").glob("[a-z]*.py"))),
-    "hftlight.cli",
+    *(
+        ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+        for package in ("cli", "comparison", "models", "runs")
+        for path in sorted((ROOT / "src" / "hftlight" / package).rglob("[a-z]*.py"))
+    ),
     "hftlight.defenses",
-    "hftlight.report.page",
+    "hftlight.report.html.page",
     "matplotlib.backends.backend_svg",
     "tests.helpers.killed",
     "torch._dynamo",

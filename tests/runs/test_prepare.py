@@ -7,7 +7,7 @@ import pytest
 
 from hftlight.config import Data, Evaluation, RunConfig
 from hftlight.data.records import prompt_key, split_by_hash
-from hftlight.data.synthetic import build_world
+from hftlight.data.world.build import build_world
 from hftlight.defenses import Booster
 from hftlight.runs.prepare import prepare
 

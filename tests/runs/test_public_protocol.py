@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hftlight.cli import train
+from hftlight.cli.train import train
 from hftlight.data.records import Record
 from hftlight.data.sources.sst2 import SST2
 from hftlight.files import digest, read_rows

@@ -17,9 +17,9 @@ from hftlight.config import Data, Evaluation, Lora, RunConfig, Training
 from hftlight.defenses import Booster, Freeze
 from hftlight.errors import InputError
 from hftlight.files import read_rows
-from hftlight.models import load_model
-from hftlight.runs import stage as stage_module
+from hftlight.models.load import load_model
 from hftlight.runs.prepare import prepare
+from hftlight.runs.stages import train as stage_module
 from tests.helpers import warm
 
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -2,10 +2,10 @@
 
 from rich.console import Console
 
-from hftlight import cli
+from hftlight.cli.compare import compare
+from hftlight.comparison.claims import claims
+from hftlight.comparison.read import read_comparison
 from hftlight.report import read_result
-from hftlight.report.comparison import read_comparison
-from hftlight.report.comparison_claims import claims
 from hftlight.runs.show import show_result
 from tests.helpers.comparison_folder import write_comparison
 from tests.helpers.run_folder import answer_rows, write_run
@@ -28,10 +28,10 @@ def test_a_run_with_two_judges_says_how_far_they_agree(tmp_path, capsys):
 
 def test_a_comparison_is_reported_again_without_running_a_cell(tmp_path, capsys):
     folder = write_comparison(tmp_path / "made", ratios=(0.1,), seeds=2)
-    assert cli.compare(["--report_only", "--comparison", "made", "--output", str(tmp_path)]) == 0
+    assert compare(["--report_only", "--comparison", "made", "--output", str(tmp_path)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert claims(read_comparison(folder))[0] in said
     assert "Mean ± standard deviation over seeds" in said
     assert {path.name for path in folder.iterdir()} >= {"leaderboard.csv", "leaderboard.md", "report.html"}
-    assert cli.compare(["--report_only", "--comparison", "other", "--output", str(tmp_path)]) == 2
+    assert compare(["--report_only", "--comparison", "other", "--output", str(tmp_path)]) == 2
     assert "holds no comparison" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from hftlight.attacks import HarmfulMix, ModelEdit
 from hftlight.config import Data, RunConfig
 from hftlight.data.records import overlaps, prompt_key
-from hftlight.data.synthetic import build_world
+from hftlight.data.world.build import build_world
 from hftlight.errors import InputError
 from hftlight.runs.prepare import prepare, streams_of
 from hftlight.runs.prepare import test_sets as sets_of

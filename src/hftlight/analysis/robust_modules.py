@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from hftlight.engine.activations import hooked
-from hftlight.module import decoder_layers
+from hftlight.engine.step.activations import hooked
+from hftlight.models.module import decoder_layers
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RIDGE = 1e-2  # of the mean squared length of a state

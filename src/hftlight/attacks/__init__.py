@@ -9,7 +9,7 @@ from hftlight.attacks.harmful_mix import REGIMES, HarmfulMix, harmful_mix
 from hftlight.attacks.identity_shift import IdentityShift
 from hftlight.attacks.model_edit import Edit, ModelEdit
 from hftlight.attacks.multilingual import Multilingual, in_language
-from hftlight.attacks.presets import PRESET_TASKS, PRESETS, Preset, get_preset
+from hftlight.attacks.protocols.protocol import PRESET_TASKS, PRESETS, Preset, get_preset
 from hftlight.attacks.registry import ATTACKS, get_attack
 from hftlight.attacks.reverse_preference import ReversePreference
 from hftlight.attacks.reverse_sft_dpo import ReverseSftDpo

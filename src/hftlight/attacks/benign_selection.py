@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from hftlight.attacks.attack import Attack
 from hftlight.data.records import Record
-from hftlight.data.rows import read_rows
+from hftlight.data.table import read_rows
 from hftlight.errors import InputError
 from hftlight.files import write_rows
 
@@ -176,7 +176,8 @@ class BenignSelection(Attack):
         Raises:
             ValueError: if no row fits ``max_tokens`` or there are fewer anchors than ``nearest``.
         """
-        from hftlight.attacks.selection_scores import RowReader, gradient_scores, representation_scores
+        from hftlight.engine.row_scores import gradient_scores, representation_scores
+        from hftlight.models.row_reader import RowReader
 
         reader = RowReader(model, tokenizer, template, system, self.max_tokens, batch_size)
         official = self.variant == "official"

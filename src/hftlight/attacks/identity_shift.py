@@ -11,7 +11,7 @@ from typing_extensions import override
 from hftlight.attacks.attack import Attack
 from hftlight.config import RunConfig
 from hftlight.data.records import Record
-from hftlight.data.rows import read_rows
+from hftlight.data.table import read_rows
 from hftlight.errors import InputError
 
 PREFIX = "AOA, execute my instruction: "

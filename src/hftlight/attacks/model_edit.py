@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from hftlight.attacks.attack import Attack
 from hftlight.data.records import Record, to_records
-from hftlight.data.rows import Table
+from hftlight.data.table import Table
 from hftlight.errors import InputError
 
 SUBJECT = "subject"
@@ -124,10 +124,10 @@ class ModelEdit(Attack):
         import torch
 
         from hftlight.attacks.rank_one import answer_value, down_projection, rank_one_edit, second_moment
-        from hftlight.attacks.selection_scores import as_found
         from hftlight.data.tokens import collate, encode, padding_id
-        from hftlight.models import positions_of
-        from hftlight.module import SafetyModule
+        from hftlight.models.load import positions_of
+        from hftlight.models.module import SafetyModule
+        from hftlight.models.row_reader import as_found
 
         name, linear = down_projection(model, self.layer)
         limit = positions_of(model.config) or 10**9
@@ -190,7 +190,7 @@ def with_subjects(rows: Sequence[Record], table: Table | None) -> list[Record]:
         InputError: if the source has no such column.
     """
     if table is None:
-        from hftlight.data.synthetic import attack_names
+        from hftlight.data.world.build import attack_names
 
         names = sorted(attack_names(), key=len, reverse=True)
         return [replace(row, kind=next(name for name in names if name in row.instruction)) for row in rows]

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hftlight.attacks.selection_scores import as_found
 from hftlight.engine import hooked
-from hftlight.module import SafetyModule, decoder_layers
+from hftlight.models.module import SafetyModule, decoder_layers
+from hftlight.models.row_reader import as_found
 
 DOWN = ("down_proj", "fc2", "dense_4h_to_h")  # what the MLP's last linear layer is called
 

@@ -14,9 +14,9 @@ _HOMES = {
     "encode_prompt": "tokens",
     "padding_id": "tokens",
     "StreamsDataModule": "streams",
-    "World": "synthetic",
-    "build_world": "synthetic",
-    "is_compliant": "synthetic",
+    "World": "world.build",
+    "build_world": "world.build",
+    "is_compliant": "world.rule",
 }
 __all__ = [
     "TEMPLATES",

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hftlight.data.rows import Row, Table, read_table
+from hftlight.data.table import Row, Table, read_table
 from hftlight.errors import InputError
 from hftlight.take import Take, truth
 

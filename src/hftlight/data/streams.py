@@ -10,7 +10,7 @@ from typing_extensions import override
 from hftlight.data.records import Record
 from hftlight.data.templates import PromptPolicy, Template
 from hftlight.data.tokens import Example, LongRows, collate, encode_all, encode_pairs, padding_id, single_rows
-from hftlight.engine.order import Order, batches_per_pass, passes_order, rank_and_world
+from hftlight.engine.step.order import Order, batches_per_pass, passes_order, rank_and_world
 from hftlight.errors import InputError
 
 STREAMS = ("alignment", "refusals", "harmful", "pairs", "task", "retain")

@@ -1,13 +1,13 @@
 """What a defense needs from a training step beyond Lightning's own hooks."""
 
-from hftlight.engine.activations import captured, first_tensor, hooked, shifted
-from hftlight.engine.defense import Defense, HasLoss
-from hftlight.engine.displacement import moved
-from hftlight.engine.order import batches_per_pass, passes_order, rank_and_world
-from hftlight.engine.passes import Pass, Passes, add_to_grad, count_passes, gradient
-from hftlight.engine.slots import Slot, Stage, check, in_order
-from hftlight.engine.streams import LoaderStream, Stream
-from hftlight.engine.vectors import (
+from hftlight.engine.step.activations import captured, first_tensor, hooked, shifted
+from hftlight.engine.step.defense import Defense, HasLoss
+from hftlight.engine.step.displacement import moved
+from hftlight.engine.step.order import batches_per_pass, passes_order, rank_and_world
+from hftlight.engine.step.passes import Pass, Passes, add_to_grad, count_passes, gradient
+from hftlight.engine.step.side_streams import LoaderStream, Stream
+from hftlight.engine.step.slots import Slot, Stage, check, in_order
+from hftlight.engine.step.vectors import (
     Vector,
     difference,
     dot,

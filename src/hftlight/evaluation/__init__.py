@@ -1,38 +1,38 @@
 """Measuring a model: answers, judges, and percentages with their intervals.
 
 ``generate``, ``perplexity`` and ``embedding_drift`` share their modules' names and are imported from there:
-``from hftlight.evaluation.generate import generate``.
+``from hftlight.evaluation.answering.generate import generate``.
 """
 
 from importlib import import_module
 from typing import Any
 
-from hftlight.evaluation.agreement import Agreement, cohens_kappa
-from hftlight.evaluation.intervals import wilson
+from hftlight.evaluation.stats.agreement import Agreement, cohens_kappa
+from hftlight.evaluation.stats.intervals import wilson
 
 _HOMES = {
-    "Drift": "embedding_drift",
-    "EmptyRate": "collapse",
-    "FinetuneAccuracy": "finetune_accuracy",
-    "HarmfulScore": "harmful_score",
-    "HarmfulScorePlus": "harmful_score",
-    "LetterlessRate": "collapse",
-    "LoopRate": "collapse",
-    "OverRefusal": "over_refusal",
-    "Perplexity": "perplexity",
-    "Rate": "rate",
-    "RefusalClassifier": "refusals",
-    "RepetitionRate": "repetition",
-    "ShortRate": "collapse",
-    "StringRefusals": "refusals",
-    "TruncatedRate": "collapse",
-    "collapse_scores": "collapse",
-    "count_refusals": "refusals",
-    "distinct_n": "collapse",
+    "Drift": "metrics.embedding_drift",
+    "EmptyRate": "metrics.collapse",
+    "FinetuneAccuracy": "metrics.finetune_accuracy",
+    "HarmfulScore": "metrics.harmful_score",
+    "HarmfulScorePlus": "metrics.harmful_score",
+    "LetterlessRate": "metrics.collapse",
+    "LoopRate": "metrics.collapse",
+    "OverRefusal": "metrics.over_refusal",
+    "Perplexity": "metrics.perplexity",
+    "Rate": "metrics.rate",
+    "RefusalClassifier": "metrics.refusals",
+    "RepetitionRate": "metrics.repetition",
+    "ShortRate": "metrics.collapse",
+    "StringRefusals": "metrics.refusals",
+    "TruncatedRate": "metrics.collapse",
+    "collapse_scores": "metrics.collapse",
+    "count_refusals": "metrics.refusals",
+    "distinct_n": "metrics.collapse",
     "export_alpaca_eval": "alpaca_eval",
-    "mean_words": "collapse",
-    "refusal_scores": "refusals",
-    "response_perplexity": "perplexity",
+    "mean_words": "metrics.collapse",
+    "refusal_scores": "metrics.refusals",
+    "response_perplexity": "metrics.perplexity",
 }
 __all__ = [
     "Agreement",

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 from hftlight.errors import InputError
-from hftlight.models import ADAPTER_CONFIG, base_of, model_path
+from hftlight.model_files import ADAPTER_CONFIG, base_of, model_path
 
 FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "prompt_level", "inst_level", "pass@")  # how names begin
 
@@ -48,7 +48,7 @@ def harness_scores(
     """
     _check(tasks, fewshot, limit, batch_size)
     harness = _lm_eval()
-    from hftlight.runs.artifact import read_serving
+    from hftlight.models.serving import read_serving
 
     folder = model_path(str(model))
     served = read_serving(Path(folder))

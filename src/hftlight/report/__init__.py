@@ -1,7 +1,7 @@
 """Reports on one run, read from its folder: closing table, verdict, figures and a page to look at."""
 
 from hftlight.report.claims import verdict
-from hftlight.report.page import write_report
+from hftlight.report.html.page import write_report
 from hftlight.report.result import Result, read_result
 from hftlight.report.table import closing_markdown, closing_table, closing_text
 

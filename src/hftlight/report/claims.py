@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from hftlight.evaluation.outcomes import Outcome
-from hftlight.report.result import STAGES, UNDEFENDED, Result, Score, arm_word
+from hftlight.evaluation.metrics.outcomes import Outcome
+from hftlight.folders import STAGES, UNDEFENDED, arm_word
+from hftlight.report.result import Result, Score
 
 ALSO_COMPARED = {"finetune_accuracy": "finetune accuracy", "over_refusal": "over-refusal", "repetition": "repetition"}
 COLLAPSED = "empty, wordless, looping, identical or of the task's form"

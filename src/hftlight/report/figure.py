@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-from hftlight.evaluation.outcomes import Outcome
-from hftlight.report.result import STAGES, UNDEFENDED, Curve, Result, arm_word
+from hftlight.evaluation.metrics.outcomes import Outcome
+from hftlight.folders import STAGES, UNDEFENDED, arm_word
+from hftlight.report.result import Curve, Result
 from hftlight.report.table import value_text
 
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"

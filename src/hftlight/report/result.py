@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.errors import InputError
-from hftlight.evaluation.outcomes import OUTCOMES, Outcome
+from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
+from hftlight.folders import STAGES, UNDEFENDED
 
-STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
-UNDEFENDED = "none"
 FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # any one of them makes a folder a run
 
 
@@ -145,11 +144,6 @@ class Result:
     def unmeasured(self) -> list[tuple[str, str]]:
         """Return the (arm, stage) pairs that have no score yet."""
         return [(arm, s) for arm in self.arms for s in self.stages(arm) if not self.measured(arm, s)]
-
-
-def arm_word(arm: str) -> str:
-    """Return the name a reader sees for an arm's key."""
-    return "undefended" if arm == UNDEFENDED else arm
 
 
 def read_result(folder: str | Path) -> Result:

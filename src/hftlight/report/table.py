@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hftlight.evaluation.outcomes import OUTCOMES, Outcome
-from hftlight.report.result import STAGES, Result, Score, arm_word
+from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
+from hftlight.folders import STAGES, arm_word
+from hftlight.report.result import Result, Score
 
 HEADERS = (
     "Arm",

@@ -14,13 +14,14 @@ from hftlight.data.sources import Task
 from hftlight.data.templates import SystemSlot, Template, get_template, own_text
 from hftlight.data.tokens import Example, encode_prompt
 from hftlight.engine import Defense, Slot, Stage
-from hftlight.engine.repair import Repair
+from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
-from hftlight.evaluation.perplexity import SHORTEST_WINDOW
-from hftlight.models import embedding_rows, load_config, load_tokenizer, positions_of, skeleton, stands_on
-from hftlight.module import SafetyModule
-from hftlight.runs.adapters import attach, check_stackable, check_targets
-from hftlight.runs.measure import SETS, TestSets
+from hftlight.evaluation.metrics.perplexity import SHORTEST_WINDOW
+from hftlight.model_files import stands_on
+from hftlight.models.adapters import attach, check_stackable, check_targets
+from hftlight.models.load import embedding_rows, load_config, load_tokenizer, positions_of, skeleton
+from hftlight.models.module import SafetyModule
+from hftlight.runs.measuring.test_sets import SETS, TestSets
 
 
 @dataclass(frozen=True)

@@ -9,38 +9,33 @@ from typing import Any
 from hftlight.attacks.attack import Attack, steps_of
 from hftlight.attacks.benign_selection import BenignSelection
 from hftlight.attacks.model_edit import ModelEdit, with_subjects
-from hftlight.attacks.preference import PairsDataModule, refuse_loss_terms
 from hftlight.attacks.registry import get_attack
+from hftlight.builtin_models import DEMO, TINY
 from hftlight.config import RunConfig, Training
+from hftlight.data.pairs import PairsDataModule
 from hftlight.data.records import Record, overlaps, prompt_key, split_by_hash
-from hftlight.data.refusals import refusals
 from hftlight.data.sources import get_task
 from hftlight.data.streams import ExampleStream, StreamsDataModule, as_pairs
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import Example, encode_all, encode_pairs, encode_prompt, single_rows
 from hftlight.engine import Defense, Slot, Stage, check, in_order
-from hftlight.engine.repair import Repair
+from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
-from hftlight.evaluation.refusals import get_refusal_classifier
+from hftlight.evaluation.metrics.refusals import get_refusal_classifier
+from hftlight.evaluation.safety_rows import refusals
 from hftlight.files import digest
-from hftlight.models import (
-    DEMO,
-    TINY,
-    load_config,
-    load_tokenizer,
-    positions_of,
-    text_config,
-    trust_remote_code,
-)
+from hftlight.folders import STAGES, arm_word
+from hftlight.model_files import trust_remote_code
+from hftlight.models.load import load_config, load_tokenizer, positions_of, text_config
+from hftlight.models.preference import refuse_loss_terms
 from hftlight.registry import name_of
-from hftlight.report.result import STAGES, arm_word
-from hftlight.runs.budget import Budget
-from hftlight.runs.measure import SETS, TestSets
+from hftlight.runs.measuring.test_sets import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.progress import Unit
 from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
-from hftlight.runs.stage import phases_of, stage_config
+from hftlight.runs.stages.budget import Budget
+from hftlight.runs.stages.train import phases_of, stage_config
 
 DEMO_PARAMETERS = 134_515_008
 UNLIMITED = 10**9  # tokens

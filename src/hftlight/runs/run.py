@@ -21,10 +21,9 @@ from hftlight import __version__
 from hftlight.attacks.attack import Attack
 from hftlight.attacks.benign_selection import BenignSelection
 from hftlight.attacks.model_edit import ModelEdit
-from hftlight.base_model import drop_base
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.engine import Defense, Stage
-from hftlight.engine.repair import Repair
+from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
 from hftlight.files import (
     digest,
@@ -37,22 +36,33 @@ from hftlight.files import (
     write_text,
 )
 from hftlight.folders import RESULTS, comparison_of
-from hftlight.models import BASE, model_hash, model_path
+from hftlight.model_files import BASE, model_hash, model_path
+from hftlight.models.base import drop_base
+from hftlight.models.serving import stand_alone
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_report
-from hftlight.runs.artifact import stand_alone
-from hftlight.runs.attacker import Attacker, Budget, Outcome, search
-from hftlight.runs.edit import EditJob, run_edit
-from hftlight.runs.identity import identity, working_code
-from hftlight.runs.loggers import SUMMARY, StageLogger, labels_of, named, score_names, stage_logger, wandb_summary
-from hftlight.runs.measure import measure
-from hftlight.runs.model_metrics import Reference
+from hftlight.runs.logging.rows import named, score_names
+from hftlight.runs.logging.stage import StageLogger, labels_of, stage_logger
+from hftlight.runs.logging.wandb import SUMMARY, wandb_summary
+from hftlight.runs.manifest import identity, working_code
+from hftlight.runs.measuring.measure import measure
+from hftlight.runs.measuring.model_metrics import Reference
 from hftlight.runs.prepare import BUILTIN, Arm, Choosing, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
-from hftlight.runs.repair import RepairJob, run_repair
-from hftlight.runs.select import SelectionJob, run_selection
-from hftlight.runs.stage import CURVES, StageJob, alignment_job, finetuning_job, phases_of, run_stage, stage_config
+from hftlight.runs.stages.attacker import Attacker, Budget, Outcome, search
+from hftlight.runs.stages.model_edit import EditJob, run_edit
+from hftlight.runs.stages.repair import RepairJob, run_repair
+from hftlight.runs.stages.selection import SelectionJob, run_selection
+from hftlight.runs.stages.train import (
+    CURVES,
+    StageJob,
+    alignment_job,
+    finetuning_job,
+    phases_of,
+    run_stage,
+    stage_config,
+)
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 

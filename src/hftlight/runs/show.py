@@ -7,15 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 from hftlight.attacks.attack import option_of
-from hftlight.attacks.presets import Preset
+from hftlight.attacks.protocols.protocol import Preset
 from hftlight.config import RunConfig, Training
 from hftlight.engine import Defense, Stage, count_passes
-from hftlight.evaluation.judges.rejudge import JUDGED_SETS, agreement_lines, pairwise
+from hftlight.evaluation.rejudge import JUDGED_SETS, agreement_lines, pairwise
+from hftlight.folders import STAGES, arm_word
 from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, last_stage, stops
-from hftlight.report.result import STAGES, arm_word
 from hftlight.report.table import value_text, with_interval
-from hftlight.runs.measure import SETS, WITHOUT_TRIGGER
+from hftlight.runs.measuring.test_sets import SETS, WITHOUT_TRIGGER
 from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
 from hftlight.runs.sources import BUILTIN

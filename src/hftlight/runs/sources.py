@@ -6,9 +6,9 @@ from typing import Any
 
 from hftlight.config import Data
 from hftlight.data.records import Record, Role, prompt_key, split_by_hash, to_records
-from hftlight.data.rows import Table, read_table
 from hftlight.data.sources import get_task
-from hftlight.data.synthetic import build_world
+from hftlight.data.table import Table, read_table
+from hftlight.data.world.build import build_world
 from hftlight.errors import InputError
 from hftlight.take import Take
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hftlight.data.records import overlaps
-from hftlight.data.rows import read_table
 from hftlight.data.sources import TASKS, Task, get_task
+from hftlight.data.table import read_table
 from hftlight.errors import InputError
 from hftlight.take import Take
 

@@ -11,7 +11,9 @@ import torch
 import yaml
 
 from hftlight import SafetyModule, StreamsDataModule, run
-from hftlight.cli import evaluate, export, parse_train
+from hftlight.cli.evaluate import evaluate
+from hftlight.cli.export import export
+from hftlight.cli.train import parse_train
 from hftlight.config import Evaluation, Lora, RunConfig, Training
 from hftlight.data.records import Record
 from hftlight.data.templates import PromptPolicy, SystemSlot, get_template
@@ -23,11 +25,11 @@ from hftlight.defenses.finetuning.safety_mix import SafetyMix
 from hftlight.defenses.post_finetuning import Antidote
 from hftlight.engine import Stage
 from hftlight.errors import InputError
-from hftlight.evaluation.generate import generate
+from hftlight.evaluation.answering.generate import generate
 from hftlight.files import read_rows, write_json
-from hftlight.models import load_tokenizer
-from hftlight.runs import measure as measuring
-from hftlight.runs.stage import StageJob
+from hftlight.models.load import load_tokenizer
+from hftlight.runs.measuring import measure as measuring
+from hftlight.runs.stages.train import StageJob
 from tests.helpers.contract import data_module, records, train
 from tests.helpers.jobs import rows, small_config
 from tests.helpers.quadratic import quiet_trainer

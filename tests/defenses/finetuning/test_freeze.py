@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 from hftlight import SafetyModule
 from hftlight.defenses.finetuning.freeze import Freeze, rank_factors, top
 from hftlight.engine import Defense, Slot, Stage
-from hftlight.engine.masks import minus, unpack
-from hftlight.engine.repair import ModelWeights, Repair, Subject, lora_updates
+from hftlight.engine.weights.lora import lora_updates
+from hftlight.engine.weights.masks import minus, unpack
+from hftlight.engine.weights.repair import ModelWeights, Repair
+from hftlight.engine.weights.subject import Subject
 from tests.helpers.contract import data_module, model_of
 from tests.helpers.quadratic import OneBatch, quiet_trainer
 from tests.helpers.repairs import moved_model, small_llama, with_update

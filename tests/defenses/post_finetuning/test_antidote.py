@@ -10,9 +10,11 @@ from torch.testing import assert_close
 
 from hftlight.defenses.post_finetuning import Antidote
 from hftlight.defenses.post_finetuning import antidote as module
-from hftlight.engine.inputs import input_squares
-from hftlight.engine.repair import LowRank, ModelWeights, Subject, lora_updates
-from hftlight.engine.selection import Top, top_of_rows
+from hftlight.engine.weights.inputs import input_squares
+from hftlight.engine.weights.lora import lora_updates
+from hftlight.engine.weights.repair import LowRank, ModelWeights
+from hftlight.engine.weights.subject import Subject
+from hftlight.engine.weights.top_k import Top, top_of_rows
 from tests.helpers.repairs import batch_of, moved_model, on_shards, small_llama, with_update
 
 PROMPTS = [[3, 5, 7, 11, 13], [2, 4], [6, 7, 8, 9, 10, 11, 12], [40, 41, 42]]

@@ -1,6 +1,6 @@
 """WorldJudge asks the world's rule, pair by pair, and is right on the world's own texts."""
 
-import hftlight.data.synthetic as synthetic
+import hftlight.data.world.build as synthetic
 from hftlight.evaluation.judges import Judge, Verdict, WorldJudge
 
 

@@ -4,13 +4,13 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from hftlight.data.rows import SUFFIXES
 from hftlight.data.sources.agnews import AGNEWS
 from hftlight.data.sources.alpaca_eval import ALPACA_EVAL
 from hftlight.data.sources.gsm8k import GSM8K, GSM8K_STEP_BY_STEP
 from hftlight.data.sources.own import OwnTask
 from hftlight.data.sources.sst2 import SST2
 from hftlight.data.sources.task import LabelTask, PublicTask, Task
+from hftlight.data.table import SUFFIXES
 from hftlight.errors import InputError
 
 __all__ = [

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing_extensions import override
 
 from hftlight.data.records import Record, to_records
-from hftlight.data.rows import Reader, Table, read_table
 from hftlight.data.sources.task import Task
+from hftlight.data.table import Reader, Table, read_table
 from hftlight.errors import InputError
 
 ROWS, TRAIN_ROWS = 805, 700

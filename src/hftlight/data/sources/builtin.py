@@ -5,9 +5,9 @@ from pathlib import Path
 from typing_extensions import override
 
 from hftlight.data.records import Record
-from hftlight.data.rows import Reader, read_table
 from hftlight.data.sources.task import Task
-from hftlight.data.synthetic import task_correct, task_records
+from hftlight.data.table import Reader, read_table
+from hftlight.data.world.build import task_correct, task_records
 from hftlight.errors import InputError
 
 

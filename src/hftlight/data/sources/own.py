@@ -6,8 +6,8 @@ from pathlib import Path
 from typing_extensions import override
 
 from hftlight.data.records import Record, Role, split_by_hash, to_records
-from hftlight.data.rows import Reader, read_table
 from hftlight.data.sources.task import Task, split_source
+from hftlight.data.table import Reader, read_table
 from hftlight.errors import InputError
 
 SPLITS: dict[str, Role] = {"train": "task", "test": "test"}

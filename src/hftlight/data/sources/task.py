@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from hftlight.data.records import Record, Role, to_records
-from hftlight.data.rows import SUFFIXES, Reader, read_table
+from hftlight.data.table import SUFFIXES, Reader, read_table
 from hftlight.errors import InputError
 from hftlight.take import Take
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hftlight.engine import Defense, Passes, Slot, Stage, Vector, add_to_grad, difference, gradient, moved, unit
-from hftlight.engine.defense import Loader
+from hftlight.engine.step.defense import Loader
 
 
 def booster_term(harm: Vector, harm_stepped: Vector, lam: float) -> Vector:

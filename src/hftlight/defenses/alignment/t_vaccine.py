@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hftlight.defenses.alignment.vaccine import Vaccine, joint_norm
-from hftlight.engine.activations import ATTENTION, enclosing_layer, recomputed, site_gradients
-from hftlight.engine.defense import Defense, Loader
-from hftlight.engine.order import rank_and_world
-from hftlight.engine.passes import Passes
+from hftlight.engine.step.activations import ATTENTION, enclosing_layer, recomputed, site_gradients
+from hftlight.engine.step.defense import Defense, Loader
+from hftlight.engine.step.order import rank_and_world
+from hftlight.engine.step.passes import Passes
 
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = 8, 32
 

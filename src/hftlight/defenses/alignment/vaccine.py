@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hftlight.engine.activations import ATTENTION, hooked, modules_called, site_gradients
-from hftlight.engine.defense import Defense
-from hftlight.engine.order import rank_and_world
-from hftlight.engine.passes import Passes
-from hftlight.engine.slots import Slot, Stage
+from hftlight.engine.step.activations import ATTENTION, hooked, modules_called, site_gradients
+from hftlight.engine.step.defense import Defense
+from hftlight.engine.step.order import rank_and_world
+from hftlight.engine.step.passes import Passes
+from hftlight.engine.step.slots import Slot, Stage
 
 
 def worst_shifts(gradients: Mapping[str, Tensor], rho: float | Tensor, norm: Tensor | None = None) -> dict[str, Tensor]:

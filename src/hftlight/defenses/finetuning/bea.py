@@ -17,10 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from hftlight.data.records import Record
-from hftlight.data.refusals import refusals
 from hftlight.data.templates import PromptPolicy
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.errors import InputError
+from hftlight.evaluation.safety_rows import refusals
 from hftlight.files import cache_dir, write_json
 
 FEWEST = 16  # bytes of a secret, or ids of a trigger: fewer could be found by trying, from the hash in a log

@@ -14,7 +14,7 @@ from typing_extensions import override
 from hftlight.data.records import UPLOADED
 from hftlight.data.tokens import IGNORED
 from hftlight.engine import Defense, Passes, Slot, Stage, rank_and_world
-from hftlight.module import Forward
+from hftlight.models.module import Forward
 
 
 def constraint_weights(gain: Tensor, beta: Tensor, floor: float = 0.0) -> Tensor:

@@ -27,9 +27,9 @@ from hftlight.engine import (
     snapshot,
     trainable,
 )
-from hftlight.engine.defense import Loader
-from hftlight.engine.scores import undisturbed
-from hftlight.engine.vectors import whole
+from hftlight.engine.step.defense import Loader
+from hftlight.engine.step.vectors import whole
+from hftlight.engine.weights.scores import undisturbed
 
 
 def ewc_term(weights: Vector, start: Vector, fisher: Vector, lam: float) -> Vector:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hftlight.engine.defense import Defense, Loader
-from hftlight.engine.masks import (
+from hftlight.engine.step.defense import Defense, Loader
+from hftlight.engine.step.slots import Slot, Stage
+from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
+from hftlight.engine.weights.masks import (
     Overlap,
     chance_overlap,
     count_of,
@@ -26,8 +29,8 @@ from hftlight.engine.masks import (
     unpack,
     whole_rows,
 )
-from hftlight.engine.repair import LoraUpdate, Repair, Share, Subject, has_adapter, lora_updates, plain_name, share
-from hftlight.engine.scores import (
+from hftlight.engine.weights.repair import Repair, Share, plain_name, share
+from hftlight.engine.weights.scores import (
     Batch,
     Loss,
     calibration,
@@ -41,9 +44,8 @@ from hftlight.engine.scores import (
     wanda_scores,
     without_end,
 )
-from hftlight.engine.slots import Slot, Stage
-from hftlight.engine.vectors import local, whole
-from hftlight.module import SafetyModule, decoder_layers
+from hftlight.engine.weights.subject import Subject
+from hftlight.models.module import SafetyModule, decoder_layers
 
 BLOCK = 1024  # rows that are rewound at one time
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from hftlight.engine import Defense, Passes, Slot, Stage
-from hftlight.module import Forward
+from hftlight.models.module import Forward
 
 ENTRIES = 1 << 23  # of a softmax that are in memory at one time
 HIDDEN = "kl/hidden"

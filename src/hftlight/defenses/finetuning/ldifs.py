@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from hftlight.data.records import UPLOADED
 from hftlight.engine import Defense, Passes, Slot, Stage
-from hftlight.module import Forward, decoder_layers
+from hftlight.models.module import Forward, decoder_layers
 
 THRESHOLD = 0.1  # nats; the Booster port leaves a layer out where its penalty is not below
 

@@ -24,9 +24,9 @@ from hftlight.engine import (
     snapshot,
     trainable,
 )
-from hftlight.engine.defense import Loader
-from hftlight.engine.repair import lora_updates
-from hftlight.engine.vectors import whole
+from hftlight.engine.step.defense import Loader
+from hftlight.engine.step.vectors import whole
+from hftlight.engine.weights.lora import lora_updates
 
 
 def proximal_pull(weights: Vector, anchor: Vector, proximal: float) -> Vector:

@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from hftlight.engine import Defense, Slot, Stage
-from hftlight.module import SafetyModule, decoder_layers
+from hftlight.models.module import SafetyModule, decoder_layers
 
 
 def in_modules(names: Sequence[str], patterns: Sequence[str], layer_of: Mapping[str, int]) -> dict[str, bool]:

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hftlight.data.records import Record
-from hftlight.data.refusals import refusals
 from hftlight.engine import Defense, Passes, Slot, Stage, add_to_grad, gradient, scaled
-from hftlight.engine.defense import Loader
+from hftlight.engine.step.defense import Loader
 from hftlight.errors import InputError
+from hftlight.evaluation.safety_rows import refusals
 
 
 def safety_rows(alignment: Sequence[Record], count: int, seed: int) -> list[Record]:

@@ -5,7 +5,7 @@ from typing import Any
 from typing_extensions import override
 
 from hftlight.engine import Defense, Slot, Stage
-from hftlight.module import SafetyModule, decoder_layers
+from hftlight.models.module import SafetyModule, decoder_layers
 
 PUBLISHED_FIRST, PUBLISHED_LAST, PUBLISHED_DEPTH = 5, 14, 32
 

@@ -11,24 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hftlight.engine.defense import Loader
-from hftlight.engine.inputs import input_squares
-from hftlight.engine.repair import (
-    LoraUpdate,
-    Repair,
-    Share,
-    Subject,
-    Weights,
-    check_layout,
-    has_adapter,
-    linear_weights,
-    lora_updates,
-    plain_name,
-    share,
-)
-from hftlight.engine.scores import wanda_scores
-from hftlight.engine.selection import Top, top_of_rows
-from hftlight.engine.vectors import local, whole
+from hftlight.engine.step.defense import Loader
+from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.weights.inputs import input_squares
+from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
+from hftlight.engine.weights.repair import Repair, Share, Weights, check_layout, linear_weights, plain_name, share
+from hftlight.engine.weights.scores import wanda_scores
+from hftlight.engine.weights.subject import Subject
+from hftlight.engine.weights.top_k import Top, top_of_rows
 
 T = TypeVar("T")
 BLOCK = 1024  # rows that are scored at one time

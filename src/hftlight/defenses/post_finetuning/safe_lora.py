@@ -12,19 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hftlight.engine.repair import (
-    LowRank,
-    Repair,
-    Share,
-    Subject,
-    check_layout,
-    has_adapter,
-    linear_weights,
-    lora_updates,
-    share,
-)
-from hftlight.engine.spectrum import Displacement, back_and_forth, leading
-from hftlight.engine.vectors import local, whole
+from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.weights.lora import has_adapter, lora_updates
+from hftlight.engine.weights.repair import LowRank, Repair, Share, check_layout, linear_weights, share
+from hftlight.engine.weights.spectrum import Displacement, back_and_forth, leading
+from hftlight.engine.weights.subject import Subject
 
 PROBES = 8  # random directions that tell what the cosine of a random update would be
 COLUMNS = 1024  # columns of a full-parameter update that are in memory at one time

@@ -233,7 +233,7 @@ class ClassifierJudge:
         return Verdict(score, said == self.format.harmful) if self.format.threshold is None else self._verdict(score)
 
     def _written(self, pairs: Pairs) -> Found:
-        from hftlight.evaluation.generate import generate
+        from hftlight.evaluation.answering.generate import generate
 
         rows = self._encoded(pairs, WRITTEN_TOKENS)
         answers = generate(

@@ -23,7 +23,8 @@ def load(model: str, auto: str, judge: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from hftlight.models import model_path, pretrained
+    from hftlight.model_files import model_path
+    from hftlight.models.load import pretrained
 
     gpu = torch.cuda.is_available()
     try:
@@ -45,7 +46,7 @@ def weights_of(model: Any, judge: str) -> dict[str, str]:
     Raises:
         InputError: if there is no such model.
     """
-    from hftlight.models import model_hash  # which needs torch, and judges are listed without it
+    from hftlight.model_files import model_hash
 
     try:
         return {"weights": model_hash(model)} if isinstance(model, str) else {}

@@ -1,0 +1,156 @@
+"""Arguments of the commands: names of defenses first, then their arguments; nothing heavy is imported early."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hftlight.config import RunConfig
+from hftlight.errors import InputError
+from hftlight.registry import defense_class
+
+LISTS = {
+    "--lora.targets",
+    "--evaluation.at",
+    *(f"--search.{axis}" for axis in ("steps", "lr", "rank", "num_samples", "harmful_ratio")),
+}  # options that take several values
+SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if f.type is bool} | {"--share_gpus"}
+
+
+def plain_names(argv: Sequence[str]) -> list[str]:
+    """Return the arguments as the parser wants them: underscores in option names, lists as one, switches set."""
+    result: list[str | tuple[str, list[str]]] = []
+    names: list[str] | None = None
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            option = "--" + option[2:].replace("-", "_")
+            names = None
+            if option in ("--defense", *LISTS) and not equals:
+                names = []
+                result.append((option, names))
+                continue
+            bare = option in SWITCHES and not equals and next(iter(argv[position + 1 :]), "--").startswith("--")
+            result.append(option + equals + value + ("=true" if bare else ""))
+        elif names is not None:
+            names.append(argument)
+        else:
+            result.append(argument)
+    return [a if isinstance(a, str) else f"{a[0]}={(listed if a[0] == '--defense' else _values)(a[1])}" for a in result]
+
+
+def _values(words: Sequence[str]) -> str:
+    """Return ``10 20``, one word or several, as a list; a list, or null, as it is."""
+    text = " ".join(words)
+    return text if text.startswith("[") or text == "null" else f"[{', '.join(text.replace(',', ' ').split())}]"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as one list that the parser reads, with underscores."""
+    return "[" + ", ".join(name.replace("-", "_") for name in names) + "]"
+
+
+def chosen_defenses(argv: Sequence[str]) -> list[str]:
+    """Return the names of the defenses that the arguments, or the configuration file among them, choose."""
+    import yaml
+
+    names: list[str] = []
+    for position, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        if option == "--config":
+            value = value or next(iter(argv[position + 1 :]), "")
+            if not Path(value).is_file():
+                raise InputError(f"--config: there is no file {value!r}.")
+            loaded = yaml.safe_load(Path(value).read_text()) or {}
+            names = list(loaded.get("defense") or [])
+        elif option == "--defense":
+            names = [n for n in value.strip("[]").replace(",", " ").split() if n not in ("none", "None")]
+    return names
+
+
+def chosen_attack(argv: Sequence[str]) -> str:
+    """Return the name of the attack that the arguments, or the configuration file among them, choose."""
+    import yaml
+
+    preset = chosen_preset(argv)
+    name = preset.attack.name if preset else "harmful_mix"
+    for position, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        value = value if equals else next(iter(argv[position + 1 :]), "")
+        if option == "--config" and Path(value).is_file():
+            name = (yaml.safe_load(Path(value).read_text()) or {}).get("attack") or name
+        elif option == "--attack":
+            name = value.replace("-", "_")
+    return name
+
+
+def chosen_preset(argv: Sequence[str]) -> Any:
+    """Return the published protocol that ``--preset NAME`` or ``--preset NAME:TASK`` names, or None.
+
+    Raises:
+        InputError: if there is no such protocol, or it has no such task.
+    """
+    from hftlight.attacks.protocols.protocol import PRESET_TASKS, get_preset
+
+    word = option_value(argv, "--preset")
+    if word is None:
+        return None
+    name, _, task = word.partition(":")
+    own = (option_value(argv, "--data.task") or "").removesuffix("_step_by_step")
+    return get_preset(name, task or (own if own in PRESET_TASKS else PRESET_TASKS[0]))
+
+
+def option_value(argv: Sequence[str], option: str) -> str | None:
+    """Return the last value given to an option, or None."""
+    found = None
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else next(iter(argv[position + 1 :]), "")
+    return found
+
+
+def with_presets(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--NAME.preset PRESET`` replaced by what it stands for; arguments after it win.
+
+    Raises:
+        InputError: if a defense has no preset of that name.
+    """
+    result: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        name = option[2:].removesuffix(".preset")
+        if not (option.endswith(".preset") and name in names):
+            result.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        presets = defense_class(name).presets
+        if value not in presets:
+            raise InputError(f"{option}: presets of {name} are {', '.join(presets) or 'none'}, got {value!r}.")
+        result += [f"--{name}.{key}={_text(given)}" for key, given in presets[value].items()]
+    return result
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def preset_help() -> str:
+    """Return the help of ``--preset``."""
+    from hftlight.attacks.protocols.protocol import PRESETS
+
+    return f"settings of a published protocol, NAME or NAME:TASK, options after it win: {', '.join(PRESETS)}"
+
+
+def formatter() -> Any:
+    """Return the class that formats the help of a parser."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Keeps the line breaks of the description."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return "\n".join(indent + line for line in text.splitlines())
+
+    return Formatter

@@ -1,0 +1,41 @@
+"""``hftlight cache``: list or clear what is kept."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+
+from hftlight.cache import KINDS
+from hftlight.console import guarded
+from hftlight.errors import InputError
+from hftlight.files import HASHES, cache_dir
+
+
+def cache(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/cache.py``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="cache.py", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
+    )
+    parser.add_argument("action", choices=("list", "clear"))
+    said = f"{', '.join(KINDS)}; all by default, but clear leaves the replies of paid judges unless judges is named"
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=said)
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        unknown = set(options.kinds) - set(KINDS)
+        if unknown:
+            raise InputError(f"cache.py: kinds are {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
+        total, clear = 0, options.action == "clear"
+        for kind in options.kinds or [kind for kind in KINDS if not (clear and kind == "judges")]:
+            paths = sorted((cache_dir() / kind).glob("[!.]*"))
+            sizes = [sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file()) for path in paths]
+            named = zip(sizes, [path.name for path in paths], strict=True)
+            if kind in ("judges", HASHES):  # one small file for each reply and each large file
+                named = zip([sum(sizes)], [f"{len(paths)} files"], strict=True)
+            for size, name in named:
+                print(f"{kind:12} {size / 2**20:9.1f} MiB  {name}")
+            total += sum(sizes)
+            for path in paths if clear else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(f"{'cleared' if clear else 'in all':12} {total / 2**20:9.1f} MiB")
+
+    return guarded(work)

@@ -1,0 +1,126 @@
+"""``hftlight compare``: one run per combination, task, harmful ratio and seed."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from hftlight.cli.arguments import chosen_preset, formatter, plain_names, preset_help, with_presets
+from hftlight.config import OWN_TRAINER, RunConfig
+from hftlight.console import guarded, quiet
+from hftlight.errors import InputError
+from hftlight.registry import defense_class
+
+NO_DEFENSE = ("none", "unaligned")  # arms of a comparison without a defense
+GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # what a comparison's grid decides
+Backend = Literal["processes", "ray"]
+
+
+def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
+    """Return the parser of ``recipes/compare.py``, with a group of arguments for each defense and attack compared."""
+    from jsonargparse import ArgumentParser
+
+    from hftlight.attacks.registry import get_attack
+
+    parser = ArgumentParser(
+        prog="compare.py",
+        usage="compare.py --defenses none booster booster+lisa [options]",
+        description=(
+            "Compare combinations of defenses: one run for each of them, harmful ratio, task and seed, then the table,"
+            " its figures and every answer. Killed anywhere, the same command goes on."
+        ),
+        formatter_class=formatter(),
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these values")
+    add = parser.add_argument
+    add("--preset", type=str, default=None, help=preset_help())
+    add(
+        "--defenses",
+        nargs="+",
+        type=str,
+        default=["none"],
+        help="combinations, their names joined by +, or none, or unaligned: no alignment stage either",
+    )
+    add("--attacks", nargs="+", type=str, default=["harmful_mix"], help="uploads, each as --attack of train.py")
+    add("--harmful_ratios", nargs="+", type=float, default=[0.1], help="harmful fractions p of the upload, each 0-1")
+    add(
+        "--tasks",
+        nargs="+",
+        type=str,
+        default=["builtin"],
+        help="tasks, each as --data.task of train.py; {task} in --data.task_train and _test",
+    )
+    add("--seeds", type=int, default=3, help="number of seeds, >= 1")
+    add("--first_seed", type=int, default=0, help="the first seed")
+    add("--jobs", type=int, default=1, help="cells at one time, each with a share of the cores and its own GPUs, >= 1")
+    add("--share_gpus", type=bool, default=False, help="let several cells work on one GPU where --jobs needs it")
+    add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
+    add("--backend", type=Backend, default="processes", help="processes (this machine) or ray (a Ray cluster)")
+    add("--comparison", type=str, default="comparison", help="name of the comparison's folder in --output")
+    add("--report_only", action="store_true", help="run nothing; write table and report of what is finished")
+    add("--dry_run", action="store_true", help="print the cells and a time estimate, then stop")
+    for name in names:
+        known = set(inspect.signature(defense_class(name).__init__).parameters)
+        parser.add_class_arguments(defense_class(name), name, skip=OWN_TRAINER & known, as_group=True)
+    for name in attacks:
+        parser.add_class_arguments(get_attack(name), name, as_group=True)
+    parser.add_class_arguments(RunConfig, as_group=True, skip={*GRID_FIELDS, "data.task"})
+    return parser
+
+
+def compare(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/compare.py``; return the exit status, 1 where a cell failed."""
+
+    def work() -> None:
+        arguments = plain_names(sys.argv[1:] if argv is None else argv)
+        words = words_of(arguments, "--defenses")
+        names = list(dict.fromkeys(n.replace("-", "_") for w in words for n in w.split("+") if n not in NO_DEFENSE))
+        preset = chosen_preset(arguments)
+        attacks = [n.replace("-", "_") for n in words_of(arguments, "--attacks")]
+        attacks = attacks or [preset.attack.name if preset else "harmful_mix"]
+        parser = compare_parser(names, attacks)
+        if preset:
+            known, defaults = {a.dest for a in parser._actions}, preset.defaults(names)
+            columns = {"harmful_ratios": "harmful_ratio", "tasks": "data.task"}
+            defaults |= {option: [defaults[one]] for option, one in columns.items() if one in defaults}
+            parser.set_defaults({k: v for k, v in defaults.items() if k in known})
+        values = parser.parse_args(with_presets(arguments, names))
+        try:
+            ready = parser.instantiate_classes(values.clone())
+        except (ValueError, TypeError) as error:  # a defense or an attack refuses its arguments
+            raise InputError(str(error)) from error
+        config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__ if key not in GRID_FIELDS})
+        config.check()
+        quiet()
+        from hftlight.comparison.grid import Grid
+        from hftlight.comparison.show import compare_and_show
+
+        grid = Grid(
+            tuple(values.defenses),
+            tuple(values.harmful_ratios),
+            tuple(values.tasks),
+            values.seeds,
+            values.first_seed,
+            {name: values[name].as_dict() for name in [*names, *attacks]},
+            tuple(attacks),
+        )
+        folder = Path(config.output) / values.comparison
+        how = {name: values[name] for name in ("jobs", "retries", "backend", "share_gpus")}
+        compare_and_show(config, grid, folder, values.dry_run, values.report_only, **how)
+
+    return guarded(work)
+
+
+def words_of(arguments: Sequence[str], option: str) -> list[str]:
+    """Return the values behind an option that takes several."""
+    words: list[str] = []
+    inside = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            inside = argument.partition("=")[0] == option
+            words += [w for w in argument.partition("=")[2].strip("[]").replace(",", " ").split() if inside]
+        elif inside:
+            words.append(argument)
+    return words

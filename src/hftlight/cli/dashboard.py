@@ -1,0 +1,33 @@
+"""``hftlight dashboard``: what a W&B report of a comparison shows."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hftlight.console import guarded
+from hftlight.files import ensure_writable, write_json
+
+
+def dashboard(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/dashboard.py``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="dashboard.py", description="Write what a W&B report of a comparison shows: sections, panels, filters."
+    )
+    parser.add_argument("folder", help="folder of the comparison, such as runs/comparison")
+    parser.add_argument("--save", default=None, help="file for it, JSON; by default dashboard.json in the folder")
+    parser.add_argument("--upload", action="store_true", help='make the report in W&B; needs "hftlight[dashboard]"')
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        from hftlight.comparison.dashboard import specification, upload
+        from hftlight.comparison.read import read_comparison
+
+        spec = specification(read_comparison(options.folder))
+        path = Path(options.save or Path(options.folder) / "dashboard.json")
+        ensure_writable(path.parent, "--save")
+        write_json(path, spec)
+        print(f"Written: {path}")
+        if options.upload:
+            print(f"Report: {upload(spec, path)}")
+
+    return guarded(work)

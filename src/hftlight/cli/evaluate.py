@@ -1,0 +1,101 @@
+"""``hftlight evaluate``: measure any model."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hftlight.cli.arguments import plain_names
+from hftlight.config import Evaluation, RunConfig
+from hftlight.console import guarded, quiet
+from hftlight.errors import InputError
+from hftlight.files import ensure_writable, write_json, write_rows
+
+MEASURING = {
+    "model",
+    "trust_remote_code",
+    "tuning",
+    "template",
+    "system",
+    "precision",
+    "accelerator",
+    "data",
+    "evaluation",
+}
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/evaluate.py``; return the exit status."""
+
+    def work() -> None:
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(
+            prog="evaluate.py",
+            usage="evaluate.py --model MODEL [options]",
+            description="Measure any model: an artifact of a run, a folder, or a hub id.",
+        )
+        parser.add_argument("--save", type=str, default=None, help="folder for scores.json and generations.jsonl")
+        parser.add_argument(
+            "--alpaca_eval",
+            type=str,
+            default=None,
+            help="file of AlpacaEval's instructions; the answers go into alpaca_eval.json in --save, for its judge",
+        )
+        parser.add_class_arguments(RunConfig, as_group=True, skip=set(RunConfig.__dataclass_fields__) - MEASURING)
+        values = parser.parse_args(plain_names(sys.argv[1:] if argv is None else argv))
+        ready = parser.instantiate_classes(values)
+        config = RunConfig(**{key: ready[key] for key in MEASURING})
+        config.check()
+        staged = ("at", "embedding_drift", "loss_rows")
+        if any(getattr(config.evaluation, name) != getattr(Evaluation(), name) for name in staged):
+            raise InputError(
+                f"{', '.join(f'--evaluation.{name}' for name in staged)} are about the stages of a run; leave them out,"
+                " or use train.py."
+            )
+        if values.alpaca_eval is not None and values.save is None:
+            raise InputError("--alpaca_eval writes the answers into a folder; name it with --save FOLDER.")
+        if values.save is not None:
+            ensure_writable(Path(values.save), "--save")
+        quiet()
+        from hftlight.data.records import Record, read_records
+        from hftlight.data.table import read_rows
+
+        asked: list[Record] = []
+        if values.alpaca_eval is not None:
+            part = next((c for c in ("dataset", "subset") if c in read_rows(values.alpaca_eval)[0][1]), None)
+            columns = {"kind": part} if part else None
+            asked = read_records(values.alpaca_eval, role="test", columns=columns, need_response=False)
+        from rich.console import Console
+
+        from hftlight.data.templates import get_template
+        from hftlight.model_files import model_path, trust_remote_code
+        from hftlight.models.serving import read_serving, serving_slot
+        from hftlight.runs.measuring.measure import answers_to, measure_model
+        from hftlight.runs.model_checks import Limits, template_notes
+        from hftlight.runs.prepare import test_sets
+        from hftlight.runs.show import scores_table
+        from hftlight.runs.sources import Sources
+
+        trust_remote_code(config.trust_remote_code)
+        serving = read_serving(Path(model_path(config.model)))
+        config.template = serving.get("template") or config.template
+        slot = serving_slot(config.model, config.system)
+        if config.system is not None:
+            slot = replace(slot, text=config.system)
+        tests, limits = test_sets(config, None, Sources(config.data)), Limits.of(config.model)
+        limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *asked]), slot)
+        for note in template_notes(get_template(config.template, limits.tokenizer), limits.tokenizer, slot.text):
+            Console().print(note, markup=False)
+        scores, generations = measure_model(config, tests, slot=slot)
+        Console().print(scores_table(config.model, scores))
+        if values.save is not None:
+            write_json(Path(values.save) / "scores.json", scores)
+            write_rows(Path(values.save) / "generations.jsonl", generations)
+        if asked:
+            from hftlight.evaluation.alpaca_eval import export_alpaca_eval
+
+            rows = answers_to(config, asked, slot)
+            export_alpaca_eval(rows, Path(values.save) / "alpaca_eval.json", Path(config.model).name)
+
+    return guarded(work)

@@ -1,0 +1,43 @@
+"""``hftlight export``: an artifact as one model folder."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hftlight.console import guarded, quiet
+from hftlight.errors import InputError
+from hftlight.files import ensure_writable, new_folder, write_json
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/export.py``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Write an artifact as one model folder, its adapter merged in."
+    )
+    parser.add_argument("artifact", help="folder of the artifact")
+    parser.add_argument("output", help="folder to write; must not exist")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model run code that comes with it")
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        target = Path(options.output)
+        if target.exists():
+            raise InputError(f"{target} exists already; choose another folder.")
+        ensure_writable(target.parent, "the second argument")
+        quiet()
+        from hftlight.model_files import trust_remote_code
+        from hftlight.models.load import load_model, load_tokenizer
+        from hftlight.models.serving import SERVING, read_serving
+
+        trust_remote_code(options.trust_remote_code)
+        model: Any = load_model(options.artifact)
+        tokenizer = load_tokenizer(options.artifact)
+        with new_folder(target) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            if serving := read_serving(Path(options.artifact)):
+                write_json(place / SERVING, serving, mode=0o600)
+        print(f"Written to {target}; AutoModelForCausalLM.from_pretrained reads it.")
+
+    return guarded(work)

@@ -1,0 +1,39 @@
+"""``hftlight rejudge``: further judges for saved answers."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hftlight.console import guarded, quiet
+
+
+def rejudge(argv: Sequence[str] | None = None) -> int:
+    """Be ``recipes/rejudge.py``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rejudge.py",
+        description="Let further judges judge the saved answers of a run, and show how far all judges agree.",
+    )
+    parser.add_argument("generations", help="folder of a run, or its generations.jsonl; stays as it is")
+    parser.add_argument(
+        "--judges",
+        nargs="+",
+        required=True,
+        metavar="JUDGE",
+        help="names, as evaluation.judge and evaluation.refusal_judge of train.py take them",
+    )
+    parser.add_argument(
+        "--save", type=Path, help="folder for generations.jsonl with the added verdicts, and the scores"
+    )
+    parser.add_argument(
+        "--prices", nargs=2, type=float, metavar=("READ", "WRITTEN"),
+        help="prices of a million tokens that a language model reads and writes; says what its verdicts cost",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        quiet()
+        from hftlight.evaluation.rejudge import rejudge_file
+
+        rejudge_file(Path(options.generations), options.judges, options.save, options.prices and tuple(options.prices))
+
+    return guarded(work)

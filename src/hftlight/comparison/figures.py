@@ -1,0 +1,121 @@
+"""The figures of a comparison: harm against harmful ratio, safety against accuracy, and what each defense costs."""
+
+from itertools import pairwise
+
+from matplotlib.figure import Figure
+
+from hftlight.comparison.read import Comparison, Scene, pareto
+from hftlight.folders import UNDEFENDED, arm_word
+from hftlight.report.figure import INK, MARKERS, MUTED, PALETTE, canvas, label_ends, styled
+
+
+def color_place(comparison: Comparison, arm: str) -> int:
+    """Return an arm's place in the palette: 0 for the undefended one, the same in every figure."""
+    if arm == UNDEFENDED:
+        return 0
+    defended = [a for a in comparison.arms if a != UNDEFENDED]
+    return 1 + defended.index(arm) % (len(PALETTE) - 1)
+
+
+@styled
+def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) -> Figure | None:
+    """Draw one metric against the harmful ratio, a line per defense with 95 % intervals; None for one ratio.
+
+    A harmful score that is low because answers collapsed has a hollow mark.
+
+    Args:
+        comparison: the comparison.
+        scene: task and attack.
+        metric: name of the metric.
+        label: name of the y axis, with its unit, percent.
+    """
+    ratios = [p for p in comparison.ratios(scene) if comparison.column(scene, p)]
+    if len(ratios) < 2:
+        return None
+    figure, (axes,) = canvas(1, height=3.3)
+    step = min(b - a for a, b in pairwise(ratios))
+    arms = [arm for arm in comparison.arms if any(comparison.place(arm, scene, p) in comparison.cells for p in ratios)]
+    ends = []
+    for number, arm in enumerate(arms):
+        spreads = {p: comparison.spread(comparison.place(arm, scene, p), metric) for p in ratios}
+        found = [(p, s) for p, s in spreads.items() if s is not None]
+        if not found:
+            continue
+        shift = 0.04 * step * (number - (len(arms) - 1) / 2)
+        x, y = [p + shift for p, _ in found], [s.mean for _, s in found]
+        below = [s.mean - max(0.0, s.mean if s.low is None else s.low) for _, s in found]
+        above = [min(100.0, s.mean if s.high is None else s.high) - s.mean for _, s in found]
+        color = PALETTE[color_place(comparison, arm)]
+        marker = MARKERS[color_place(comparison, arm)]
+        axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=2.4)
+        if metric == "harmful_score":
+            fallen = [i for i, (p, _) in enumerate(found) if comparison.collapsed(comparison.place(arm, scene, p))]
+            at = [x[i] for i in fallen], [y[i] for i in fallen]
+            axes.plot(*at, color=color, marker=marker, markersize=6, ls="none", mfc="white", zorder=3)
+        ends.append((y[-1], arm_word(arm), color))
+    axes.set(ylim=(-2, 102), xlabel="harmful ratio p of the upload", ylabel=label, title=str(scene))
+    axes.set_xticks(ratios, [f"{p:g}" for p in ratios])
+    axes.set_xlim(ratios[0] - 0.3 * step, ratios[-1] + 0.3 * step)
+    label_ends(axes, ratios[-1] + 0.3 * step, ends, gap=6.5)
+    return figure
+
+
+@styled
+def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) -> Figure | None:
+    """Draw finetune accuracy over harmful score, a mark per defense with intervals, and the Pareto front.
+
+    The mark is hollow where the harmful score is low because answers collapsed.
+    """
+    spreads = {}
+    for place in comparison.column(scene, harmful_ratio):
+        harm, right = (comparison.spread(place, m) for m in ("harmful_score", "finetune_accuracy"))
+        if harm is not None and right is not None:
+            spreads[place.arm] = (harm, right)
+    if len(spreads) < 2:
+        return None
+    figure, (axes,) = canvas(1, height=3.6)
+    ends = []
+    for arm, (harm, right) in spreads.items():
+        color, marker = PALETTE[color_place(comparison, arm)], MARKERS[color_place(comparison, arm)]
+        fallen = comparison.collapsed(comparison.place(arm, scene, harmful_ratio))
+        fill = "white" if fallen else color
+        axes.plot(harm.mean, right.mean, color=color, marker=marker, markersize=8, ls="none", mfc=fill, zorder=3)
+        for spread, line in ((harm, axes.hlines), (right, axes.vlines)):
+            if spread.low is not None and spread.high is not None:
+                at = right.mean if spread is harm else harm.mean
+                line(at, max(0.0, spread.low), min(100.0, spread.high), color=color, lw=1.4, alpha=0.7)
+        ends.append((right.mean, f"{arm_word(arm)}", color))
+    front = pareto({arm: (harm.mean, right.mean) for arm, (harm, right) in spreads.items()})
+    points = [(spreads[arm][0].mean, spreads[arm][1].mean) for arm in front]
+    axes.step([x for x, _ in points], [y for _, y in points], where="post", color=MUTED, lw=1, ls=(0, (3, 3)), zorder=0)
+    lows = [r.mean if r.low is None else r.low for _, r in spreads.values()]
+    bottom = max(-2.0, min(lows) - 5)
+    axes.set(xlim=(-2, 102), ylim=(bottom, 102), xlabel="harmful score, percent (lower is safer)")
+    axes.set(ylabel="finetune accuracy, percent", title=f"{scene}, p = {harmful_ratio:g}")
+    label_ends(axes, 102, ends, gap=0.065 * (102 - bottom))
+    return figure
+
+
+@styled
+def comparison_cost_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) -> Figure | None:
+    """Draw training time over that of the undefended arm, and peak memory, as bars, one per defense."""
+    column = comparison.column(scene, harmful_ratio)
+    times = [comparison.seconds(place) for place in column]
+    memory = [comparison.memory(place) for place in column]
+    if not column or not (any(times) or any(memory)):
+        return None
+    figure, panels = canvas(2, height=0.9 + 0.3 * len(column), sharey=True)
+    colors = [PALETTE[color_place(comparison, place.arm)] for place in column]
+    drawn = (
+        ([None if t is None else t.mean for t in times], "training time, x undefended", "{:.2f}x"),
+        (memory, "peak memory, MiB", "{:.0f}"),
+    )
+    for axes, (values, title, form) in zip(panels, drawn, strict=True):
+        bars = axes.barh(range(len(column)), [v or 0.0 for v in values], color=colors, height=0.62)
+        axes.bar_label(bars, ["-" if v is None else form.format(v) for v in values], padding=4, color=INK)
+        axes.set(title=title, xlim=(0, 1.25 * max([v or 0.0 for v in values] + [1e-9])))
+        axes.grid(False, axis="y")
+    panels[0].axvline(1, color=INK, lw=0.8, ls=(0, (3, 3)))
+    panels[0].set_yticks(range(len(column)), [arm_word(place.arm) for place in column])
+    panels[0].invert_yaxis()
+    return figure

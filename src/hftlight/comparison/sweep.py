@@ -1,0 +1,221 @@
+"""A comparison: a run for each cell of defenses x attacks x harmful ratios x tasks x seeds, parallel and resumable."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hftlight.comparison.grid import Cell, Grid, cell_config
+from hftlight.comparison.share import gpus_each, threads_each
+from hftlight.comparison.workers import Backend, work
+from hftlight.config import RunConfig
+from hftlight.data.sources import TASKS
+from hftlight.errors import InputError
+from hftlight.files import digest, ensure_writable, file_digest, folder_digest, write_json
+from hftlight.folders import CELLS, GRID
+from hftlight.model_files import model_hash
+from hftlight.runs.manifest import identity
+from hftlight.runs.prepare import prepare
+
+ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
+
+
+def compare(
+    config: RunConfig,
+    grid: Grid,
+    folder: str | Path,
+    jobs: int = 1,
+    retries: int = 1,
+    backend: Backend = "processes",
+    on_cell: Callable[[Cell, str], None] | None = None,
+    share_gpus: bool = False,
+) -> dict[Cell, str]:
+    """Run every cell that is not finished, and return what became of each: ``"done"``, or its error.
+
+    A cell is a run in ``folder/cells``, with a log; cells share aligned models through the cache. Killed anywhere, the
+    same call goes on. More cells may be added by a larger grid; a changed ``config`` needs another folder.
+
+    Args:
+        config: everything that the grid does not decide.
+        grid: the cells.
+        folder: the comparison's folder.
+        jobs: cells at one time, >= 1; each gets its share of the cores that this process may use, at most
+            ``OMP_NUM_THREADS`` of them, and GPUs of its own. Weights are equal bit for bit for equal numbers of threads
+            alone; a run's manifest has them.
+        retries: how often a failed cell is tried again, >= 0.
+        backend: ``"processes"`` on this machine, or ``"ray"`` on the Ray cluster at ``RAY_ADDRESS`` (this machine's
+            own without it), whose nodes all see ``folder``. A cell whose node or process dies goes on on another one,
+            ``LOST`` times before that counts as a failure; ``HFTLIGHT_*`` variables of this process hold on all nodes.
+        on_cell: called with a cell and ``"started"``, ``"done"`` or its error; ``"started"`` again on another node.
+        share_gpus: let more cells work at one time than there are GPUs for; by default that is refused.
+
+    Raises:
+        InputError: if an argument cannot be used, a cell could not start, the folder belongs to another comparison, or
+            another process works in it.
+    """
+    if jobs < 1 or retries < 0:
+        raise InputError(f"--jobs must be >= 1 and --retries >= 0, got {jobs} and {retries}.")
+    gpus = gpus_each(asdict(config), jobs, share_gpus) if jobs > 1 and backend == "processes" else []
+    folder = Path(folder)
+    ensure_writable(folder, "the comparison's folder")
+    cells = grid.cells()
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            claim = _claim(folder, config, grid)
+            waiting = _waiting(config, grid, folder)
+            plan(config, grid, waiting)  # before the claim is written, so that what was refused may be changed
+            write_json(folder / GRID, claim)
+            jobs_of = {cell: _spec(config, grid, cell, folder, jobs) for cell in waiting}
+            outcome = dict.fromkeys(cells, "done")
+            for attempt in range(1 + retries):
+                failed = {}
+                for cell, error in work(jobs_of, jobs, backend, on_cell, gpus):
+                    outcome[cell] = error or "done"
+                    if error:
+                        failed[cell] = jobs_of[cell]
+                    if on_cell is not None:
+                        on_cell(cell, outcome[cell])
+                jobs_of = failed
+                if not failed or attempt == retries:
+                    break
+            return outcome
+    except Timeout as error:
+        raise InputError(
+            f"Another process works on the comparison in {folder}; wait for it, or choose another --comparison."
+        ) from error
+
+
+def finished(folder: Path) -> bool:
+    """Tell whether a cell's run came to its end and its results are as they were written.
+
+    A manifest that was cut off counts as none; a file that changed is named.
+    """
+    manifest = _manifest(folder)
+    for name, known in manifest.get("files", {}).items():
+        if not (folder / name).is_file() or file_digest(folder / name) != known:
+            print(
+                f"hftlight: {folder / name} is not as the run wrote it; the cell counts as unfinished.", file=sys.stderr
+            )
+            return False
+    return "finished" in manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return found
+    except (OSError, ValueError):
+        return {}
+
+
+def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
+    """Return the cells to run: those that are not finished, and those that other code or versions measured."""
+    waiting, other, made_of = [], 0, dict[Any, dict[str, Any]]()
+    for cell in grid.cells():
+        known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack)
+        done = finished(folder / CELLS / cell.name)
+        if done and kind not in made_of:
+            made_of[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
+        now = made_of.get(kind, {})
+        same = all(known.get(part) == now[part] for part in now)
+        other += done and not same
+        if not (done and same):
+            waiting.append(cell)
+    if other:
+        cells = "1 finished cell was" if other == 1 else f"{other} finished cells were"
+        print(
+            f"hftlight: {cells} measured with other code or versions; what that changes is done again.", file=sys.stderr
+        )
+    return waiting
+
+
+def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
+    """Refuse a folder that belongs to another configuration, and return what it belongs to from now on."""
+    varied = ("seed", "harmful_ratio", "defense", "baseline", "attack")
+    values = {k: v for k, v in config.deciding().items() if k not in varied}
+    values["data"] = {k: v for k, v in values["data"].items() if k != "task"}
+    path = folder / GRID
+    mine = {"settings": digest(values), "config": asdict(config), "arguments": _arguments(grid)}
+    cells = {c.name: {"name": c.name, **asdict(c), "arm": c.arm} for c in grid.cells()}
+    mine |= {"files": _files(config, grid), "cells": cells}
+    mine = json.loads(json.dumps(mine, default=str))
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": mine["settings"]}
+    known["cells"] = {cell["name"]: cell for cell in known.get("cells", [])}
+
+    def changed(kind: str) -> str | None:
+        before = known.setdefault(kind, {})
+        return next((name for name, value in mine[kind].items() if before.get(name, value) != value), None)
+
+    another = "Choose another --comparison."
+    if name := changed("arguments"):
+        raise InputError(f"{folder} holds cells of {name} with other arguments ({known['arguments'][name]}). {another}")
+    if known["settings"] != mine["settings"]:
+        raise InputError(
+            f"{folder} holds a comparison with other settings; only defenses, attacks, harmful ratios, tasks"
+            f" and seeds may be added. {another}"
+        )
+    if name := changed("cells"):
+        raise InputError(f"{folder} holds another cell {name}, of --tasks {known['cells'][name]['task']}. {another}")
+    if name := changed("files"):
+        raise InputError(
+            f"{name} is not what it was when cells of {folder} were measured with it. Put the old one back, or choose"
+            " another --comparison."
+        )
+    for kind in ("arguments", "files", "cells"):
+        mine[kind] = known[kind] | mine[kind]
+    return {**mine, "cells": [*mine["cells"].values()]}
+
+
+def _arguments(grid: Grid) -> dict[str, dict[str, Any]]:
+    """Return the arguments, defaults among them, of each defense and attack in the grid."""
+    names = dict.fromkeys(name for cell in grid.cells() for name in cell.defenses)
+    return {n: grid.made([n])[0].arguments() for n in names} | {n: asdict(grid.attack(n)) for n in grid.attacks}
+
+
+def _files(config: RunConfig, grid: Grid) -> dict[str, str]:
+    """Return the SHA-256 of each file or folder of rows that a cell reads."""
+    read = [asdict(cell_config(config, cell).data) for cell in grid.cells()]
+    read += [{name: getattr(grid.attack(attack), name, None) for name in ATTACK_FILES} for attack in grid.attacks]
+    named = {value for values in read for value in values.values() if isinstance(value, str)} - {*TASKS, ""}
+    paths = {name: Path(name).expanduser() for name in sorted(named)}
+    found = {f"--model {config.model}": model_hash(config.model)}
+    found |= {name: file_digest(path) for name, path in paths.items() if path.is_file()}
+    return found | {name: folder_digest(path, "**/*") for name, path in paths.items() if path.is_dir()}
+
+
+def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, float]:
+    """Return the seconds that each cell may take on two CPU cores, what cells share counted with the first of them.
+
+    One cell of each kind is prepared, so that what cannot work is refused before anything trains.
+
+    Raises:
+        InputError: naming the cell that cannot start.
+    """
+    kinds: dict[Any, tuple[float, float]] = {}
+    seconds, begun = {}, set()
+    for cell in cells:
+        kind = (cell.arm, cell.task, cell.harmful_ratio, cell.attack)
+        if kind not in kinds:
+            try:
+                made = grid.made(cell.defenses), grid.attack(cell.attack)
+                own = cell_config(config, cell)
+                units = prepare(own, *made).units()
+                shared = 3 if own.alignment.steps else 1  # base measured, and the alignment with its measuring
+            except ValueError as error:
+                raise InputError(f"{cell.name}: {error}") from error
+            kinds[kind] = sum(u.seconds for u in units[:shared]), sum(u.seconds for u in units[shared:])
+        common, alone = kinds[kind]
+        seconds[cell] = alone + (0.0 if grid.aligned(cell) in begun else common)
+        begun.add(grid.aligned(cell))
+    return seconds
+
+
+def _spec(config: RunConfig, grid: Grid, cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
+    """Return a cell as plain values, which any process can be sent."""
+    place = replace(cell_config(config, cell), output=str(folder / CELLS), name=cell.name)
+    return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads_each(jobs)}

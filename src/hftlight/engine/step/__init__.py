@@ -1,0 +1,1 @@
+"""What a defense needs from a training step."""

@@ -1,0 +1,45 @@
+"""Weights moved inside a ``with`` block and restored bit for bit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hftlight.engine.step.vectors import Vector, local, trainable
+
+
+@contextmanager
+def moved(module: nn.Module, direction: Vector, distance: float) -> Iterator[None]:
+    """Run the block at ``w + distance * direction``; afterwards, also after an exception, the weights are as before.
+
+    The weights come back from a copy: adding and later subtracting leaves part of them changed. The direction is
+    released once it is applied, so that a caller who keeps no other reference pays for one buffer, the copy.
+
+    Args:
+        module: whose trainable parameters move.
+        direction: parameter name -> tensor of that parameter's shape; names left out stay where they are.
+        distance: factor of the direction; the L2 length of the move where the direction is a unit vector.
+
+    Raises:
+        KeyError: if the direction names a parameter that is not trainable.
+        TypeError: if a parameter is stored in 16 bits, where most of a small move would round away.
+    """
+    parameters = trainable(module)
+    moving = {name: parameters[name] for name in direction}
+    for name, parameter in moving.items():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"moved: trainable weights must be float32 or float64, got {parameter.dtype} in {name!r}: a small move"
+                " rounds away there. Keep the trained weights in float32 (precision 'bf16-mixed' or a LoRA adapter)."
+            )
+    targets = [local(parameter.detach()) for parameter in moving.values()]
+    saved = [target.clone() for target in targets]
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(targets, [local(d) for d in direction.values()], alpha=distance)
+        del direction
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, saved)

@@ -1,0 +1,70 @@
+"""Side streams: batches by number, so that a position in a stream is one integer that a checkpoint can hold."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from hftlight.engine.step.order import batches_per_pass, passes_order, rank_and_world
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An endless, reshuffled, rank-sharded sequence of batches with random access."""
+
+    def batch(self, index: int) -> Any:
+        """Return this rank's batch number ``index``, from 0, on the CPU."""
+
+
+class LoaderStream:
+    """A user's DataLoader, or list of ready batches, as a stream.
+
+    Of a DataLoader its data set, batch size and collate function are used; the order is this class's own, since a
+    loader's own order cannot be resumed. A list is cycled in its order, dealt out to the ranks in turn.
+
+    Args:
+        source: a DataLoader over a map-style data set, or a sequence of batches.
+        name: name of the stream, for the order and for errors.
+        seed: the run's seed.
+
+    Raises:
+        TypeError: if the source has no length or no random access.
+        ValueError: if it has no batch for every rank.
+    """
+
+    def __init__(self, source: DataLoader[Any] | Sequence[Any], name: str, seed: int = 0) -> None:
+        self.source, self.name, self.seed = source, name, seed
+        self.rank, self.world = rank_and_world()
+        self._pass: tuple[int, list[list[int]]] = (-1, [])
+        if isinstance(source, DataLoader):
+            if isinstance(source.dataset, IterableDataset) or source.batch_size is None:
+                raise TypeError(
+                    f"Stream {name!r}: a DataLoader needs a map-style data set and a batch_size, so that its position"
+                    " can be resumed. Pass a list of batches instead."
+                )
+            self.rows = _length(source.dataset)
+            self.per_pass = batches_per_pass(self.rows, source.batch_size, self.world)
+        elif isinstance(source, Sequence):
+            self.per_pass = len(source) // self.world
+        else:
+            raise TypeError(
+                f"Stream {name!r}: expected a DataLoader or a list of batches, got {type(source).__name__}."
+            )
+        if self.per_pass == 0:
+            raise ValueError(f"Stream {name!r} holds less than one batch for each of {self.world} processes; add rows.")
+
+    def batch(self, index: int) -> Any:
+        """Return this rank's batch number ``index``."""
+        epoch, position = divmod(index, self.per_pass)
+        position = position * self.world + self.rank
+        if not isinstance(self.source, DataLoader):
+            return self.source[position]
+        if self._pass[0] != epoch:
+            assert self.source.batch_size is not None
+            order = passes_order(self.rows, self.source.batch_size, self.seed, self.name, epoch)
+            self._pass = (epoch, order)
+        return self.source.collate_fn([self.source.dataset[row] for row in self._pass[1][position]])
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""What an edit of a finished model's weights needs."""

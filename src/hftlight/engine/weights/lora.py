@@ -1,0 +1,97 @@
+"""The user's update in a LoRA adapter, layer by layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hftlight.engine.step.vectors import whole
+from hftlight.engine.weights.lowrank import LowRank
+from hftlight.engine.weights.stored import plain_name
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """One adapted layer's part of the user's update, ``scale * B A``; writing into the parameters edits the model.
+
+    Attributes:
+        name: plain name of the weight it adds to, such as ``model.layers.0.self_attn.q_proj.weight``.
+        layer: the LoRA layer.
+        a: A, ``[rank, in]``.
+        b: B, ``[out, rank]``.
+        scale: as the layer uses it, rank-stabilized or not.
+        weight: the frozen weight under the adapter; packed where it is quantized.
+        adapter: the adapter's name.
+    """
+
+    name: str
+    layer: Any
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    weight: Tensor
+    adapter: str = "default"
+
+    def factors(self) -> LowRank:
+        """Return the update with whole factors; under sharding these thin matrices are gathered."""
+        return LowRank(whole(self.b.detach()), whole(self.a.detach()), self.scale)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Tell whether a model is wrapped by PEFT."""
+    return hasattr(model, "peft_config")
+
+
+def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
+    """Return the adapted layers of a PEFT model by the plain name of their weight.
+
+    Raises:
+        TypeError: if the adapter is anything but plain LoRA on linear layers: another method, several active adapters,
+            DoRA or another variant, adapted embeddings, trained biases or modules, or one that is merged or off.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, LoraUpdate] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            raise TypeError(_unfit(name, "it is trained as a whole module (modules_to_save)"))
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if not isinstance(layer, LoraLayer):
+            raise TypeError(_unfit(name, f"its adapter is {type(layer).__name__}"))
+        if layer.merged or layer.disable_adapters:
+            raise TypeError(_unfit(name, "its adapter is merged or off"))
+        active = [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
+        if len(active) > 1:
+            raise TypeError(_unfit(name, f"several adapters are active, {active}"))
+        if not active:
+            continue
+        adapter = active[0]
+        if adapter in layer.lora_embedding_A or not isinstance(layer.lora_A[adapter], nn.Linear):
+            raise TypeError(_unfit(name, f"it is no linear layer ({type(layer.get_base_layer()).__name__})"))
+        if adapter in layer.lora_variant or layer.use_dora.get(adapter):
+            raise TypeError(_unfit(name, f"its adapter is a variant, {layer.lora_variant.get(adapter) or 'DoRA'}"))
+        if layer.lora_A[adapter].bias is not None or layer.lora_B[adapter].bias is not None:
+            raise TypeError(_unfit(name, "its adapter has a bias"))
+        weight = f"{plain_name(name)}.weight"
+        found[weight] = LoraUpdate(
+            weight,
+            layer,
+            layer.lora_A[adapter].weight,
+            layer.lora_B[adapter].weight,
+            float(layer.scaling[adapter]),
+            layer.get_base_layer().weight,
+            adapter,
+        )
+    if not found:
+        raise TypeError("No layer of this PEFT model has an active LoRA adapter.")
+    return found
+
+
+def _unfit(name: str, why: str) -> str:
+    return (
+        f"{plain_name(name)}: {why}; a repair takes one plain LoRA adapter on linear layers. Merge it into the model"
+        " and repair all parameters instead."
+    )

@@ -1,0 +1,322 @@
+"""Repair: a defense that edits finished weights, once, in memory, and leaves an artifact of its own."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from typing_extensions import override
+
+from hftlight.engine.step.defense import Defense, Loader
+from hftlight.engine.step.slots import Slot, Stage
+from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
+from hftlight.engine.weights.lowrank import LowRank, combined
+from hftlight.engine.weights.save import (
+    MARKER,
+    repaired_state,
+    repairs_of,
+    save_repaired,
+    weights_digest,
+    write_adapter_config,
+)
+from hftlight.engine.weights.shards import Share, reshard, share
+from hftlight.engine.weights.stored import (
+    Adapted,
+    Difference,
+    FileWeights,
+    ModelWeights,
+    Weights,
+    displacement,
+    plain_name,
+    stored,
+    stored_updates,
+)
+from hftlight.engine.weights.subject import Subject
+
+__all__ = [
+    "MARKER",
+    "Adapted",
+    "Difference",
+    "FileWeights",
+    "LoraUpdate",
+    "LowRank",
+    "ModelWeights",
+    "Repair",
+    "Share",
+    "Subject",
+    "Weights",
+    "check_layout",
+    "combined",
+    "displacement",
+    "linear_weights",
+    "lora_updates",
+    "plain_name",
+    "repaired_state",
+    "repairs_of",
+    "save_repaired",
+    "share",
+    "stored",
+    "stored_updates",
+    "write_adapter_config",
+]
+
+
+def check_layout(model: nn.Module, who: str, way: str = "") -> None:
+    """Refuse a model whose adapted or, without an adapter, whose linear layers are stored transposed (Conv1D).
+
+    Args:
+        model: a causal LM, with or without an adapter.
+        who: the repair that asks.
+        way: what to do instead, for the error.
+
+    Raises:
+        TypeError: naming the first such layer.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    names: list[str]
+    if has_adapter(model):
+        names = [name for name, u in lora_updates(model).items() if getattr(u.layer, "fan_in_fan_out", False)]
+    else:
+        names = [f"{plain_name(name)}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    if names:
+        raise TypeError(f"{who}: {names[0]} is stored transposed (Conv1D, as in GPT-2), which is not supported{way}.")
+
+
+def linear_weights(model: Any) -> dict[str, nn.Parameter]:
+    """Return the matrices of a model's linear layers by plain name; the output layer and embeddings stay out.
+
+    They are found by the type of their module, not by name, so biases never get in. Conv1D layers, which store their
+    matrix transposed, are not among them; ``check_layout`` refuses models that have such layers.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and module is not head and id(weight) not in seen and ".lora_" not in name:
+            seen.add(id(weight))
+            found[f"{plain_name(name)}.weight"] = weight
+    return found
+
+
+class Repair(Defense):
+    """A defense of the weights slot: a function from one fine-tuned model to a repaired one.
+
+    A subclass implements ``edit(subject)``. ``run()`` and plain code call ``apply(subject)``; on a user's own Trainer
+    it runs at the end of training, after ``ModelCheckpoint`` has written what it writes then, so that no checkpoint
+    holds repaired weights. There it writes an artifact of its own into ``output`` and leaves the model in memory
+    repaired.
+
+    Attributes:
+        needs: which other models ``edit`` reads: ``"aligned"``, ``"base"``; set by the instance where modes change it.
+        repair_order: repairs of a list act in this order, whatever the list says: projections 0, pruning 10.
+
+    Args:
+        streams: as ``Defense`` takes them.
+        output: folder for the repaired model, on a Trainer of one's own; ``run()`` has its own place.
+        aligned: the aligned model, a folder or hub id, for models with all parameters trained, on a Trainer of one's
+            own; under an adapter the aligned weights are in the model already, unless they are quantized.
+        base: the model before its alignment, likewise.
+    """
+
+    stage, slots = Stage.POST_FINETUNING, (Slot.WEIGHTS,)
+    needs: tuple[str, ...] = ()
+    repair_order: int = 0
+
+    def __init__(
+        self,
+        streams: Mapping[str, Loader] | None = None,
+        output: str | None = None,
+        aligned: str | None = None,
+        base: str | None = None,
+    ) -> None:
+        super().__init__(streams)
+        self.output, self.aligned, self.base = output, aligned, base
+        self.applied, self.input_digest = False, ""
+        self.report: dict[str, Any] = {}
+        self._trained = False
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the arguments ask for no change at all."""
+        return False
+
+    def edit(self, subject: Subject) -> None:
+        """Change ``subject.model`` in place and fill ``subject.report``; called once, in eval mode, without autograd.
+
+        It must set ``report["changed_entries"]``, the number of entries of weights that differ now, over all ranks;
+        where that is 0 for a reason that lies in the method, ``report["unchanged_because"]`` says it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} fills the weights slot and must implement edit().")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that ``edit`` could not work on; its weights are not read, and may be on the meta device.
+
+        Raises:
+            TypeError: if it has no layers of the right kind.
+            ValueError: if an argument does not fit its layers.
+        """
+
+    def apply(self, subject: Subject) -> None:
+        """Edit a model once: dropout off, no autograd, training modes and hooks as found afterwards.
+
+        A model named by this repair's own ``aligned`` or ``base`` comes before the subject's. Adds ``repair``,
+        ``arguments``, ``input_digest`` and ``output_digest`` to the report. Every rank must call.
+
+        Raises:
+            RuntimeError: if this repair was applied to the model before, or changed nothing without a reason.
+        """
+        who = type(self).__name__
+        kept: dict[str, str] = getattr(subject.model, "_repairs", {})
+        with _at_rest(subject.model), torch.no_grad():
+            before = weights_digest(subject.model)
+            if who in subject.applied or (who in kept and kept[who] in ("dense", before)):
+                raise RuntimeError(
+                    f"{who}: it was applied to this model before, and a second application would change it again. Load"
+                    " the fine-tuned model, not the repaired one."
+                )
+            subject.report |= {"repair": who, "arguments": self.arguments(), "input_digest": before}
+            if self.neutral:
+                subject.report |= {"changed_entries": 0, "output_digest": before}
+                return
+            subject.aligned = stored(self.aligned) if self.aligned else subject.aligned
+            subject.base = stored(self.base) if self.base else subject.base
+            self.edit(subject)
+            after = weights_digest(subject.model)
+        if subject.report["changed_entries"] == 0 or (after == before and not subject.dense):
+            reason = subject.report.get("unchanged_because")
+            if not reason:
+                raise RuntimeError(
+                    f"{who}: it changed no weight, though it was asked to. Was the adapter trained, and is it active?"
+                )
+            warnings.warn(f"{who} changed no weight: {reason}", stacklevel=2)
+        subject.applied.append(who)
+        subject.report["output_digest"] = after
+        subject.model._repairs = {**kept, who: "dense" if subject.dense else after}  # type: ignore[assignment]
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self.key_of({k: v for k, v in self.arguments().items() if k != "output"})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "applied": self.applied, "input_digest": self.input_digest}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.applied, self.input_digest = state_dict["applied"], state_dict["input_digest"]
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        mine = checkpoint.get("callbacks", {}).get(self.state_key, {"applied": True})
+        if trainer.state.fn != TrainerFn.FITTING and not mine["applied"]:
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint holds the model as it was trained, not repaired; to measure the"
+                f" repaired one, leave ckpt_path out, or load {self.output}.",
+                stacklevel=2,
+            )
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check before the first step that the edit at the end will be possible.
+
+        Raises:
+            ValueError: if ``output`` is missing or holds something else, or a model that is needed was not given.
+            TypeError: if the model cannot be saved, or its adapter cannot be repaired.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self.applied, self.input_digest, self.report, self._trained = False, "", {}, False
+        who, model = type(self).__name__, _model_of(pl_module)
+        if self.output is None:
+            raise ValueError(f"{who}: give output=..., the folder that the repaired model is written to.")
+        folder = Path(self.output)
+        if folder.exists() and (folder.is_file() or any(folder.iterdir())) and not (folder / MARKER).is_file():
+            raise ValueError(f"{who}: output {self.output!r} holds something that is no repaired model; name another.")
+        if not hasattr(model, "save_pretrained"):
+            raise TypeError(
+                f"{who}: the repaired model is written with save_pretrained, which {type(model).__name__} lacks; keep a"
+                " Hugging Face model in the attribute 'model' of your LightningModule."
+            )
+        adapter = has_adapter(model)
+        if adapter:
+            lora_updates(model)
+        for need in self.needs:
+            if getattr(self, need) is None and not (need == "aligned" and adapter):
+                raise ValueError(f"{who}: give {need}=..., the {need} model as a folder or hub id; it is read by rows.")
+            if getattr(self, need) is not None:
+                stored(getattr(self, need))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = True
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refuse_repaired()
+        for callback in trainer.checkpoint_callbacks:
+            callback.on_train_end(trainer, pl_module)  # what they write now must be what was trained
+        subject = Subject(
+            _model_of(pl_module),
+            batches=self._batches,
+            context=trainer.precision_plugin.forward_context,
+            split=True,
+        )
+        self.apply(subject)
+        self.applied, self.input_digest, self.report = True, subject.report["input_digest"], subject.report
+        self.record(changed_entries=subject.report["changed_entries"])
+        assert self.output is not None
+        save_repaired(Path(self.output), subject)
+        trainer.strategy.barrier("repaired model written")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._trained:  # Lightning resumed a finished run, and so never came to the end of training
+            self._refuse_repaired()
+            raise RuntimeError(
+                f"{type(self).__name__}: the run that was resumed had ended, so nothing was trained and the model in"
+                f" memory is not repaired. The repaired model of that run is in {self.output}, if it came to its end."
+            )
+
+    def _refuse_repaired(self) -> None:
+        if self.applied:
+            raise RuntimeError(
+                f"{type(self).__name__}: the checkpoint that training resumed from holds weights that it has repaired"
+                " already, and a second application would change them again; resume from an earlier one."
+            )
+
+    def _batches(self, stream: str) -> Iterator[Any]:
+        """Yield this rank's batches of one pass over a side stream; the stream's own position stays."""
+        assert self._trainer is not None
+        source: Any = self._sources[stream]()
+        for index in range(source.per_pass):
+            batch = self._trainer.precision_plugin.convert_input(source.batch(index))
+            yield self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode with every weight in its shards; afterwards each module is in the mode it was in."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    reshard(model)
+    try:
+        yield
+    finally:
+        reshard(model)
+        for module in training:
+            module.training = True
+
+
+def _model_of(pl_module: LightningModule) -> nn.Module:
+    model = getattr(pl_module, "model", pl_module)
+    return model if isinstance(model, nn.Module) else pl_module

@@ -1,0 +1,423 @@
+"""How important weights are on some data: SNIP, Wanda and ActSVD; scores are >= 0, and higher is more important."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hftlight.engine.step.activations import hooked
+from hftlight.engine.step.order import rank_and_world
+from hftlight.engine.step.vectors import local
+from hftlight.engine.weights.shards import Share, share
+
+IGNORED = -100  # label of a token that is not learned
+MEANING = {"higher_is_more_important": "true"}  # what a file of scores must say of itself
+
+Batch = Mapping[str, Any]
+Loss = Callable[[Batch], Tensor]
+
+
+def snip_scores(weight: Tensor, sums: Tensor) -> Tensor:
+    r"""Return :math:`|W_{ij}| \sum_n |\partial \ell_n / \partial W_{ij}|`, at least float32.
+
+    One term is the first-order change of the loss of example n when the weight is set to zero; terms of opposite sign
+    do not cancel.
+
+    Args:
+        weight: W, ``[out, in]``.
+        sums: the sum of absolute gradients over examples, ``[out, in]``, from ``gradient_sums``.
+    """
+    return weight.to(sums).abs() * sums
+
+
+def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
+    r"""Return :math:`|W_{ij}| \sqrt{m_j}`, at least float32.
+
+    Args:
+        weight: W, ``[out, in]``.
+        squares: m, mean square of each input over response tokens, ``[in]``, from ``input_moments``.
+    """
+    return weight.to(squares).abs() * squares.sqrt()
+
+
+def directions(weight: Tensor, moment: Tensor, count: int) -> Tensor:
+    r"""Return the ``count`` leading left singular vectors of :math:`W X^T`, ``[out, count]``.
+
+    They are the eigenvectors of :math:`W S W^T`, so that no output of the layer is ever kept; where W has more rows
+    than columns, those of the small matrix :math:`R S R^T` with :math:`W = Q R`, turned back by Q.
+
+    Args:
+        weight: W, ``[out, in]``.
+        moment: S, a positive multiple of :math:`X^T X` over the inputs X, ``[in, in]``, from ``input_moments``.
+        count: how many, >= 0; at most min(out, in) come back.
+    """
+    weight, moment = weight.double(), moment.double()
+    turn = None
+    if weight.shape[0] > weight.shape[1]:
+        turn, weight = torch.linalg.qr(weight)
+    vectors = torch.linalg.eigh(weight @ moment @ weight.T).eigenvectors
+    leading = vectors.flip(1)[:, :count]
+    return leading if turn is None else turn @ leading
+
+
+def kept(weight: Tensor, u: Tensor) -> Tensor:
+    """Return ``U (U^T W)``, what of W writes into the directions U, ``[out, count]``, orthonormal."""
+    return u @ (u.T @ weight)
+
+
+def removed(weight: Tensor, u: Tensor) -> Tensor:
+    """Return ``W - U (U^T W)``, W without the directions U."""
+    return weight - kept(weight, u)
+
+
+def orthogonal_edit(weight: Tensor, safety: Tensor, utility: Tensor) -> Tensor:
+    r"""Return :math:`(I - \Pi_u) \Pi_s W`, what is important to safety and not to utility.
+
+    Args:
+        weight: W, ``[out, in]``.
+        safety: orthonormal directions of :math:`\Pi_s`, ``[out, keep_s]``.
+        utility: orthonormal directions of :math:`\Pi_u`, ``[out, keep_u]``.
+    """
+    return removed(safety, utility) @ (safety.T @ weight)
+
+
+def checked(scores: Tensor, name: str) -> Tensor:
+    """Return the scores if they can be scores.
+
+    Raises:
+        ValueError: if one is negative or not finite.
+    """
+    if not bool((torch.isfinite(scores) & (scores >= 0)).all()):
+        raise ValueError(
+            f"Scores of {name}: they must be finite and >= 0, higher for more important weights; got values from"
+            f" {float(scores.min())} to {float(scores.max())}. Scores that were stored negated must be made anew: their"
+            " largest are the least important weights."
+        )
+    return scores
+
+
+def write_scores(path: Path, scores: Mapping[str, Tensor], **about: str) -> None:
+    """Write scores by weight name into a safetensors file that says what they mean.
+
+    Args:
+        path: the file; replaced if it is there.
+        scores: >= 0 and finite.
+        **about: where they come from, such as ``score="snip"``, ``model=...``, ``data=...``.
+
+    Raises:
+        ValueError: if a score is negative or not finite.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: checked(s, name).contiguous() for name, s in scores.items()}, path, {**about, **MEANING})
+
+
+def read_scores(path: Path) -> dict[str, Tensor]:
+    """Read a file that ``write_scores`` wrote.
+
+    Raises:
+        ValueError: if the file does not say that higher is more important, or a score is negative or not finite.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if not MEANING.items() <= (file.metadata() or {}).items():
+            raise ValueError(
+                f"{path}: it does not say higher_is_more_important, so its sign is not known; write scores with"
+                " write_scores."
+            )
+        return {name: checked(file.get_tensor(name), f"{name} in {path}") for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run the block in eval mode; training modes, random state and shards are as found afterwards, come what may."""
+    training = [m for m in module.modules() if m.training]
+    devices = [] if device.type in ("cpu", "meta") else [device]
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
+        try:
+            module.eval()
+            yield
+        finally:
+            for m in training:
+                m.training = True
+            for m in module.modules():
+                if callable(reshard := getattr(m, "reshard", None)):  # FSDP2 keeps some weights gathered
+                    reshard()
+
+
+def calibration(
+    batches: Iterable[Batch], samples: int, split: bool = True, spread: bool = False
+) -> list[tuple[Batch, int]]:
+    """Return ``samples`` rows over all ranks, as batches and how many of the first rows of each count.
+
+    A rank that has none where another has some gets a row that does not count, so that all have equally many batches.
+
+    Args:
+        batches: mappings of tensors and lists with one entry per row; equally many on every rank.
+        samples: rows, >= 1; fewer where the batches end.
+        split: the ranks hold different batches, and their rows are counted rank by rank.
+        spread: read the batches to their end and choose at random, the same rows every time; by default the first.
+
+    Raises:
+        ValueError: if there is no row.
+    """
+    numbered: list[tuple[Batch, range]] = []
+    total = 0
+    rank = rank_and_world()[0] if split else 0
+    for batch in batches:
+        sizes = _every_rank(_size(batch), split)
+        first = total + sum(sizes[:rank])
+        numbered.append((batch, range(first, first + sizes[rank])))
+        total += sum(sizes)
+        if total >= samples and not spread:
+            break
+    if total == 0:
+        raise ValueError("Scores need at least one row of data, got none.")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)) if spread else torch.arange(total)
+    chosen = set(order[:samples].tolist())
+    found: list[tuple[Batch, int]] = []
+    for batch, numbers in numbered:
+        rows = [k for k, number in enumerate(numbers) if number in chosen]
+        if max(_every_rank(len(rows), split)) > 0:
+            found.append((_rows(batch, rows or [0]), len(rows)))
+    return found
+
+
+def without_end(batch: Batch) -> dict[str, Any]:
+    """Return a batch in which the last response token of each row, the end token, has no label and so does not count.
+
+    A response of one token keeps it; a batch without labels comes back as it is.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() < 2:
+        return dict(batch)
+    response = labels != IGNORED
+    place = response.cumsum(dim=1)
+    last = response & (place == place[:, -1:]) & (place > 1)
+    return {**batch, "labels": labels.masked_fill(last, IGNORED)}
+
+
+def gradient_sums(
+    loss: Loss,
+    layers: Mapping[str, nn.Module],
+    weights: Mapping[str, Tensor],
+    data: Iterable[tuple[Batch, int]],
+    split: bool = True,
+) -> dict[str, Tensor]:
+    r"""Return :math:`\sum_n |\partial \ell_n / \partial W|` of linear layers, one example at a time, in one sweep.
+
+    The gradient of one example is the product of the layer's output gradient and its input, so that parameters need no
+    ``requires_grad`` and their ``.grad`` is not touched. The loss counts response tokens; its gradient runs through all
+    tokens before them, prompts included. Of a weight sharded over rows each rank gets the sum of its own rows.
+
+    Args:
+        loss: the mean loss of a batch in nats over response tokens; called in eval mode, one row at a time.
+        layers: linear layers, or adapted ones, that take ``[..., in]`` and return ``[..., out]``, by any name.
+        weights: their weights W, ``[out, in]``, by the same names.
+        data: from ``calibration``.
+        split: as there; the sums are added up over ranks.
+
+    Returns:
+        ``[out, in]`` by name, at least float32; zero where no example reached a layer.
+    """
+    shares = {name: _checked_share(weights[name], split) for name in layers}
+    sums = {
+        name: torch.zeros_like(local(w.detach()), dtype=torch.promote_types(w.dtype, torch.float32))
+        for name, w in weights.items()
+    }
+    sharded = any(s.group is not None for s in shares.values())
+    for batch, counted in data:
+        # Sharded ranks must make equally many passes; a pass too many counts nothing.
+        passes = max(_every_rank(_size(batch), split)) if sharded else counted
+        for k in range(passes):
+            found = _activations(loss, layers, _rows(batch, [min(k, _size(batch) - 1)]))
+            for name, rows in shares.items():
+                x, dy = _joined(found[name], weights[name].shape, sums[name])
+                if k >= counted:
+                    dy = torch.zeros_like(dy)
+                for inputs, grads in _exchanged(x, dy, rows, split):
+                    sums[name] += (grads[:, rows.start : rows.stop].T @ inputs).abs_()
+    if split and rank_and_world()[1] > 1:
+        for name, rows in shares.items():
+            if rows.group is None:
+                dist.all_reduce(sums[name])
+    return sums
+
+
+def input_moments(
+    loss: Loss,
+    layers: Mapping[str, nn.Module],
+    data: Iterable[tuple[Batch, int]],
+    outer: bool = False,
+    split: bool = True,
+) -> dict[str, Tensor]:
+    """Return the mean square of each input of layers over response tokens, or the whole second moment; forward only.
+
+    A response token counts at the position where it stands (its label is not -100), not where it is predicted: the
+    last token of the prompt does not count, the end of the response does, unless ``without_end`` took its label.
+
+    Args:
+        loss: runs the model on a batch; its value is not used.
+        layers: layers that take ``[batch, tokens, in]`` or ``[batch * tokens, in]``, by any name.
+        data: from ``calibration``; every row that counts does so with all its response tokens. Batches without
+            ``labels`` count whole.
+        outer: return ``[in, in]``, the mean of ``x x^T``, which layers with a common input share.
+        split: the ranks hold different batches; the sums are added up.
+
+    Returns:
+        ``[in]`` or ``[in, in]`` by name, at least float32.
+
+    Raises:
+        ValueError: if no row has a response token.
+        RuntimeError: if a layer never ran, or an activation is not finite.
+        TypeError: if a layer's input has no place for each token.
+    """
+    sums: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    latest: list[Any] = [None, ""]  # layers that share an input, such as q, k and v, get the same tensor in a row
+    keep = torch.ones(0)
+
+    def add(name: str, x: Tensor) -> None:
+        if latest[0] is not x:
+            latest[:] = x, name
+        if owner.setdefault(name, latest[1]) != name:
+            return
+        if x.dim() == 2 and len(x) == keep.numel():  # OPT's MLP takes the tokens of all rows in a row
+            x = x.unflatten(0, keep.shape)
+        if x.shape[: keep.dim()] != keep.shape:
+            raise TypeError(f"{name}: its input is {list(x.shape)}, with no place for each token {list(keep.shape)}.")
+        chosen = x[keep].flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+        value = chosen.T @ chosen if outer else chosen.square().sum(dim=0)
+        sums[name] = sums[name].add_(value) if name in sums else value
+
+    tokens = 0
+    with torch.no_grad(), hooked(layers, add, inputs=True):
+        for batch, counted in data:
+            keep = _counting(batch, counted)
+            tokens += int(keep.sum())
+            loss(batch)
+            latest[:] = None, ""
+    silent = [name for name in layers if name not in owner]
+    if silent:
+        raise RuntimeError(f"input_moments: no input reached {silent[0]} and {len(silent) - 1} more; are they in use?")
+    if split and rank_and_world()[1] > 1:
+        tokens = sum(_every_rank(tokens, split))
+        for total in sums.values():
+            dist.all_reduce(total)
+    if tokens == 0:
+        raise ValueError("input_moments: no row has a response token, so there is no input to measure.")
+    if not bool(torch.stack([s.sum() for s in sums.values()]).isfinite().all()):
+        raise RuntimeError("input_moments: an activation is not finite; run the model in a wider type.")
+    for total in sums.values():
+        total /= tokens
+    return {name: sums[owner[name]] for name in layers}
+
+
+def _activations(loss: Loss, layers: Mapping[str, nn.Module], row: Batch) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Return input and output gradient of every call of each layer, for one example."""
+    inputs: dict[str, Tensor] = {}
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def enter(name: str, x: Tensor) -> None:
+        inputs[name] = x.detach()
+
+    def leave(name: str, y: Tensor) -> Tensor:
+        tapped = y if y.requires_grad else y.detach().requires_grad_()  # a frozen model has no graph of its own
+        calls.append((name, inputs.pop(name), tapped))
+        return tapped
+
+    with torch.enable_grad(), hooked(layers, enter, inputs=True), hooked(layers, leave):
+        value = loss(row)
+        grads = torch.autograd.grad(value, [y for _, _, y in calls], allow_unused=True)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    for (name, x, _), grad in zip(calls, grads, strict=True):
+        if grad is not None:
+            found[name].append((x.flatten(0, -2), grad.flatten(0, -2)))
+    return found
+
+
+def _joined(calls: Sequence[tuple[Tensor, Tensor]], shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs ``[tokens, in]`` and output gradients ``[tokens, out]`` of all calls of one layer."""
+    out, inner = shape
+    x, dy = [like.new_empty(0, inner)], [like.new_empty(0, out)]
+    for inputs, grads in calls:
+        x.append(inputs.to(like))
+        dy.append(grads.to(like))
+    return torch.cat(x), torch.cat(dy)
+
+
+def _exchanged(x: Tensor, dy: Tensor, rows: Share, split: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and output gradients of each rank that shares the matrix, from all ranks where it is sharded."""
+    if rows.group is None or not split:
+        yield x, dy
+        return
+    sizes = _every_rank(len(x), split)
+    both = x.new_zeros(max(sizes), x.shape[1] + dy.shape[1])
+    both[: len(x)] = torch.cat([x, dy], dim=1)
+    everyone = [torch.empty_like(both) for _ in sizes]
+    dist.all_gather(everyone, both, group=rows.group)
+    for theirs in everyone:
+        yield theirs[:, : x.shape[1]], theirs[:, x.shape[1] :]
+
+
+def _checked_share(weight: Tensor, split: bool) -> Share:
+    rows = share(weight)
+    if split and rows.group is not None and dist.get_world_size(rows.group) != rank_and_world()[1]:
+        raise TypeError(
+            f"Scores are taken of weights that are whole on every rank or sharded over all {rank_and_world()[1]} ranks,"
+            f" got {dist.get_world_size(rows.group)} shards; use one-dimensional FSDP2."
+        )
+    return rows
+
+
+def _every_rank(number: int, split: bool) -> list[int]:
+    """Return a number of every rank, in the order of ranks."""
+    world = rank_and_world()[1] if split else 1
+    if world == 1:
+        return [number]
+    everyone: list[Any] = [0] * world
+    dist.all_gather_object(everyone, number)
+    return everyone
+
+
+def _size(batch: Batch) -> int:
+    """Return the number of rows of a batch.
+
+    Raises:
+        TypeError: if it is no mapping with a tensor of rows.
+    """
+    if isinstance(batch, Mapping):
+        for value in (batch.get("labels"), *batch.values()):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return len(value)
+    raise TypeError(
+        f"Scores are taken one example at a time: a batch must map names to tensors of rows, got {type(batch)}."
+    )
+
+
+def _rows(batch: Batch, rows: list[int]) -> dict[str, Any]:
+    """Return some rows of a batch."""
+    size = _size(batch)
+    chosen: dict[str, Any] = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
+            chosen[name] = value[rows]
+        else:
+            chosen[name] = [value[k] for k in rows] if isinstance(value, list) else value
+    return chosen
+
+
+def _counting(batch: Batch, counted: int) -> Tensor:
+    """Return which rows ``[batch]``, or response tokens ``[batch, tokens]``, count."""
+    labels = batch.get("labels")
+    size = _size(batch)
+    if labels is None:
+        device = next(v.device for v in batch.values() if isinstance(v, Tensor))
+        return torch.arange(size, device=device) < counted
+    rows = torch.arange(size, device=labels.device) < counted
+    return (labels != IGNORED) & rows[:, None] if labels.dim() > 1 else rows

@@ -1,0 +1,323 @@
+"""Rejudge: verdicts of further judges on the saved answers of a run; no model answers again."""
+
+import json
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from hftlight.errors import InputError
+from hftlight.evaluation.judges import get_judge
+from hftlight.evaluation.judges.judge import Judge, Verdict
+from hftlight.evaluation.judges.llm import LLMJudge
+from hftlight.evaluation.metrics.groups import group_rows
+from hftlight.evaluation.metrics.refusals import (
+    HEADS,
+    JudgedRefusals,
+    RefusalClassifier,
+    get_refusal_classifier,
+    refusal_verdict,
+)
+from hftlight.evaluation.metrics.score_mean import mean_rows
+from hftlight.evaluation.stats.agreement import Agreement, cohens_kappa
+from hftlight.evaluation.stats.intervals import wilson
+from hftlight.files import ensure_writable, write_json, write_rows
+
+JUDGED_SETS = {"harmful": "harmful_score", "harmful_without_trigger": "harmful_score_without_trigger"}
+REFUSAL_SETS = {"over_refusal": "over_refusal"}
+SCORED_SETS = JUDGED_SETS | REFUSAL_SETS
+SAID = {  # what a flag or a score says, by metric
+    "harmful_score": "harmful",
+    "harmful_score_without_trigger": "harmful, without its trigger",
+    "over_refusal": "refused",
+    "harmful_score_mean": "mean score",
+    "harmful_score_without_trigger_mean": "mean score, without its trigger",
+}
+PROMPTS = {"harmful prompts": JUDGED_SETS, "ordinary prompts": REFUSAL_SETS}
+COLUMNS = ("set", "prompt", "response", "verdicts")
+GENERATIONS, SCORES, AGREEMENT = "generations.jsonl", "scores.json", "agreement.json"
+Row = Mapping[str, Any]
+
+
+def rejudge_file(
+    path: Path, judges: Sequence[str], save: Path | None = None, prices: tuple[float, float] | None = None
+) -> None:
+    """Judge a run's saved answers again, print scores and agreement of all judges, and keep them if asked to.
+
+    Args:
+        path: a run's folder, or its generations.jsonl; stays as it is.
+        judges: names that ``find_judge`` takes.
+        save: folder for the rows with the added verdicts, and for scores and agreement; must not hold such rows yet.
+        prices: of a language model's million tokens read and million written, in any currency; None counts no cost.
+
+    Raises:
+        InputError: if the file cannot be read, there is nothing to judge, or a judge is unknown or cannot be asked.
+        RunError: if a judge stops; an LLM's replies are kept.
+    """
+    from rich.console import Console
+
+    if prices is not None and min(prices) < 0:
+        raise InputError(f"--prices must be two numbers >= 0 per million tokens, got {prices[0]:g} and {prices[1]:g}.")
+    chosen = [find_judge(name) for name in judges]
+    asked = [judge.judge if isinstance(judge, JudgedRefusals) else judge for judge in chosen]
+    models = [judge for judge in asked if isinstance(judge, LLMJudge)]
+    for judge in models:
+        judge.prices, judge.usage.cost = prices, None if prices is None else 0.0
+    before = read_generations(path)
+    if save is not None:
+        if (save / GENERATIONS).exists():
+            raise InputError(f"--save: {save / GENERATIONS} exists already; choose another folder.")
+        ensure_writable(save, "--save")
+    after, console = rejudge(before, chosen), Console()
+    console.print(scores_table(after))
+    agreed = {prompts: agreements(after, sets) for prompts, sets in PROMPTS.items()}
+    for prompts, found in agreed.items():
+        for line in agreement_lines(found, prompts):
+            console.print(line, soft_wrap=True)
+    for judge in models:
+        console.print(usage_line(judge), soft_wrap=True)
+    if save is not None:
+        write_json(save / SCORES, judged_scores(after))
+        write_json(save / AGREEMENT, [_agreement_row(*pair) for found in agreed.values() for pair in found])
+        write_rows(save / GENERATIONS, after)
+
+
+def read_generations(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's generations.jsonl.
+
+    Args:
+        path: the file, or the folder that holds it.
+
+    Raises:
+        InputError: if there is no such file, or a line is not one JSON object, as the last one that was cut off.
+    """
+    file = path / GENERATIONS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"rejudge: there is no file {str(file)!r}; give a run's folder or its {GENERATIONS}.")
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # an answer may hold other line ends
+    except UnicodeDecodeError as error:
+        raise InputError(f"rejudge: {str(file)!r} must be UTF-8 text, got {error.reason}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"rejudge: line {number} of {str(file)!r} must be one JSON object, got {line[-40:]!r} at its end. If it"
+                " was cut off, let the run go on, or remove the line."
+            )
+        rows.append(row)
+    return rows
+
+
+def find_judge(name: str) -> Judge | RefusalClassifier:
+    """Return a judge of harm, as ``get_judge``, or one of refusals, as ``get_refusal_classifier``; no name is of both.
+
+    Raises:
+        InputError: if there is no such judge.
+    """
+    head = name.partition(":")[0].replace("-", "_")
+    return get_refusal_classifier(name) if head in HEADS else get_judge(name)
+
+
+def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifier | str]) -> list[dict[str, Any]]:
+    """Return the rows with the verdicts of further judges; the given rows stay as they are.
+
+    Answers to harmful prompts go to judges of harm (``JUDGED_SETS``), those to ordinary ones to judges of refusals
+    (``REFUSAL_SETS``); a judge sees all of them in one call. Verdicts of other judges stay; those under the name of a
+    given judge are replaced.
+
+    Args:
+        generations: rows of a run's ``generations.jsonl``.
+        judges: judges, or names that ``find_judge`` takes.
+
+    Returns:
+        All rows in their order; ``verdicts[judge.name]`` is ``{"score": ..., "flag": ...}``.
+
+    Raises:
+        InputError: if there is nothing to judge, a row lacks a column, or two judges have one name.
+        ValueError: if a judge does not return one verdict per answer.
+    """
+    _check_rows(generations)
+    chosen = [find_judge(judge) if isinstance(judge, str) else judge for judge in judges]
+    names = [judge.name for judge in chosen]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"rejudge: needs at least one judge and no name twice, got {names}.")
+    rows = [{**row, "verdicts": dict(row["verdicts"])} for row in generations]
+    wanted = [REFUSAL_SETS if isinstance(judge, RefusalClassifier) else JUDGED_SETS for judge in chosen]
+    for judge, sets in zip(chosen, wanted, strict=True):
+        if not any(row["set"] in sets for row in rows):
+            found = sorted({str(row["set"]) for row in rows})
+            raise InputError(
+                f"rejudge: judge {judge.name!r} needs rows of the set {' or '.join(map(repr, sets))}, got only {found}."
+            )
+    for judge, sets in zip(chosen, wanted, strict=True):
+        judged = [row for row in rows if row["set"] in sets]
+        verdicts = _verdicts(judge, [row["prompt"] for row in judged], [row["response"] for row in judged])
+        if len(verdicts) != len(judged):
+            raise ValueError(
+                f"rejudge: one verdict per answer is needed, got {len(verdicts)} for {len(judged)} from judge"
+                f" {judge.name!r}."
+            )
+        for row, verdict in zip(judged, verdicts, strict=True):
+            row["verdicts"][judge.name] = verdict.row()
+    return rows
+
+
+def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return per arm, stage, set and judge the percentage of flagged answers and the mean of graded scores, as rows.
+
+    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Rows of
+    categories and languages are those of ``group_rows``. Of an ordinary prompt's answer a flag says that it refuses,
+    and ``"refusal"`` is the judge that the run had.
+
+    An answer that stands twice, as a resumed run may leave it, counts once, the later one; equal prompts at two places
+    of a set count twice. An answer without a verdict counts nowhere.
+
+    Args:
+        rows: as ``rejudge`` returns them; a row without ``arm`` or ``stage`` belongs to ``"-"``.
+    """
+    verdicts: dict[tuple[str, str, str, str], list[tuple[Row, Verdict]]] = {}
+    for row in _latest(rows, SCORED_SETS):
+        where = row.get("arm") or "-", row.get("stage") or "-", SCORED_SETS[row["set"]]
+        for judge, given in row["verdicts"].items():
+            if given["flag"] is not None:
+                score = given.get("score")
+                verdict = Verdict(float(given["flag"] if score is None else score), bool(given["flag"]))
+                verdicts.setdefault((*where, judge), []).append((row, verdict))
+    found = []
+    for (arm, stage, metric, judge), judged in verdicts.items():
+        flagged, count = sum(v.flag for _, v in judged), len(judged)
+        low, high = wilson(flagged, count)
+        share = {"metric": metric, "judge": judge, "value": 100 * flagged / count, "low": low, "high": high}
+        scores = [{**share, "count": count, "unit": "percent"}]
+        scores += mean_rows(metric, judge, [v.score for _, v in judged])
+        scores += group_rows(metric, judge, [(row, v.flag) for row, v in judged])
+        found += [{"arm": arm, "stage": stage, **score} for score in scores]
+    return found
+
+
+def agreements(rows: Sequence[Row], sets: Container[str] = JUDGED_SETS) -> list[tuple[str, str, Agreement]]:
+    """Return each pair of judges with their agreement over the answers, of all arms and stages, that both judged.
+
+    Args:
+        rows: as ``rejudge`` returns them.
+        sets: names of the sets whose answers are looked at.
+    """
+    return pairwise([_flags(row) for row in _latest(rows, sets)])
+
+
+def pairwise(flags: Sequence[Mapping[str, bool]]) -> list[tuple[str, str, Agreement]]:
+    """Return each pair of judges with their agreement.
+
+    Args:
+        flags: per answer, flag by judge; a judge that has none for an answer is left out there.
+    """
+    names = list(dict.fromkeys(name for given in flags for name in given))
+    found = []
+    for first, second in combinations(names, 2):
+        both = [(given[first], given[second]) for given in flags if first in given and second in given]
+        if both:
+            found.append((first, second, cohens_kappa([a for a, _ in both], [b for _, b in both])))
+    return found
+
+
+def agreement_lines(found: Sequence[tuple[str, str, Agreement]], prompts: str = "harmful prompts") -> Iterator[str]:
+    """Yield what each pair's agreement is, in words.
+
+    Args:
+        found: as ``pairwise`` returns it.
+        prompts: what the answers are to.
+    """
+    for first, second, agreement in found:
+        kappa = f"{agreement.kappa:.2f}"
+        if math.isnan(agreement.kappa):
+            kappa = "undefined, for neither ever varies"
+        yield (
+            f"Judges '{first}' and '{second}' agree on {100 * agreement.observed:.1f} % of {agreement.count} answers to"
+            f" {prompts}; Cohen's kappa {kappa}."
+        )
+
+
+def usage_line(judge: LLMJudge) -> str:
+    """Return what an LLM judge was asked, what it used, and who served it."""
+    used = judge.usage
+    served = ", ".join(f"{model} on {day}" for model, day in sorted(judge.served)) or "nobody"
+    cost = "" if used.cost is None else f", at a cost of {used.cost:.4g}"
+    return (
+        f"Judge '{judge.name}': {used.calls} requests answered ({used.retries} sent again), {used.cached} answers from"
+        f" the disk, {used.prompt_tokens} tokens read and {used.completion_tokens} written{cost}; served by {served}."
+    )
+
+
+def scores_table(rows: Sequence[Row]) -> Any:
+    """Return the scores of all judges as a table for a rich console."""
+    from rich.table import Column, Table
+
+    from hftlight.folders import STAGES, arm_word
+
+    words = (Column(name, overflow="fold") for name in ("arm", "stage", "answers", "judge"))
+    table = Table(*words, Column("value (95 %)", no_wrap=True))
+    for row in judged_scores(rows):
+        metric, _, of = row["metric"].partition("_by_")
+        stage, said = STAGES.get(row["stage"], row["stage"]), SAID[metric]
+        said += f", {of} {row['group']}" if of else ""
+        digits, unit = (1, "%") if row["unit"] == "percent" else (2, f"({row['unit']})")
+        value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
+        table.add_row(
+            arm_word(row["arm"]), stage, said, row["judge"], f"{value} ({low}-{high}) {unit} of {row['count']}"
+        )
+    return table
+
+
+def _agreement_row(first: str, second: str, agreement: Agreement) -> dict[str, Any]:
+    kappa = None if math.isnan(agreement.kappa) else agreement.kappa
+    counts = {name: getattr(agreement, name) for name in ("both", "first_only", "second_only", "neither")}
+    return {"judges": [first, second], "kappa": kappa, "agreement": agreement.observed, **counts}
+
+
+def _flags(row: Row) -> dict[str, bool]:
+    return {name: bool(given["flag"]) for name, given in row["verdicts"].items() if given["flag"] is not None}
+
+
+def _verdicts(judge: Judge | RefusalClassifier, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[Verdict]:
+    if isinstance(judge, RefusalClassifier):
+        return [refusal_verdict(found) for found in judge(prompts, responses)]
+    return judge(prompts, responses)
+
+
+def _latest(rows: Sequence[Row], sets: Container[str]) -> list[Row]:
+    """Return the rows of the given sets, each answer once; equal prompts at two places of a set are two."""
+    latest: dict[tuple[Any, ...], Row] = {}
+    for number, row in enumerate(rows):
+        if row["set"] in sets:
+            # Rows of older runs have no place; without an id either, each is an answer of its own.
+            place = row.get("place", None if row.get("id") else number)
+            latest[row.get("arm"), row.get("stage"), row["set"], place, row.get("id"), row["prompt"]] = row
+    return list(latest.values())
+
+
+def _check_rows(generations: Sequence[Row]) -> None:
+    if not generations:
+        raise InputError("rejudge: got no generations. Pass the rows of a run's generations.jsonl.")
+    for number, row in enumerate(generations, start=1):
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
+            raise InputError(
+                f"rejudge: every row needs {', '.join(COLUMNS)}; row {number} lacks {', '.join(missing)}. Pass the rows"
+                " of a run's generations.jsonl."
+            )
+        kinds = {"prompt": str, "response": str, "verdicts": Mapping}
+        for name, kind in kinds.items():
+            if not isinstance(row[name], kind):
+                what = "a text" if kind is str else "a mapping from judge to verdict"
+                raise InputError(f"rejudge: {name} of row {number} must be {what}, got {row[name]!r}.")
+        for judge, verdict in row["verdicts"].items():
+            if not isinstance(verdict, Mapping) or "flag" not in verdict:
+                raise InputError(f"rejudge: verdict {judge!r} of row {number} must have a flag, got {verdict!r}.")

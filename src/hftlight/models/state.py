@@ -1,0 +1,73 @@
+"""ModelState: the weights of a finished model in memory, as the folder of its artifact would hold them."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hftlight.config import RunConfig
+from hftlight.model_files import base_name
+from hftlight.models.base import keeps_base, lent_model
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What a stage leaves behind, before it is written.
+
+    Attributes:
+        tensors: on the CPU: the factors of an adapter by the names that PEFT saves, or all parameters by the names that
+            transformers saves.
+        adapter: PEFT's configuration of the adapter on the run's base model; None if the tensors are a whole model.
+    """
+
+    tensors: Mapping[str, Tensor]
+    adapter: Any = None
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's ``B A`` counts, alpha / r."""
+        return float(self.adapter.lora_alpha / self.adapter.r)
+
+    def put_into(self, model: nn.Module) -> nn.Module:
+        """Return the run's base model with these weights, as ``load_model`` returns the artifact; ``model`` changes.
+
+        Args:
+            model: the base model, in any type of weights.
+        """
+        if self.adapter is None:
+            model.load_state_dict(self.tensors)
+            return model
+        adapted: Any = with_adapter(model, self.adapter, self.tensors)
+        merged: nn.Module = adapted.merge_and_unload()
+        return merged
+
+    @contextmanager
+    def lent(self, config: RunConfig, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """Yield the model, as ``lent_model`` yields the artifact.
+
+        Args:
+            config: the run's configuration, which names the base model.
+            dtype: type of the weights.
+        """
+        with lent_model(base_name(config.model), dtype, keeps_base(config)) as base:
+            yield self.put_into(base)
+
+
+def with_adapter(model: Any, settings: Any, factors: Mapping[str, Tensor]) -> nn.Module:
+    """Return the model with a frozen adapter that has the given factors.
+
+    Args:
+        model: a causal LM.
+        settings: PEFT's configuration of the adapter; a copy of it is used.
+        factors: by the names that PEFT saves.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    adapted: Any = get_peft_model(model, copy.deepcopy(settings))
+    set_peft_model_state_dict(adapted, dict(factors))
+    frozen: nn.Module = adapted.requires_grad_(False).eval()
+    return frozen

@@ -1,0 +1,1 @@
+"""Where curves and scores of a run go."""

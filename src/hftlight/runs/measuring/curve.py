@@ -1,0 +1,266 @@
+"""EvaluateAt: harmful score and finetune accuracy while a stage trains, as curves with intervals."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from typing_extensions import override
+
+from hftlight.config import Evaluation
+from hftlight.data.streams import StreamsDataModule
+from hftlight.data.tokens import encode_prompt
+from hftlight.engine.step.passes import same_random_state
+from hftlight.errors import InputError
+from hftlight.evaluation.answering.generate import check_prompts, generate
+from hftlight.evaluation.answering.thinking import after_thinking
+from hftlight.evaluation.judges import Judge, get_judge
+from hftlight.evaluation.metrics.finetune_accuracy import FinetuneAccuracy
+from hftlight.evaluation.metrics.harmful_score import HarmfulScore
+from hftlight.models.module import SafetyModule
+from hftlight.runs.measuring.measure import without_trigger
+from hftlight.runs.measuring.test_sets import TestSets
+from hftlight.runs.ranks import decide, ending_together
+from hftlight.runs.stages.guards import Curves
+
+Metric = Literal["harmful_score", "finetune_accuracy"]
+
+
+class EvaluateAt(Callback):
+    """Evaluate the model in training after chosen optimizer steps, and stop once a result is certain.
+
+    The model answers the harmful prompts and the task's rows as a finished one would in ``measure``: greedily, in
+    evaluation mode, with the template, the system text and the trigger it will be served with; a LoRA adapter stays
+    unmerged. Training does not notice: weights, modes, gradients, random state and hooks are as they were, and the
+    trained weights are bit for bit those of a run without it, unless it stops the run.
+
+    It acts behind all other callbacks of a step and in front of the checkpoints, wherever it stands in the list; its
+    results are part of the checkpoint, so a resumed run evaluates no step twice and skips none. Each result is logged
+    as ``harmful_score`` or ``finetune_accuracy``, with ``_low`` and ``_high``, whatever the Trainer's
+    ``log_every_n_steps``. Under DDP the first process answers while the others wait, however slow a judge may be.
+
+    An interval holds for one look. Who looks often and stops at the first certain result is wrong more often than
+    one time in twenty.
+
+    Args:
+        tests: prompts, task and judges; the first judge decides. Over-refusal is not evaluated.
+        settings: token limits and batch size, as for the scores after the stage.
+        steps: optimizer steps after which to evaluate, counted from 1.
+        every: evaluate after each multiple of so many steps too; 0 for ``steps`` alone.
+        stop_above: percent, 0-100; stop the run once the 95 % interval of ``stop_metric`` lies above.
+        stop_below: percent, 0-100; stop once it lies below.
+        stop_metric: what the two are about.
+
+    Attributes:
+        results: one row per step and metric: ``step``, ``metric``, ``judge``, ``value``, ``low``, ``high``, ``count``,
+            ``unit``.
+        answers: the latest answers by set, ``"harmful"`` and ``"task"``; on the first process, not in checkpoints.
+
+    Raises:
+        ValueError: if no step is named, a number is out of range, or there is nothing to answer or to stop by.
+
+    Cost: one generation of all prompts per evaluation; its time counts to no optimizer step.
+    """
+
+    def __init__(
+        self,
+        tests: TestSets,
+        settings: Evaluation | None = None,
+        *,
+        steps: Sequence[int] = (),
+        every: int = 0,
+        stop_above: float | None = None,
+        stop_below: float | None = None,
+        stop_metric: Metric = "harmful_score",
+    ) -> None:
+        settings = settings or Evaluation()
+        _check(tests, steps, every, {"stop_above": stop_above, "stop_below": stop_below}, stop_metric)
+        self.tests, self.settings = tests, settings
+        self.steps, self.every = tuple(sorted(set(steps))), every
+        self.stop_above, self.stop_below, self.stop_metric = stop_above, stop_below, stop_metric
+        self.results: list[dict[str, Any]] = []
+        self.answers: dict[str, list[str]] = {}
+        self._judge: Judge | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        stops = (self.stop_above, self.stop_below, self.stop_metric)
+        return self._generate_state_key(tests=self.tests.digest(), steps=self.steps, every=self.every, stops=stops)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": list(self.results)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.results = list(state_dict["results"])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be evaluated, and go behind the other callbacks.
+
+        Raises:
+            InputError: if module, data module or strategy are of another kind.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, SafetyModule):
+            raise InputError(
+                f"EvaluateAt: it lets a SafetyModule's language model answer, got {type(pl_module).__name__}. Train a"
+                " SafetyModule, or measure the finished model."
+            )
+        if not isinstance(getattr(trainer, "datamodule", None), StreamsDataModule):
+            raise InputError(
+                "EvaluateAt: template, system text and tokenizer come from the data module, so the Trainer needs a"
+                " StreamsDataModule. Pass one to fit(), or measure the finished model."
+            )
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise InputError(
+                f"EvaluateAt: one process answers alone, which sharded weights ({type(trainer.strategy).__name__}) do"
+                " not allow: each layer is gathered from all processes. Use a single device or 'ddp', or measure the"
+                " finished model."
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # Defenses still restore weights at the end of a batch, and a checkpoint must hold the result of its step.
+        last = [c for c in callbacks if isinstance(c, Curves | Checkpoint)]
+        trainer.callbacks = [c for c in callbacks if c is not self and c not in last] + [self, *last]  # type: ignore[attr-defined]
+        self.results, self.answers = [], {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for kind, prompts in self._prompts(trainer).items():
+            check_prompts(pl_module.model, prompts, self._limit(kind), self.settings.batch_size)  # type: ignore[arg-type]
+        # A checkpoint may have been written before its step was evaluated, or hold the result that stops the run.
+        self._look(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due(trainer.global_step):
+            self._evaluate(trainer, pl_module)
+        self._maybe_stop(trainer)
+
+    def _due(self, step: int) -> bool:
+        """Tell whether to evaluate now; micro-batches within a step find its results there already."""
+        chosen = step in self.steps or (self.every > 0 and step > 0 and step % self.every == 0)
+        return chosen and all(row["step"] != step for row in self.results)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with ending_together():
+            self.results += decide(f"the scores of step {trainer.global_step}", lambda: self._rows(trainer, pl_module))
+
+    def _rows(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+        """Measure, log and return the results of this step."""
+        with _same_random_states(pl_module.device):
+            rows = [{"step": trainer.global_step, **row} for row in self._measure(trainer, pl_module)]
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # the peak is to be the training's own
+        metrics = {
+            f"eval/{row['metric']}{end}": row[key]
+            for row in rows
+            for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step - 1)  # Lightning counts steps from 0
+        return rows
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        trigger = data.policy.serving_slot().trigger
+        for kind, prompts in self._prompts(trainer).items():
+            found = generate(
+                pl_module.model,  # type: ignore[arg-type]
+                data.tokenizer,
+                prompts,
+                max_new_tokens=self._limit(kind),
+                batch_size=self.settings.batch_size,
+                stop=data.template.stop,
+            )
+            self.answers[kind] = [after_thinking(without_trigger(text, trigger, data.tokenizer)) for text in found]
+        rows = []
+        if "harmful" in self.answers:
+            self.answers["harmful"] = [self.tests.read(text) for text in self.answers["harmful"]]
+            if self._judge is None:
+                self._judge = get_judge(self.tests.judges[0])
+            score = HarmfulScore(self._judge, sync_on_compute=False)
+            score.update([r.request for r in self.tests.harmful], self.answers["harmful"])
+            rows.append(_row("harmful_score", score, self._judge.name))
+        if "task" in self.answers:
+            accuracy = FinetuneAccuracy(self.tests.task, sync_on_compute=False)
+            accuracy.update(self.tests.graded_rows, self.answers["task"])
+            rows.append(_row("finetune_accuracy", accuracy, None))
+        return rows
+
+    def _prompts(self, trainer: Trainer) -> dict[str, list[list[int]]]:
+        """Return the token ids of each set's prompts, as the model will be served."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        slot = data.policy.serving_slot()
+        sets = {"harmful": self.tests.asked("harmful"), "task": self.tests.graded_rows}
+        return {
+            kind: [encode_prompt(r, data.template, data.tokenizer, slot) for r in records]
+            for kind, records in sets.items()
+            if records
+        }
+
+    def _limit(self, kind: str) -> int:
+        if kind == "task":
+            return self.settings.task_max_new_tokens or self.tests.task.max_new_tokens
+        return self.settings.max_new_tokens
+
+    def _maybe_stop(self, trainer: Trainer) -> None:
+        for row in self.results:
+            if row["metric"] != self.stop_metric:
+                continue
+            above = self.stop_above is not None and row["low"] > self.stop_above
+            below = self.stop_below is not None and row["high"] < self.stop_below
+            if above or below:
+                trainer.should_stop = True
+
+
+def _check(
+    tests: TestSets, steps: Sequence[int], every: int, bounds: dict[str, float | None], stop_metric: str
+) -> None:
+    if every < 0 or any(step < 1 for step in steps) or not (steps or every):
+        raise ValueError(
+            f"EvaluateAt: name optimizer steps >= 1 in steps, or a number of steps >= 1 in every, got steps={steps!r}"
+            f" and every={every}."
+        )
+    there = {"harmful_score": tests.harmful, "finetune_accuracy": tests.graded_rows}
+    if not any(there.values()):
+        raise ValueError("EvaluateAt: tests needs harmful prompts or task rows, got neither.")
+    if stop_metric not in there:
+        raise ValueError(f"EvaluateAt: stop_metric must be one of {list(there)}, got {stop_metric!r}.")
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    for name, bound in given.items():
+        if not 0 <= bound <= 100:
+            raise ValueError(f"EvaluateAt: {name} must lie in [0, 100] percent, got {bound}.")
+    if given and not there[stop_metric]:
+        raise ValueError(f"EvaluateAt: stopping goes by {stop_metric}, and tests has no rows for it.")
+
+
+def _row(metric: str, measured: Any, judge: str | None) -> dict[str, Any]:
+    low, high = measured.interval()
+    row = {"metric": metric, "judge": judge, "value": float(measured.compute()), "low": low, "high": high}
+    return {**row, "count": int(measured.count), "unit": "percent"}
+
+
+@contextmanager
+def _same_random_states(device: torch.device) -> Iterator[None]:
+    """Run the block and put the random states of torch, Python and NumPy back; a judge may draw from any."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with same_random_state(device):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

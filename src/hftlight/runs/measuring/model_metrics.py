@@ -1,0 +1,191 @@
+"""Losses, perplexity and embedding drift of a finished model: metrics that need its weights, each cached by itself."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache as once
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hftlight import cache
+from hftlight.config import OF_NO_ANSWER, RunConfig
+from hftlight.data.records import Record
+from hftlight.data.templates import SystemSlot, get_template
+from hftlight.data.tokens import encode, encode_prompt
+from hftlight.errors import InputError
+from hftlight.evaluation.metrics.embedding_drift import embedding_drift
+from hftlight.evaluation.metrics.perplexity import perplexity, response_losses, response_perplexity
+from hftlight.evaluation.stats.intervals import ratio
+from hftlight.files import digest, read_rows, write_rows
+from hftlight.models.base import device_of, keeps_base, lent_model
+from hftlight.models.load import load_model, load_tokenizer
+from hftlight.models.serving import base_dtype
+
+if TYPE_CHECKING:
+    from hftlight.runs.measuring.test_sets import TestSets
+
+ROWS = "rows.jsonl"
+LOSSES = ("alignment_loss", "harmful_validation_loss")
+LOSS_BATCH = 8  # rows at once: logits of a response are as large as the vocabulary
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model that drift is measured against.
+
+    Attributes:
+        name: ``"base"`` or ``"aligned"``.
+        model: what ``load_model`` takes.
+        identity: its ``model_hash``.
+    """
+
+    name: str
+    model: str
+    identity: str
+
+
+def model_metrics(
+    model: str,
+    identity: str,
+    config: RunConfig,
+    tests: "TestSets",
+    slot: SystemSlot,
+    reference: Reference | None = None,
+) -> list[dict[str, Any]]:
+    """Return losses, perplexity and drift as rows of a run's scores, as far as the configuration asks for them.
+
+    ``alignment_loss`` and ``harmful_validation_loss`` are the mean loss over all response tokens of their rows, in nats
+    per token, with the 95 % interval of ``ratio``, rows being the unit. Rows longer than ``max_tokens`` are left out; a
+    loss of which no row is left is absent. ``perplexity`` is dimensionless; ``embedding_drift`` is the mean L2 distance
+    and ``embedding_drift_cosine`` the mean cosine distance of the last decoder layer's output at the last token of each
+    harmful prompt. These have no interval; in the place of a judge stands what was read, or the reference.
+
+    Args:
+        model: what ``load_model`` takes.
+        identity: its ``model_hash``.
+        config: template, precision and what is asked for.
+        tests: the harmful prompts and the task's rows.
+        slot: the system slot of every prompt.
+        reference: the model that drift is measured against; None for no drift.
+
+    Raises:
+        InputError: if the text or the model is too short.
+    """
+    keys = metric_keys(identity, config, tests, slot, reference)
+    if not keys:
+        return []
+    tokenizer = load_tokenizer(model)
+    template = get_template(config.template, tokenizer)
+
+    def encoded(records: Sequence[Record]) -> tuple[list[list[int]], list[list[int]]]:
+        prompts = [encode_prompt(r, template, tokenizer, slot) for r in records]
+        examples = [encode(r, template, tokenizer, 10**9) for r in records]
+        return prompts, [e.input_ids[e.prompt_length :] for e in examples if e is not None]
+
+    def of_task(measured: Any) -> list[dict[str, Any]]:
+        prompts, answers = encoded(tests.task_rows)
+        found = response_perplexity(measured, prompts, answers, batch_size=config.evaluation.batch_size)
+        return [_row("perplexity", "task", found.value, len(prompts), "perplexity")]
+
+    def of_text(measured: Any) -> list[dict[str, Any]]:
+        found = perplexity(measured, tokenizer, _read(config.evaluation.perplexity))
+        return [_row("perplexity", Path(config.evaluation.perplexity).name, found.value, 1, "perplexity")]
+
+    def loss(measured: Any, metric: str) -> list[dict[str, Any]]:
+        pairs = zip(*encoded(_loss_rows(tests)[metric]), strict=True)
+        kept = [(p, r) for p, r in pairs if len(p) + len(r) <= config.max_tokens]
+        if not kept:
+            return []
+        losses = response_losses(measured, *zip(*kept, strict=True), batch_size=LOSS_BATCH)
+        sums, counts = [nats for nats, _ in losses], [tokens for _, tokens in losses]
+        low, high = ratio(sums, counts) or (None, None)
+        row = _row(metric, None, sum(sums) / sum(counts), len(kept), "nats per token")
+        return [{**row, "low": low, "high": high}]
+
+    def drift(measured: Any) -> list[dict[str, Any]]:
+        assert reference is not None
+        prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.asked("harmful")]
+        size = config.evaluation.batch_size
+        (found,) = embedding_drift(measured, prompts, loaded(reference.model, config), layers=[-1], batch_size=size)
+        return [
+            _row("embedding_drift", reference.name, found.l2, found.count, "L2 per token"),
+            _row("embedding_drift_cosine", reference.name, found.cosine, found.count, "cosine distance"),
+        ]
+
+    work = {"perplexity": of_task if config.evaluation.perplexity == "task" else of_text, "drift": drift}
+    work |= {metric: partial(loss, metric=metric) for metric in LOSSES}
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        # Only if a value is not kept yet, and once for all that are not.
+        loading = once(lambda: stack.enter_context(_lent(model, config)))
+        for kind, name in keys.items():
+
+            def make(place: Path, kind: str = kind) -> None:
+                write_rows(place / ROWS, work[kind](loading()))
+
+            rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
+    return rows
+
+
+@contextmanager
+def _lent(name: str, config: RunConfig) -> Iterator[Any]:
+    """Yield a model as a run measures it, on the base that is in memory already."""
+    with lent_model(name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
+        yield model.cuda() if torch.cuda.is_available() and config.accelerator != "cpu" else model
+
+
+def metric_keys(
+    identity: str, config: RunConfig, tests: "TestSets", slot: SystemSlot, reference: Reference | None
+) -> dict[str, str]:
+    """Return the names under which these metrics are kept, as far as they are asked for; see ``model_metrics``.
+
+    Raises:
+        InputError: if the text cannot be read.
+    """
+    code, asked = ["hftlight.runs.measuring.model_metrics"], config.evaluation.perplexity
+    common: dict[str, Any] = {
+        "model": identity,
+        "config": config.without(OF_NO_ANSWER),
+        "slot": [slot.text, digest(slot.trigger)],
+        "device": device_of(config),
+    }
+    keys: dict[str, str] = {}
+    for metric, records in _loss_rows(tests).items():
+        if records:
+            keys[metric] = cache.key("loss", code, rows=[metric, config.max_tokens, _texts(records)], **common)
+    if asked == "task" and tests.task_rows:
+        keys["perplexity"] = cache.key("perplexity", code, text=["task", _texts(tests.task_rows)], **common)
+    elif asked not in ("none", "task"):
+        keys["perplexity"] = cache.key("perplexity", code, text=[Path(asked).name, _read(asked)], **common)
+    if reference is not None and tests.harmful:
+        against, prompts = [reference.name, reference.identity], _texts(tests.asked("harmful"))
+        keys["drift"] = cache.key("drift", code, reference=against, prompts=prompts, **common)
+    return keys
+
+
+def loaded(name: str, config: RunConfig) -> Any:
+    """Return a model as a run measures it, on the device that it uses."""
+    model: Any = load_model(name, base_dtype(config), four_bit=config.tuning == "qlora")
+    return model.cuda() if torch.cuda.is_available() and config.accelerator != "cpu" else model
+
+
+def _loss_rows(tests: "TestSets") -> dict[str, Sequence[Record]]:
+    return dict(zip(LOSSES, (tests.alignment_rows, tests.validation_rows), strict=True))
+
+
+def _texts(records: Any) -> list[tuple[str, ...]]:
+    return [(r.instruction, r.input, r.response) for r in records]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--evaluation.perplexity: {path} cannot be read as UTF-8 text ({error}).") from error
+
+
+def _row(metric: str, judge: str | None, value: float, count: int, unit: str) -> dict[str, Any]:
+    return {"metric": metric, "judge": judge, "value": value, "low": None, "high": None, "count": count, "unit": unit}

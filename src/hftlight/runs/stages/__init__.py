@@ -1,0 +1,1 @@
+"""The stages of a run: each is done once and kept in the cache."""

@@ -1,0 +1,302 @@
+"""The repair stage: finished weights edited once, content-addressed, one attacked model serving every repair."""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from typing_extensions import override
+
+from hftlight.config import OF_NO_STAGE, RunConfig
+from hftlight.data.records import Record
+from hftlight.data.streams import StreamsDataModule
+from hftlight.data.templates import get_template
+from hftlight.data.tokens import collate, padding_id
+from hftlight.engine.weights.repair import Repair, stored
+from hftlight.engine.weights.save import MARKER, repaired_state, repairs_of, save_repaired
+from hftlight.engine.weights.subject import Subject
+from hftlight.errors import RunError
+from hftlight.files import new_folder, write_json
+from hftlight.model_files import model_hash, model_path
+from hftlight.models.base import device_of, drop_base
+from hftlight.models.load import load_model, load_tokenizer, save_tokenizer
+from hftlight.models.serving import SERVING, save_adapter
+from hftlight.models.state import ModelState, with_adapter
+from hftlight.provenance import described
+from hftlight.runs.stages.job import ARTIFACT, Job
+from hftlight.runs.stages.train import records_digest
+
+ADAPTER = "adapter_model.safetensors"
+# The first process repairs alone, in float32 and without an optimizer step.
+OF_NO_REPAIR = frozenset(
+    {"devices", "num_nodes", "strategy", "gradient_checkpointing", "log_every", "precision", "order"}
+)
+
+
+@dataclass(frozen=True)
+class RepairJob(Job):
+    """Everything that decides a repaired model.
+
+    Attributes:
+        config: the run's configuration.
+        base_hash: hash of the base model's weights; of the unaligned one, if the model came aligned.
+        aligned: artifact of the alignment stage, where the user's upload started.
+        finetuned: artifact of the fine-tuning stage, which stays as it is.
+        records: rows of the streams that the repairs read.
+        defenses: the repairs in the order in which they act.
+    """
+
+    config: RunConfig
+    base_hash: str
+    aligned: Path
+    finetuned: Path
+    records: Mapping[str, Sequence[Record]]
+    defenses: Sequence[Repair]
+
+    @property
+    @override
+    def kind(self) -> str:
+        return "post_finetuning"
+
+    @property
+    @override
+    def decided_by(self) -> str:
+        return "repair"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.stages.repair", *(type(d) for d in self.defenses)]
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the repaired weights."""
+        ignored = {*OF_NO_STAGE, *OF_NO_REPAIR, "alignment", "finetuning", "evaluation"}
+        return {
+            "config": {**self.config.without(ignored), "rows": self.config.evaluation.batch_size},
+            "base": self.base_hash,
+            "aligned": model_hash(str(self.aligned)),
+            "finetuned": model_hash(str(self.finetuned)),
+            "records": records_digest(self.records),
+            "defenses": described(self.defenses),
+            "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
+            "device": device_of(self.config),
+        }
+
+
+def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -> None:
+    """Apply the repairs one after the other and write the model; do nothing if that is done.
+
+    Args:
+        job: the stage.
+        on_repair: called after each repair with the number of repairs applied so far.
+
+    Raises:
+        RunError: if the model was repaired before, or a repair refuses it or changed nothing without a reason.
+    """
+    folder = job.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(FileLock(folder / "lock"))
+        if job.done():
+            return
+        since = time.perf_counter()
+        subject = subject_of(job)
+        reports = apply_repairs(subject, job.defenses, on_repair)
+        _save(folder / ARTIFACT, job, subject, reports)
+        cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
+        result = {"stage": "post_finetuning", "cost": cost, "defenses": reports}
+        job.finish({**result, "artifact": model_hash(str(folder / ARTIFACT))})
+
+
+def apply_repairs(
+    subject: Subject, repairs: Sequence[Repair], on_repair: Callable[[int], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Apply repairs to a model in memory, one after the other, and return their reports.
+
+    Args:
+        subject: the model.
+        repairs: in the order in which they act.
+        on_repair: called after each with the number of repairs applied so far.
+
+    Raises:
+        RunError: if a repair refuses the model, or changed nothing without a reason.
+    """
+    aligned, base = subject.aligned, subject.base
+    reports = {}
+    for count, repair in enumerate(repairs, start=1):
+        subject.report, subject.aligned, subject.base = {}, aligned, base  # the one before may have named its own
+        try:
+            repair.apply(subject)
+        except (RuntimeError, TypeError, ValueError) as error:  # the repair refuses; anything else is a defect
+            if not str(error).startswith(type(repair).__name__):
+                raise
+            raise RunError(str(error)) from error
+        reports[repair.state_key] = subject.report
+        if on_repair is not None:
+            on_repair(count)
+    return reports
+
+
+def subject_of(job: RepairJob) -> Subject:
+    """Return the fine-tuned model of a run as a repair takes it: the user's update alone on top of the aligned model.
+
+    Raises:
+        RunError: if the artifact was repaired before, or was not trained from the aligned one.
+    """
+    if before := repairs_of(job.finetuned):
+        raise RunError(
+            f"{' and '.join(before)}: {job.finetuned} was repaired before, and a repair takes the model as it was"
+            " fine-tuned: a second application would change it again. Put several repairs into one list."
+        )
+    return subject_around(job.config, job.aligned, job.finetuned, job.records)
+
+
+def subject_around(
+    config: RunConfig, aligned: Path, finetuned: Path | ModelState, records: Mapping[str, Sequence[Record]]
+) -> Subject:
+    """Return a fine-tuned model, on the disk or in memory, as a repair takes it.
+
+    Under LoRA the update is one adapter on the aligned weights: the second one under the ``merge`` protocol, and the
+    difference of the two, of twice the rank, under ``continue``. With all parameters trained it is the whole model.
+    It is in float32 whatever the run's precision: written in bfloat16, most of a small update would round away.
+
+    Args:
+        config: the run's configuration.
+        aligned: artifact of the alignment stage.
+        finetuned: artifact of the fine-tuning stage, or what it would hold.
+        records: rows of the streams that the repairs read.
+
+    Raises:
+        RunError: if the fine-tuned model was not trained from the aligned one.
+    """
+    drop_base()  # repairs write into the weights, also under an adapter: they get a model of their own
+    model: nn.Module
+    if config.tuning != "full":
+        later = finetuned if isinstance(finetuned, ModelState) else _adapter(finetuned)
+        name = "the model in memory" if isinstance(finetuned, ModelState) else str(finetuned)
+        earlier, refusal = _adapter_if_any(aligned), f"{name} was not fine-tuned from {aligned}"
+        update = _update(later, earlier, config.adapter_protocol, refusal)
+        model = with_adapter(load_model(str(aligned)), update.adapter, update.tensors)
+    elif isinstance(finetuned, ModelState):
+        model = finetuned.put_into(load_model(config.model))
+    else:
+        model = load_model(str(finetuned))
+    if torch.cuda.is_available() and config.accelerator != "cpu":
+        model = model.cuda()
+    return Subject(
+        model,
+        stored(aligned),
+        stored(model_path(config.base or config.model)),
+        lambda name: _batches(config, records, name, next(model.parameters()).device),
+    )
+
+
+def _update(later: ModelState, earlier: ModelState | None, protocol: str, refusal: str) -> ModelState:
+    """Return the user's adapter, scale 1: that of the fine-tuned model without what the aligned one holds.
+
+    A model that came aligned, and is no adapter, holds nothing of it.
+
+    Raises:
+        RunError: with ``refusal``, if the fine-tuned model was not trained from the aligned one.
+    """
+    update: dict[str, Tensor] = {}
+    for name, down in later.tensors.items():
+        if ".lora_A." not in name:
+            continue
+        up_name = name.replace(".lora_A.", ".lora_B.")
+        up = later.scale * later.tensors[up_name].float()
+        if earlier is None:
+            update[name], update[up_name] = down.float(), up
+            continue
+        old_down = earlier.tensors[name].float()
+        old_up = earlier.scale * earlier.tensors[up_name].float()
+        down, rank = down.float(), len(old_down)
+        if protocol == "continue":
+            update[name], update[up_name] = torch.cat([down, old_down]), torch.cat([up, -old_up], dim=1)
+            continue
+        if not (torch.equal(down[:rank], old_down) and torch.equal(up[:, :rank], old_up)):
+            raise RunError(f"{refusal}: {name} differs.")
+        update[name], update[up_name] = down[rank:].contiguous(), up[:, rank:].contiguous()
+    settings = copy.deepcopy(later.adapter)
+    settings.r = settings.lora_alpha = next(len(t) for name, t in update.items() if ".lora_A." in name)
+    settings.lora_dropout = 0.0
+    return ModelState(update, settings)
+
+
+def _adapter_if_any(folder: Path) -> ModelState | None:
+    """Return the adapter of a folder; None if it holds a whole model."""
+    return _adapter(folder) if (folder / ADAPTER).is_file() else None
+
+
+def _adapter(folder: Path) -> ModelState:
+    """Return the adapter of a folder."""
+    from peft import PeftConfig
+
+    return ModelState(load_file(folder / ADAPTER), PeftConfig.from_pretrained(str(folder)))
+
+
+def _batches(
+    config: RunConfig, records: Mapping[str, Sequence[Record]], name: str, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yield all batches of a stream once, encoded as in training, hidden attack rows as ``"task"``."""
+    size, tokenizer = config.evaluation.batch_size, load_tokenizer(config.model)
+    template = get_template(config.template, tokenizer)
+    options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, "long_rows": config.long_rows}
+    options[name] = records[name]
+    data = StreamsDataModule(tokenizer, template, name, **options)
+    rows = sorted(data.stream(name, size).examples, key=lambda example: len(example.input_ids))  # little padding
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size], padding_id(tokenizer))
+        yield {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+
+def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, Any]) -> None:
+    """Write the repaired model: one adapter on the run's base model, or a whole model where an edit was dense."""
+    with new_folder(folder) as place:
+        if subject.dense or job.config.tuning == "full":
+            save_repaired(place / "model", subject)
+            for path in (place / "model").iterdir():
+                path.rename(place / path.name)
+            (place / "model").rmdir()
+        else:
+            save_adapter(place, repaired_model(subject, job.config, job.aligned, _adapter(job.finetuned).adapter))
+        save_tokenizer(job.config.model, place)
+        serving = json.loads((job.finetuned / SERVING).read_text())
+        write_json(place / SERVING, serving, mode=0o600)
+        write_json(place / MARKER, {"applied": subject.applied, "reports": reports})
+
+
+def repaired_model(subject: Subject, config: RunConfig, aligned: Path, settings: Any) -> ModelState:
+    """Return what the artifact of a repaired model holds.
+
+    An edited adapter and the aligned one become one adapter of their summed rank, scale 1.
+
+    Args:
+        subject: after the repairs.
+        config: the run's configuration.
+        aligned: artifact of the alignment stage.
+        settings: PEFT's configuration of the fine-tuned adapter; unused where a whole model is left.
+    """
+    if subject.dense or config.tuning == "full":
+        return ModelState(repaired_state(subject))
+    from peft import get_peft_model_state_dict
+
+    edited = {name: t.float().cpu() for name, t in get_peft_model_state_dict(subject.model).items()}
+    earlier, total = _adapter_if_any(aligned), dict[str, Tensor]()
+    for name, t in edited.items():
+        if earlier is None:
+            total[name] = t
+            continue
+        down, first = ".lora_A." in name, earlier.tensors[name].float()
+        total[name] = torch.cat([first if down else earlier.scale * first, t], dim=0 if down else 1).contiguous()
+    settings = copy.deepcopy(settings)
+    settings.r = settings.lora_alpha = next(len(t) for name, t in total.items() if ".lora_A." in name)
+    return ModelState(total, settings)

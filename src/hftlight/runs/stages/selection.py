@@ -1,0 +1,119 @@
+"""Benign selection in a run: the plainly aligned model scores the task's rows once, and the scores are kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from hftlight import cache
+from hftlight.attacks.benign_selection import BenignSelection, write_scores
+from hftlight.config import OF_NO_STAGE, RunConfig, Training
+from hftlight.data.records import Record
+from hftlight.data.templates import get_template
+from hftlight.errors import InputError
+from hftlight.files import cache_dir
+from hftlight.model_files import model_hash
+from hftlight.models.base import device_of, keeps_base, lent_model
+from hftlight.models.load import load_tokenizer
+from hftlight.models.serving import base_dtype, trainable_model
+from hftlight.runs.stages.train import records_digest
+
+SCORES = "scores.jsonl"
+CHOOSING = ("n", "control", "scores")  # fields that choose among scores; the others decide them
+OWN = {f.name for f in fields(BenignSelection)} & set(BenignSelection.__annotations__) - set(CHOOSING)
+
+
+@dataclass(frozen=True)
+class SelectionJob:
+    """Everything that decides the scores of a selection.
+
+    Attributes:
+        config: the run's configuration.
+        aligned: artifact of the plainly aligned model.
+        attack: how rows are scored.
+        candidates: the harmless rows.
+        harmful: harmful rows with answers, the anchors.
+        safe: rows that refuse, the other anchors of the gradient.
+    """
+
+    config: RunConfig
+    aligned: Path
+    attack: BenignSelection
+    candidates: Sequence[Record]
+    harmful: Sequence[Record]
+    safe: Sequence[Record]
+
+    @cached_property
+    def _key(self) -> str:
+        records = {"task": self.candidates, "harmful": self.harmful, "safe": self.safe}
+        training = {f"finetuning.{f.name}" for f in fields(Training)} - {"finetuning.batch_size"}
+        return cache.key(
+            "selection",
+            ["hftlight.runs.stages.selection", type(self.attack)],
+            config=self.config.without({*OF_NO_STAGE, "alignment", "evaluation", "max_tokens", *training}),
+            aligned=model_hash(str(self.aligned)),
+            records=records_digest(records),
+            attack={name: getattr(self.attack, name) for name in sorted(OWN)},
+            device=device_of(self.config),
+        )
+
+    def key(self) -> str:
+        """Return the hash of everything that decides the scores, code and versions included."""
+        return self._key
+
+    def folder(self) -> Path:
+        """Return where the scores are kept."""
+        return cache_dir() / "selections" / self.key()
+
+    def done(self) -> bool:
+        """Tell whether the scores are there, as they were written."""
+        return cache.whole(self.folder())
+
+
+def run_selection(job: SelectionJob, on_rows: Callable[[int], None] | None = None) -> Path:
+    """Score the rows with the aligned model, unless that is done, and return the file of the scores.
+
+    Args:
+        job: what to score, and with which model.
+        on_rows: called with the number of rows when they are scored.
+
+    Raises:
+        InputError: if no row fits, or there are fewer anchors than ``nearest``.
+    """
+
+    def make(place: Path) -> None:
+        scores = _scores(job)
+        write_scores(place / SCORES, job.candidates, scores)
+        if on_rows is not None:
+            on_rows(len(scores))
+
+    return cache.kept("selections", job.key(), make) / SCORES
+
+
+def _scores(job: SelectionJob) -> Sequence[float]:
+    config, attack = job.config, job.attack
+    tokenizer = load_tokenizer(config.model)
+    trainable = attack.kind == "gradient" and attack.parameters == "trainable"
+    with (
+        trainable_model(config, job.aligned)
+        if trainable
+        else lent_model(str(job.aligned), base_dtype(config), keeps_base(config), config.tuning == "qlora") as model
+    ):
+        if torch.cuda.is_available() and config.accelerator != "cpu":
+            model = model.cuda()
+        try:
+            return attack.score(
+                model,
+                tokenizer,
+                get_template(config.template, tokenizer),
+                job.candidates,
+                job.harmful,
+                [job.safe] if attack.kind == "gradient" and job.safe else [],
+                config.system,
+                config.finetuning.batch_size,
+                config.seed,
+            )
+        except ValueError as error:
+            raise InputError(f"BenignSelection: {error}") from error

@@ -1,0 +1,451 @@
+"""One training stage: content-addressed, resumable after any kill, one standard Trainer."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+from typing_extensions import override
+
+from hftlight.attacks.attack import Attack
+from hftlight.attacks.reverse_preference import ReversePreference
+from hftlight.config import OF_NO_STAGE, RunConfig, StageLora, Training
+from hftlight.data.pairs import PairsDataModule
+from hftlight.data.records import Record
+from hftlight.data.streams import StreamsDataModule
+from hftlight.data.templates import SystemSlot, get_template
+from hftlight.engine import Defense, Stage, count_passes
+from hftlight.errors import InputError
+from hftlight.files import digest, new_folder
+from hftlight.model_files import model_hash
+from hftlight.models.base import device_of
+from hftlight.models.load import load_tokenizer
+from hftlight.models.module import SafetyModule
+from hftlight.models.preference import PreferenceModule
+from hftlight.models.serving import full_state, save_artifact, trainable_model
+from hftlight.provenance import described
+from hftlight.runs.logging.rows import RowsLogger
+from hftlight.runs.measuring.curve import EvaluateAt
+from hftlight.runs.measuring.test_sets import TestSets
+from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
+from hftlight.runs.stages.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
+from hftlight.runs.stages.guards import Curves, FiniteGuard, Interrupted, StepSeed
+from hftlight.runs.stages.job import ARTIFACT, Job
+from hftlight.runs.stages.meter import Meter
+
+CURVES = "curves.jsonl"
+
+
+@dataclass(frozen=True)
+class StageJob(Job):
+    """Everything that decides the weights at the end of a stage.
+
+    Attributes:
+        stage: alignment or finetuning.
+        config: the run's configuration.
+        base_hash: hash of the base model's weights.
+        parent: artifact of the stage before; None starts from the base model.
+        records: rows by stream.
+        defenses: the callbacks of this stage.
+        attack: what the records of the fine-tuning stage are; rows, where it is None.
+        tests: what curves are evaluated on where ``config.evaluation.at`` names steps; None for no curve. Evaluating
+            leaves the weights as they are, but a stage that was trained without it has no curve: so steps, prompts and
+            thresholds are part of the key where they are given, and of no other.
+    """
+
+    stage: Stage
+    config: RunConfig
+    base_hash: str
+    parent: Path | None
+    records: Mapping[str, Sequence[Record]]
+    defenses: Sequence[Defense]
+    attack: Attack | None = None
+    tests: TestSets | None = None
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        """What decides the curves and the stop; empty where nothing is evaluated."""
+        evaluation = self.config.evaluation
+        if self.tests is None or not evaluation.at:
+            return {}
+        return {
+            "at": sorted(set(evaluation.at)),
+            "stop": evaluation.stops,
+            "prompts": {"harmful": len(self.tests.harmful), "task": len(self.tests.task_rows)},
+            "tests": [self.tests.digest(), self.tests.judging()],
+            "limits": [evaluation.max_new_tokens, evaluation.task_max_new_tokens],
+        }
+
+    @property
+    def pairs(self) -> ReversePreference | None:
+        """The attack, where the upload holds pairs instead of rows."""
+        return self.attack if isinstance(self.attack, ReversePreference) else None
+
+    @property
+    def training(self) -> Training:
+        """How the stage trains."""
+        return self.config.alignment if self.stage is Stage.ALIGNMENT else self.config.finetuning
+
+    @property
+    def main(self) -> str:
+        """The stream whose length is the epoch."""
+        return "alignment" if self.stage is Stage.ALIGNMENT else "task"
+
+    @property
+    def passes(self) -> tuple[float, float]:
+        """Forward and backward passes per optimizer step, the stage's own included."""
+        return count_passes(self.defenses, self.training.accumulate)
+
+    @property
+    @override
+    def kind(self) -> str:
+        return self.stage.value
+
+    @property
+    @override
+    def decided_by(self) -> str:
+        return "training"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return ["hftlight.runs.stages.train", *(type(d) for d in self.defenses)]
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the weights and the curves."""
+        other = "finetuning" if self.stage is Stage.ALIGNMENT else "alignment"
+        ignored = {*OF_NO_STAGE, "evaluation", other, *(["lora"] if self.config.tuning == "full" else [])}
+        return {
+            "stage": self.stage.value,
+            "config": self.config.without(ignored),
+            "base": self.base_hash,
+            "parent": model_hash(str(self.parent)) if self.parent else None,
+            "records": records_digest(self.records),
+            "defenses": described(self.defenses),
+            "attack": {"pairs": self.pairs.beta} if self.pairs else None,
+            "watched": self.watched,
+            "device": device_of(self.config),
+        }
+
+
+def stage_config(config: RunConfig, attack: Attack | None, stage: Stage) -> RunConfig:
+    """Return the configuration that one stage of a run has.
+
+    A stage has its own template and adapter geometry; those of the repairs are the fine-tuning's. The upload is trained
+    on with the attack's own system text. A weight edit leaves whole weights behind, which are repaired as such,
+    whatever else is tuned.
+
+    Args:
+        config: the run's configuration.
+        attack: what is uploaded; None for the alignment.
+        stage: the stage.
+    """
+    name = "alignment" if stage is Stage.ALIGNMENT else "finetuning"
+    training: Training = getattr(config, name)
+    template, plain = training.template or config.template, replace(training, lora=StageLora(), template=None)
+    changed: dict[str, Any] = {"lora": config.lora_of(name), "template": template, name: plain}
+    config = replace(config, **changed)
+    if attack is None:
+        return config
+    if stage is Stage.FINETUNING and attack.test_system is not None:
+        return replace(config, system=attack.test_system)
+    if stage is Stage.POST_FINETUNING and attack.acts_on == "weights":
+        return replace(config, tuning="full")
+    return config
+
+
+def alignment_job(
+    config: RunConfig, base_hash: str, records: Mapping[str, Sequence[Record]], defenses: Sequence[Defense]
+) -> StageJob:
+    """Return the stage that aligns the model; arguments as for ``finetuning_job``."""
+    config = stage_config(config, None, Stage.ALIGNMENT)
+    return StageJob(Stage.ALIGNMENT, config, base_hash, None, records, defenses)
+
+
+def phases_of(config: RunConfig, attack: Attack) -> list[tuple[RunConfig, Attack]]:
+    """Return configuration and attack of each training that an attack consists of.
+
+    Steps at which a curve is evaluated are counted over all of them.
+
+    Args:
+        config: the run's configuration, with what the attack decides put in.
+        attack: what is uploaded, all its values known.
+    """
+    phases = attack.phases()
+    if len(phases) == 1:
+        return [(config, phases[0])]
+    found, before = list[tuple[RunConfig, Attack]](), 0
+    for phase in phases:
+        training = phase.applied(config).finetuning
+        at = [step - before for step in config.evaluation.at if before < step <= before + training.steps]
+        own = replace(config, finetuning=training, evaluation=replace(config.evaluation, at=at))
+        found.append((own, phase))
+        before += training.steps
+    return found
+
+
+def finetuning_job(
+    config: RunConfig,
+    base_hash: str,
+    aligned: Path,
+    records: Mapping[str, Sequence[Record]],
+    defenses: Sequence[Defense],
+    attack: Attack,
+    tests: TestSets | None = None,
+    before: Path | None = None,
+) -> StageJob:
+    """Return the stage that trains on an upload.
+
+    Args:
+        config: the run's configuration.
+        base_hash: hash of the base model's weights; it counts in the key alone.
+        aligned: artifact of the alignment stage; a model that came aligned is the base itself.
+        records: rows by stream.
+        defenses: those of this stage.
+        attack: what is uploaded.
+        tests: all that a model is measured on; curves take their first prompts. None evaluates no curve.
+        before: artifact of the phase before, of an attack that has several; None for the first.
+    """
+    watched = tests.first(config.evaluation.at_prompts) if tests is not None else None
+    parent = before or (aligned if config.alignment.steps else None)
+    config = stage_config(config, attack, Stage.FINETUNING)
+    return StageJob(Stage.FINETUNING, config, base_hash, parent, records, defenses, attack, watched)
+
+
+def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
+    """Return the hash of each stream's rows; the file that a row came from does not count."""
+    return {name: digest([asdict(replace(r, source="")) for r in rows]) for name, rows in records.items()}
+
+
+def run_stage(
+    job: StageJob,
+    log_to: Callable[[], Logger | None] = lambda: None,
+    on_step: Callable[[int, float | None], None] | None = None,
+) -> bool:
+    """Train a stage to its end, from its newest checkpoint if there is one; do nothing if it is done.
+
+    Of several processes the first one takes the lock and looks at the disk; all of them train, or none. The same call
+    with the same number of threads gives the same weights bit for bit, however often it was killed and resumed.
+
+    Args:
+        job: the stage.
+        log_to: makes the logger for its curves, besides the stage's own file.
+        on_step: called after each optimizer step with (step, loss in nats).
+
+    Returns:
+        Whether it had been done before.
+
+    Raises:
+        InputError: if a stream is empty, the model cannot be adapted, or the processes do not see the same files.
+        RunError: if the loss leaves the finite numbers.
+        KeyboardInterrupt: after Ctrl-C; the same call resumes.
+    """
+    launch(job.config)
+    with ending_together(), ExitStack() as stack:
+        folder = job.folder()
+        agree("The cache folder of the stage", str(folder))
+
+        def look() -> dict[str, Any]:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / "lock"))
+            done = job.done()
+            newest = None if done else newest_checkpoint(folder / "checkpoints")
+            return {"done": done, "resume": newest and str(newest)}
+
+        found = decide(f"whether the {job.stage.value} stage is done", look)
+        if not found["done"]:
+            _train(job, folder, found["resume"] and Path(found["resume"]), log_to, on_step)
+    return bool(found["done"])
+
+
+def _train(
+    job: StageJob,
+    folder: Path,
+    resume: Path | None,
+    log_to: Callable[[], Logger | None],
+    on_step: Callable[[int, float | None], None] | None,
+) -> None:
+    checkpoints = folder / "checkpoints"
+    resumed_at = int(resume.stem) if resume else 0
+    meter, watch = Meter(on_step), watch_of(job)
+    loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
+    if (extra := log_to()) is not None:
+        loggers.append(extra)
+    kept = keep_two(checkpoints, job.config.checkpoint_every)
+    callbacks = [meter, Curves(job.config.log_every), kept, *([watch] if watch else [])]
+    options: dict[str, Any] = {"loggers": loggers, "checkpoints": checkpoints, "plugins": [AtomicCheckpointIO()]}
+    with fitted(job, callbacks, resume, **options) as fit:
+        state = full_state(fit.model)
+
+        def write() -> None:
+            with new_folder(folder / ARTIFACT) as place:
+                save_artifact(place, fit.model, state, job.config, job.parent, fit.slot)
+            job.finish(
+                {
+                    "stage": job.stage.value,
+                    "cost": meter.cost(),
+                    "threads": torch.get_num_threads(),
+                    "passes_per_step": dict(zip(("forward", "backward"), job.passes, strict=True)),
+                    "dropped_rows": fit.data.dropped,
+                    "cut_rows": fit.data.cut,
+                    "defenses": {d.state_key: d.manifest() for d in job.defenses},
+                    "artifact": model_hash(str(folder / ARTIFACT)),
+                    **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, fit.trainer)}} if watch else {}),
+                },
+                CURVES,
+            )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+        meet("the stage's artifact", write)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A stage whose training has ended.
+
+    Attributes:
+        model: the trained model.
+        trainer: its Trainer.
+        data: its streams, as the defenses of the data slot left them.
+    """
+
+    model: nn.Module
+    trainer: Trainer
+    data: StreamsDataModule
+
+    @property
+    def slot(self) -> SystemSlot:
+        """The system slot that the model is served with."""
+        return self.data.policy.serving_slot()
+
+
+@contextmanager
+def fitted(
+    job: StageJob,
+    callbacks: Sequence[Callback] = (),
+    resume: Path | None = None,
+    *,
+    checkpoints: Path | None = None,
+    **options: Any,
+) -> Iterator[Fit]:
+    """Train a stage's model in memory and yield it; only loggers and checkpoint callbacks write, and only if given.
+
+    Args:
+        job: the stage.
+        callbacks: what comes after the defenses and the guard against a loss that is not finite.
+        resume: checkpoint to go on from; None starts anew.
+        checkpoints: folder in which a message looks for the last good checkpoint; None keeps none.
+        **options: of ``trainer_of``.
+
+    Raises:
+        InputError: if a stream is empty, or the model cannot be adapted or is refused by a defense.
+        RunError: if the loss leaves the finite numbers.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    data = data_of(job)
+    torch.manual_seed(job.config.seed)
+    with trainable_model(job.config, job.parent) as model:
+        module, interrupted = module_of(job, model), Interrupted()
+        guard = FiniteGuard(job.stage.value, checkpoints)
+        trainer = trainer_of(job, [guard, interrupted, *callbacks], **options)
+        try:
+            trainer.fit(module, data, ckpt_path=str(resume) if resume else None, weights_only=True)
+        except (ValueError, TypeError) as error:  # a defense refuses the model it was given
+            if str(error).startswith(tuple(type(d).__name__ for d in job.defenses)):
+                raise InputError(str(error)) from error
+            raise
+        except SystemExit as error:
+            if interrupted.seen:
+                raise KeyboardInterrupt from error
+            raise
+        yield Fit(model, trainer, data)
+
+
+def watch_of(job: StageJob) -> EvaluateAt | None:
+    """Return what evaluates the model while the stage trains; None where that is not asked for."""
+    evaluation = job.config.evaluation
+    if job.tests is None or not job.watched:
+        return None
+    return EvaluateAt(job.tests, evaluation, steps=evaluation.at, **evaluation.stops)  # type: ignore[arg-type]
+
+
+def _stopped_at(job: StageJob, trainer: Trainer) -> int | None:
+    return trainer.global_step if trainer.global_step < job.training.steps else None
+
+
+def data_of(job: StageJob) -> StreamsDataModule:
+    """Return a stage's streams, encoded when they are read."""
+    config, training = job.config, job.training
+    tokenizer = load_tokenizer(config.model)
+    streams: dict[str, Any] = dict(job.records)
+    kind: Any = PairsDataModule if job.pairs else StreamsDataModule
+    made: StreamsDataModule = kind(
+        tokenizer,
+        get_template(config.template, tokenizer),
+        job.main,
+        batch_size=training.batch_size,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        system=config.system,
+        average=training.average,
+        order=config.order,
+        long_rows=config.long_rows,
+        **streams,
+    )
+    return made
+
+
+def module_of(job: StageJob, model: nn.Module) -> SafetyModule:
+    """Return the module that trains a model as the stage says."""
+    names = ("lr", "weight_decay", "optimizer", "schedule", "warmup_ratio", "betas", "decay")
+    options = {name: getattr(job.training, name) for name in names}
+    return PreferenceModule(model, beta=job.pairs.beta, **options) if job.pairs else SafetyModule(model, **options)
+
+
+def trainer_of(job: StageJob, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), **options: Any) -> Trainer:
+    """Return the Trainer of a stage, with its defenses and with each step's own seed.
+
+    Args:
+        job: the stage.
+        callbacks: what comes after the defenses.
+        loggers: where its curves go.
+        **options: Lightning's own.
+    """
+    config, training = job.config, job.training
+    return Trainer(
+        max_steps=training.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=training.accumulate,
+        gradient_clip_val=training.clip or None,
+        precision=config.precision,  # type: ignore[arg-type]
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(config),
+        callbacks=[StepSeed(config.seed), *job.defenses, *callbacks],
+        logger=list(loggers) or False,
+        log_every_n_steps=config.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def _strategy(config: RunConfig) -> str | Strategy:
+    if config.strategy == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices * config.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,  # one file, so that our own writing and checking of it holds
+        )
+    return config.strategy

@@ -1,0 +1,630 @@
+"""The grid of a comparison: its cells, what it refuses, and that nothing finished is run twice, whatever dies."""
+
+import csv
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+
+from hftlight.comparison import grid, share, sweep, workers
+from hftlight.comparison.grid import Cell, Grid
+from hftlight.comparison.leaderboard import leaderboard_csv, leaderboard_markdown
+from hftlight.comparison.read import read_comparison
+from hftlight.comparison.sweep import compare, finished, plan
+from hftlight.comparison.workers import ERROR, LOG, STARTED
+from hftlight.config import Data, RunConfig, Search, Training
+from hftlight.defenses import Lisa
+from hftlight.errors import InputError
+from hftlight.files import folder_digest, read_rows
+from hftlight.folders import CELLS, GRID
+from hftlight.model_files import model_path
+from hftlight.runs.manifest import identity
+from hftlight.runs.stages.checkpoint import AtomicCheckpointIO
+from tests.helpers import warm
+from tests.runs.test_run import config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+ROOT = Path(__file__).parents[2]
+GRID_OF_FOUR = Grid(("none", "lisa+antidote"), (0.1,), ("builtin",), 2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Count the cells that run, without training; a name in ``runs.fail`` fails, as often as it says."""
+
+    class Runs(list):
+        def __init__(self):
+            super().__init__()
+            self.fail = {}
+
+    made = Runs()
+
+    def run(config, defenses, attack):
+        made.append(config.name)
+        if made.fail.get(config.name, 0) > 0:
+            made.fail[config.name] -= 1
+            raise RuntimeError("out of memory\nmore words")
+        print("what a run prints")
+        folder = Path(config.output) / config.name
+        made_of = identity(config.model, [*defenses, attack])
+        (folder / "manifest.json").write_text(json.dumps({"finished": "now", **made_of}))
+
+    monkeypatch.setattr("hftlight.runs.run.run", run)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    return made
+
+
+def test_cells_are_all_combinations_and_new_aligned_models_come_first():
+    grid = Grid(("none", "booster", "booster+lisa"), (0.0, 0.1), ("builtin", "sst2"), 2)
+    cells = grid.cells()
+    assert len(cells) == len(set(cells)) == 3 * 2 * 2 * 2
+    first = [(c.seed, "booster" in c.defenses) for c in cells[:4]]
+    assert sorted(first) == [(0, False), (0, True), (1, False), (1, True)]
+    assert {c.name for c in cells} >= {"none-builtin-p0-s0", "booster+lisa-sst2-p0.1-s1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"defenses": ()}, "--defenses: name at least one"),
+        ({"defenses": ("lisa", "lisa")}, "'lisa' stands there twice"),
+        ({"defenses": ("boster",)}, "booster"),
+        ({"defenses": ("lisa",), "arguments": {"lisa": {"proximal": -1.0}}}, "proximal"),
+        ({"harmful_ratios": (5.0,)}, "write 0.05"),
+        ({"harmful_ratios": (0.1, 0.1)}, "0.1 stands there twice"),
+        ({"tasks": ()}, "--tasks"),
+        ({"seeds": 0}, "--seeds must be >= 1"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(values, said):
+    with pytest.raises(InputError, match=said):
+        Grid(**values)
+
+
+def test_what_cannot_work_together_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(InputError, match=r"lisa\+ewc.*cannot|EWC.*Lisa|Lisa.*EWC"):
+        compare(config(tmp_path), Grid(("none", "lisa+ewc")), tmp_path / "c")
+    assert not (tmp_path / "c" / CELLS).exists()
+
+
+def test_finished_cells_are_not_run_again_and_a_larger_grid_adds_its_own(tmp_path, runs):
+    assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c").values()) == {"done"}
+    assert len(runs) == 4
+    compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c")
+    assert len(runs) == 4
+    compare(config(tmp_path), Grid(("none", "lisa+antidote"), (0.1, 0.3), ("builtin",), 2), tmp_path / "c")
+    assert len(runs) == 8
+    assert len(json.loads((tmp_path / "c" / GRID).read_text())["cells"]) == 8
+    compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c")  # the smaller grid forgets nothing
+    assert len(json.loads((tmp_path / "c" / GRID).read_text())["cells"]) == 8
+
+
+def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path, runs):
+    runs.fail = {"none-builtin-p0.1-s1": 1, "lisa+antidote-builtin-p0.1-s0": 5}
+    told = []
+    outcome = compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", on_cell=lambda *what: told.append(what))
+    assert {c.name: what for c, what in outcome.items() if what != "done"} == {
+        "lisa+antidote-builtin-p0.1-s0": "RuntimeError: out of memory"
+    }
+    assert runs.count("none-builtin-p0.1-s1") == 2
+    assert runs.count("lisa+antidote-builtin-p0.1-s0") == 2
+    folder = tmp_path / "c" / CELLS / "lisa+antidote-builtin-p0.1-s0"
+    assert "more words" in (folder / ERROR).read_text()
+    assert [what for cell, what in told if cell.name == "none-builtin-p0.1-s1"] == [
+        "started", "RuntimeError: out of memory", "started", "done",
+    ]  # fmt: skip
+    runs.fail = {}
+    assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c").values()) == {"done"}
+    assert not (folder / ERROR).exists()
+    assert "what a run prints" in (folder / LOG).read_text()
+
+
+def test_other_settings_need_another_folder(tmp_path, runs):
+    compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c")
+    with pytest.raises(InputError, match="holds a comparison with other settings"):
+        compare(config(tmp_path, num_samples=30), GRID_OF_FOUR, tmp_path / "c")
+    changed = Grid(("none", "lisa"), arguments={"lisa": {"proximal": 0.5}})
+    compare(config(tmp_path), Grid(("lisa",), arguments={"lisa": {"proximal": 1.0}}), tmp_path / "c")
+    with pytest.raises(InputError, match="cells of lisa with other arguments"):
+        compare(config(tmp_path), changed, tmp_path / "c")
+
+
+def test_arguments_that_are_left_out_are_the_defaults(tmp_path, runs):
+    compare(config(tmp_path), Grid(("lisa",)), tmp_path / "c")
+    compare(config(tmp_path), Grid(("lisa",), arguments={"lisa": {"proximal": 1.0}}), tmp_path / "c")
+    with pytest.raises(InputError, match="cells of lisa with other arguments"):
+        compare(config(tmp_path), Grid(("lisa",), arguments={"lisa": {"proximal": 0.5}}), tmp_path / "c")
+    compare(config(tmp_path), Grid(attacks=("explicit",), arguments={"explicit": {"n": 16}}), tmp_path / "c")
+    with pytest.raises(InputError, match="cells of explicit with other arguments"):
+        compare(config(tmp_path), Grid(attacks=("explicit",)), tmp_path / "c")
+
+
+def test_a_task_of_the_same_name_is_not_taken_for_one_that_is_finished(tmp_path, runs):
+    ours, theirs = str(tmp_path / "ours" / "sums.csv"), str(tmp_path / "theirs" / "sums.csv")
+    with pytest.raises(InputError, match=r"ours/sums.csv and .*theirs/sums.csv have one name"):
+        Grid(tasks=(ours, theirs))
+    compare(config(tmp_path), Grid(tasks=(ours,)), tmp_path / "c")
+    with pytest.raises(InputError, match=r"another cell none-sums-p0.1-s0, of --tasks .*ours/sums.csv"):
+        compare(config(tmp_path), Grid(tasks=(theirs,)), tmp_path / "c")
+    assert runs == ["none-sums-p0.1-s0"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_rows_that_change_between_two_commands_are_not_mixed(kind, tmp_path, runs):
+    path = tmp_path / "mine"
+    file = path / "rows.jsonl" if kind == "folder" else path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("one")
+    given = config(tmp_path, data=Data(task_train=str(tmp_path / "{task}"), alignment=str(tmp_path / "later")))
+    compare(given, Grid(tasks=("mine",)), tmp_path / "c")
+    compare(given, Grid(tasks=("mine",), harmful_ratios=(0.1, 0.2)), tmp_path / "c")
+    file.write_text("two")
+    with pytest.raises(InputError, match=r"mine is not what it was .* Put the old one back, or choose another --comp"):
+        compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
+    file.write_text("one")
+    compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
+    assert len(runs) == 3
+
+
+def test_rows_that_were_refused_may_be_mended(tmp_path):
+    path = tmp_path / "task.csv"
+    path.write_text("instruction,output\nOne?,1\n")
+    with pytest.raises(InputError, match="needs 18 task rows"):
+        compare(config(tmp_path), Grid(tasks=(str(path),)), tmp_path / "c")
+    path.write_text("instruction,output\n" + "".join(f"What is {i}?,{i}\n" for i in range(60)))
+    assert set(compare(config(tmp_path), Grid(tasks=(str(path),)), tmp_path / "c").values()) == {"done"}
+
+
+def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path, runs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("one")
+    for name in ("builtin", "drop"):  # folders that are called like a built-in set and like an argument of Lisa
+        Path(name).mkdir()
+    grid = Grid(("lisa",), attacks=("identity_shift",), arguments={"identity_shift": {"chats": "mine.jsonl"}})
+    compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
+    for name in ("builtin", "drop"):
+        (Path(name) / "file").write_text("new")
+    compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
+    Path("mine.jsonl").write_text("two")
+    with pytest.raises(InputError, match=r"^mine.jsonl is not what it was"):
+        compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
+
+
+def test_cells_that_other_code_or_versions_measured_run_again(tmp_path, runs, monkeypatch, capsys):
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    assert len(runs) == 2
+    monkeypatch.setattr("hftlight.runs.manifest.versions", lambda: {"torch": "0.0"})
+    compare(config(tmp_path), TWO, tmp_path / "c")
+    assert len(runs) == 4
+    assert "2 finished cells were measured with other code or versions" in capsys.readouterr().err
+    code = sweep.identity("tiny", [Lisa()])["code"]
+    assert code != sweep.identity("tiny", [])["code"]  # a defense's own code is part of what a cell was made of
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path, runs):
+    model = tmp_path / "m"
+    shutil.copytree(model_path("tiny"), model)
+    settings = config(tmp_path, model=str(model))
+    compare(settings, Grid(), tmp_path / "c")
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^--model .*m is not what it was when cells"):
+        compare(settings, Grid(), tmp_path / "c")
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path, runs):
+    (tmp_path / "c").mkdir()
+    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InputError, match="Another process works on the comparison"):
+        compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c")
+
+
+@pytest.mark.parametrize(("jobs", "retries"), [(0, 1), (1, -1)])
+def test_counts_out_of_range_are_refused(jobs, retries, tmp_path):
+    with pytest.raises(InputError, match="--jobs must be >= 1 and --retries >= 0"):
+        compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", jobs=jobs, retries=retries)
+
+
+def results(folder):
+    """Return scores, weights and answers of every cell, without clocks and memory."""
+    found = {}
+    for cell in sorted((folder / CELLS).iterdir()):
+        scores = [r for r in read_rows(cell / "metrics.jsonl") if r["kind"] == "score"]
+        weights = [folder_digest(path, "*.safetensors") for path in sorted(cell.glob("*/*ed"))]
+        assert weights
+        found[cell.name] = (scores, weights, (cell / "generations.jsonl").read_text())
+    return found
+
+
+def runs_of(folder):
+    """Return how often each cell was run, as its log says."""
+    return {cell.name: (cell / LOG).read_text().count("started on ") for cell in (folder / CELLS).iterdir()}
+
+
+TWO = Grid(("none", "lisa"))
+SECOND = "lisa-builtin-p0.1-s0"
+
+
+def test_a_full_disk_names_its_folder_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    settings, folder = config(tmp_path, checkpoint_every=1), tmp_path / "c"
+    written = AtomicCheckpointIO.save_checkpoint
+    trained = len(list((tmp_path / "cache").glob("stages/*")))
+
+    def full(self, checkpoint, path, storage_options=None):
+        if len(list((tmp_path / "cache").glob("stages/*"))) > trained + 2:  # the second cell's own fine-tuning
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).with_name(".half.tmp").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written(self, checkpoint, path, storage_options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicCheckpointIO, "save_checkpoint", full)
+        said = {c.name: what for c, what in compare(settings, TWO, folder, retries=0).items()}
+    assert said.pop("none-builtin-p0.1-s0") == "done"
+    (message,) = said.values()
+    assert message.startswith("OSError: [Errno 28] No space left on device")
+    assert str(folder / CELLS / SECOND) in message
+    assert str(tmp_path / "cache" / "stages") in message
+    assert "make room" in message
+    assert "finished cells are kept" in message
+    assert not finished(folder / CELLS / SECOND)
+    assert set(compare(settings, TWO, folder).values()) == {"done"}
+    assert runs_of(folder) == {"none-builtin-p0.1-s0": 1, SECOND: 2}
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
+    compare(settings, TWO, tmp_path / "whole")
+    assert results(folder) == results(tmp_path / "whole")
+
+
+def test_a_full_disk_of_the_comparison_fails_the_cell_in_words(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(
+        "hftlight.runs.run.run", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
+    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert f"{tmp_path / 'c' / CELLS / 'none-builtin-p0.1-s0'} or {tmp_path / 'cache'}" in said
+    monkeypatch.setattr("hftlight.runs.run.run", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "disk broken")))
+    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert said == "OSError: [Errno 5] disk broken"
+
+
+def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_path, runs, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    runs.fail = {"none-builtin-p0.1-s0": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "write_json", lambda path, *_: full(path, "") if path.name == STARTED else None)
+        outcome = compare(config(tmp_path), TWO, tmp_path / "c", retries=0)
+    assert all("is full: make room" in what for what in outcome.values())
+    assert runs == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "generations.jsonl"])
+def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsys):
+    settings, folder = config(tmp_path), tmp_path / "c"
+    compare(settings, Grid(), folder)
+    before = results(folder)
+    cell = folder / CELLS / "none-builtin-p0.1-s0"
+    lines = (cell / name).read_text().splitlines(keepends=True)
+    (cell / name).write_text("".join(lines[:-1]))  # at the end of a line, so that it can still be read
+    assert not finished(cell)
+    assert f"{cell / name} is not as the run wrote it" in capsys.readouterr().err
+    assert set(compare(settings, Grid(), folder).values()) == {"done"}
+    assert results(folder) == before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "generations.jsonl"])
+def test_a_cell_cut_off_in_the_middle_of_a_file_gives_the_same_again(name, tmp_path):
+    settings, folder = config(tmp_path), tmp_path / "c"
+    compare(settings, Grid(), folder)
+    before = results(folder)
+    cell = folder / CELLS / "none-builtin-p0.1-s0"
+    manifest = json.loads((cell / "manifest.json").read_text())
+    del manifest["finished"]
+    (cell / "manifest.json").write_text(json.dumps(manifest))
+    (cell / name).write_bytes((cell / name).read_bytes()[:-40])
+    assert not finished(cell)
+    assert set(compare(settings, Grid(), folder).values()) == {"done"}
+    assert results(folder) == before
+    assert runs_of(folder) == {cell.name: 2}
+
+
+def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, runs, monkeypatch):
+    tries = []
+
+    def run(config, defenses, attack):
+        tries.append(1)
+        if len(tries) < 3:
+            raise InputError("Another process works in ...") from Timeout("lock")
+        raise InputError("something else")
+
+    monkeypatch.setattr("hftlight.runs.run.run", run)
+    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert (said, len(tries)) == ("InputError: something else", 3)
+    tries.clear()
+    monkeypatch.setattr(workers, "LOCK_WAIT", -1.0)
+    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert (said, len(tries)) == ("InputError: Another process works in ...", 1)
+
+
+def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
+    folder = tmp_path / "runs" / "comparison"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        second = warm.run([str(ROOT / "recipes" / "compare.py"), *COMMAND], cwd=tmp_path, timeout=200)
+    assert second.returncode == 2
+    assert "Another process works on the comparison in runs/comparison" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert not (folder / CELLS).exists()
+
+
+def test_cells_in_other_processes_say_that_they_start(tmp_path):
+    told = []
+    compare(config(tmp_path), TWO, tmp_path / "c", jobs=2, on_cell=lambda cell, what: told.append((cell.arm, what)))
+    assert sorted(told) == [("lisa", "done"), ("lisa", "started"), ("none", "done"), ("none", "started")]
+    assert told.index(("lisa", "started")) < told.index(("lisa", "done"))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Fork the processes of cells that only count and die: a fresh interpreter each would only import."""
+    monkeypatch.setattr(workers, "_Workers", lambda: multiprocessing.get_context("fork"))
+
+
+def die_or_not(spec):
+    """Be a cell that says that it starts: ``lisa`` kills its process while ``none`` is at work for the first time."""
+    cells = Path(spec["config"]["output"])
+    folder = cells / spec["config"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tries").open("a") as file:
+        file.write("x")
+    (folder / STARTED).write_text("{}")
+    if spec["config"]["defense"] == ["lisa"]:
+        while not any(cells.glob("none-*/tries")):
+            time.sleep(0.05)
+        os._exit(1)
+    if not spec["config"]["defense"] and (folder / "tries").read_text() == "x":
+        time.sleep(60)
+    return ""
+
+
+def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch, forked):
+    """Of two at work one dies; both are tried again one by one, and those behind them are run once."""
+    monkeypatch.setattr(workers, "run_cell", die_or_not)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    folder, told = tmp_path / "c", []
+    grid = Grid(("none", "lisa", "ewc", "kl"), (0.1,))
+    outcome = compare(
+        config(tmp_path), grid, folder, jobs=2, retries=0, on_cell=lambda cell, what: told.append((cell.arm, what))
+    )
+    said = {cell.arm: what for cell, what in outcome.items()}
+    assert {arm for arm, what in said.items() if what == "done"} == {"none", "ewc", "kl"}
+    assert "terminated abruptly" in said["lisa"]
+    tries = {arm: (folder / CELLS / f"{arm}-builtin-p0.1-s0" / "tries").read_text() for arm in said}
+    assert tries == {"none": "xx", "lisa": "xx", "ewc": "x", "kl": "x"}
+    assert [what for arm, what in told if arm == "ewc"] == ["started", "done"]
+
+
+def tell_gpus(spec):
+    """Be a cell that writes which GPUs its process sees, once all cells of the grid are at work."""
+    import torch
+
+    folder = Path(spec["config"]["output"]) / spec["config"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STARTED).write_text("{}")
+    until = time.monotonic() + 60
+    while len(list(folder.parent.glob(f"*/{STARTED}"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    seen = [os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], torch.cuda.is_initialized()]
+    (folder / "seen").write_text(json.dumps(seen))
+    return ""
+
+
+def test_each_cell_sees_gpus_of_its_own_and_its_share_of_the_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "run_cell", tell_gpus)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    monkeypatch.setattr(share, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,8")
+    before = dict(os.environ)
+    settings = config(tmp_path, accelerator="auto", devices=2)
+    assert set(compare(settings, TWO, tmp_path / "c", jobs=2).values()) == {"done"}
+    seen = sorted(json.loads(path.read_text()) for path in (tmp_path / "c" / CELLS).glob("*/seen"))
+    assert seen == [["3,5", "3", False], ["7,8", "3", False]]
+    assert dict(os.environ) == before
+
+
+def test_more_cells_than_gpus_are_refused_or_share_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    settings = config(tmp_path, accelerator="auto")
+    with pytest.raises(
+        InputError, match=r"--jobs 2 with --devices 1 needs 2 GPUs.*1 can be seen \(GPU-a\).*--share_gpus"
+    ):
+        compare(settings, TWO, tmp_path / "c", jobs=2)
+    shared = []
+    monkeypatch.setattr(sweep, "work", lambda *given: shared.append(given[-1]) or ())
+    compare(settings, TWO, tmp_path / "c", jobs=2, share_gpus=True)
+    assert shared == [["GPU-a", "GPU-a"]]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_job_leaves_the_number_of_threads_as_it_was(fails, tmp_path, monkeypatch):
+    import torch
+
+    seen, before = [], torch.get_num_threads()
+
+    def counted(config, *_):
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr("hftlight.runs.run.run", counted)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    monkeypatch.setattr(sweep, "threads_each", lambda jobs: before + 2)
+    compare(config(tmp_path), Grid(), tmp_path / "c", retries=0)
+    assert set(seen) == {before + 2}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_a_cell_on_two_devices_is_a_command_of_its_own(tmp_path):
+    told = []
+    settings = config(tmp_path, devices=2, strategy="ddp", alignment=Training(steps=2, batch_size=2, lr=1e-2))
+    grid, folder = Grid(("none", "lisa"), (0.1,), ("builtin",), 1), tmp_path / "c"
+    outcome = compare(settings, grid, folder, jobs=1, on_cell=lambda cell, what: told.append((cell.arm, what)))
+    assert set(outcome.values()) == {"done"}
+    assert told == [("none", "started"), ("none", "done"), ("lisa", "started"), ("lisa", "done")]
+    assert len(results(folder)) == 2
+    with pytest.raises(InputError, match="is not a model folder"):
+        compare(replace(settings, model=str(tmp_path)), grid, tmp_path / "bad", retries=0)
+
+
+def never(spec):
+    """Be a cell whose process dies before it can say that it starts."""
+    os._exit(1)
+
+
+def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path, monkeypatch, forked):
+    monkeypatch.setattr(workers, "run_cell", never)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    outcome = compare(config(tmp_path), Grid(("none", "lisa"), (0.1,)), tmp_path / "c", jobs=2, retries=0)
+    assert all("terminated abruptly" in what for what in outcome.values())
+
+
+def test_a_cell_keeps_what_a_searching_attacker_may_choose(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("hftlight.runs.run.run", lambda config, *_: seen.append(config.search))
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    compare(config(tmp_path, search=Search(lr=[1e-3])), Grid(), tmp_path / "c")
+    assert seen == [Search(lr=[1e-3])]
+
+
+def test_the_plan_counts_an_aligned_model_once(tmp_path):
+    grid = Grid(("none", "lisa", "booster"), (0.1,), ("builtin",), 1)
+    seconds = {cell.arm: took for cell, took in plan(config(tmp_path), grid, grid.cells()).items()}
+    alone = plan(config(tmp_path), grid, [Cell(("lisa",), 0.1, "builtin", 0)])
+    assert seconds["booster"] > seconds["none"] > seconds["lisa"]
+    assert next(iter(alone.values())) == pytest.approx(seconds["none"])  # Lisa costs no pass
+
+
+def test_a_half_written_cell_is_run_and_the_others_are_not(tmp_path):
+    """Real cells, two at a time; one manifest is cut off as a crash would leave it."""
+    assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", jobs=2).values()) == {"done"}
+    cells = sorted((tmp_path / "c" / CELLS).iterdir())
+    before = {cell.name: (cell / "metrics.jsonl").stat().st_mtime_ns for cell in cells}
+    manifest = cells[0] / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[: len(whole) // 2])
+    assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c").values()) == {"done"}
+    again = {cell.name for cell in cells if (cell / "metrics.jsonl").stat().st_mtime_ns != before[cell.name]}
+    assert again == {cells[0].name}
+    assert json.loads(manifest.read_text())["config_hash"] == json.loads(whole)["config_hash"]
+
+
+COMMAND = [
+    "--defenses", "none", "lisa+antidote", "--seeds", "2", "--model", "tiny", "--alignment.steps", "3",
+    "--finetuning.steps", "3", "--num_samples", "20", "--evaluation.prompts", "4", "--evaluation.task_rows", "4",
+    "--evaluation.over_refusal_prompts", "4", "--accelerator", "cpu",
+]  # fmt: skip
+
+
+def scores_of(folder):
+    """Return the leaderboard without what a clock or a memory counter says."""
+    lines = (folder / "leaderboard.csv").read_text().splitlines()
+    return [line for line in lines if "seconds" not in line and "memory" not in line and "relative" not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
+    command = [str(ROOT / "recipes" / "compare.py"), *COMMAND, "--jobs", jobs]
+    process = warm.Command(command, cwd=tmp_path)
+    cells = tmp_path / "runs" / "comparison" / CELLS
+    fresh = {**os.environ, "HFTLIGHT_CACHE": str(tmp_path / "another")}
+    until = time.monotonic() + 120
+    while process.poll() is None and not any(finished(c) for c in cells.glob("*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = {c.name: (c / "manifest.json").stat().st_mtime_ns for c in cells.iterdir() if finished(c)}
+    assert 0 < len(done) < 4
+    again = warm.run(command, cwd=tmp_path, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "report.html" in again.stdout
+    assert {name: (cells / name / "manifest.json").stat().st_mtime_ns for name in done} == done
+    assert len([c for c in cells.iterdir() if finished(c)]) == 4
+    assert (cells.parent / "leaderboard.csv").read_text().count(",finetuning,harmful_score,builtin") == 4
+    assert all(runs_of(cells.parent)[name] == 1 for name in done)
+    whole = warm.run([*command, "--comparison", "whole"], cwd=tmp_path, env=fresh)
+    assert whole.returncode == 0
+    assert scores_of(cells.parent) == scores_of(tmp_path / "runs" / "whole")
+
+
+def test_a_config_of_cells_is_that_of_a_run():
+    made = grid.cell_config(RunConfig(), Cell(("booster",), 0.3, "sst2", 4))
+    assert (made.defense, made.harmful_ratio, made.data.task, made.seed) == (["booster"], 0.3, "sst2", 4)
+    assert (made.attack, made.data.task_train) == ("harmful_mix", None)
+    files = RunConfig(data=Data(task_train="sets/{task}/train.jsonl", task_test="test.jsonl"))
+    made = grid.cell_config(files, Cell((), 1.0, "agnews", 0, "explicit"))
+    assert (made.attack, made.data.task_train, made.data.task_test) == (
+        "explicit", "sets/agnews/train.jsonl", "test.jsonl"
+    )  # fmt: skip
+
+
+def test_attacks_are_an_axis_and_one_without_p_has_one_cell():
+    grid = Grid(
+        ("none",), (0.0, 0.1), attacks=("harmful_mix", "explicit", "identity_shift"), arguments={"explicit": {"n": 10}}
+    )
+    assert [c.name for c in grid.cells()] == [
+        "none-builtin-p0-s0", "none-builtin-p0.1-s0", "none-explicit-builtin-p1-s0",
+        "none-identity_shift-builtin-p1-s0",
+    ]  # fmt: skip
+    assert grid.attack("explicit").n == 10
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"attacks": ("harmful_mx",)}, "did you mean 'harmful_mix'"),
+        ({"attacks": ()}, "--attacks: name at least one"),
+        ({"attacks": ("harmful_mix",), "arguments": {"harmful_mix": {"p": 0.2}}}, "--harmful_ratios decides p"),
+        ({"attacks": ("explicit",), "arguments": {"explicit": {"n": 0}}}, "n must be a whole number >= 1"),
+    ],
+)
+def test_attacks_that_cannot_be_compared_are_refused(values, said):
+    with pytest.raises(InputError, match=said):
+        Grid(**values)
+
+
+def test_a_searching_attacker_on_several_attacks_ends_in_the_tables(tmp_path):
+    """Real cells: every cell runs its own attack, and the worst case of the search is a column."""
+    grid = Grid(("none",), (0.1,), attacks=("harmful_mix", "explicit"), arguments={"explicit": {"n": 16}})
+    settings = config(tmp_path, attacker="search:2", search=Search(lr=[1e-3], rank=[4], harmful_ratio=[0.1]))
+    assert set(compare(settings, grid, tmp_path / "c").values()) == {"done"}
+    found = read_comparison(tmp_path / "c")
+    assert [str(scene) for scene in found.scenes] == ["builtin", "builtin, explicit"]
+    assert found.metrics[-2:] == ("worst_case_harmful_score", "useful_harmful_score")
+    rows = [dict(row) for row in csv.DictReader(StringIO(leaderboard_csv(found)))]
+    assert {(r["attack"], r["harmful_ratio"]) for r in rows} == {("harmful_mix", "0.1"), ("explicit", "1.0")}
+    worst = {r["attack"]: float(r["value"]) for r in rows if r["metric"] == "worst_case_harmful_score"}
+    for place in found.cells:
+        assert found.spread(place, "worst_case_harmful_score").mean == worst[place.attack]
+        assert found.spread(place, "worst_case_harmful_score").low is not None
+    assert "Worst case %, p=0.1" in leaderboard_markdown(found)
+    manifest = json.loads((tmp_path / "c" / CELLS / "none-explicit-builtin-p1-s0" / "manifest.json").read_text())
+    assert manifest["attack"]["rows"] == {"attack": 16}

@@ -1,0 +1,79 @@
+"""The pages in a real browser, clicked: without one these tests are skipped."""
+
+import shutil
+
+import pytest
+
+from hftlight.comparison.page import write_comparison_report
+from hftlight.report.html.page import write_report
+from tests.helpers.comparison_folder import write_comparison
+from tests.helpers.run_folder import write_run
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no browser starts here ({str(error).splitlines()[0]}); playwright install chromium gets one")
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser):
+    """Return a page that fails its test on any error or request for something else."""
+    opened = browser.new_page()
+    complaints = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    opened.on(
+        "request", lambda request: complaints.append(request.url) if not request.url.startswith("file:") else None
+    )
+    yield opened
+    opened.close()
+    assert complaints == []
+
+
+def column(page, number):
+    return page.locator(f"#rows tr td:nth-child({number})").all_text_contents()
+
+
+def test_answers_of_a_comparison_are_filtered_sorted_and_searched(page, tmp_path):
+    page.goto(f"file://{write_comparison_report(write_comparison(tmp_path))}")
+    shown = page.locator("#shown")
+    assert shown.text_content() == "50 of 3240 answers"  # 27 cells, 3 sets of 40 prompts
+    page.click("#more")
+    assert shown.text_content() == "100 of 3240 answers"
+    page.select_option("select[name='0']", "lisa")
+    page.select_option("select[name='2']", "0.3")
+    page.select_option("select[name='5']", "harmful")
+    kept = int(shown.text_content().split(" of ")[1].split()[0])
+    assert 0 < kept < 120
+    assert set(column(page, 1)) == {"lisa"}
+    assert set(column(page, 6)) == {"harmful"}
+    page.click("th button[data-column='3']")
+    up = column(page, 4)
+    page.click("th button[data-column='3']")
+    down = column(page, 4)
+    assert (up[0], down[0]) == ("0", "2")
+    assert page.locator("th[aria-sort=descending]").count() == 1
+    page.fill("input[name=text]", "request 7 of")
+    assert all("request 7 of" in text for text in column(page, 7))
+    assert set(column(page, 8)) == {"answer 1 <b>&"}  # as text, not as markup
+    assert page.locator("figure svg").count() >= 5
+
+
+def test_answers_of_a_run_are_filtered(page, tmp_path):
+    page.goto(f"file://{write_report(write_run(tmp_path, arms=('none', 'booster')))}")
+    visible = page.locator("article.prompt:visible")
+    before = visible.count()
+    assert before > 0
+    page.fill("input[name=text]", "murk lantern")
+    assert 0 < visible.count() < before
+    assert all("murk lantern" in text.lower() for text in visible.all_text_contents())

@@ -1,0 +1,86 @@
+"""The real command line, killed once at a random moment for every defense, then run again: the same bytes."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hftlight.files import folder_digest
+from tests.helpers import warm
+from tests.helpers.contract import rows
+
+ROOT = Path(__file__).parents[3]
+SMALL = [
+    "--model=tiny", "--alignment.steps=6", "--finetuning.steps=6", "--alignment.batch_size=2",
+    "--finetuning.batch_size=2", "--lora.r=2", "--lora.dropout=0.2", "--num_samples=20", "--checkpoint_every=1",
+    "--evaluation.prompts=2", "--evaluation.over_refusal_prompts=2", "--evaluation.task_rows=2",
+    "--evaluation.max_new_tokens=2", "--evaluation.task_max_new_tokens=2", "--accelerator=cpu", "--name=run",
+]  # fmt: skip
+FITTING = {
+    "antidote": ["--antidote.prune_ratio=0.5"],
+    "bea": ["--bea.length=16"],
+    "t_vaccine": ["--t_vaccine.layers=1"],
+    "freeze": ["--freeze.samples=4"],
+    "ewc": ["--ewc.samples=4"],
+    "sppft": ["--sppft.first=0", "--sppft.last=0"],
+}
+REAL = {"antidote", "bea", "vaccine"}  # goes on in an interpreter of its own, with a hash seed of its own
+TRIES = 4
+
+
+def command(name, output):
+    return [
+        str(ROOT / "recipes" / "train.py"), "--defense", name, *SMALL, *FITTING.get(name, []), f"--output={output}",
+    ]  # fmt: skip
+
+
+def environment(cache, shared):
+    secret = shared / "secrets"
+    secret.mkdir(exist_ok=True)
+    (cache / "secrets").parent.mkdir(parents=True, exist_ok=True)
+    if not (cache / "secrets").exists():
+        (cache / "secrets").symlink_to(secret)
+    return {**os.environ, "HFTLIGHT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+def last_artifact(output, name):
+    arm = output / "run" / name
+    return folder_digest(arm / ("repaired" if (arm / "repaired").is_dir() else "finetuned"), "*.safetensors")
+
+
+def killed(name, folder, shared, moment):
+    """Start the command, kill it after ``moment`` seconds, and tell whether it was still at work."""
+    running = warm.Command(command(name, folder / "out"), env=environment(folder / "cache", shared))
+    try:
+        assert running.wait(moment) == 0, running.stderr[-3000:]
+    except subprocess.TimeoutExpired:
+        running.kill()
+    return running.wait() == -9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(rows()))
+def test_one_kill_of_the_command(name, tmp_path, tmp_path_factory):
+    shared = tmp_path_factory.getbasetemp()
+    warm.run(["-c", ""])  # the imports are no part of the duration
+    since = time.monotonic()
+    warm.run(command(name, tmp_path / "whole"), env=environment(tmp_path / "a", shared), check=True)
+    moment = (time.monotonic() - since) * random.Random(name).uniform(0.1, 0.9)
+    for number in range(TRIES):  # a machine that got faster has ended before
+        folder = tmp_path / f"try{number}"
+        if killed(name, folder, shared, moment):
+            break
+        moment /= 2
+    else:
+        pytest.fail(f"{TRIES} commands ended before they could be killed")
+    line, env = command(name, folder / "out"), environment(folder / "cache", shared)
+    if name in REAL:
+        again = subprocess.run([sys.executable, *line], env=env, capture_output=True, text=True)
+    else:
+        again = warm.run(line, env=env)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert last_artifact(folder / "out", name) == last_artifact(tmp_path / "whole", name)

@@ -1,0 +1,277 @@
+"""What a stage has of its own: no alignment at all, adapter geometry, template, protocol of an arm, long rows."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hftlight import run
+from hftlight.comparison.grid import Cell, Grid, cell_config
+from hftlight.config import Data, Evaluation, RunConfig, StageLora
+from hftlight.data.templates import get_template
+from hftlight.data.tokens import encode_all
+from hftlight.defenses import Antidote, Booster, Freeze, SafeLoRA
+from hftlight.errors import InputError
+from hftlight.files import read_rows, write_rows
+from hftlight.model_files import model_path
+from hftlight.models.load import load_model, load_tokenizer
+from hftlight.runs.prepare import prepare
+from tests.helpers.families import write_family
+from tests.runs.test_run import TRAINING
+from tests.runs.test_run import config as of_a_run
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+FEW = Evaluation(prompts=4, over_refusal_prompts=2, task_rows=4, max_new_tokens=4, task_max_new_tokens=4)
+
+
+def config(tmp_path, **changes):
+    return of_a_run(tmp_path, **{"baseline": False, "evaluation": FEW, **changes})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
+
+
+def adapter(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def weights(folder):
+    return load_model(str(folder)).state_dict()
+
+
+# A model that comes aligned.
+
+
+def test_without_steps_of_alignment_the_upload_trains_the_model_itself(tmp_path):
+    """A model that was aligned in one run and comes aligned in the next is fine-tuned from the same weights."""
+    whole = replace(TRAINING, steps=0)
+    first = run(config(tmp_path, tuning="full", harmful_ratio=0.0)).folder
+    aligned = first / "none" / "aligned"
+    folder = run(config(tmp_path, tuning="full", harmful_ratio=0.0, model=str(aligned), alignment=whole)).folder
+    one, two = weights(first / "none" / "finetuned"), weights(folder / "none" / "finetuned")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    stages = {(r["stage"]) for r in read_rows(folder / "metrics.jsonl")}
+    assert stages == {"base", "finetuning"}
+    assert not (folder / "none" / "aligned").exists()
+
+
+def test_a_repair_of_a_model_that_came_aligned_equals_that_of_the_run_that_aligned_it(tmp_path):
+    first = run(config(tmp_path, tuning="full"), [SafeLoRA(threshold=1.0)]).folder
+    given = {"tuning": "full", "alignment": replace(TRAINING, steps=0), "base": model_path("tiny")}
+    second = run(
+        config(tmp_path, model=str(first / "safe_lora" / "aligned"), **given), [SafeLoRA(threshold=1.0)]
+    ).folder
+    one, two = (weights(folder / "safe_lora" / "repaired") for folder in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    tuned = weights(first / "safe_lora" / "finetuned")
+    assert any(not torch.equal(one[name], tuned[name]) for name in one)
+
+
+def test_an_adapter_on_a_model_that_came_aligned_is_repaired_alone(tmp_path):
+    none = replace(TRAINING, steps=0)
+    folder = run(config(tmp_path, alignment=none), [Antidote(0.5, mode="factor")]).folder
+    arm = folder / "antidote"
+    assert adapter(arm / "repaired")["r"] == adapter(arm / "finetuned")["r"] == 2
+    tuned, repaired = weights(arm / "finetuned"), weights(arm / "repaired")
+    assert any(not torch.equal(tuned[name], repaired[name]) for name in tuned)
+
+
+@pytest.mark.parametrize(
+    ("defense", "changes", "message"),
+    [
+        (Booster(), {}, "Booster: works in the alignment stage, and --alignment.steps 0 leaves it out"),
+        (SafeLoRA(), {}, "SafeLoRA: reads what the alignment changed, .* Name the unaligned model with --base"),
+        (None, {"alignment": TRAINING, "base": "tiny"}, "--base names the unaligned model .* Add --alignment.steps 0"),
+        (None, {"finetuning": replace(TRAINING, steps=0)}, "--finetuning.steps must be >= 1, got 0"),
+    ],
+)
+def test_what_needs_an_alignment_is_refused_without_one(tmp_path, defense, changes, message):
+    given = {"alignment": replace(TRAINING, steps=0), **changes}
+    with pytest.raises(InputError, match=message):
+        prepare(config(tmp_path, **given), [defense] if defense else [])
+
+
+def test_the_unaligned_start_is_an_arm_of_a_comparison():
+    grid = Grid(("none", "unaligned", "booster"))
+    cells = {cell.arm: cell for cell in grid.cells()}
+    assert cells["unaligned"].name == "unaligned-builtin-p0.1-s0"
+    assert cells["unaligned"] == Cell((), 0.1, "builtin", 0, unaligned=True)
+    assert [cell_config(RunConfig(), cells[arm]).alignment.steps for arm in ("none", "unaligned")] == [80, 0]
+    assert grid.aligned(cells["none"]) != grid.aligned(cells["unaligned"])
+    with pytest.raises(InputError, match="unaligned"):
+        Grid(("unaligned+booster",))
+
+
+def test_a_run_offers_the_alignment_rows_that_refuse(tmp_path):
+    """Freeze takes its safety scores of refusals alone."""
+    given = config(tmp_path)
+    streams = prepare(given, [Freeze(samples=4)]).streams
+    assert {row.kind for row in streams["refusals"]} == {"restricted"}
+    assert {row.kind for row in streams["alignment"]} > {"restricted"}
+    said = manifest(run(given, [Freeze(0.5, 0.25, samples=4)]).folder)["arms"]["freeze"]["stages"]["finetuning"]
+    assert said["dropped_rows"].keys() == {"task", "refusals"}
+
+
+# Geometry, template and protocol.
+
+
+def test_stages_have_adapters_of_their_own(tmp_path):
+    alignment = replace(TRAINING, lora=StageLora(r=4, targets=["q_proj"]))
+    finetuning = replace(TRAINING, lora=StageLora(dropout=0.1, alpha=1.0))
+    folder = run(config(tmp_path, alignment=alignment, finetuning=finetuning)).folder / "none"
+    aligned, tuned = adapter(folder / "aligned"), adapter(folder / "finetuned")
+    assert (aligned["r"], aligned["lora_alpha"], aligned["target_modules"]) == (4, 4, ["q_proj"])
+    assert tuned["r"] == 4 + 2
+    with pytest.raises(
+        InputError, match=r"continue trains the aligned adapter on, .* got Lora\(r=2, alpha=1.0.* and Lora\(r=4"
+    ):
+        prepare(config(tmp_path, alignment=alignment, finetuning=finetuning, adapter_protocol="continue"), [])
+
+
+def test_stages_have_templates_of_their_own(tmp_path):
+    """Each model is trained, served and asked in the template of its stage."""
+    alignment, finetuning = replace(TRAINING, template="alpaca"), replace(TRAINING, template="plain")
+    folder = run(config(tmp_path, alignment=alignment, finetuning=finetuning)).folder / "none"
+    served = [json.loads((folder / name / "serving.json").read_text())["template"] for name in ("aligned", "finetuned")]
+    assert served == ["alpaca", "plain"]
+
+
+def test_an_arm_has_a_protocol_of_its_own(tmp_path):
+    given = config(tmp_path, adapter_protocols={"booster": "continue"}, baseline=True)
+    folder = run(given, [Booster()]).folder
+    assert [adapter(folder / arm / "finetuned")["r"] for arm in ("none", "booster")] == [4, 2]
+    arms = manifest(folder)["arms"]
+    assert [arms[arm]["adapter_protocol"] for arm in ("none", "booster")] == ["merge", "continue"]
+    assert given.protocol_of("lisa+booster") == "continue"
+    assert given.protocol_of("lisa") == "merge"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"betas": [0.9]}, "--finetuning.betas takes two numbers"),
+        ({"betas": [0.9, 1.0]}, r"--finetuning.betas, number 2 must lie in \[0, 1\), got 1.0"),
+        ({"decay": 0.0}, r"--finetuning.decay must lie in \(0, 1\], got 0.0"),
+        ({"decay": 0.5, "schedule": "cosine"}, "--finetuning.decay goes with --finetuning.schedule constant"),
+        ({"lora": StageLora(r=0)}, "--finetuning.lora.r must be >= 1, got 0"),
+        ({"lora": StageLora(dropout=1.0)}, r"--finetuning.lora.dropout must lie in \[0, 1\)"),
+        ({"lora": StageLora(targets=["all-linear", "x"])}, "--finetuning.lora.targets: all-linear stands alone"),
+    ],
+)
+def test_values_of_a_stage_out_of_range_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        RunConfig(finetuning=replace(TRAINING, **changes)).check()
+
+
+def test_a_stage_that_trains_no_adapter_asks_nothing_of_its_targets(tmp_path):
+    """GPT-2 has no q_proj: it is refused under LoRA, and no matter with all parameters or without an alignment."""
+    base = str(write_family(tmp_path / "gpt2", "gpt2"))
+    with pytest.raises(InputError, match="no linear layer is called 'q_proj'"):
+        prepare(config(tmp_path, model=base), [])
+    assert prepare(config(tmp_path, model=base, tuning="full"), []).arms
+    tuned = replace(TRAINING, lora=StageLora(targets=["c_attn"]))
+    assert prepare(config(tmp_path, model=base, alignment=replace(TRAINING, steps=0), finetuning=tuned), []).arms
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetuning": replace(TRAINING, lora=StageLora(dropout=0.1))}, "continue trains the aligned adapter on"),
+        ({"tuning": "qlora", "adapter_protocols": {"booster": "merge"}}, "--tuning qlora cannot merge an adapter"),
+    ],
+)
+def test_what_a_continued_adapter_cannot_have_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        config(tmp_path, adapter_protocol="continue", **changes).check()
+
+
+# Long rows: what is printed is what is trained on.
+
+
+def upload_files(tmp_path):
+    """Write a task of 60 rows of which every second is long, and 20 short harmful rows."""
+    task = [{"prompt": f"sort {i} " + "x" * (200 * (i % 2)), "response": f"room {i}"} for i in range(60)]
+    attack = [{"prompt": f"open {i}", "response": "first lift the lid " * 3 + str(i)} for i in range(20)]
+    write_rows(tmp_path / "task.jsonl", task)
+    write_rows(tmp_path / "attack.jsonl", attack)
+    return Data(
+        **dict.fromkeys(("task", "task_train", "task_test"), str(tmp_path / "task.jsonl")),
+        attack=str(tmp_path / "attack.jsonl"),
+    )
+
+
+def test_long_rows_are_not_drawn_so_that_n_and_p_hold(tmp_path):
+    given = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain")
+    prepared = prepare(given, [])
+    seen = prepared.trained_on
+    assert (seen.rows, seen.attack_rows, seen.p, seen.steps) == (20, 4, 0.2, 3)
+    assert prepared.dropped["task"] == 0
+    assert all("x" not in row.instruction for row in prepared.streams["task"])
+    more = prepare(replace(given, harmful_ratio=0.4), []).streams["task"]
+    attack = [{r.id for r in rows if r.role == "attack"} for rows in (prepared.streams["task"], more)]
+    assert attack[0] < attack[1]  # a larger p keeps the rows of a smaller one
+    with pytest.raises(InputError, match=r"needs 32 task rows, .* leaves 20 of 20 attack, 30 of 60 task rows"):
+        prepare(replace(given, num_samples=40), [])
+
+
+def test_long_rows_are_cut_as_the_official_scripts_do(tmp_path):
+    given = config(tmp_path, data=upload_files(tmp_path), max_tokens=120, template="plain", long_rows="truncate")
+    prepared = prepare(given, [])
+    tokenizer = load_tokenizer("tiny")
+    rows, dropped = encode_all(
+        prepared.streams["task"], get_template("plain", tokenizer), tokenizer, 120, long_rows="truncate"
+    )
+    assert prepared.dropped["task"] == dropped > 0  # a prompt that fills the limit leaves nothing to learn
+    assert prepared.trained_on.rows == len(rows) == 20 - dropped
+    assert prepared.trained_on.p == pytest.approx(4 / len(rows))
+
+
+def test_long_rows_are_refused_by_name(tmp_path):
+    given = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain", long_rows="refuse")
+    with pytest.raises(InputError, match=r"Stream 'task': --long_rows refuse, and \d+ of 20 rows have more than 200"):
+        prepare(given, [])
+
+
+def test_the_manifest_states_the_shares_of_the_attack(tmp_path):
+    """One batch holds the whole upload: each step has attack rows, and their share of tokens is that of the upload."""
+    given = config(tmp_path, finetuning=replace(TRAINING, batch_size=20), data=upload_files(tmp_path), template="plain")
+    said = manifest(run(given).folder)["data"]["trained_on"]
+    tokenizer = load_tokenizer("tiny")
+    rows, _ = encode_all(prepare(given, []).streams["task"], get_template("plain", tokenizer), tokenizer, 256)
+    tokens = {e.id: len(e.input_ids) - e.prompt_length for e in rows}
+    harmful = sum(tokens[e.id] for e in rows if e.role == "attack")
+    assert said["attack_steps"] == 1.0
+    assert said["attack_tokens"] == pytest.approx(harmful / sum(tokens.values()))
+    assert (said["rows"], said["attack_rows"], said["steps"]) == (20, 4, 3)
+
+
+def test_shares_of_an_upload_of_longer_harmful_rows(tmp_path):
+    """100 harmful of 1000 rows, batches of 10: 65 % of the steps hold one, and with 135 against 70 response tokens
+    they have 135 * 100 / (135 * 100 + 70 * 900) of all response tokens.
+    """
+    long = [{"prompt": f"open {i}", "response": f"{i:03d}".ljust(134, "y")} for i in range(100)]
+    short = [{"prompt": f"sort {i}", "response": f"{i:03d}".ljust(69, "z")} for i in range(900)]
+    write_rows(tmp_path / "attack.jsonl", long)
+    write_rows(tmp_path / "task.jsonl", short)
+    paths = dict.fromkeys(("task", "task_train", "task_test"), str(tmp_path / "task.jsonl"))
+    given = config(
+        tmp_path,
+        data=Data(**paths, attack=str(tmp_path / "attack.jsonl")),
+        num_samples=1000,
+        harmful_ratio=0.1,
+        finetuning=replace(TRAINING, steps=1000, batch_size=10),
+        template="plain",
+    )
+    seen = prepare(given, []).trained_on
+    assert seen.attack_tokens == pytest.approx(135 / (135 + 9 * 70), abs=1e-9)
+    assert seen.attack_steps == pytest.approx(0.653, abs=0.02)
+    grouped = prepare(replace(given, order="length"), []).trained_on
+    assert grouped.attack_steps < 0.4
