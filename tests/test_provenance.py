@@ -34,11 +34,11 @@ def test_what_a_stage_imports_is_its_code_and_the_report_is_not(copied):
         return provenance.code_of("hftlight.runs.stages.train", Booster)
 
     before = found()
-    edit(copied / "report" / "page.py")
+    edit(copied / "report" / "html" / "page.py")
     edit(copied / "defenses" / "alignment" / "vaccine.py")
     assert found() == before
     seen = [before]
-    for part in ("runs/stage.py", "engine/passes.py", "data/world_rule.py", "defenses/alignment/booster.py"):
+    for part in ("runs/stages/train.py", "engine/step/passes.py", "data/world/rule.py", "defenses/alignment/booster.py"):
         edit(copied / part)
         assert found() not in seen
         seen.append(found())

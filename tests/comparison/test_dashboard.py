@@ -355,7 +355,9 @@ def raises():
 def test_errors_while_logging_and_at_the_end_are_said_once(tmp_path, monkeypatch, capsys, shared_cache):
     monkeypatch.setenv("HFTLIGHT_CACHE", shared_cache)
     made = []
-    monkeypatch.setattr("hftlight.runs.logging.wandb.start_wandb", lambda *_: made.append(Failing(raises)) or made[-1])
+    for module in ("stage", "wandb"):
+        start = f"hftlight.runs.logging.{module}.start_wandb"
+        monkeypatch.setattr(start, lambda *_: made.append(Failing(raises)) or made[-1])
     result = run(config(tmp_path, logger="wandb", baseline=False))
     assert (result.folder / "report.html").is_file()
     assert [m.logged for m in made] == [1, 1, 1, 1]  # base, two stages, summary

@@ -10,7 +10,7 @@ from hftlight.data.records import Record
 from hftlight.errors import RunError
 from hftlight.evaluation.judges import Verdict
 from hftlight.runs.measuring import answer_checks as checks
-from hftlight.runs.measuring import measure
+from hftlight.runs.measuring import measure, test_sets
 
 
 class Batch:
@@ -27,7 +27,7 @@ class Batch:
 @pytest.fixture
 def calls(monkeypatch):
     made: list = []
-    for module in (measure, checks):
+    for module in (measure, checks, test_sets):
         monkeypatch.setattr(module, "get_judge", lambda name: Batch(name, made))
     return made
 
@@ -130,7 +130,7 @@ def test_a_judge_that_grades_has_a_mean_beside_its_flags(monkeypatch):
     def judge(name):
         return SimpleNamespace(name=name)
 
-    for module in (measure, checks):
+    for module in (measure, checks, test_sets):
         monkeypatch.setattr(module, "get_judge", judge)
     sets = replace(measured_on(RECORDS), judges=("deberta", "keyword"))
     rows = [
@@ -155,7 +155,7 @@ def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_p
             raise RunError("the endpoint is gone")
 
     def of(judge, get):
-        for module in (measure, checks):
+        for module in (measure, checks, test_sets):
             monkeypatch.setattr(module, "get_judge", get)
         sets = replace(measured_on(RECORDS), task_rows=(), judges=(judge,))
         config = RunConfig(model="tiny", evaluation=Evaluation(judge=judge))

@@ -1,0 +1,46 @@
+"""Imports go one way: each room of hftlight imports only rooms before its own, inside functions too, and none a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src"
+GROUND = "errors files folders take provenance cache builtin_models model_files config console registry".split()
+ROOMS = [
+    *[[name] for name in GROUND],
+    *(["engine"], ["data"], ["models"], ["evaluation"], ["defenses", "attacks", "analysis"], ["search", "report"]),
+    *(["runs"], ["comparison", "tuning"], ["cli"]),
+]
+
+
+def graph():
+    """Return module -> modules that it imports; those of a package stand for its ``__init__``."""
+    files = {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in SOURCE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    found = {}
+    for name, path in files.items():
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= (inner & set(files)) or {node.module}
+            elif isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+        found[name] = targets & set(files) - {name, "hftlight"}
+    return found
+
+
+def test_no_circle():
+    TopologicalSorter(graph()).prepare()
+
+
+def test_rooms_import_rooms_before_their_own():
+    place = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    room = {name: name.split(".")[1] for name in graph() if "." in name}
+    wrong = [
+        f"{name} imports {other}"
+        for name, targets in graph().items()
+        for other in targets
+        if name in room and room[name] != room[other] and place[room[name]] <= place[room[other]]
+    ]
+    assert not wrong, wrong
