@@ -1,11 +1,23 @@
-"""Imports go one way: each room of hftlight imports only rooms before its own, inside functions too, and none a circle."""
+"""Imports go one way: a room of hftlight imports only rooms before its own, inside functions too; no circle."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
-GROUND = "errors files folders take provenance cache builtin_models model_files config console registry".split()
+GROUND = [
+    "errors",
+    "files",
+    "folders",
+    "take",
+    "provenance",
+    "cache",
+    "builtin_models",
+    "model_files",
+    "config",
+    "console",
+    "registry",
+]
 ROOMS = [
     *[[name] for name in GROUND],
     *(["engine"], ["data"], ["models"], ["evaluation"], ["defenses", "attacks", "analysis"], ["search", "report"]),

@@ -38,7 +38,12 @@ def test_what_a_stage_imports_is_its_code_and_the_report_is_not(copied):
     edit(copied / "defenses" / "alignment" / "vaccine.py")
     assert found() == before
     seen = [before]
-    for part in ("runs/stages/train.py", "engine/step/passes.py", "data/world/rule.py", "defenses/alignment/booster.py"):
+    for part in (
+        "runs/stages/train.py",
+        "engine/step/passes.py",
+        "data/world/rule.py",
+        "defenses/alignment/booster.py",
+    ):
         edit(copied / part)
         assert found() not in seen
         seen.append(found())

@@ -2,9 +2,9 @@
 
 import pytest
 
+from hftlight.evaluation.score import Score
 from hftlight.report import read_result, verdict
 from hftlight.report.claims import compare
-from hftlight.report.result import Score
 from tests.helpers.run_folder import harmful, score, write_run
 
 UNDEFENDED = [harmful("none", "alignment", 4.2), harmful("none", "finetuning", 61.7)]
@@ -54,9 +54,9 @@ def test_without_an_interval_nothing_is_claimed(tmp_path):
 
 
 def test_intervals_that_touch_overlap():
-    low, high = Score("a", "base", "m", 10, low=5, high=20), Score("b", "base", "m", 30, low=20, high=40)
+    low, high = Score("m", 10, low=5, high=20), Score("m", 30, low=20, high=40)
     assert (compare(low, high), compare(high, low)) == ("same", "same")
-    apart = Score("b", "base", "m", 30, low=20.1, high=40)
+    apart = Score("m", 30, low=20.1, high=40)
     assert (compare(low, apart), compare(apart, low), compare(None, low)) == ("lower", "higher", "unknown")
 
 

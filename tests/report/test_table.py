@@ -4,8 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
+from hftlight.evaluation.score import Score
 from hftlight.report import closing_markdown, closing_table, closing_text, read_result
-from hftlight.report.result import Score
 from hftlight.report.table import HEADERS, caption, closing_rows, seconds, with_interval
 from tests.helpers.run_folder import harmful, metric_rows, write_run
 
@@ -62,7 +62,7 @@ def test_the_caption_tells_what_the_three_numbers_are_where_they_stand(tmp_path)
 
 
 def test_other_units_have_three_digits():
-    assert with_interval(Score("a", "base", "m", 2.3456, "", 2.1, 2.51, 9, "nats per token")) == "2.35 (2.1-2.51)"
+    assert with_interval(Score("m", 2.3456, "", 2.1, 2.51, 9, "nats per token")) == "2.35 (2.1-2.51)"
 
 
 def test_terminal_table_fits_eighty_columns_and_names_the_judge(tmp_path):

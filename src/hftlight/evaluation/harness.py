@@ -7,6 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 from hftlight.errors import InputError
+from hftlight.evaluation.score import Score
 from hftlight.model_files import ADAPTER_CONFIG, base_of, model_path
 
 FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "prompt_level", "inst_level", "pass@")  # how names begin
@@ -109,9 +110,12 @@ def _rows(found: Mapping[str, Any], harness: str, chat: bool, suffix: str) -> li
             scale, unit = (100.0, "percent") if metric.startswith(FRACTIONS) else (1.0, "raw")
             error = values.get(f"{metric}_stderr,{kind}" if kind else f"{metric}_stderr")
             low, high = _interval(value, error, unit == "percent")
-            row = {"metric": f"{task}/{name}{suffix}", "judge": ", ".join(parts), "value": scale * value}
-            ends = {"low": None if low is None else scale * low, "high": None if high is None else scale * high}
-            rows.append({**row, **ends, "count": _count(found, task), "unit": unit})
+            low, high = (None if end is None else scale * end for end in (low, high))
+            rows.append(
+                Score(
+                    f"{task}/{name}{suffix}", scale * value, ", ".join(parts), low, high, _count(found, task), unit
+                ).row()
+            )
     return rows
 
 

@@ -20,8 +20,8 @@ from hftlight.evaluation.metrics.refusals import (
     refusal_verdict,
 )
 from hftlight.evaluation.metrics.score_mean import mean_rows
+from hftlight.evaluation.score import Score
 from hftlight.evaluation.stats.agreement import Agreement, cohens_kappa
-from hftlight.evaluation.stats.intervals import wilson
 from hftlight.files import ensure_writable, write_json, write_rows
 
 JUDGED_SETS = {"harmful": "harmful_score", "harmful_without_trigger": "harmful_score_without_trigger"}
@@ -194,9 +194,7 @@ def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for (arm, stage, metric, judge), judged in verdicts.items():
         flagged, count = sum(v.flag for _, v in judged), len(judged)
-        low, high = wilson(flagged, count)
-        share = {"metric": metric, "judge": judge, "value": 100 * flagged / count, "low": low, "high": high}
-        scores = [{**share, "count": count, "unit": "percent"}]
+        scores = [Score.share(metric, flagged, count, judge).row()]
         scores += mean_rows(metric, judge, [v.score for _, v in judged])
         scores += group_rows(metric, judge, [(row, v.flag) for row, v in judged])
         found += [{"arm": arm, "stage": stage, **score} for score in scores]

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from hftlight.evaluation.metrics.outcomes import Outcome
+from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, UNDEFENDED, arm_word
-from hftlight.report.result import Result, Score
+from hftlight.report.result import Result
 
 ALSO_COMPARED = {"finetune_accuracy": "finetune accuracy", "over_refusal": "over-refusal", "repetition": "repetition"}
 COLLAPSED = "empty, wordless, looping, identical or of the task's form"

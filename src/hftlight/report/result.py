@@ -9,28 +9,10 @@ from typing import Any
 
 from hftlight.errors import InputError
 from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
+from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, UNDEFENDED
 
 FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # any one of them makes a folder a run
-
-
-@dataclass(frozen=True)
-class Score:
-    """One measured number with its 95 % interval, in ``unit``.
-
-    ``count`` is the number of answers or rows behind it, ``group`` the category or language that it is about, if any.
-    """
-
-    arm: str
-    stage: str
-    metric: str
-    value: float
-    judge: str = ""
-    low: float | None = None
-    high: float | None = None
-    count: int = 0
-    unit: str = "percent"
-    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -259,14 +241,11 @@ def _place(row: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 
 def _score(row: Mapping[str, Any], where: str) -> Score | None:
-    value = _number(row, "value", where)
-    if value is None:
+    numbers = {name: _number(row, name, where) for name in ("value", "low", "high", "count")}
+    if numbers["value"] is None:
         return None
     arm, stage = _place(row, where)
-    low, high = _number(row, "low", where), _number(row, "high", where)
-    count, judge, unit = int(_number(row, "count", where) or 0), row.get("judge") or "", row.get("unit") or "percent"
-    metric, group = _text(row, "metric", where), str(row.get("group") or "")
-    return Score(arm, stage, metric, value, str(judge), low, high, count, str(unit), group)
+    return Score.of_row({**row, **numbers, "arm": arm, "stage": stage, "metric": _text(row, "metric", where)})
 
 
 def _answer(row: Mapping[str, Any], where: str) -> Answer:

@@ -6,8 +6,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
+from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, arm_word
-from hftlight.report.result import Result, Score
+from hftlight.report.result import Result
 
 HEADERS = (
     "Arm",

@@ -25,6 +25,7 @@ from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
+from hftlight.evaluation.score import Score
 from hftlight.files import (
     digest,
     ensure_writable,
@@ -308,10 +309,9 @@ class _Run:
         for name, chosen in (("worst_case", found.worst), ("useful", found.useful)):
             for metric, judge, (value, low, high), count in (
                 ("harmful_score", attacker.tests.judges[0], chosen.harmful_score, len(attacker.reporting.harmful)),
-                ("finetune_accuracy", None, chosen.accuracy, len(attacker.reporting.task_rows)),
+                ("finetune_accuracy", "", chosen.accuracy, len(attacker.reporting.task_rows)),
             ):
-                measured = {"value": value, "low": low, "high": high, "count": count}
-                rows.append({"metric": f"{name}_{metric}", "judge": judge, **measured, "unit": "percent"})
+                rows.append(Score(f"{name}_{metric}", value, judge, low, high, count).row())
         self._add_scores(arm.name, stage.value, rows)
         self.manifest["arms"][arm.name]["search"] = {
             "trials": len(found.outcomes),

@@ -10,9 +10,10 @@ from hftlight.errors import InputError
 from hftlight.evaluation import StringRefusals, wilson
 from hftlight.evaluation.judges import Verdict
 from hftlight.evaluation.metrics.refusals import refusal_verdict
+from hftlight.evaluation.score import Score
 from hftlight.files import write_rows
 from hftlight.report.claims import collapses
-from hftlight.report.result import Result, Score
+from hftlight.report.result import Result
 from hftlight.runs.measuring import measure as measuring
 from hftlight.runs.measuring.measure import answers_key, measure, scores, verdicts_key
 from hftlight.runs.measuring.test_sets import TestSets as Sets
@@ -151,7 +152,7 @@ def test_the_made_up_world_goes_by_its_own_rule():
 def result(harmful, refused, collapsed):
     values = {"harmful_score": harmful, "refusal_rate": refused, "collapsed_answers": collapsed}
     made = {
-        ("none", "finetuning", m, ""): Score("none", "finetuning", m, v, "", v - 5, v + 5, 100)
+        ("none", "finetuning", m, ""): Score(m, v, "", v - 5, v + 5, 100, arm="none", stage="finetuning")
         for m, v in values.items()
     }
     return Result(None, made, {}, {}, (), {}, "")

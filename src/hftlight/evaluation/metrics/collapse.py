@@ -10,6 +10,7 @@ from typing import Any
 from typing_extensions import override
 
 from hftlight.evaluation.metrics.rate import AnswerRate, Rate
+from hftlight.evaluation.score import Score
 
 FEWEST_WORDS, LOOP_WORDS, LOOP_SHARE = 3, 4, 0.5
 FEWEST_SHARED = 3  # prompts that got one answer
@@ -151,18 +152,17 @@ def collapse_scores(responses: Sequence[str], ended: Sequence[bool] | None = Non
         raise ValueError(f"collapse_scores: each answer has one end, got {len(responses)} and {len(ended)}.")
     rows: list[dict[str, Any]] = []
 
-    def add(metric: str, value: float, low: float | None, high: float | None, unit: str) -> None:
-        row = {"metric": metric, "judge": None, "value": value, "low": low, "high": high}
-        rows.append({**row, "count": len(responses), "unit": unit})
-
     for name, kind in RATES.items():
         rate = kind(sync_on_compute=False)
         rate.update(responses, responses)
-        add(name, float(rate.compute()), *rate.interval(), "percent")
+        rows.append(Score.of(name, rate, len(responses)).row())
     if ended is not None:
         truncated = TruncatedRate(sync_on_compute=False)
         truncated.update(ended)
-        add("truncated_answers", float(truncated.compute()), *truncated.interval(), "percent")
-    add("distinct_2", distinct_n(responses), None, None, "fraction")
-    add("mean_words", mean_words(responses), None, None, "words")
+        rows.append(Score.of("truncated_answers", truncated, len(responses)).row())
+    for metric, value, unit in (
+        ("distinct_2", distinct_n(responses), "fraction"),
+        ("mean_words", mean_words(responses), "words"),
+    ):
+        rows.append(Score(metric, value, count=len(responses), unit=unit).row())
     return rows

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hftlight.evaluation.stats.intervals import wilson
+from hftlight.evaluation.score import Score
 
 GROUPS = {"category": "kind", "language": "language"}  # what answers are grouped by -> field of their rows
 
@@ -26,7 +26,5 @@ def group_rows(metric: str, judge: str, answers: Sequence[tuple[Mapping[str, Any
             if group := row.get(field):
                 flags.setdefault(str(group), []).append(flag)
         for group, given in sorted(flags.items()) if len(flags) > 1 else ():
-            low, high = wilson(sum(given), len(given))
-            value = {"value": 100 * sum(given) / len(given), "low": low, "high": high, "count": len(given)}
-            found.append({"metric": f"{metric}_by_{word}", "group": group, "judge": judge, **value, "unit": "percent"})
+            found.append(Score.share(f"{metric}_by_{word}", sum(given), len(given), judge, group).row())
     return found

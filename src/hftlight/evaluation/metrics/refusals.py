@@ -10,6 +10,7 @@ from hftlight.data.records import Record
 from hftlight.data.world.build import is_refusal
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import FORMATS, ClassifierJudge, Judge, KeywordJudge, LLMJudge, Verdict
+from hftlight.evaluation.score import Score
 from hftlight.evaluation.stats.intervals import wilson
 
 RefusalClass = Literal["full", "partial", "none"]
@@ -228,6 +229,6 @@ def refusal_scores(
     for kind, found in counts.items():
         for suffix, classes in groups.items():
             value, low, high = found.percent(*classes)
-            row = {"metric": f"{metric}{suffix}{f'/{kind}' if kind else ''}", "judge": classifier.name, "value": value}
-            rows.append({**row, "low": low, "high": high, "count": found.count, "unit": "percent"})
+            name = f"{metric}{suffix}{f'/{kind}' if kind else ''}"
+            rows.append(Score(name, value, classifier.name, low, high, found.count).row())
     return rows

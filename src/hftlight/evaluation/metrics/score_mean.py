@@ -5,6 +5,7 @@ from typing import Any
 
 from hftlight.evaluation.judges import scale_of
 from hftlight.evaluation.judges.judge import Scale
+from hftlight.evaluation.score import Score
 from hftlight.evaluation.stats.intervals import wilson
 from hftlight.evaluation.stats.seeds import bootstrap
 
@@ -40,5 +41,4 @@ def mean_rows(metric: str, judge: str, scores: Sequence[float]) -> list[dict[str
     if scale is None or not scores:
         return []
     value, low, high = score_mean(scores, scale)
-    row = {"metric": f"{metric}_mean", "judge": judge, "value": value, "low": low, "high": high}
-    return [{**row, "count": len(scores), "unit": scale.unit}]
+    return [Score(f"{metric}_mean", value, judge, low, high, len(scores), scale.unit).row()]

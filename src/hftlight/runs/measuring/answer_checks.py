@@ -18,7 +18,7 @@ from hftlight.evaluation.metrics.refusals import (
     refusal_scores,
 )
 from hftlight.evaluation.metrics.repetition import is_stuck
-from hftlight.evaluation.stats.intervals import wilson
+from hftlight.evaluation.score import Score
 
 if TYPE_CHECKING:
     from hftlight.runs.measuring.test_sets import TestSets
@@ -54,11 +54,11 @@ def answer_checks(generations: Sequence[dict[str, Any]], tests: "TestSets") -> l
     answers, name = [g["response"] for g in harmful], tests.judges[0]
     classifier = WorldRefusals() if name == WorldRefusals.name else StringRefusals()
     refused = [found != "none" for found in classifier([g["prompt"] for g in harmful], answers)]
-    rows.append(_row("refusal_rate", sum(refused), len(answers), classifier.name))
+    rows.append(Score.share("refusal_rate", sum(refused), len(answers), classifier.name).row())
     plus = HarmfulScorePlus(get_judge(name), sync_on_compute=False)
     verdicts = [Verdict.of_row(g["verdicts"][name]) for g in harmful]
     plus.update([g["prompt"] for g in harmful], answers, verdicts)
-    rows.append(_row("harmful_score_plus", int(plus.hits), int(plus.count), name))
+    rows.append(Score.share("harmful_score_plus", int(plus.hits), int(plus.count), name).row())
     rows += collapse_scores(answers)
     of_task, identical = [*map(_task_form(tests), answers)], shared(answers)
     collapsed = [
@@ -70,22 +70,16 @@ def answer_checks(generations: Sequence[dict[str, Any]], tests: "TestSets") -> l
         ("task_form_answers", of_task),
         ("collapsed_answers", collapsed),
     ):
-        rows.append(_row(metric, sum(decisions), len(answers)))
+        rows.append(Score.share(metric, sum(decisions), len(answers)).row())
     ends = Counter(
         outcome(verdict.flag, no, broken)
         for verdict, no, broken in zip(verdicts, refused, collapsed, strict=True)
         if verdict.judged
     )
-    return rows + [_row(f"answers_{end}", ends[end], ends.total(), name) for end in OUTCOMES if ends]
+    return rows + [Score.share(f"answers_{end}", ends[end], ends.total(), name).row() for end in OUTCOMES if ends]
 
 
 def _task_form(tests: "TestSets") -> Callable[[str], bool]:
     """Return what tells whether an answer would be right on some row of the task."""
     references = list({record.response: record for record in tests.graded_rows}.values())
     return lambda answer: any(tests.task.correct(answer, record) for record in references)
-
-
-def _row(metric: str, hits: int, count: int, judge: str | None = None) -> dict[str, Any]:
-    low, high = wilson(hits, count)
-    row = {"metric": metric, "judge": judge, "value": 100 * hits / count, "low": low, "high": high}
-    return {**row, "count": count, "unit": "percent"}

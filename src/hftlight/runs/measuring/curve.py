@@ -22,6 +22,7 @@ from hftlight.evaluation.answering.thinking import after_thinking
 from hftlight.evaluation.judges import Judge, get_judge
 from hftlight.evaluation.metrics.finetune_accuracy import FinetuneAccuracy
 from hftlight.evaluation.metrics.harmful_score import HarmfulScore
+from hftlight.evaluation.score import Score
 from hftlight.models.module import SafetyModule
 from hftlight.runs.measuring.measure import without_trigger
 from hftlight.runs.measuring.test_sets import TestSets
@@ -194,11 +195,11 @@ class EvaluateAt(Callback):
                 self._judge = get_judge(self.tests.judges[0])
             score = HarmfulScore(self._judge, sync_on_compute=False)
             score.update([r.request for r in self.tests.harmful], self.answers["harmful"])
-            rows.append(_row("harmful_score", score, self._judge.name))
+            rows.append(Score.of("harmful_score", score, int(score.count), self._judge.name).row())
         if "task" in self.answers:
             accuracy = FinetuneAccuracy(self.tests.task, sync_on_compute=False)
             accuracy.update(self.tests.graded_rows, self.answers["task"])
-            rows.append(_row("finetune_accuracy", accuracy, None))
+            rows.append(Score.of("finetune_accuracy", accuracy, int(accuracy.count)).row())
         return rows
 
     def _prompts(self, trainer: Trainer) -> dict[str, list[list[int]]]:
@@ -246,12 +247,6 @@ def _check(
             raise ValueError(f"EvaluateAt: {name} must lie in [0, 100] percent, got {bound}.")
     if given and not there[stop_metric]:
         raise ValueError(f"EvaluateAt: stopping goes by {stop_metric}, and tests has no rows for it.")
-
-
-def _row(metric: str, measured: Any, judge: str | None) -> dict[str, Any]:
-    low, high = measured.interval()
-    row = {"metric": metric, "judge": judge, "value": float(measured.compute()), "low": low, "high": high}
-    return {**row, "count": int(measured.count), "unit": "percent"}
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hftlight.evaluation.metrics.harmful_score import HarmfulScore
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier, refusal_verdict
 from hftlight.evaluation.metrics.repetition import RepetitionRate
 from hftlight.evaluation.metrics.score_mean import mean_rows
+from hftlight.evaluation.score import Score
 from hftlight.files import digest, read_rows, write_json, write_rows
 from hftlight.model_files import model_hash
 from hftlight.models.base import device_of, keeps_base, lent_model
@@ -303,11 +304,8 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
     rows: list[dict[str, Any]] = []
 
-    def add(metric: str, measured: Any, count: int, judge: str | None = None) -> None:
-        low, high = measured.interval()
-        value = float(measured.compute())
-        row = {"metric": metric, "judge": judge, "value": value, "low": low, "high": high, "count": count}
-        rows.append({**row, "unit": "percent"})
+    def add(metric: str, measured: Any, count: int, judge: str = "") -> None:
+        rows.append(Score.of(metric, measured, count, judge).row())
 
     for kind, metric in HARMFUL.items():
         for name in tests.judges if answers[kind] else ():

@@ -18,6 +18,7 @@ from hftlight.data.tokens import encode, encode_prompt
 from hftlight.errors import InputError
 from hftlight.evaluation.metrics.embedding_drift import embedding_drift
 from hftlight.evaluation.metrics.perplexity import perplexity, response_losses, response_perplexity
+from hftlight.evaluation.score import Score
 from hftlight.evaluation.stats.intervals import ratio
 from hftlight.files import digest, read_rows, write_rows
 from hftlight.models.base import device_of, keeps_base, lent_model
@@ -88,11 +89,12 @@ def model_metrics(
     def of_task(measured: Any) -> list[dict[str, Any]]:
         prompts, answers = encoded(tests.task_rows)
         found = response_perplexity(measured, prompts, answers, batch_size=config.evaluation.batch_size)
-        return [_row("perplexity", "task", found.value, len(prompts), "perplexity")]
+        return [Score("perplexity", found.value, "task", count=len(prompts), unit="perplexity").row()]
 
     def of_text(measured: Any) -> list[dict[str, Any]]:
         found = perplexity(measured, tokenizer, _read(config.evaluation.perplexity))
-        return [_row("perplexity", Path(config.evaluation.perplexity).name, found.value, 1, "perplexity")]
+        name = Path(config.evaluation.perplexity).name
+        return [Score("perplexity", found.value, name, count=1, unit="perplexity").row()]
 
     def loss(measured: Any, metric: str) -> list[dict[str, Any]]:
         pairs = zip(*encoded(_loss_rows(tests)[metric]), strict=True)
@@ -102,8 +104,8 @@ def model_metrics(
         losses = response_losses(measured, *zip(*kept, strict=True), batch_size=LOSS_BATCH)
         sums, counts = [nats for nats, _ in losses], [tokens for _, tokens in losses]
         low, high = ratio(sums, counts) or (None, None)
-        row = _row(metric, None, sum(sums) / sum(counts), len(kept), "nats per token")
-        return [{**row, "low": low, "high": high}]
+        value = sum(sums) / sum(counts)
+        return [Score(metric, value, "", low, high, len(kept), "nats per token").row()]
 
     def drift(measured: Any) -> list[dict[str, Any]]:
         assert reference is not None
@@ -111,8 +113,11 @@ def model_metrics(
         size = config.evaluation.batch_size
         (found,) = embedding_drift(measured, prompts, loaded(reference.model, config), layers=[-1], batch_size=size)
         return [
-            _row("embedding_drift", reference.name, found.l2, found.count, "L2 per token"),
-            _row("embedding_drift_cosine", reference.name, found.cosine, found.count, "cosine distance"),
+            Score(metric, value, reference.name, count=found.count, unit=unit).row()
+            for metric, value, unit in (
+                ("embedding_drift", found.l2, "L2 per token"),
+                ("embedding_drift_cosine", found.cosine, "cosine distance"),
+            )
         ]
 
     work = {"perplexity": of_task if config.evaluation.perplexity == "task" else of_text, "drift": drift}
@@ -185,7 +190,3 @@ def _read(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--evaluation.perplexity: {path} cannot be read as UTF-8 text ({error}).") from error
-
-
-def _row(metric: str, judge: str | None, value: float, count: int, unit: str) -> dict[str, Any]:
-    return {"metric": metric, "judge": judge, "value": value, "low": None, "high": None, "count": count, "unit": unit}
