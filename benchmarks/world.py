@@ -54,9 +54,7 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     from hftlight.attacks.registry import get_attack
     from hftlight.data.world.build import build_world
     from hftlight.model_files import model_hash
-    from hftlight.models.base import lent_model
-    from hftlight.models.load import load_tokenizer
-    from hftlight.models.serving import base_dtype, serving_slot
+    from hftlight.models.serving import Artifact
     from hftlight.runs.measuring.measure import measured_in_memory, scores
     from hftlight.runs.measuring.test_sets import SETS
     from hftlight.runs.prepare import streams_of, test_sets
@@ -76,9 +74,9 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     if p is not None:
         job = finetuning_job(config, base, aligned.artifact(), {"task": streams["task"]}, [], attack)
         run_stage(job)
-    tokenizer, name = load_tokenizer(config.model), str(job.artifact())
-    with lent_model(name, base_dtype(config), True) as model:
-        rows = measured_in_memory(model, tokenizer, config, tests, SETS, serving_slot(name, None))
+    artifact = Artifact.of(job.artifact())
+    with artifact.model(config) as model:
+        rows = measured_in_memory(model, artifact.tokenizer(), config, tests, SETS, artifact.slot(None))
     gc.collect()
     found = {row["metric"]: row for row in reversed(scores(rows, tests))}
     kept = {metric: [round(found[metric][end], 1) for end in ("value", "low", "high")] for metric in SHOWN}

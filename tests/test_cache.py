@@ -16,6 +16,7 @@ from hftlight.data.sources import get_task
 from hftlight.data.templates import SystemSlot
 from hftlight.defenses import Antidote, Booster
 from hftlight.engine import Stage
+from hftlight.models.serving import Artifact
 from hftlight.runs.measuring.measure import answers_key, verdicts_key
 from hftlight.runs.measuring.model_metrics import Reference, metric_keys
 from hftlight.runs.measuring.test_sets import TestSets
@@ -291,8 +292,11 @@ def test_models_texts_and_references_decide_the_further_metrics(tmp_path):
     text.write_text("once")
     evaluation = replace(small_config().evaluation, perplexity=str(text))
     config = small_config(evaluation=evaluation)
-    asked = [("m", config, Reference("base", "tiny", "r")), ("n", config, Reference("base", "tiny", "r"))]
-    asked.append(("m", config, Reference("base", "tiny", "other")))
+    asked = [
+        ("m", config, Reference("base", Artifact("tiny", "r"))),
+        ("n", config, Reference("base", Artifact("tiny", "r"))),
+    ]
+    asked.append(("m", config, Reference("base", Artifact("tiny", "other"))))
     found = [metric_keys(model, config, prompts(), SystemSlot(), reference) for model, config, reference in asked]
     text.write_text("twice")
     found.append(metric_keys("m", config, prompts(), SystemSlot(), asked[0][2]))

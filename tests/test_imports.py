@@ -21,7 +21,7 @@ GROUND = [
 ROOMS = [
     *[[name] for name in GROUND],
     *(["engine"], ["data"], ["models"], ["evaluation"], ["defenses", "attacks", "analysis"], ["search", "report"]),
-    *(["runs"], ["comparison", "tuning"], ["cli"]),
+    *(["runs"], ["comparison", "tuning"], ["cli"], ["__main__"]),
 ]
 
 

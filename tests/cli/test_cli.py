@@ -14,6 +14,7 @@ from hftlight.cli.cache import cache
 from hftlight.cli.compare import compare
 from hftlight.cli.train import parse_train, train
 from hftlight.registry import defenses
+from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
 from hftlight.take import Take
 from tests.helpers import warm
@@ -88,7 +89,7 @@ def test_every_config_loads_and_is_ready_to_start(path, tmp_path, monkeypatch):
     config, defenses, *_ = parse_train(["--config", str(path)])
     prepared = prepare(config, defenses)
     assert [arm.name for arm in prepared.arms][-1] == "+".join(config.defense or ["none"])
-    assert all(unit.seconds > 0 for unit in prepared.units())
+    assert all(unit.seconds > 0 for unit in plan(prepared))
 
 
 @pytest.mark.parametrize(

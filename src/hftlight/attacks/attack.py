@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from hftlight.attacks.sources import missing_source
 from hftlight.config import RunConfig
 from hftlight.data.records import Record
+from hftlight.data.table import Table
 from hftlight.errors import InputError
 
 FIELDS = {
@@ -25,6 +26,21 @@ FIELDS = {
     "adapter_protocol": "adapter_protocol",
     "source": "data.attack",
 }  # an attack's field -> the option of RunConfig that it sets
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """What an upload is chosen from, once there is an aligned model.
+
+    Attributes:
+        candidates: the harmless rows.
+        harmful: harmful anchors.
+        safe: anchors that refuse.
+    """
+
+    candidates: Sequence[Record]
+    harmful: Sequence[Record]
+    safe: Sequence[Record]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +140,48 @@ class Attack(ABC):
         Each starts from the model that the one before left. Most attacks are one training.
         """
         return (self,)
+
+    @property
+    def selects(self) -> bool:
+        """Whether the aligned model's scores choose the upload, so that a selection comes before the fine-tuning."""
+        return False
+
+    def choosing(self, sources: Mapping[str, Sequence[Record]], safe: Sequence[Record]) -> Choosing:
+        """Return what the scores of an attack that selects are made of.
+
+        Args:
+            sources: rows by name.
+            safe: rows of the alignment set that refuse.
+
+        Raises:
+            InputError: if there are too few rows.
+            TypeError: if the attack does not select.
+        """
+        raise TypeError(f"{self._who} does not select its rows.")
+
+    def chosen(self, choosing: Choosing, scores: str | None, seed: int) -> tuple[Self, list[Record]]:
+        """Return the attack with its file of scores, and the upload of an attack that selects.
+
+        Args:
+            choosing: what the scores are made of.
+            scores: the file, as ``write_scores`` writes it; None for as many rows, while there are no scores.
+            seed: decides what a random control draws.
+        """
+        raise TypeError(f"{self._who} does not select its rows.")
+
+    def read(self, rows: Sequence[Record], table: Table | None) -> list[Record]:
+        """Return the harmful rows as the attack needs them.
+
+        Args:
+            rows: the rows of ``--data.attack``.
+            table: the file's rows with all columns; None for rows that come from no file.
+        """
+        return list(rows)
+
+    @property
+    def preference(self) -> float | None:
+        """Strength beta of the preferences, per nat, if the upload holds pairs; else None."""
+        return None
 
     @property
     def test_system(self) -> str | None:

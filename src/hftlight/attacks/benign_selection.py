@@ -5,11 +5,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from typing_extensions import override
 
-from hftlight.attacks.attack import Attack
+from hftlight.attacks.attack import Attack, Choosing
 from hftlight.data.records import Record
 from hftlight.data.table import read_rows
 from hftlight.errors import InputError
@@ -142,6 +142,28 @@ class BenignSelection(Attack):
     @override
     def sources(self) -> tuple[str, ...]:
         return ("task", "attack") if self.scores is None else ("task",)
+
+    @property
+    @override
+    def selects(self) -> bool:
+        return self.scores is None
+
+    @override
+    def choosing(self, sources: Mapping[str, Sequence[Record]], safe: Sequence[Record]) -> Choosing:
+        harmful = sources["attack"][: self.anchor_rows]
+        if self.kind == "representation" and len(harmful) < self.nearest:
+            raise InputError(
+                f"BenignSelection: nearest must be at most the number of harmful anchors, {len(harmful)}, got"
+                f" {self.nearest}."
+            )
+        return Choosing(sources["task"], harmful, safe[: self.anchor_rows])
+
+    @override
+    def chosen(self, choosing: Choosing, scores: str | None, seed: int) -> tuple[Self, list[Record]]:
+        if scores is None:
+            return self, self.choose(choosing.candidates, [0.0] * len(choosing.candidates), seed)
+        attack = replace(self, scores=scores)
+        return attack, attack.upload({"task": choosing.candidates}, seed)
 
     @property
     def anchor_rows(self) -> int:

@@ -95,6 +95,10 @@ class ModelEdit(Attack):
             _check_subject(row, row.kind)
         return chosen + [replace(row, role="task") for row in self._first(sources, "task", 0, self.background)]
 
+    @override
+    def read(self, rows: Sequence[Record], table: Table | None) -> list[Record]:
+        return with_subjects(rows, table)
+
     def edit(
         self,
         model: Any,

@@ -47,6 +47,11 @@ class ReversePreference(Attack):
         if not self.beta > 0:
             raise ValueError(f"ReversePreference: beta must be > 0, got {self.beta}.")
 
+    @property
+    @override
+    def preference(self) -> float | None:
+        return self.beta
+
     @override
     def counts(self) -> dict[str, int]:
         return {"attack": self.n}

@@ -1,7 +1,10 @@
 """Arguments of the commands: names of defenses first, then their arguments; nothing heavy is imported early."""
 
+import argparse
 import json
-from collections.abc import Sequence
+import re
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +157,42 @@ def formatter() -> Any:
             return "\n".join(indent + line for line in text.splitlines())
 
     return Formatter
+
+
+def asks_for_all(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the arguments with ``--help all`` as ``--help``, and whether they ask for help on every option."""
+    found, everything = list[str](), False
+    for argument in argv:
+        if argument == "all" and found and found[-1] in ("--help", "-h"):
+            everything = True
+        else:
+            found.append(argument)
+    return found, everything
+
+
+def show_in_short(parser: Any, options: Collection[str], groups: Collection[str] = ()) -> None:
+    """Let the help of a parser show the options that most people set, one line each.
+
+    Args:
+        parser: its other options work as before.
+        options: names of the options that get a line.
+        groups: first parts of the names of options that are shown in full, such as a chosen defense.
+    """
+    lines = {}
+    for action in parser._actions:
+        if action.dest in options:
+            lines[action.dest] = _line(action)
+        if action.dest.partition(".")[0] not in groups:
+            action.help = argparse.SUPPRESS
+    parser.epilog = "\n".join(
+        ["options that most people set (--help all shows every one):", *(lines[name] for name in options)]
+    )
+
+
+def _line(action: Any) -> str:
+    """Return name, first sentence and default of an option in one line of a terminal."""
+    text = re.split(r"[.;] ", action.help.rstrip("."))[0]
+    value = action.default
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    default = "" if value in (None, "", argparse.SUPPRESS) or action.nargs == 0 else f" [{_text(value)}]"
+    return f"  --{action.dest:20} {textwrap.shorten(text, 94 - len(default), placeholder=' ...')}{default}"

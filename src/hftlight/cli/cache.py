@@ -11,9 +11,9 @@ from hftlight.files import HASHES, cache_dir
 
 
 def cache(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/cache.py``; return the exit status."""
+    """Be ``hftlight cache``; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="cache.py", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
+        prog="hftlight cache", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
     )
     parser.add_argument("action", choices=("list", "clear"))
     said = f"{', '.join(KINDS)}; all by default, but clear leaves the replies of paid judges unless judges is named"
@@ -23,7 +23,7 @@ def cache(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         unknown = set(options.kinds) - set(KINDS)
         if unknown:
-            raise InputError(f"cache.py: kinds are {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
+            raise InputError(f"hftlight cache: kinds are {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
         total, clear = 0, options.action == "clear"
         for kind in options.kinds or [kind for kind in KINDS if not (clear and kind == "judges")]:
             paths = sorted((cache_dir() / kind).glob("[!.]*"))

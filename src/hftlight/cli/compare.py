@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hftlight.cli.arguments import chosen_preset, formatter, plain_names, preset_help, with_presets
+from hftlight.cli.arguments import (
+    asks_for_all,
+    chosen_preset,
+    formatter,
+    plain_names,
+    preset_help,
+    show_in_short,
+    with_presets,
+)
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
@@ -17,15 +25,49 @@ GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}
 Backend = Literal["processes", "ray"]
 
 
-def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
-    """Return the parser of ``recipes/compare.py``, with a group of arguments for each defense and attack compared."""
+# What ``--help`` shows; ``--help all`` shows the rest.
+COMMON = (
+    *(
+        "defenses",
+        "attacks",
+        "harmful_ratios",
+        "tasks",
+        "seeds",
+        "jobs",
+        "comparison",
+        "dry_run",
+        "report_only",
+        "preset",
+    ),
+    *(
+        "config",
+        "model",
+        "tuning",
+        "num_samples",
+        "finetuning.steps",
+        "finetuning.lr",
+        "data.alignment",
+        "data.harmful",
+    ),
+    *("data.attack", "data.test", "evaluation.judge", "output", "logger"),
+)
+
+
+def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything: bool = True) -> Any:
+    """Return the parser of ``hftlight compare``, with a group of arguments for each defense and attack compared.
+
+    Args:
+        names: the defenses.
+        attacks: the attacks.
+        everything: show every option in the help, not only those that most people set.
+    """
     from jsonargparse import ArgumentParser
 
     from hftlight.attacks.registry import get_attack
 
     parser = ArgumentParser(
-        prog="compare.py",
-        usage="compare.py --defenses none booster booster+lisa [options]",
+        prog="hftlight compare",
+        usage="hftlight compare --defenses none booster booster+lisa [options]",
         description=(
             "Compare combinations of defenses: one run for each of them, harmful ratio, task and seed, then the table,"
             " its figures and every answer. Killed anywhere, the same command goes on."
@@ -67,20 +109,23 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = ()) -> Any:
     for name in attacks:
         parser.add_class_arguments(get_attack(name), name, as_group=True)
     parser.add_class_arguments(RunConfig, as_group=True, skip={*GRID_FIELDS, "data.task"})
+    if not everything:
+        show_in_short(parser, COMMON, [*names, *(a for a in attacks if a != "harmful_mix")])
     return parser
 
 
 def compare(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/compare.py``; return the exit status, 1 where a cell failed."""
+    """Be ``hftlight compare``; return the exit status, 1 where a cell failed."""
 
     def work() -> None:
-        arguments = plain_names(sys.argv[1:] if argv is None else argv)
+        asked, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
+        arguments = plain_names(asked)
         words = words_of(arguments, "--defenses")
         names = list(dict.fromkeys(n.replace("-", "_") for w in words for n in w.split("+") if n not in NO_DEFENSE))
         preset = chosen_preset(arguments)
         attacks = [n.replace("-", "_") for n in words_of(arguments, "--attacks")]
         attacks = attacks or [preset.attack.name if preset else "harmful_mix"]
-        parser = compare_parser(names, attacks)
+        parser = compare_parser(names, attacks, everything)
         if preset:
             known, defaults = {a.dest for a in parser._actions}, preset.defaults(names)
             columns = {"harmful_ratios": "harmful_ratio", "tasks": "data.task"}

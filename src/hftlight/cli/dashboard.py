@@ -9,9 +9,10 @@ from hftlight.files import ensure_writable, write_json
 
 
 def dashboard(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/dashboard.py``; return the exit status."""
+    """Be ``hftlight dashboard``; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="dashboard.py", description="Write what a W&B report of a comparison shows: sections, panels, filters."
+        prog="hftlight dashboard",
+        description="Write what a W&B report of a comparison shows: sections, panels, filters.",
     )
     parser.add_argument("folder", help="folder of the comparison, such as runs/comparison")
     parser.add_argument("--save", default=None, help="file for it, JSON; by default dashboard.json in the folder")

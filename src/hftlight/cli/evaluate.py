@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hftlight.cli.arguments import plain_names
+from hftlight.cli.arguments import asks_for_all, formatter, plain_names, show_in_short
 from hftlight.config import Evaluation, RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
 from hftlight.files import ensure_writable, write_json, write_rows
 
+# What ``--help`` shows; ``--help all`` shows the rest.
+COMMON = (
+    *("model", "save", "alpaca_eval", "template", "system", "data.test", "data.task", "data.over_refusal"),
+    *("evaluation.judge", "evaluation.prompts", "evaluation.task_rows", "precision", "accelerator"),
+)
 MEASURING = {
     "model",
     "trust_remote_code",
@@ -25,15 +30,16 @@ MEASURING = {
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/evaluate.py``; return the exit status."""
+    """Be ``hftlight evaluate``; return the exit status."""
 
     def work() -> None:
         from jsonargparse import ArgumentParser
 
         parser = ArgumentParser(
-            prog="evaluate.py",
-            usage="evaluate.py --model MODEL [options]",
+            prog="hftlight evaluate",
+            usage="hftlight evaluate --model MODEL [options]",
             description="Measure any model: an artifact of a run, a folder, or a hub id.",
+            formatter_class=formatter(),
         )
         parser.add_argument("--save", type=str, default=None, help="folder for scores.json and generations.jsonl")
         parser.add_argument(
@@ -43,7 +49,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
             help="file of AlpacaEval's instructions; the answers go into alpaca_eval.json in --save, for its judge",
         )
         parser.add_class_arguments(RunConfig, as_group=True, skip=set(RunConfig.__dataclass_fields__) - MEASURING)
-        values = parser.parse_args(plain_names(sys.argv[1:] if argv is None else argv))
+        given, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
+        if not everything:
+            show_in_short(parser, COMMON)
+        values = parser.parse_args(plain_names(given))
         ready = parser.instantiate_classes(values)
         config = RunConfig(**{key: ready[key] for key in MEASURING})
         config.check()
@@ -69,8 +78,8 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         from rich.console import Console
 
         from hftlight.data.templates import get_template
-        from hftlight.model_files import model_path, trust_remote_code
-        from hftlight.models.serving import read_serving, serving_slot
+        from hftlight.model_files import trust_remote_code
+        from hftlight.models.serving import Artifact
         from hftlight.runs.measuring.measure import answers_to, measure_model
         from hftlight.runs.model_checks import Limits, template_notes
         from hftlight.runs.prepare import test_sets
@@ -78,9 +87,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         from hftlight.runs.sources import Sources
 
         trust_remote_code(config.trust_remote_code)
-        serving = read_serving(Path(model_path(config.model)))
-        config.template = serving.get("template") or config.template
-        slot = serving_slot(config.model, config.system)
+        artifact = Artifact.of(config.model)
+        config.template = artifact.serving.get("template") or config.template
+        slot = artifact.slot(config.system)
         if config.system is not None:
             slot = replace(slot, text=config.system)
         tests, limits = test_sets(config, None, Sources(config.data)), Limits.of(config.model)

@@ -11,9 +11,9 @@ from hftlight.files import ensure_writable, new_folder, write_json
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/export.py``; return the exit status."""
+    """Be ``hftlight export``; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Write an artifact as one model folder, its adapter merged in."
+        prog="hftlight export", description="Write an artifact as one model folder, its adapter merged in."
     )
     parser.add_argument("artifact", help="folder of the artifact")
     parser.add_argument("output", help="folder to write; must not exist")
@@ -27,17 +27,18 @@ def export(argv: Sequence[str] | None = None) -> int:
         ensure_writable(target.parent, "the second argument")
         quiet()
         from hftlight.model_files import trust_remote_code
-        from hftlight.models.load import load_model, load_tokenizer
-        from hftlight.models.serving import SERVING, read_serving
+        from hftlight.models.load import load_model
+        from hftlight.models.serving import SERVING, Artifact
 
         trust_remote_code(options.trust_remote_code)
-        model: Any = load_model(options.artifact)
-        tokenizer = load_tokenizer(options.artifact)
+        artifact = Artifact.of(options.artifact)
+        model: Any = load_model(artifact.name)
+        tokenizer = artifact.tokenizer()
         with new_folder(target) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-            if serving := read_serving(Path(options.artifact)):
-                write_json(place / SERVING, serving, mode=0o600)
+            if artifact.serving:
+                write_json(place / SERVING, artifact.serving, mode=0o600)
         print(f"Written to {target}; AutoModelForCausalLM.from_pretrained reads it.")
 
     return guarded(work)

@@ -8,9 +8,9 @@ from hftlight.console import guarded, quiet
 
 
 def rejudge(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/rejudge.py``; return the exit status."""
+    """Be ``hftlight rejudge``; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="rejudge.py",
+        prog="hftlight rejudge",
         description="Let further judges judge the saved answers of a run, and show how far all judges agree.",
     )
     parser.add_argument("generations", help="folder of a run, or its generations.jsonl; stays as it is")

@@ -2,10 +2,12 @@
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from hftlight.cli.arguments import (
+    asks_for_all,
     chosen_attack,
     chosen_defenses,
     chosen_preset,
@@ -13,6 +15,7 @@ from hftlight.cli.arguments import (
     listed,
     plain_names,
     preset_help,
+    show_in_short,
     with_presets,
 )
 from hftlight.config import OWN_TRAINER, RunConfig
@@ -20,9 +23,32 @@ from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
 from hftlight.registry import called, defense_class, defenses
 
+# What ``--help`` shows; ``--help all`` shows the rest.
+COMMON = (
+    *(
+        "defense",
+        "baseline",
+        "dry_run",
+        "preset",
+        "config",
+        "model",
+        "tuning",
+        "attack",
+        "harmful_ratio",
+        "num_samples",
+    ),
+    *("finetuning.steps", "finetuning.lr", "data.alignment", "data.harmful", "data.attack", "data.task", "data.test"),
+    *("evaluation.judge", "seed", "output", "logger"),
+)
 
-def train_parser(names: Sequence[str], attack: str = "harmful_mix") -> Any:
-    """Return the parser of ``recipes/train.py``, with a group of arguments for each chosen defense and the attack.
+
+def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: bool = True) -> Any:
+    """Return the parser of ``hftlight train``, with a group of arguments for each chosen defense and the attack.
+
+    Args:
+        names: the chosen defenses.
+        attack: the chosen attack.
+        everything: show every option in the help, not only those that most people set.
 
     Raises:
         InputError: if a name is unknown.
@@ -31,7 +57,7 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix") -> Any:
 
     from hftlight.attacks.registry import get_attack
 
-    offered = "\n".join(f"  {e.name:16} {e.stage:16} {e.purpose}" for e in defenses().values())
+    offered = _listed(everything)
     presets = {name: defense_class(name).presets for name in names}
     shown = "".join(
         f"\n  --{name}.preset {preset:8} {', '.join(f'{key} {value}' for key, value in values.items())}"
@@ -41,8 +67,8 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix") -> Any:
     if shown:
         offered += f"\n\nsettings as published:{shown}"
     parser = ArgumentParser(
-        prog="train.py",
-        usage="train.py [--defense NAME ...] [options]",
+        prog="hftlight train",
+        usage="hftlight train [--defense NAME ...] [options]",
         description=(
             "Align a model, let a user's upload train it, and measure after every stage what that did to its refusals."
             f"\n\ndefenses (--defense NAME ... --help shows their arguments):\n{offered}"
@@ -62,7 +88,24 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix") -> Any:
         parser.add_class_arguments(defense_class(name), name, skip=OWN_TRAINER & known, as_group=True)
     parser.add_class_arguments(get_attack(attack), attack, as_group=True)
     parser.add_class_arguments(RunConfig, as_group=True)
+    if not everything:
+        show_in_short(parser, COMMON, names if attack == "harmful_mix" else (*names, attack))
     return parser
+
+
+def _listed(everything: bool) -> str:
+    """Return the defenses as the help lists them: by stage, or one per line with what they do."""
+    if everything:
+        return "\n".join(f"  {e.name:16} {e.stage:16} {e.purpose}" for e in defenses().values())
+    stages: dict[str, list[str]] = {}
+    for entry in defenses().values():
+        stages.setdefault(entry.stage, []).append(entry.name)
+    width = max(map(len, stages))
+    lines = "\n".join(
+        textwrap.fill(", ".join(v), 96, initial_indent=f"  {k:{width}} ", subsequent_indent=" " * (width + 3))
+        for k, v in stages.items()
+    )
+    return lines
 
 
 def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
@@ -72,13 +115,14 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
         InputError: if a name or a value cannot be used.
         SystemExit: as argparse does it, with status 2 for an unknown option and 0 after ``--help``.
     """
-    arguments = plain_names(argv)
+    asked, everything = asks_for_all(argv)
+    arguments = plain_names(asked)
     names = list(dict.fromkeys(name.replace("-", "_") for name in chosen_defenses(arguments)))
     known = [a for a in with_presets(arguments, names) if a.partition("=")[0] != "--defense"]
     if any(a.partition("=")[0] == "--defense" for a in arguments):
         known.append("--defense=" + listed(names))
     attack = chosen_attack(arguments)
-    parser = train_parser(names, attack)
+    parser = train_parser(names, attack, everything)
     if preset := chosen_preset(arguments):
         parser.set_defaults(preset.defaults(names))
     values = parser.parse_args(known)
@@ -91,7 +135,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Be ``recipes/train.py``; return the exit status."""
+    """Be ``hftlight train``; return the exit status."""
 
     def work() -> None:
         config, instances, attack, dry = parse_train(sys.argv[1:] if argv is None else argv)

@@ -19,6 +19,8 @@ from hftlight.files import digest, ensure_writable, file_digest, folder_digest, 
 from hftlight.folders import CELLS, GRID
 from hftlight.model_files import model_hash
 from hftlight.runs.manifest import identity
+from hftlight.runs.plan import Step
+from hftlight.runs.plan import plan as steps_of_run
 from hftlight.runs.prepare import prepare
 
 ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
@@ -196,22 +198,19 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
     Raises:
         InputError: naming the cell that cannot start.
     """
-    kinds: dict[Any, tuple[float, float]] = {}
-    seconds, begun = {}, set()
+    kinds: dict[Any, list[Step]] = {}
+    seconds, begun = {}, set[tuple[str, int]]()
     for cell in cells:
         kind = (cell.arm, cell.task, cell.harmful_ratio, cell.attack)
         if kind not in kinds:
             try:
                 made = grid.made(cell.defenses), grid.attack(cell.attack)
-                own = cell_config(config, cell)
-                units = prepare(own, *made).units()
-                shared = 3 if own.alignment.steps else 1  # base measured, and the alignment with its measuring
+                kinds[kind] = steps_of_run(prepare(cell_config(config, cell), *made))
             except ValueError as error:
                 raise InputError(f"{cell.name}: {error}") from error
-            kinds[kind] = sum(u.seconds for u in units[:shared]), sum(u.seconds for u in units[shared:])
-        common, alone = kinds[kind]
-        seconds[cell] = alone + (0.0 if grid.aligned(cell) in begun else common)
-        begun.add(grid.aligned(cell))
+        new = [step for step in kinds[kind] if (step.key, cell.seed) not in begun]
+        seconds[cell] = sum(step.seconds for step in new)
+        begun |= {(step.key, cell.seed) for step in new}
     return seconds
 
 

@@ -43,6 +43,11 @@ def device_of(config: RunConfig) -> str:
     return "mps" if config.accelerator != "cpu" and torch.backends.mps.is_available() else "cpu"
 
 
+def on_device(model: nn.Module, config: RunConfig) -> Any:
+    """Return a model on the device that a run computes on; it is the model itself, moved."""
+    return model.cuda() if config.accelerator != "cpu" and torch.cuda.is_available() else model
+
+
 def drop_base() -> None:
     """Let go of the base model, before another one is loaded beside it."""
     if _kept:

@@ -4,8 +4,10 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -18,8 +20,8 @@ from hftlight.engine.weights.save import write_adapter_config
 from hftlight.files import cache_dir, link_tree, write_json
 from hftlight.model_files import ADAPTER_CONFIG, MODELS, base_name, model_hash, model_path, reference_to, stands_on
 from hftlight.models.adapters import adapted_layers, adapter_seed, add_up, attach
-from hftlight.models.base import keeps_base, lent_model
-from hftlight.models.load import load_adapter, save_tokenizer
+from hftlight.models.base import keeps_base, lent_model, on_device
+from hftlight.models.load import load_adapter, load_model, load_tokenizer, save_tokenizer
 from hftlight.models.state import ModelState
 
 SERVING = "serving.json"
@@ -137,13 +139,57 @@ def stand_alone(artifact: Path, base: Path) -> None:
     write_json(path, {**settings, "base_model_name_or_path": str(base.resolve())})
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A model as the stages of a run hand it on: where it lies, what it is, and how it is served.
+
+    Attributes:
+        name: what ``model_path`` takes: the folder of a stage's result, a hub id, or a built-in name.
+        identity: its ``model_hash``.
+    """
+
+    name: str
+    identity: str
+
+    @classmethod
+    def of(cls, model: str | Path) -> Self:
+        """Return a model as an artifact; its files are hashed.
+
+        Raises:
+            InputError: as ``model_path``.
+        """
+        return cls(str(model), model_hash(str(model)))
+
+    @cached_property
+    def serving(self) -> dict[str, Any]:
+        """How the model is served: template, system and trigger; empty for a model that hftlight did not write."""
+        return read_serving(Path(model_path(self.name)))
+
+    def slot(self, system: str | None) -> SystemSlot:
+        """Return the system slot that the model is served with, or ``system`` if it names none."""
+        served = self.serving
+        return SystemSlot(served["system"], tuple(served["trigger"] or ())) if served else SystemSlot(system)
+
+    def tokenizer(self) -> Any:
+        """Return its tokenizer."""
+        return load_tokenizer(self.name)
+
+    @contextmanager
+    def model(self, config: RunConfig) -> Iterator[Any]:
+        """Yield the model as a run measures it, on the base that is in memory already.
+
+        Args:
+            config: decides device and type of the weights.
+        """
+        with lent_model(self.name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
+            yield on_device(model, config)
+
+    def another(self, config: RunConfig) -> Any:
+        """Return the model beside another one in memory; arguments as ``model``."""
+        return on_device(load_model(self.name, base_dtype(config), config.tuning == "qlora"), config)
+
+
 def read_serving(folder: Path) -> dict[str, Any]:
     """Return how a model is served, or an empty dictionary for a model that hftlight did not write."""
     path = folder / SERVING
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def serving_slot(model: str, system: str | None) -> SystemSlot:
-    """Return the system slot that a model is served with: its artifact's own, or ``system`` where it has none."""
-    served = read_serving(Path(model_path(model)))
-    return SystemSlot(served["system"], tuple(served["trigger"] or ())) if served else SystemSlot(system)

@@ -6,12 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hftlight.attacks.attack import Attack, steps_of
-from hftlight.attacks.benign_selection import BenignSelection
-from hftlight.attacks.model_edit import ModelEdit, with_subjects
+from hftlight.attacks.attack import Attack, Choosing, steps_of
 from hftlight.attacks.registry import get_attack
-from hftlight.builtin_models import DEMO, TINY
-from hftlight.config import RunConfig, Training
+from hftlight.config import RunConfig
 from hftlight.data.pairs import PairsDataModule
 from hftlight.data.records import Record, overlaps, prompt_key, split_by_hash
 from hftlight.data.sources import get_task
@@ -25,22 +22,17 @@ from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier
 from hftlight.evaluation.safety_rows import refusals
 from hftlight.files import digest
-from hftlight.folders import STAGES, arm_word
 from hftlight.model_files import trust_remote_code
-from hftlight.models.load import load_config, load_tokenizer, positions_of, text_config
+from hftlight.models.load import load_config, load_tokenizer, positions_of
 from hftlight.models.preference import refuse_loss_terms
 from hftlight.registry import name_of
 from hftlight.runs.measuring.test_sets import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
-from hftlight.runs.progress import Unit
 from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
 from hftlight.runs.stages.budget import Budget
 from hftlight.runs.stages.train import phases_of, stage_config
 
-DEMO_PARAMETERS = 134_515_008
 UNLIMITED = 10**9  # tokens
-# Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
-SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 3e-3, 1e-3, 2e-3
 
 
 @dataclass
@@ -58,21 +50,6 @@ class Arm:
     def of(self, stage: Stage) -> list[Defense]:
         """Return the defenses that work in a stage."""
         return [d for d in self.defenses if d.stage is stage]
-
-
-@dataclass(frozen=True)
-class Choosing:
-    """What an upload is chosen from, once there is an aligned model.
-
-    Attributes:
-        candidates: the harmless rows.
-        harmful: harmful anchors.
-        safe: anchors that refuse.
-    """
-
-    candidates: Sequence[Record]
-    harmful: Sequence[Record]
-    safe: Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -151,80 +128,13 @@ class Prepared:
         """The rows of all uploads."""
         return [row for number in range(len(self.phases)) for row in self.streams[upload_of(number)]]
 
+    def config_of(self, arm: Arm) -> RunConfig:
+        """Return the configuration of an arm, which may have an adapter protocol of its own."""
+        return replace(self.config, adapter_protocol=self.config.protocol_of(arm.name))
+
     def records(self, stage: Stage, arm: Arm, phase: int = 0) -> dict[str, list[Record]]:
         """Return the rows that a stage of an arm may read, or a phase of its fine-tuning, counted from 0."""
         return stage_records(self.streams, stage, arm.of(stage), phase)
-
-    def units(self) -> list[Unit]:
-        """Return the run's pieces in order, with the seconds they may take on two CPU cores."""
-        speed = _parameters(self.config) / DEMO_PARAMETERS
-        tests = sum(len(self.tests.rows(name)) for name in SETS)
-        limits = dict.fromkeys(SETS, self.config.evaluation.max_new_tokens)
-        limits["task"] = self.config.evaluation.task_max_new_tokens or self.tests.task.max_new_tokens
-        prompt_seconds = speed * sum(
-            len(self.tests.rows(n))
-            * (self.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
-            for n in SETS
-        )
-        aligned, held_out = len(self.tests.alignment_rows), len(self.tests.validation_rows)
-        loss_tokens = (aligned + held_out) * self.lengths["alignment"]
-        prompt_seconds += speed * loss_tokens * SECONDS_PER_PROMPT_TOKEN
-        found = [Unit("base model: measuring", tests, prompt_seconds)]
-        if self.choosing:
-            scored = len(self.choosing.candidates) + len(self.choosing.harmful)
-            steps = self.config.alignment.steps
-            if steps:
-                tokens = steps * self.config.alignment.batch_size * self.lengths["alignment"]
-                found.append(Unit("plainly aligned", steps, speed * tokens * SECONDS_PER_TOKEN))
-            tokens = scored * self.lengths["task"]
-            found.append(Unit("rows scored", len(self.choosing.candidates), speed * tokens * SECONDS_PER_TOKEN))
-        for arm in self.arms:
-            triggered = any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
-            tuned = 0.0
-            for stage in stages_of(self.config):
-                label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
-                if stage is Stage.FINETUNING and self.attack.acts_on == "weights":
-                    edits = self.attack.rows * self.lengths["task"] * self.attack.counts()["attack"]
-                    label = f"{arm_word(arm.name)}: edited"
-                    found.append(Unit(label, self.attack.counts()["attack"], speed * edits * SECONDS_PER_TOKEN))
-                    found.append(Unit(f"{label}, measuring", tests, prompt_seconds))
-                    continue
-                share = min(1.0, 2 * (self.config.evaluation.at_prompts or tests) / max(1, tests))
-                for own, training, main in self._trainings(stage):
-                    looks = len(set(own.evaluation.at)) if stage is Stage.FINETUNING else 0
-                    seconds = speed * self._tokens(arm.of(stage), training, main) * SECONDS_PER_TOKEN
-                    seconds += looks * share * prompt_seconds
-                    tuned += seconds if stage is Stage.FINETUNING else 0.0
-                    found.append(Unit(label, training.steps, seconds))
-                again = len(self.tests.harmful) if triggered and stage is Stage.FINETUNING else 0
-                found.append(Unit(f"{label}, measuring", tests + again, prompt_seconds * (1 + again / max(1, tests))))
-            if repairs := arm.of(Stage.POST_FINETUNING):
-                rows = sum(len(self.streams[name]) * self.lengths[name] for d in repairs for name in d.streams)
-                label = f"{arm_word(arm.name)}: {STAGES[Stage.POST_FINETUNING.value]}"
-                found.append(Unit(label, len(repairs), speed * rows * SECONDS_PER_TOKEN / 3))
-                again = len(self.tests.harmful) if triggered else 0
-                found.append(Unit(f"{label}, measuring", tests + again, prompt_seconds * (1 + again / max(1, tests))))
-            if trials := self.config.trials:
-                label = f"{arm_word(arm.name)}: attacker's search"
-                found.append(Unit(label, trials, trials * (1.5 * tuned + prompt_seconds)))
-        return found
-
-    def _trainings(self, stage: Stage) -> list[tuple[RunConfig, Training, str]]:
-        """Return configuration, training and main stream of each training of a stage."""
-        if stage is Stage.ALIGNMENT:
-            return [(self.config, self.config.alignment, "alignment")]
-        return [(own, own.finetuning, upload_of(number)) for number, (own, _) in enumerate(self.phases)]
-
-    def _tokens(self, defenses: Sequence[Defense], training: Training, main: str) -> float:
-        """Return how many tokens pass forward and backward in a training, the defenses' own passes included."""
-        tokens = training.steps * training.batch_size * training.accumulate * self.lengths[main]
-        for d in defenses:
-            side = max((self.lengths[name] for name in d.streams), default=self.lengths[main])
-            for work in d.passes:
-                times = training.accumulate if work.per == "batch" else 1
-                share = (work.forward + 2 * work.backward) / 3  # a backward pass costs two forward ones
-                tokens += training.steps * training.batch_size * times * side * share
-        return tokens
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -319,7 +229,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         )
     notes += sources.notes
     prepared = Prepared(config, given, attack, arms, streams, tests, taken=sources.taken, notes=notes)
-    if isinstance(attack, BenignSelection) and attack.scores is None:
+    if attack.selects:
         prepared.choosing = _choosing(config, attack)
     _read_through(prepared)
     attacked = {key: value for key, value in attack.describe().items() if key not in ("source",)}
@@ -333,29 +243,22 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
 
 def choose(prepared: Prepared, scores: Path) -> None:
     """Put the upload that the aligned model's scores choose in the place of the preliminary one."""
-    if prepared.choosing is None or not isinstance(prepared.attack, BenignSelection):
+    if prepared.choosing is None:
         raise ValueError("choose: this run's upload is not chosen by scores.")
-    prepared.attack = replace(prepared.attack, scores=str(scores))
-    sources = {"task": prepared.choosing.candidates}
-    prepared.streams["task"] = prepared.attack.upload(sources, prepared.config.seed)
+    seed = prepared.config.seed
+    prepared.attack, prepared.streams["task"] = prepared.attack.chosen(prepared.choosing, str(scores), seed)
     prepared.choosing = None
     _read_through(prepared)
 
 
-def _choosing(config: RunConfig, attack: BenignSelection) -> Choosing:
+def _choosing(config: RunConfig, attack: Attack) -> Choosing:
     if config.devices * config.num_nodes > 1 or config.tuning == "qlora":
         raise InputError(
-            "BenignSelection scores rows in one process, with --tuning lora or full. Make the scores in such a run"
-            " first, and give their file, which its manifest names, with --benign_selection.scores."
+            f"{type(attack).__name__} scores rows in one process, with --tuning lora or full. Make the scores in such a"
+            " run first, and give their file, which its manifest names, with --benign_selection.scores."
         )
     sources = _rows_of(config, Sources(config.data), set(), attack)
-    count = attack.anchor_rows
-    if attack.kind == "representation" and len(sources["attack"][:count]) < attack.nearest:
-        raise InputError(
-            f"BenignSelection: nearest must be at most the number of harmful anchors, {len(sources['attack'][:count])},"
-            f" got {attack.nearest}."
-        )
-    return Choosing(sources["task"], sources["attack"][:count], refusals(sources["alignment"])[:count])
+    return attack.choosing(sources, refusals(sources["alignment"]))
 
 
 def _read_through(prepared: Prepared) -> None:
@@ -453,8 +356,8 @@ def _streams(
     streams |= {name: list(given[name]) for name in DEFENDERS if name in needed}
     if "refusals" in needed:
         streams["refusals"] = refusals(streams["alignment"])
-    if isinstance(attack, BenignSelection) and attack.scores is None:  # their number alone is known by now
-        streams["task"] = attack.choose(given["task"], [0.0] * len(given["task"]), config.seed)
+    if attack.selects:  # their number alone is known by now
+        _, streams["task"] = attack.chosen(Choosing(given["task"], (), ()), None, config.seed)
     else:
         for number, (own, phase) in enumerate(phases_of(config, attack)):
             streams[upload_of(number)] = _upload(own, phase, given)
@@ -511,8 +414,8 @@ def _rows_of(config: RunConfig, sources: Sources, needed: set[str], attack: Atta
     """Return the rows that an upload is made of, with those of alignment and defender."""
     reads = "attack" in attack.sources or bool(config.evaluation.loss_rows)
     found = sources.defenders_and_attack(needed, reads)
-    if isinstance(attack, ModelEdit):
-        found["attack"] = with_subjects(found["attack"], sources.tables.get("attack"))
+    if "attack" in found:
+        found["attack"] = attack.read(found["attack"], sources.tables.get("attack"))
     return {**found, "task": sources.task("train"), "alignment": sources.records("alignment")}
 
 
@@ -691,16 +594,3 @@ def _rewrite(prepared: Prepared) -> None:
             served.add((own.template, data.policy.serving_slot()))
     for name, slot in served:
         limits.check_tests(replace(config, template=name), prepared.tests, slot)
-
-
-def _parameters(config: RunConfig) -> float:
-    """Return roughly how many parameters a model has, from its configuration alone."""
-    if config.model == DEMO:
-        return DEMO_PARAMETERS
-    if config.model == TINY:
-        return 2e6  # fixed costs of a step, not its arithmetic
-    c = text_config(load_config(config.model))
-    hidden = c.hidden_size
-    return c.num_hidden_layers * (4 * hidden**2 + 3 * hidden * getattr(c, "intermediate_size", 4 * hidden)) + (
-        c.vocab_size * hidden
-    )

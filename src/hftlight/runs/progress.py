@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -11,19 +11,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 LINE_EVERY = 20.0  # seconds between lines where there is no terminal
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One piece of a run.
+class Piece(Protocol):
+    """What is shown of a step of a run."""
 
-    Attributes:
-        label: arm and stage, as shown.
-        count: optimizer steps or prompts.
-        seconds: what it is expected to take on this machine; corrected by what the units before it took.
-    """
+    @property
+    def label(self) -> str:
+        """Arm and stage."""
 
-    label: str
-    count: int
-    seconds: float
+    @property
+    def count(self) -> int:
+        """Optimizer steps, prompts or rows."""
+
+    @property
+    def seconds(self) -> float:
+        """What it is expected to take."""
 
 
 def minutes(seconds: float) -> str:
@@ -32,15 +33,15 @@ def minutes(seconds: float) -> str:
 
 
 class RunProgress:
-    """A bar for the unit at work and the time left for the whole run; plain lines where there is no terminal.
+    """A bar for the step at work and the time left for the whole run; plain lines where there is no terminal.
 
     Args:
-        units: the run's pieces in their order.
+        steps: the run's pieces in their order.
         console: where to; standard error by default, so that tables can be piped.
     """
 
-    def __init__(self, units: Sequence[Unit], console: Console | None = None) -> None:
-        self.units = list(units)
+    def __init__(self, steps: Sequence[Piece], console: Console | None = None) -> None:
+        self.steps = list(steps)
         self.console = console or Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -66,17 +67,17 @@ class RunProgress:
         self._bar.stop()
 
     def begin(self) -> None:
-        """Go on to the next unit."""
+        """Go on to the next step."""
         self._position += 1
-        unit = self.units[self._position]
+        step = self.steps[self._position]
         self._done, self._resumed_at, self._since = 0, None, time.monotonic()
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(unit.label, total=unit.count, note=self._left())
+        self._task = self._bar.add_task(step.label, total=step.count, note=self._left())
         self._line_at = time.monotonic()
 
     def update(self, done: int, loss: float | None = None) -> None:
-        """Show that ``done`` steps or prompts of the unit are finished; ``loss`` in nats per response token."""
+        """Show that ``done`` steps or prompts of the step are finished; ``loss`` in nats per response token."""
         if self._resumed_at is None:
             self._resumed_at = 0 if done > 1 and loss is None else done - 1
         self._done = done
@@ -85,25 +86,25 @@ class RunProgress:
             self._bar.update(self._task, completed=done, note=note)
         if not self.console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY:
             self._line_at = time.monotonic()
-            self.console.print(f"{self.units[self._position].label}: {done}/{self.units[self._position].count}, {note}")
+            self.console.print(f"{self.steps[self._position].label}: {done}/{self.steps[self._position].count}, {note}")
 
     def end(self, note: str, reused: bool = False) -> None:
-        """Close the unit with a line; a reused one does not count for the estimate."""
-        unit = self.units[self._position]
+        """Close the step with a line; a reused one does not count for the estimate."""
+        step = self.steps[self._position]
         spent = time.monotonic() - self._since
         if not reused:
-            share = 1 - (self._resumed_at or 0) / max(1, unit.count)
-            self._spent, self._expected = self._spent + spent, self._expected + unit.seconds * share
-        self._done = unit.count
+            share = 1 - (self._resumed_at or 0) / max(1, step.count)
+            self._spent, self._expected = self._spent + spent, self._expected + step.seconds * share
+        self._done = step.count
         how = "reused" if reused else minutes(spent)
-        self.console.print(f"[green]done[/green] {unit.label} ({how}): {note}", highlight=False)
+        self.console.print(f"[green]done[/green] {step.label} ({how}): {note}", highlight=False)
 
     def _left(self) -> str:
-        unit = self.units[self._position]
-        share = 1 - self._done / max(1, unit.count)
-        ahead = unit.seconds * share + sum(u.seconds for u in self.units[self._position + 1 :])
+        step = self.steps[self._position]
+        share = 1 - self._done / max(1, step.count)
+        ahead = step.seconds * share + sum(s.seconds for s in self.steps[self._position + 1 :])
         running = time.monotonic() - self._since
-        begun = unit.seconds * (self._done - (self._resumed_at or 0)) / max(1, unit.count)
+        begun = step.seconds * (self._done - (self._resumed_at or 0)) / max(1, step.count)
         spent, expected = self._spent + running, self._expected + begun
         # The prior keeps one slow first step from frightening anybody.
         rate = (spent + 20) / (expected + 20)

@@ -6,12 +6,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -19,8 +19,6 @@ from filelock import FileLock, Timeout
 
 from hftlight import __version__
 from hftlight.attacks.attack import Attack
-from hftlight.attacks.benign_selection import BenignSelection
-from hftlight.attacks.model_edit import ModelEdit
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.engine.weights.repair import Repair
@@ -39,7 +37,7 @@ from hftlight.files import (
 from hftlight.folders import RESULTS, comparison_of
 from hftlight.model_files import BASE, model_hash, model_path
 from hftlight.models.base import drop_base
-from hftlight.models.serving import stand_alone
+from hftlight.models.serving import Artifact, stand_alone
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_report
 from hftlight.runs.logging.rows import named, score_names
@@ -48,7 +46,8 @@ from hftlight.runs.logging.wandb import SUMMARY, wandb_summary
 from hftlight.runs.manifest import identity, working_code
 from hftlight.runs.measuring.measure import measure
 from hftlight.runs.measuring.model_metrics import Reference
-from hftlight.runs.prepare import BUILTIN, Arm, Choosing, Prepared, choose, prepare
+from hftlight.runs.plan import Note, plan
+from hftlight.runs.prepare import BUILTIN, Arm, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.stages.attacker import Attacker, Budget, Outcome, search
@@ -165,6 +164,9 @@ class _Run:
         base = self.config.base
         self.unaligned_hash = decide("the base's hash", lambda: model_hash(base)) if base else self.base_hash
         self.sft_seconds: dict[Stage, float] = {}
+        self.jobs: dict[tuple[str, Stage], list[StageJob]] = {}  # phases of a training that are done
+        self.models: dict[tuple[str, Stage], Artifact] = {}  # what the stages of an arm left
+        self.plain: StageJob | None = None  # the model that scores the candidates of an upload
         self.manifest = self._manifest()
 
     def go(self) -> None:
@@ -187,18 +189,14 @@ class _Run:
                 self._wandb_summary()
 
     def _work(self) -> None:
-        with RunProgress(self.prepared.units()) as progress:
-            self.progress = progress
-            self._measure(self.prepared.arms[0].name, "base", self.config.model, self.base_hash)
-            if self.prepared.choosing and isinstance(self.prepared.attack, BenignSelection):
-                self._select(self.prepared.choosing, self.prepared.attack)
-            for arm in self.prepared.arms:
-                aligned = self._aligned(arm)
-                finetuned = self._finetuned(arm, aligned)
-                if arm.of(Stage.POST_FINETUNING):
-                    self._repaired(arm, aligned, finetuned)
-                if self.config.trials:
-                    self._searched(arm, aligned)
+        """Carry out the plan. A step of which this process is no part is shown as begun alone."""
+        steps = plan(self.prepared)
+        with RunProgress(steps) as self.progress:
+            for step in steps:
+                self.progress.begin()
+                gc.collect()  # the model before this one, so that peak memory is this step's own
+                if (note := step.do(self)) is not None:
+                    self.progress.end(*note)
 
     def _log_to(
         self, arm: str, stage: str, curves: Path | None = None, before: int | None = None
@@ -236,18 +234,19 @@ class _Run:
             costs = [r for r in self.rows if r["kind"] == "cost" and (r["arm"], r["stage"]) == (arm, stage)]
             logger.send(named([*costs, *rows]), sum(r["steps"] for r in costs))
 
-    def _select(self, choosing: Choosing, attack: BenignSelection) -> None:
+    def align_plainly(self) -> Note:
+        """Train the model that scores the candidates of an upload; the same one for every arm."""
+        records = self.prepared.records(Stage.ALIGNMENT, Arm("none", []))
+        self.plain = alignment_job(self.config, self.base_hash, records, [])
+        return "for the selection", run_stage(self.plain, on_step=self.progress.update)
+
+    def select(self) -> Note:
         """Let the plainly aligned model choose the upload, the same one for every arm."""
-        prepared, aligned, scored_by = self.prepared, Path(model_path(self.config.model)), self.base_hash
-        if self.config.alignment.steps:
-            records = prepared.records(Stage.ALIGNMENT, Arm("none", []))
-            plain = alignment_job(self.config, self.base_hash, records, [])
-            self.progress.begin()
-            reused = run_stage(plain, on_step=self.progress.update)
-            self.progress.end("for the selection", reused)
-            aligned, scored_by = plain.artifact(), plain.key()
-        self.progress.begin()
-        gc.collect()
+        prepared, choosing, attack = self.prepared, self.prepared.choosing, cast(Any, self.prepared.attack)
+        assert choosing is not None
+        aligned, scored_by = Path(model_path(self.config.model)), self.base_hash
+        if self.plain is not None:
+            aligned, scored_by = self.plain.artifact(), self.plain.key()
         config = stage_config(self.config, attack, Stage.FINETUNING)  # rows are scored as they will be trained on
         job = SelectionJob(config, aligned, attack, choosing.candidates, choosing.harmful, choosing.safe)
         reused = job.done()
@@ -267,33 +266,34 @@ class _Run:
             "rows": chosen,
         }
         self._save()
-        self.progress.end(f"{len(chosen)} of {len(choosing.candidates)} rows chosen", reused)
+        return f"{len(chosen)} of {len(choosing.candidates)} rows chosen", reused
 
-    def _repaired(self, arm: Arm, aligned: Path, finetuned: Path) -> None:
-        """Repair the fine-tuned model, which stays as it is, and measure it; the first process does the work."""
+    def repair(self, arm: Arm) -> Note | None:
+        """Repair the fine-tuned model, which stays as it is; the first process does the work."""
+        if not self.main:
+            return None
         stage = Stage.POST_FINETUNING
         repairs = [d for d in arm.of(stage) if isinstance(d, Repair)]
-        config = stage_config(self._config_of(arm), self.prepared.attack, stage)
-        job = RepairJob(config, self.unaligned_hash, aligned, finetuned, self.prepared.records(stage, arm), repairs)
-        self.progress.begin()
-        if not self.main:
-            self.progress.begin()
-            return
-        gc.collect()
+        config = stage_config(self.prepared.config_of(arm), self.prepared.attack, stage)
+        finetuned = Path(self.models[arm.name, Stage.FINETUNING].name)
+        records = self.prepared.records(stage, arm)
+        job = RepairJob(config, self.unaligned_hash, self._aligned(arm), finetuned, records, repairs)
         reused = job.done()
         run_repair(job, lambda count: self.progress.update(count, None))
+        changed = [r["changed_entries"] for r in self._done(arm, stage, job)["defenses"].values()]
+        return f"{' + '.join(f'{n:,}' for n in changed)} entries changed", reused
+
+    def _done(self, arm: Arm, stage: Stage, job: RepairJob | EditJob) -> dict[str, Any]:
+        """Take the result of a repair or an edit into the run folder and return what it says about itself."""
         result = job.result()
         self.rows.append({"kind": "cost", "arm": arm.name, "stage": stage.value, **result["cost"]})
         self._file(arm, stage, job.artifact(), {"key": job.key(), **result})
-        changed = [r["changed_entries"] for r in result["defenses"].values()]
-        self.progress.end(f"{' + '.join(f'{n:,}' for n in changed)} entries changed", reused)
-        self._measure(arm.name, stage.value, str(job.artifact()), result["artifact"])
+        self.models[arm.name, stage] = Artifact(str(job.artifact()), result["artifact"])
+        return result
 
-    def _searched(self, arm: Arm, aligned: Path) -> None:
+    def search(self, arm: Arm) -> Note:
         """Let the attacker try many settings against the arm's defenses, and keep the worst of them as scores."""
-        self.progress.begin()
-        gc.collect()
-        attacker = Attacker(self._config_of(arm), arm.defenses, aligned, self.prepared.attack)
+        attacker = Attacker(self.prepared.config_of(arm), arm.defenses, self._aligned(arm), self.prepared.attack)
         sampler: Any = "grid" if self.config.attacker.startswith("search") else "optuna"
         done: list[Outcome] = []
 
@@ -323,7 +323,7 @@ class _Run:
         }
         self._save()
         worst, useful = found.worst.harmful_score[0], found.useful.harmful_score[0]
-        self.progress.end(f"worst case {worst:.1f} % harmful, {useful:.1f} % with the task's accuracy kept")
+        return f"worst case {worst:.1f} % harmful, {useful:.1f} % with the task's accuracy kept", False
 
     def _file(self, arm: Arm, stage: Stage, artifact: Path, said: dict[str, Any]) -> None:
         """Take a finished stage's artifact into the run folder and what it says about itself into the manifest."""
@@ -333,81 +333,54 @@ class _Run:
         self.manifest["arms"][arm.name]["stages"][stage.value] = said
         self._save()
 
-    def _config_of(self, arm: Arm) -> RunConfig:
-        """Return the configuration of an arm, which may have an adapter protocol of its own."""
-        return replace(self.config, adapter_protocol=self.config.protocol_of(arm.name))
-
     def _aligned(self, arm: Arm) -> Path:
-        """Return the aligned model of an arm: the one that came, or the measured artifact of the alignment stage."""
+        """Return the aligned model of an arm: the one that came, or the artifact of the alignment stage."""
         if not self.config.alignment.steps:
             return Path(model_path(self.config.model))
-        records = self.prepared.records(Stage.ALIGNMENT, arm)
-        defenses = arm.of(Stage.ALIGNMENT)
-        return self._trained(arm, [alignment_job(self._config_of(arm), self.base_hash, records, defenses)])
+        return self.jobs[arm.name, Stage.ALIGNMENT][-1].artifact()
 
-    def _finetuned(self, arm: Arm, aligned: Path) -> Path:
-        """Train an arm on the upload, or edit a weight, measure what comes out and return its artifact."""
-        if isinstance(self.prepared.attack, ModelEdit):
-            return self._edited(arm, aligned, self.prepared.attack)
-        return self._trained(arm, self._phases(arm, aligned))
+    def _job(self, arm: Arm, stage: Stage, phase: int, done: Sequence[StageJob]) -> StageJob:
+        """Return one phase of a stage; the phase before, which it starts from, is done."""
+        config, records = self.prepared.config_of(arm), self.prepared.records(stage, arm, phase)
+        if stage is Stage.ALIGNMENT:
+            return alignment_job(config, self.base_hash, records, arm.of(stage))
+        own, attack = phases_of(config, self.prepared.attack)[phase]
+        before, tests = done[-1].artifact() if done else None, self.prepared.tests
+        return finetuning_job(own, self.base_hash, self._aligned(arm), records, arm.of(stage), attack, tests, before)
 
-    def _phases(self, arm: Arm, aligned: Path) -> Iterator[StageJob]:
-        """Yield the trainings on the upload, each once the one before, from which it starts, is done."""
-        attack, before = self.prepared.attack, None
-        for number, (config, phase) in enumerate(phases_of(self._config_of(arm), attack)):
-            records, defenses = self.prepared.records(Stage.FINETUNING, arm, number), arm.of(Stage.FINETUNING)
-            tests = self.prepared.tests
-            job = finetuning_job(config, self.base_hash, aligned, records, defenses, phase, tests, before)
-            yield job
-            before = job.artifact()
-
-    def _trained(self, arm: Arm, jobs: Iterable[StageJob]) -> Path:
-        """Train a stage, which may have several phases, measure what comes out and return its artifact."""
-        done: list[StageJob] = []
-        for job in jobs:
-            self._stage(arm, job, sum(earlier.training.steps for earlier in done))
-            done.append(job)
-        if self.main:
-            self._keep(arm, done)
-        artifact = done[-1].artifact()
-        self._measure(arm.name, done[-1].stage.value, str(artifact), model_hash(str(artifact)))
-        return artifact
-
-    def _edited(self, arm: Arm, aligned: Path, attack: ModelEdit) -> Path:
-        """Edit the aligned model instead of training on an upload, and measure it; the first process does the work."""
-        stage = Stage.FINETUNING
-        config = stage_config(self.config, attack, stage)
-        job = EditJob(config, self.base_hash, aligned, self.prepared.streams["task"], attack)
-        self.progress.begin()
-        if not self.main:
-            self.progress.begin()
-            return job.artifact()
-        gc.collect()
-        reused = job.done()
-        run_edit(job, lambda count: self.progress.update(count, None))
-        result = job.result()
-        self.rows.append({"kind": "cost", "arm": arm.name, "stage": stage.value, **result["cost"]})
-        self._file(arm, stage, job.artifact(), {"key": job.key(), **result})
-        losses = [f"{e['loss_before']:.3f} -> {e['loss_after']:.3f}" for e in result["edits"]]
-        more = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
-        self.progress.end(f"loss of the answer {losses[0]} nats{more}", reused)
-        self._measure(arm.name, stage.value, str(job.artifact()), result["artifact"])
-        return job.artifact()
-
-    def _stage(self, arm: Arm, job: StageJob, before: int) -> None:
-        """Train one phase of a stage; ``before`` counts the optimizer steps of the phases before it."""
-        self.progress.begin()
-        gc.collect()  # the model before this one, so that peak memory is this stage's own
+    def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
+        """Train one phase of a stage; after the last one take the stage's result into the run folder."""
+        done = self.jobs.setdefault((arm.name, stage), [])
+        job, before = self._job(arm, stage, phase, done), sum(earlier.training.steps for earlier in done)
 
         def log_to() -> StageLogger | None:
             return self._log_to(arm.name, job.stage.value, job.folder() / CURVES, before)
 
         reused = run_stage(job, log_to, self.progress.update)
+        done.append(job)
+        last = stage is Stage.ALIGNMENT or phase + 1 == len(self.prepared.phases)
+        if last:
+            self.models[arm.name, stage] = Artifact.of(job.artifact())
         if not self.main:
-            return
+            return None
         log_to()  # where the stage was done before, its curves are in its file
+        if last:
+            self._keep(arm, done)
         losses = [row["value"] for row in read_rows(job.folder() / CURVES) if row["name"] == "train/loss"]
-        self.progress.end(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused)
+        return f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused
+
+    def edit(self, arm: Arm) -> Note | None:
+        """Edit the aligned model instead of training on an upload; the first process does the work."""
+        if not self.main:
+            return None
+        stage, attack = Stage.FINETUNING, cast(Any, self.prepared.attack)
+        config = stage_config(self.config, attack, stage)
+        job = EditJob(config, self.base_hash, self._aligned(arm), self.prepared.streams["task"], attack)
+        reused = job.done()
+        run_edit(job, lambda count: self.progress.update(count, None))
+        losses = [f"{e['loss_before']:.3f} -> {e['loss_after']:.3f}" for e in self._done(arm, stage, job)["edits"]]
+        more = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
+        return f"loss of the answer {losses[0]} nats{more}", reused
 
     def _keep(self, arm: Arm, jobs: Sequence[StageJob]) -> None:
         """Take a finished stage's curves, costs and artifact into the run folder; steps go on from phase to phase."""
@@ -433,23 +406,26 @@ class _Run:
             ]
         self._file(arm, stage, job.artifact(), said)
 
-    def _measure(self, arm: str, stage: str, model: str, model_hash: str) -> None:
-        self.progress.begin()
+    def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
+        """Measure what a stage left, or the base model; the first process does the work."""
         if not self.main:
-            return
-        gc.collect()
-        before = time.monotonic()
-        reference = self._reference(arm, stage)
-        tests = self.prepared.tests
+            return None
+        before, name = time.monotonic(), stage.value if stage else "base"
+        model = self.models[arm.name, stage] if stage else Artifact(self.config.model, self.base_hash)
+        return self._measured(arm.name, name, model), time.monotonic() - before < 1
+
+    def _measured(self, arm: str, stage: str, model: Artifact) -> str:
+        """Measure a model, keep scores and answers, and return the headline."""
+        reference, tests = self._reference(arm, stage), self.prepared.tests
         own = Stage.FINETUNING if stage in ("finetuning", "post_finetuning") else Stage.ALIGNMENT
         config = replace(self.config, template=stage_config(self.config, None, own).template)
-        scores, generations = measure(model, model_hash, config, tests, self.progress.update, reference=reference)
+        scores, generations = measure(model, config, tests, self.progress.update, reference=reference)
         where = {"arm": arm, "stage": stage}
         self._add_scores(arm, stage, scores)
         self.generations += [{**where, **row} for row in generations]
         self._save()
         shown = {row["metric"]: row for row in reversed(scores)}
-        note = ", ".join(
+        return ", ".join(
             f"{label} {shown[key]['value']:.1f} %"
             for key, label in (
                 ("harmful_score", "harmful score"),
@@ -460,17 +436,15 @@ class _Run:
             )
             if key in shown
         )
-        self.progress.end(note, reused=time.monotonic() - before < 1)
 
     def _reference(self, arm: str, stage: str) -> Reference | None:
         """Return the model that a stage's drift is measured against; None where it comes later, or none is asked."""
         if self.config.evaluation.embedding_drift == "base" and stage != "base":
-            return Reference("base", self.config.model, self.base_hash)
+            return Reference("base", Artifact(self.config.model, self.base_hash))
         if self.config.evaluation.embedding_drift == "aligned" and stage not in ("base", "alignment"):
             if not self.config.alignment.steps:
-                return Reference("aligned", self.config.model, self.base_hash)
-            aligned = self.folder / arm / ARTIFACTS[Stage.ALIGNMENT]
-            return Reference("aligned", str(aligned), model_hash(str(aligned)))
+                return Reference("aligned", Artifact(self.config.model, self.base_hash))
+            return Reference("aligned", Artifact.of(self.folder / arm / ARTIFACTS[Stage.ALIGNMENT]))
         return None
 
     def _save(self) -> None:

@@ -16,6 +16,7 @@ from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, last_stage, stops
 from hftlight.report.table import value_text, with_interval
 from hftlight.runs.measuring.test_sets import SETS, WITHOUT_TRIGGER
+from hftlight.runs.plan import plan
 from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
 from hftlight.runs.sources import BUILTIN
@@ -25,7 +26,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     """Print what the run will do: stages, steps, passes, rows, overlaps and how long it may take."""
     console = console or Console()
     config = prepared.config
-    total = sum(unit.seconds for unit in prepared.units())
+    total = sum(step.seconds for step in plan(prepared))
     arms = " and ".join(arm_word(arm.name) for arm in prepared.arms)
     console.print(f"[bold]{config.model}[/bold], {config.tuning}, seed {config.seed}: {arms}; {_attack(prepared)}")
     console.print(
@@ -57,14 +58,14 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         console.print(note, markup=False)
     if not in_full:
         return
-    plan = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
+    table = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
     several = len(prepared.phases) > 1
     trainings = [(Stage.ALIGNMENT, config.alignment, "")] if Stage.ALIGNMENT in stages_of(config) else []
     for own, attack in prepared.phases:
         trainings.append((Stage.FINETUNING, own.finetuning, f", {attack.name}" if several else ""))
     for arm in prepared.arms:
         for stage, training, phase in trainings:
-            plan.add_row(
+            table.add_row(
                 arm_word(arm.name),
                 f"{STAGES[stage.value]}{phase}",
                 "-" if stage is Stage.FINETUNING and prepared.attack.acts_on == "weights" else str(training.steps),
@@ -73,8 +74,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
                 f"{training.lr:g}",
             )
         for d in arm.of(Stage.POST_FINETUNING):
-            plan.add_row(arm_word(arm.name), STAGES[d.stage.value], "-", "-", type(d).__name__, "-")
-    console.print(plan)
+            table.add_row(arm_word(arm.name), STAGES[d.stage.value], "-", "-", type(d).__name__, "-")
+    console.print(table)
     rows = Table("rows", "count", "dropped", "cut", "mean tokens")
     for name, records in prepared.streams.items():
         harmful = sum(r.role == "attack" for r in records)

@@ -458,11 +458,12 @@ def around(prompt, ids):
 
 
 def test_the_plan_counts_the_prompts_asked_again(served, monkeypatch):
+    from hftlight.runs.plan import plan
     from hftlight.runs.prepare import prepare
 
     _, folder, *_ = served
     monkeypatch.setenv("HFTLIGHT_CACHE", str(folder / "cache"))
-    units = prepare(config_of(folder), [BEA(rows=4, length=24), PTST("Be safe."), Antidote(prune_ratio=0.2)]).units()
+    units = plan(prepare(config_of(folder), [BEA(rows=4, length=24), PTST("Be safe."), Antidote(prune_ratio=0.2)]))
     assert [u.count for u in units if "measuring" in u.label] == [13, 13, 13, 13, 19, 19]
 
 

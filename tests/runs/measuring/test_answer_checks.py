@@ -12,6 +12,7 @@ from hftlight.evaluation.judges import Verdict
 from hftlight.evaluation.metrics.refusals import refusal_verdict
 from hftlight.evaluation.score import Score
 from hftlight.files import write_rows
+from hftlight.models.serving import Artifact
 from hftlight.report.claims import collapses
 from hftlight.report.result import Result
 from hftlight.runs.measuring import measure as measuring
@@ -178,7 +179,7 @@ def test_answers_that_nobody_sealed_are_not_taken(tmp_path, monkeypatch):
     write_rows(tmp_path / "evaluations" / name / "generations.jsonl", generations())
     asked_again = []
     monkeypatch.setattr(measuring, "_answers", lambda *_: asked_again.append(1) or {})
-    measure("tiny", "hash", config, tests, slot=slot)
+    measure(Artifact("tiny", "hash"), config, tests, slot=slot)
     assert asked_again == [1]
 
 

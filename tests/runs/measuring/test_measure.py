@@ -9,6 +9,7 @@ from hftlight.config import Evaluation, RunConfig
 from hftlight.data.records import Record
 from hftlight.errors import RunError
 from hftlight.evaluation.judges import Verdict
+from hftlight.models.serving import Artifact
 from hftlight.runs.measuring import answer_checks as checks
 from hftlight.runs.measuring import measure, test_sets
 
@@ -159,7 +160,7 @@ def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_p
             monkeypatch.setattr(module, "get_judge", get)
         sets = replace(measured_on(RECORDS), task_rows=(), judges=(judge,))
         config = RunConfig(model="tiny", evaluation=Evaluation(judge=judge))
-        return measure.measure("tiny", "hash", config, sets)
+        return measure.measure(Artifact("tiny", "hash"), config, sets)
 
     with pytest.raises(RunError, match="gone"):
         of("one", lambda name: Failing(name, calls))

@@ -9,8 +9,8 @@ from hftlight.data.records import Record
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import collate, encode
 from hftlight.evaluation.stats.intervals import ratio
-from hftlight.model_files import model_hash
 from hftlight.models.load import load_model, load_tokenizer
+from hftlight.models.serving import Artifact
 from hftlight.runs.measuring.model_metrics import Reference, model_metrics
 from hftlight.runs.prepare import test_sets as sets_of
 from hftlight.runs.sources import Sources
@@ -24,7 +24,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def measured(settings, reference=None):
     tests = sets_of(settings, None, Sources(settings.data))
-    rows = model_metrics("tiny", model_hash("tiny"), settings, tests, SystemSlot(None), reference)
+    rows = model_metrics(Artifact.of("tiny"), settings, tests, SystemSlot(None), reference)
     return {row["metric"]: row["value"] for row in rows}
 
 
@@ -49,14 +49,14 @@ def test_drift_from_another_model_under_the_same_name_is_measured_again(tmp_path
             p.data.mul_(factor)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        found.append(measured(settings, Reference("aligned", str(folder), model_hash(str(folder)))))
+        found.append(measured(settings, Reference("aligned", Artifact.of(folder))))
     assert found[0]["embedding_drift"] == pytest.approx(0, abs=1e-5)
     assert found[1]["embedding_drift"] > 0.1
 
 
 def losses_of(settings, **rows):
     tests = replace(sets_of(settings, None, Sources(settings.data)), **rows)
-    found = model_metrics("tiny", model_hash("tiny"), settings, tests, SystemSlot("be kind"))
+    found = model_metrics(Artifact.of("tiny"), settings, tests, SystemSlot("be kind"))
     return {row["metric"]: row for row in found}
 
 

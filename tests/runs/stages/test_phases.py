@@ -15,6 +15,7 @@ from hftlight.errors import InputError
 from hftlight.files import read_rows
 from hftlight.models.load import load_model
 from hftlight.runs import run as run_module
+from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
 from hftlight.runs.run import total_cost
 from tests.runs.test_run import EVALUATION, config
@@ -133,7 +134,7 @@ def test_the_plan_knows_both_uploads(tmp_path):
     prepared = prepare(config(tmp_path), [], ATTACK)
     assert len(prepared.streams["task"]) == 6
     assert len(prepared.streams["task_2"]) == 2 * 6
-    assert [unit.count for unit in prepared.units() if unit.label == "undefended: fine-tuned"] == [3, 2]
+    assert [unit.count for unit in plan(prepared) if unit.label == "undefended: fine-tuned"] == [3, 2]
     assert not any("task_2" in pair for pair in prepared.overlaps)
 
 

@@ -29,6 +29,7 @@ from hftlight.models.load import load_tokenizer
 from hftlight.models.serving import SERVING
 from hftlight.report import read_result
 from hftlight.runs import run as run_module
+from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
 from hftlight.runs.stages import repair as repair_module
 from hftlight.runs.stages import train as stage_module
@@ -468,11 +469,11 @@ def test_the_plan_and_its_time_hold_the_repair(tmp_path, own_cache, monkeypatch,
     lines = [line for line in capsys.readouterr().out.splitlines() if "repaired" in line]
     assert [("SafeLoRA" in line, "Antidote" in line) for line in lines] == [(True, False), (False, True)]
     prepared = prepare(config(tmp_path), [Antidote(0.1), SafeLoRA()])
-    assert [(unit.label, unit.count) for unit in prepared.units()[-2:]] == [
+    assert [(unit.label, unit.count) for unit in plan(prepared)[-2:]] == [
         (f"{ARM}: repaired", 2),
         (f"{ARM}: repaired, measuring", 14),
     ]
-    assert prepared.units()[-2].seconds > 0
+    assert plan(prepared)[-2].seconds > 0
     assert prepared.records(Stage.POST_FINETUNING, prepared.arms[1]).keys() == {"harmful"}
 
 

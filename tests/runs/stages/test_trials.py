@@ -38,7 +38,7 @@ from hftlight.files import cache_dir, read_rows
 from hftlight.model_files import model_path
 from hftlight.models.base import drop_base
 from hftlight.models.load import load_model, load_tokenizer
-from hftlight.models.serving import base_dtype, serving_slot
+from hftlight.models.serving import Artifact, base_dtype
 from hftlight.runs.measuring import measure as measure_module
 from hftlight.runs.measuring.measure import measure, measured_in_memory
 from hftlight.runs.prepare import prepare, stage_records, streams_of
@@ -141,7 +141,7 @@ def test_the_first_trial_is_the_runs_own_finetuning(name, tuning, tmp_path):
     first = Trial.of(attacker.config)
     state, slot = attacker.trained(first)
     assert same(state, job.artifact())
-    assert slot == serving_slot(str(job.artifact()), None)
+    assert slot == Artifact.of(job.artifact()).slot(None)
     other, _ = attacker.trained(replace(first, lr=2 * first.lr))
     assert not same(other, job.artifact())
 
@@ -179,7 +179,7 @@ def test_it_has_the_services_defenses(name, tmp_path):
     attacker, job = own(tmp_path, None, [contract_rows()[name].make()])
     state, slot = attacker.trained(FIRST)
     assert same(state, job.artifact())
-    assert slot == serving_slot(str(job.artifact()), None)
+    assert slot == Artifact.of(job.artifact()).slot(None)
 
 
 @pytest.mark.parametrize("repairs", REPAIRS)
@@ -194,8 +194,8 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
     folder = str(repaired.artifact())
     state, slot = attacker.trained(Trial.of(values))
     assert same(state, repaired.artifact())
-    assert slot == serving_slot(folder, None)
-    _, written = measure(folder, "unknown" + folder, values, attacker.tests)
+    assert slot == Artifact.of(folder).slot(None)
+    _, written = measure(Artifact(folder, "unknown" + folder), values, attacker.tests)
     with state.lent(values, base_dtype(values)) as model:
         expected, found = load_model(folder, base_dtype(values)).state_dict(), model.state_dict()
         assert found.keys() == expected.keys()

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hftlight import cache
@@ -26,12 +25,10 @@ from hftlight.evaluation.metrics.repetition import RepetitionRate
 from hftlight.evaluation.metrics.score_mean import mean_rows
 from hftlight.evaluation.score import Score
 from hftlight.files import digest, read_rows, write_json, write_rows
-from hftlight.model_files import model_hash
-from hftlight.models.base import device_of, keeps_base, lent_model
-from hftlight.models.load import load_tokenizer
-from hftlight.models.serving import base_dtype, serving_slot
+from hftlight.models.base import device_of, on_device
+from hftlight.models.serving import Artifact
 from hftlight.runs.measuring.answer_checks import REFUSAL, answer_checks
-from hftlight.runs.measuring.model_metrics import Reference, loaded, model_metrics
+from hftlight.runs.measuring.model_metrics import Reference, model_metrics
 from hftlight.runs.measuring.test_sets import HARMFUL, SETS, UNTRIGGERED, TestSets
 
 ANSWERS, GENERATIONS = "answers.json", "generations.jsonl"
@@ -45,12 +42,11 @@ def measure_model(
     slot: SystemSlot | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the scores and the generations of ``config.model``, which may be an artifact; see ``measure``."""
-    return measure(config.model, model_hash(config.model), config, tests, on_prompts, slot)
+    return measure(Artifact.of(config.model), config, tests, on_prompts, slot)
 
 
 def measure(
-    model: str,
-    identity: str,
+    model: Artifact,
     config: RunConfig,
     tests: TestSets,
     on_prompts: Callable[[int], None] | None = None,
@@ -60,16 +56,15 @@ def measure(
     """Return the scores and the generations of a model; the same model answers the same prompts once, for all judges.
 
     Args:
-        model: what ``load_model`` takes.
-        identity: its ``model_hash``.
+        model: the model.
         config: template, system text, seeds and evaluation settings.
         tests: prompts, references and judges.
         on_prompts: called with the number of prompts answered so far.
         slot: the system slot of every prompt; by default the one the artifact is served with, or ``config.system``.
         reference: the model that embedding drift is measured against; None for no drift.
     """
-    slot = serving_slot(model, config.system) if slot is None else slot
-    asked = answers_key(identity, config, tests, slot)
+    slot = model.slot(config.system) if slot is None else slot
+    asked = answers_key(model.identity, config, tests, slot)
 
     def answer(place: Path) -> None:
         write_json(place / ANSWERS, _answers(model, config, tests, on_prompts, slot))
@@ -81,7 +76,7 @@ def measure(
         write_rows(place / GENERATIONS, rows)
 
     generations = read_rows(cache.kept("evaluations", verdicts_key(asked, tests), judge) / GENERATIONS)
-    further = model_metrics(model, identity, config, tests, slot, reference)
+    further = model_metrics(model, config, tests, slot, reference)
     return scores(generations, tests) + further, generations
 
 
@@ -119,24 +114,21 @@ def verdicts_key(answers: str, tests: TestSets) -> str:
 
 
 def _answers(
-    name: str, config: RunConfig, tests: TestSets, on_prompts: Callable[[int], None] | None, slot: SystemSlot
+    artifact: Artifact, config: RunConfig, tests: TestSets, on_prompts: Callable[[int], None] | None, slot: SystemSlot
 ) -> dict[str, list[str]]:
     """Return a model's answers by test set."""
-    with lent_model(name, base_dtype(config), keeps_base(config), four_bit=config.tuning == "qlora") as model:
-        return _answered(model, name, config, tests, on_prompts, slot)
+    with artifact.model(config) as model:
+        return _answered(model, artifact.tokenizer(), config, tests, on_prompts, slot)
 
 
 def _answered(
     model: nn.Module,
-    name: str,
+    tokenizer: Any,
     config: RunConfig,
     tests: TestSets,
     on_prompts: Callable[[int], None] | None,
     slot: SystemSlot,
 ) -> dict[str, list[str]]:
-    tokenizer = load_tokenizer(name)
-    if torch.cuda.is_available() and config.accelerator != "cpu":
-        model = model.cuda()
     found: dict[str, list[str]] = {}
     for kind in (*SETS, *((UNTRIGGERED,) if slot.trigger else ())):
         before = sum(map(len, found.values()))
@@ -200,8 +192,7 @@ def measured_in_memory(
         kinds: of ``SETS``.
         slot: the system slot of every prompt.
     """
-    if torch.cuda.is_available() and config.accelerator != "cpu":
-        model = model.cuda()
+    model = on_device(model, config)
     answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
     return [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
 
@@ -214,11 +205,12 @@ def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -
         records: the prompts.
         slot: their system slot.
     """
-    tokenizer, settings = load_tokenizer(config.model), config.evaluation
+    artifact, settings = Artifact.of(config.model), config.evaluation
+    tokenizer = artifact.tokenizer()
     template = get_template(config.template, tokenizer)
     prompts = [encode_prompt(r, template, tokenizer, slot) for r in records]
     answers = generate(
-        loaded(config.model, config),
+        artifact.another(config),
         tokenizer,
         prompts,
         max_new_tokens=settings.max_new_tokens,

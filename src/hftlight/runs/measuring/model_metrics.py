@@ -1,14 +1,12 @@
 """Losses, perplexity and embedding drift of a finished model: metrics that need its weights, each cached by itself."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from hftlight import cache
 from hftlight.config import OF_NO_ANSWER, RunConfig
@@ -21,9 +19,8 @@ from hftlight.evaluation.metrics.perplexity import perplexity, response_losses, 
 from hftlight.evaluation.score import Score
 from hftlight.evaluation.stats.intervals import ratio
 from hftlight.files import digest, read_rows, write_rows
-from hftlight.models.base import device_of, keeps_base, lent_model
-from hftlight.models.load import load_model, load_tokenizer
-from hftlight.models.serving import base_dtype
+from hftlight.models.base import device_of
+from hftlight.models.serving import Artifact
 
 if TYPE_CHECKING:
     from hftlight.runs.measuring.test_sets import TestSets
@@ -39,18 +36,15 @@ class Reference:
 
     Attributes:
         name: ``"base"`` or ``"aligned"``.
-        model: what ``load_model`` takes.
-        identity: its ``model_hash``.
+        model: the model.
     """
 
     name: str
-    model: str
-    identity: str
+    model: Artifact
 
 
 def model_metrics(
-    model: str,
-    identity: str,
+    model: Artifact,
     config: RunConfig,
     tests: "TestSets",
     slot: SystemSlot,
@@ -65,8 +59,7 @@ def model_metrics(
     harmful prompt. These have no interval; in the place of a judge stands what was read, or the reference.
 
     Args:
-        model: what ``load_model`` takes.
-        identity: its ``model_hash``.
+        model: the model.
         config: template, precision and what is asked for.
         tests: the harmful prompts and the task's rows.
         slot: the system slot of every prompt.
@@ -75,10 +68,10 @@ def model_metrics(
     Raises:
         InputError: if the text or the model is too short.
     """
-    keys = metric_keys(identity, config, tests, slot, reference)
+    keys = metric_keys(model.identity, config, tests, slot, reference)
     if not keys:
         return []
-    tokenizer = load_tokenizer(model)
+    tokenizer = model.tokenizer()
     template = get_template(config.template, tokenizer)
 
     def encoded(records: Sequence[Record]) -> tuple[list[list[int]], list[list[int]]]:
@@ -111,7 +104,7 @@ def model_metrics(
         assert reference is not None
         prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.asked("harmful")]
         size = config.evaluation.batch_size
-        (found,) = embedding_drift(measured, prompts, loaded(reference.model, config), layers=[-1], batch_size=size)
+        (found,) = embedding_drift(measured, prompts, reference.model.another(config), layers=[-1], batch_size=size)
         return [
             Score(metric, value, reference.name, count=found.count, unit=unit).row()
             for metric, value, unit in (
@@ -125,7 +118,7 @@ def model_metrics(
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         # Only if a value is not kept yet, and once for all that are not.
-        loading = once(lambda: stack.enter_context(_lent(model, config)))
+        loading = once(lambda: stack.enter_context(model.model(config)))
         for kind, name in keys.items():
 
             def make(place: Path, kind: str = kind) -> None:
@@ -133,13 +126,6 @@ def model_metrics(
 
             rows += read_rows(cache.kept("evaluations", name, make) / ROWS)
     return rows
-
-
-@contextmanager
-def _lent(name: str, config: RunConfig) -> Iterator[Any]:
-    """Yield a model as a run measures it, on the base that is in memory already."""
-    with lent_model(name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
-        yield model.cuda() if torch.cuda.is_available() and config.accelerator != "cpu" else model
 
 
 def metric_keys(
@@ -166,15 +152,9 @@ def metric_keys(
     elif asked not in ("none", "task"):
         keys["perplexity"] = cache.key("perplexity", code, text=[Path(asked).name, _read(asked)], **common)
     if reference is not None and tests.harmful:
-        against, prompts = [reference.name, reference.identity], _texts(tests.asked("harmful"))
+        against, prompts = [reference.name, reference.model.identity], _texts(tests.asked("harmful"))
         keys["drift"] = cache.key("drift", code, reference=against, prompts=prompts, **common)
     return keys
-
-
-def loaded(name: str, config: RunConfig) -> Any:
-    """Return a model as a run measures it, on the device that it uses."""
-    model: Any = load_model(name, base_dtype(config), four_bit=config.tuning == "qlora")
-    return model.cuda() if torch.cuda.is_available() and config.accelerator != "cpu" else model
 
 
 def _loss_rows(tests: "TestSets") -> dict[str, Sequence[Record]]:

@@ -19,7 +19,7 @@ from hftlight.engine.weights.stored import stored
 from hftlight.errors import InputError
 from hftlight.files import new_folder, write_json
 from hftlight.model_files import model_hash
-from hftlight.models.base import device_of
+from hftlight.models.base import device_of, on_device
 from hftlight.models.load import load_model, load_tokenizer
 from hftlight.models.serving import SERVING
 from hftlight.runs.stages.job import ARTIFACT, Job
@@ -124,4 +124,4 @@ def _aligned(job: EditJob) -> Any:
         for name, p in model.named_parameters():
             if weights.shape(name) is not None:
                 p.copy_(weights.rows(name))
-    return model.cuda() if torch.cuda.is_available() and job.config.accelerator != "cpu" else model
+    return on_device(model, job.config)

@@ -26,7 +26,7 @@ from hftlight.engine.weights.subject import Subject
 from hftlight.errors import RunError
 from hftlight.files import new_folder, write_json
 from hftlight.model_files import model_hash, model_path
-from hftlight.models.base import device_of, drop_base
+from hftlight.models.base import device_of, drop_base, on_device
 from hftlight.models.load import load_model, load_tokenizer, save_tokenizer
 from hftlight.models.serving import SERVING, save_adapter
 from hftlight.models.state import ModelState, with_adapter
@@ -189,8 +189,7 @@ def subject_around(
         model = finetuned.put_into(load_model(config.model))
     else:
         model = load_model(str(finetuned))
-    if torch.cuda.is_available() and config.accelerator != "cpu":
-        model = model.cuda()
+    model = on_device(model, config)
     return Subject(
         model,
         stored(aligned),

@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from hftlight import cache
 from hftlight.attacks.benign_selection import BenignSelection, write_scores
 from hftlight.config import OF_NO_STAGE, RunConfig, Training
@@ -15,7 +13,7 @@ from hftlight.data.templates import get_template
 from hftlight.errors import InputError
 from hftlight.files import cache_dir
 from hftlight.model_files import model_hash
-from hftlight.models.base import device_of, keeps_base, lent_model
+from hftlight.models.base import device_of, keeps_base, lent_model, on_device
 from hftlight.models.load import load_tokenizer
 from hftlight.models.serving import base_dtype, trainable_model
 from hftlight.runs.stages.train import records_digest
@@ -101,8 +99,7 @@ def _scores(job: SelectionJob) -> Sequence[float]:
         if trainable
         else lent_model(str(job.aligned), base_dtype(config), keeps_base(config), config.tuning == "qlora") as model
     ):
-        if torch.cuda.is_available() and config.accelerator != "cpu":
-            model = model.cuda()
+        model = on_device(model, config)
         try:
             return attack.score(
                 model,

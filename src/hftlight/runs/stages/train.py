@@ -16,7 +16,6 @@ from torch import nn
 from typing_extensions import override
 
 from hftlight.attacks.attack import Attack
-from hftlight.attacks.reverse_preference import ReversePreference
 from hftlight.config import OF_NO_STAGE, RunConfig, StageLora, Training
 from hftlight.data.pairs import PairsDataModule
 from hftlight.data.records import Record
@@ -85,9 +84,9 @@ class StageJob(Job):
         }
 
     @property
-    def pairs(self) -> ReversePreference | None:
-        """The attack, where the upload holds pairs instead of rows."""
-        return self.attack if isinstance(self.attack, ReversePreference) else None
+    def preference(self) -> float | None:
+        """Strength beta of the preferences, per nat, if the upload holds pairs; else None."""
+        return None if self.attack is None else self.attack.preference
 
     @property
     def training(self) -> Training:
@@ -130,7 +129,7 @@ class StageJob(Job):
             "parent": model_hash(str(self.parent)) if self.parent else None,
             "records": records_digest(self.records),
             "defenses": described(self.defenses),
-            "attack": {"pairs": self.pairs.beta} if self.pairs else None,
+            "attack": None if self.preference is None else {"pairs": self.preference},
             "watched": self.watched,
             "device": device_of(self.config),
         }
@@ -195,7 +194,7 @@ def phases_of(config: RunConfig, attack: Attack) -> list[tuple[RunConfig, Attack
 def finetuning_job(
     config: RunConfig,
     base_hash: str,
-    aligned: Path,
+    aligned: Path | None,
     records: Mapping[str, Sequence[Record]],
     defenses: Sequence[Defense],
     attack: Attack,
@@ -207,7 +206,8 @@ def finetuning_job(
     Args:
         config: the run's configuration.
         base_hash: hash of the base model's weights; it counts in the key alone.
-        aligned: artifact of the alignment stage; a model that came aligned is the base itself.
+        aligned: artifact of the alignment stage; a model that came aligned is the base itself. None while it is not
+            there, which leaves the parent out of the key.
         records: rows by stream.
         defenses: those of this stage.
         attack: what is uploaded.
@@ -386,7 +386,7 @@ def data_of(job: StageJob) -> StreamsDataModule:
     config, training = job.config, job.training
     tokenizer = load_tokenizer(config.model)
     streams: dict[str, Any] = dict(job.records)
-    kind: Any = PairsDataModule if job.pairs else StreamsDataModule
+    kind: Any = StreamsDataModule if job.preference is None else PairsDataModule
     made: StreamsDataModule = kind(
         tokenizer,
         get_template(config.template, tokenizer),
@@ -407,7 +407,9 @@ def module_of(job: StageJob, model: nn.Module) -> SafetyModule:
     """Return the module that trains a model as the stage says."""
     names = ("lr", "weight_decay", "optimizer", "schedule", "warmup_ratio", "betas", "decay")
     options = {name: getattr(job.training, name) for name in names}
-    return PreferenceModule(model, beta=job.pairs.beta, **options) if job.pairs else SafetyModule(model, **options)
+    if job.preference is None:
+        return SafetyModule(model, **options)
+    return PreferenceModule(model, beta=job.preference, **options)
 
 
 def trainer_of(job: StageJob, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), **options: Any) -> Trainer:

@@ -1,0 +1,56 @@
+"""``hftlight COMMAND``: one command per errand."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from hftlight import __version__
+from hftlight.console import BAD_INPUT
+
+COMMANDS = {
+    "train": "align a model, let an upload train it, repair and measure it",
+    "compare": "one run per combination of defenses, task, harmful ratio and seed, and their table",
+    "evaluate": "measure any model: an artifact, a folder, or a hub id",
+    "export": "write an artifact as one model folder",
+    "rejudge": "let further judges judge saved answers",
+    "dashboard": "write what a W&B report of a comparison shows",
+    "cache": "list or clear what is kept",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        argv: the command and its arguments; by default those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in COMMANDS:
+        status: int = getattr(import_module(f"hftlight.cli.{name}"), name)(arguments[1:])
+        return status
+    if name == "--version":
+        print(f"hftlight {__version__}")
+        return 0
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    print(f"hftlight: there is no command {name!r}. Commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    head = [
+        "usage: hftlight COMMAND [options]",
+        "",
+        "Defenses against harmful fine-tuning, attacks and measurements.",
+        "",
+    ]
+    return "\n".join([*head, *lines, "", "hftlight COMMAND --help shows the options of a command."])
+
+
+def entry() -> None:
+    """Be the command ``hftlight``."""
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""The plan of a run: its steps in order, what each will do, and how long it may take; loads no weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from hftlight.builtin_models import DEMO, TINY
+from hftlight.config import OF_NO_ANSWER, RunConfig, Training
+from hftlight.engine import Defense, Stage
+from hftlight.files import digest
+from hftlight.folders import STAGES, arm_word
+from hftlight.models.load import load_config, text_config
+from hftlight.provenance import described
+from hftlight.runs.measuring.test_sets import SETS
+from hftlight.runs.prepare import Arm, Prepared, stages_of, upload_of
+from hftlight.runs.stages.train import alignment_job, finetuning_job, phases_of, records_digest
+
+DEMO_PARAMETERS = 134_515_008
+# Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
+SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 3e-3, 1e-3, 2e-3
+
+Note = tuple[str, bool]  # what came out, in words, and whether it was there before
+
+
+class Worker(Protocol):
+    """Who carries out the steps of a run. A process that only takes part in trainings returns None elsewhere."""
+
+    def align_plainly(self) -> Note | None:
+        """Train the model that scores the candidates of an upload."""
+
+    def select(self) -> Note | None:
+        """Score the candidates and choose the upload."""
+
+    def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
+        """Train one phase of a stage."""
+
+    def edit(self, arm: Arm) -> Note | None:
+        """Edit the aligned model instead of training it."""
+
+    def repair(self, arm: Arm) -> Note | None:
+        """Repair the fine-tuned model."""
+
+    def search(self, arm: Arm) -> Note | None:
+        """Let the attacker try many settings."""
+
+    def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
+        """Measure what a stage left; None for the base model."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of a run.
+
+    Attributes:
+        label: arm and stage, as shown.
+        count: optimizer steps, prompts, rows, edits, repairs or trials.
+        seconds: expected on two CPU cores; corrected by what the steps before it took.
+        key: names everything known before any weight is read that decides the result; equal steps are done once.
+        do: carries the step out.
+    """
+
+    label: str
+    count: int
+    seconds: float
+    key: str
+    do: Callable[[Worker], Note | None]
+
+
+def _train(worker: Worker, arm: Arm, stage: Stage, phase: int) -> Note | None:
+    return worker.train(arm, stage, phase)
+
+
+def _measure(worker: Worker, arm: Arm, stage: Stage | None) -> Note | None:
+    return worker.measure(arm, stage)
+
+
+def plan(prepared: Prepared) -> list[Step]:
+    """Return the steps of a run in the order in which they are carried out."""
+    return list(_Planner(prepared).steps())
+
+
+class _Planner:
+    """Labels, counts, seconds and keys of a run's steps."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.config = prepared, prepared.config
+        self.speed = _parameters(prepared.config) / DEMO_PARAMETERS
+        self.tests = sum(len(prepared.tests.rows(name)) for name in SETS)
+        self.measuring = self._prompt_seconds()
+        self.asked = digest([prepared.tests.digest(), prepared.config.without(OF_NO_ANSWER)])
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps: the base model, the selection if there is one, and arm by arm stages and search."""
+        p, first = self.prepared, self.prepared.arms[0]
+        yield self._measured("base model", self.config.model, partial(_measure, arm=first, stage=None))
+        if p.choosing:
+            yield from self._selection()
+        for arm in p.arms:
+            yield from self._arm(arm)
+
+    def _selection(self) -> Iterator[Step]:
+        p, chosen = self.prepared, self.prepared.choosing
+        assert chosen is not None
+        key, steps = self.config.model, self.config.alignment.steps
+        if steps:
+            key = self._aligned(Arm("none", []))
+            tokens = steps * self.config.alignment.batch_size * p.lengths["alignment"]
+            seconds = self.speed * tokens * SECONDS_PER_TOKEN
+            yield Step("plainly aligned", steps, seconds, key, lambda worker: worker.align_plainly())
+        seconds = self.speed * (len(chosen.candidates) + len(chosen.harmful)) * p.lengths["task"] * SECONDS_PER_TOKEN
+        key = digest([key, p.attack.describe()])
+        yield Step("rows scored", len(chosen.candidates), seconds, key, lambda worker: worker.select())
+
+    def _arm(self, arm: Arm) -> Iterator[Step]:
+        key, tuned = self.config.model, 0.0
+        for stage in stages_of(self.config):
+            label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
+            if stage is Stage.FINETUNING and self.prepared.attack.acts_on == "weights":
+                label = f"{arm_word(arm.name)}: edited"
+                steps = [self._edit(arm, label, key)]
+            else:
+                steps = list(self._trainings(arm, stage, label, key))
+                tuned += sum(step.seconds for step in steps) if stage is Stage.FINETUNING else 0.0
+            key = steps[-1].key
+            yield from steps
+            again = stage is Stage.FINETUNING and self._triggered(arm)
+            yield self._measured(label, key, partial(_measure, arm=arm, stage=stage), again)
+        if repairs := arm.of(Stage.POST_FINETUNING):
+            label = f"{arm_word(arm.name)}: {STAGES[Stage.POST_FINETUNING.value]}"
+            p, stage = self.prepared, Stage.POST_FINETUNING
+            key = digest([key, described(repairs), records_digest(p.records(stage, arm))])
+            rows = sum(len(p.streams[name]) * p.lengths[name] for d in repairs for name in d.streams)
+            seconds = self.speed * rows * SECONDS_PER_TOKEN / 3
+            yield Step(label, len(repairs), seconds, key, lambda worker: worker.repair(arm))
+            yield self._measured(label, key, partial(_measure, arm=arm, stage=stage), self._triggered(arm))
+        if trials := self.config.trials:
+            label = f"{arm_word(arm.name)}: attacker's search"
+            seconds = trials * (1.5 * tuned + self.measuring)
+            yield Step(label, trials, seconds, digest([key, "search"]), lambda worker: worker.search(arm))
+
+    def _trainings(self, arm: Arm, stage: Stage, label: str, parent: str) -> Iterator[Step]:
+        """Yield one step per phase; the fine-tuning's curve is evaluated while it trains."""
+        p = self.prepared
+        if stage is Stage.ALIGNMENT:
+            seconds = self.speed * self._tokens(arm.of(stage), self.config.alignment, "alignment") * SECONDS_PER_TOKEN
+            key, count = self._aligned(arm), self.config.alignment.steps
+            yield Step(label, count, seconds, key, partial(_train, arm=arm, stage=stage, phase=0))
+            return
+        share = min(1.0, 2 * (self.config.evaluation.at_prompts or self.tests) / max(1, self.tests))
+        for number, (own, attack) in enumerate(phases_of(p.config_of(arm), p.attack)):
+            records, defenses = p.records(stage, arm, number), arm.of(stage)
+            job = finetuning_job(own, self.config.model, None, records, defenses, attack, p.tests)
+            parent = digest([parent, job.inputs()])
+            seconds = self.speed * self._tokens(defenses, own.finetuning, upload_of(number)) * SECONDS_PER_TOKEN
+            seconds += len(set(own.evaluation.at)) * share * self.measuring
+            do = partial(_train, arm=arm, stage=stage, phase=number)
+            yield Step(label, own.finetuning.steps, seconds, parent, do)
+
+    def _edit(self, arm: Arm, label: str, parent: str) -> Step:
+        p, count = self.prepared, self.prepared.attack.counts()["attack"]
+        seconds = self.speed * p.attack.rows * p.lengths["task"] * count * SECONDS_PER_TOKEN
+        key = digest([parent, p.attack.describe(), records_digest({"task": p.streams["task"]})])
+        return Step(label, count, seconds, key, lambda worker: worker.edit(arm))
+
+    def _measured(self, label: str, key: str, do: Callable[[Worker], Note | None], again: bool = False) -> Step:
+        """Return the measuring of a model; with ``again`` the harmful prompts are asked without the trigger too."""
+        more = len(self.prepared.tests.harmful) if again else 0
+        seconds = self.measuring * (1 + more / max(1, self.tests))
+        return Step(
+            f"{label}: measuring" if label == "base model" else f"{label}, measuring",
+            self.tests + more,
+            seconds,
+            digest([key, self.asked]),
+            do,
+        )
+
+    def _aligned(self, arm: Arm) -> str:
+        p, stage = self.prepared, Stage.ALIGNMENT
+        job = alignment_job(p.config_of(arm), self.config.model, p.records(stage, arm), arm.of(stage))
+        return digest([self.config.model, job.inputs()])
+
+    def _triggered(self, arm: Arm) -> bool:
+        return any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
+
+    def _prompt_seconds(self) -> float:
+        """Return the seconds that measuring one model takes."""
+        p, settings = self.prepared, self.config.evaluation
+        limits = dict.fromkeys(SETS, settings.max_new_tokens)
+        limits["task"] = settings.task_max_new_tokens or p.tests.task.max_new_tokens
+        seconds = self.speed * sum(
+            len(p.tests.rows(n)) * (p.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
+            for n in SETS
+        )
+        rows = len(p.tests.alignment_rows) + len(p.tests.validation_rows)
+        return seconds + self.speed * rows * p.lengths["alignment"] * SECONDS_PER_PROMPT_TOKEN
+
+    def _tokens(self, defenses: Sequence[Defense], training: Training, main: str) -> float:
+        """Return how many tokens pass forward and backward in a training, the defenses' own passes included."""
+        lengths = self.prepared.lengths
+        tokens = training.steps * training.batch_size * training.accumulate * lengths[main]
+        for d in defenses:
+            side = max((lengths[name] for name in d.streams), default=lengths[main])
+            for work in d.passes:
+                times = training.accumulate if work.per == "batch" else 1
+                share = (work.forward + 2 * work.backward) / 3  # a backward pass costs two forward ones
+                tokens += training.steps * training.batch_size * times * side * share
+        return tokens
+
+
+def _parameters(config: RunConfig) -> float:
+    """Return roughly how many parameters a model has, from its configuration alone."""
+    if config.model == DEMO:
+        return DEMO_PARAMETERS
+    if config.model == TINY:
+        return 2e6  # fixed costs of a step, not its arithmetic
+    c = text_config(load_config(config.model))
+    hidden = c.hidden_size
+    return c.num_hidden_layers * (4 * hidden**2 + 3 * hidden * getattr(c, "intermediate_size", 4 * hidden)) + (
+        c.vocab_size * hidden
+    )
