@@ -1,8 +1,11 @@
 """Published protocols, every number against the table they come from, written out here once more."""
 
+import re
+
 import pytest
 
-from hftlight.attacks import ATTACKS, PRESETS, IdentityShift, get_preset
+from hftlight.attacks import ATTACKS, PRESET_TASKS, PRESETS, IdentityShift, get_preset, steps_of
+from hftlight.attacks.protocols.protocol import FOLDER, load
 from hftlight.config import RunConfig, Training
 from hftlight.errors import InputError
 from tests.attacks.rows import made_up
@@ -272,3 +275,59 @@ def test_unknown_names_get_the_nearest(arguments, message):
 def test_unknown_fields_get_the_nearest():
     with pytest.raises(InputError, match=r"got 'epoch'\. Did you mean 'epochs'\?"):
         get_preset("booster25", epoch=3)
+
+
+def test_the_folder_holds_the_protocols_and_no_other():
+    assert {file.stem for file in FOLDER.glob("*.yaml")} == set(PRESETS)
+
+
+@pytest.mark.parametrize("task", PRESET_TASKS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_file_loads(name, task):
+    preset = load(FOLDER / f"{name}.yaml", task)
+    assert preset == get_preset(name, task)
+    assert all(isinstance(note, str) for note in preset.notes)
+    config = preset.config(RunConfig(num_samples=51802) if name == "qi24_benign" else None)
+    config.check()
+
+
+@pytest.mark.parametrize("name", PRESETS[:6])
+def test_the_note_on_alignment_counts_the_steps_of_the_run(name):
+    preset = get_preset(name)
+    alignment = preset.config().alignment
+    found = re.search(r"(\d+) epochs of (\d+) rows in batches of (\d+) are (\d+) steps", preset.notes[0])
+    epochs, rows, batch, steps = map(int, found.groups())
+    assert (batch, steps) == (alignment.batch_size, alignment.steps)
+    assert steps == steps_of(rows, batch, epochs)
+
+
+def test_the_notes_name_the_arguments_of_a_comparison():
+    preset = get_preset("panacea25")
+    given = [f"{d} {key} {value:g}" for d, values in preset.arguments.items() for key, value in values.items()]
+    assert len(given) == 4
+    assert any(all(words in note for words in given) for note in preset.notes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("source: ", "sauce: ", r"own\.yaml: keys are source, .*, got 'sauce'\. Did you mean 'source'\?"),
+        ("notes:", "tasks_: {}\nnotes:", r"own\.yaml: keys are .*, got 'tasks_'\. Did you mean 'tasks'\?"),
+        ("  batch_size: 10\n", "  batchsize: 10\n", r"own\.yaml, attack: .*, got 'batchsize'.* 'batch_size'"),
+        ("    clip: 1.0", "    clipp: 1.0", r"own\.yaml, run\.alignment: .*, got 'clipp'\. Did you mean 'clip'"),
+        ("  max_tokens: 256", "  max_token: 256", r"own\.yaml, run: .*, got 'max_token'\. Did you mean 'max_tokens'"),
+        ("  gsm8k:", "  gsm8:", r"own\.yaml, tasks: .*, got 'gsm8'\. Did you mean 'gsm8k'"),
+        ("    attack: {p: 0.05}", "    atack: {p: 0.05}", r"own\.yaml, tasks\.gsm8k: .*, got 'atack'.* 'attack'"),
+        ("  lora: {r: 32", "  lora: {rank: 32", r"own\.yaml, run\.lora: .*, got 'rank'"),
+        ("model: ", "# model: ", r"own\.yaml: the key 'model' is missing"),
+        ("  lr: 1.0e-5", "  lr: 1e-5", r"own\.yaml, attack: '1e-5' is text in YAML\. Write numbers as 1\.0e-5"),
+        ("    lr: 5.0e-4", "    lr: 5e-4", r"own\.yaml: '5e-4' is text in YAML"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_by_name(tmp_path, old, new, message):
+    text = (FOLDER / "booster25.yaml").read_text(encoding="utf-8")
+    assert old in text
+    file = tmp_path / "own.yaml"
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        load(file)
