@@ -5,8 +5,17 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := $(VENV)/.ready
 TORCH := 2.13.0
+LOOSE := python -m pip install --quiet --disable-pip-version-check
+FETCH := $(LOOSE) -c constraints.txt
 
-.PHONY: help install model demo demo-quick test test-slow lint notebooks bench clean
+# What the wheel and the oldest versions are tried with.
+SMALL := --model tiny --num_samples 40 --alignment.steps 4 --finetuning.steps 4 --evaluation.prompts 8 \
+	--evaluation.over_refusal_prompts 4 --evaluation.task_rows 8 --evaluation.max_new_tokens 8 --evaluation.loss_rows 4
+SHORT := tests/data/test_tokens.py tests/engine/step/test_step.py tests/models/test_load.py \
+	tests/defenses/alignment/test_booster.py tests/evaluation/metrics/test_metrics.py tests/runs/stages/test_phases.py
+LOWEST := import re, tomllib; print("\n".join(d.replace(">=", "==") for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
+
+.PHONY: help install model demo demo-quick test test-slow test-wheel test-lowest lint pages notebooks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +47,21 @@ test: $(READY)  ## the test suite, without what is marked slow
 test-slow: $(READY)  ## what is marked slow
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
+test-wheel: $(READY)  ## the wheel and the example plugin, installed in an environment of their own, away from the checkout
+	@rm -rf dist build/wheel && $(PIP) build && $(PY) -m build --wheel --outdir dist . >/dev/null
+	@$(PYTHON) -m venv build/wheel
+	@command -v nvidia-smi >/dev/null 2>&1 || build/wheel/bin/$(FETCH) "torch==$(TORCH)+cpu" 2>/dev/null || true
+	@build/wheel/bin/$(FETCH) dist/hftlight-*.whl && build/wheel/bin/$(FETCH) --no-deps ./recipes/plugin
+	@mkdir -p build/elsewhere && cd build/elsewhere && export HFTLIGHT_CACHE=$$PWD/cache && ../wheel/bin/hftlight --help && \
+		../wheel/bin/hftlight train --defense shrink --baseline $(SMALL) --output $$PWD/runs
+
+test-lowest: $(READY)  ## a short set of tests with the lowest versions that pyproject.toml allows
+	@$(PYTHON) -m venv build/lowest && mkdir -p build
+	@$(PY) -c '$(LOWEST)' > build/lowest.txt
+	@command -v nvidia-smi >/dev/null 2>&1 || build/lowest/bin/$(LOOSE) "torch==$(TORCH)+cpu" 2>/dev/null || true
+	@build/lowest/bin/$(LOOSE) -r build/lowest.txt pytest pytest-xdist && build/lowest/bin/$(LOOSE) --no-deps -e .
+	@OMP_NUM_THREADS=1 HFTLIGHT_CACHE=build/lowest/cache build/lowest/bin/python -m pytest -q $(SHORT)
+
 lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -51,5 +75,5 @@ bench: $(READY)  ## speed and memory of the defenses, as ratios to plain fine-tu
 	@$(PY) benchmarks/safe_lora.py
 	@$(PY) benchmarks/generation.py
 
-clean:  ## remove the environment; runs and the cache stay
-	@rm -rf $(VENV)
+clean:  ## remove the environments and what was built; runs and the cache stay
+	@rm -rf $(VENV) build dist

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import hftlight
 from hftlight.attacks.attack import option_of
 from hftlight.attacks.protocols.protocol import PRESETS, get_preset
 from hftlight.cli.arguments import plain_names
 from hftlight.cli.cache import cache
 from hftlight.cli.compare import compare
+from hftlight.cli.main import COMMANDS, main
 from hftlight.cli.train import parse_train, train
 from hftlight.registry import defenses
 from hftlight.runs.plan import plan
@@ -23,17 +25,43 @@ ROOT = Path(__file__).parents[2]
 TRAIN = [str(ROOT / "recipes" / "train.py")]
 
 
-def test_help_answers_without_torch():
+ALL = ("booster", "--harmful_ratio", "0-1", "default: 0.1", "--alignment.lr", "--dry_run")
+SHORT = ("booster", "--harmful_ratio", "0-1", "[0.1]", "--dry_run", "--help all")
+
+
+@pytest.mark.parametrize(("words", "shown"), [(["all"], ALL), ([], SHORT)])
+def test_help_answers_without_torch(words, shown):
     code = (
-        "import sys; sys.argv = ['train.py', '--help']\n"
+        f"import sys; sys.argv = ['train.py', '--help', *{words}]\n"
         "from hftlight.cli.train import train\n"
         "try:\n    train()\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("booster", "--harmful_ratio", "0-1", "default: 0.1", "--alignment.lr", "--dry_run"):
+    for word in shown:
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate"])
+def test_help_fits_on_one_screen(command):
+    done = warm.run(["-m", "hftlight", command, "--help"])
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    assert len(warm.run(["-m", "hftlight", command, "--help", "all"]).stdout.splitlines()) > 150
+
+
+def test_the_command_names_its_commands(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in COMMANDS)
+    assert main(["trian"]) == 2
+    assert "there is no command 'trian'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert hftlight.__version__ in capsys.readouterr().out
+    assert main(["cache", "list"]) == 0
 
 
 def test_help_of_a_defense_shows_unit_range_and_default():
