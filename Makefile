@@ -48,7 +48,7 @@ test-slow: $(READY)  ## what is marked slow
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
 test-wheel: $(READY)  ## the wheel and the example plugin, installed in an environment of their own, away from the checkout
-	@rm -rf dist build/wheel && $(PIP) build && $(PY) -m build --wheel --outdir dist . >/dev/null
+	@rm -rf dist build/wheel && $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	@$(PYTHON) -m venv build/wheel
 	@command -v nvidia-smi >/dev/null 2>&1 || build/wheel/bin/$(FETCH) "torch==$(TORCH)+cpu" 2>/dev/null || true
 	@build/wheel/bin/$(FETCH) dist/hftlight-*.whl && build/wheel/bin/$(FETCH) --no-deps ./recipes/plugin

@@ -29,8 +29,8 @@ from hftlight.registry import name_of
 from hftlight.runs.measuring.test_sets import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
-from hftlight.runs.stages.budget import Budget
 from hftlight.runs.stages.train import phases_of, stage_config
+from hftlight.search.space import Budget
 
 UNLIMITED = 10**9  # tokens
 

@@ -50,7 +50,7 @@ from hftlight.runs.plan import Note, plan
 from hftlight.runs.prepare import BUILTIN, Arm, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
-from hftlight.runs.stages.attacker import Attacker, Budget, Outcome, search
+from hftlight.runs.stages.attacker import Attacker
 from hftlight.runs.stages.model_edit import EditJob, run_edit
 from hftlight.runs.stages.repair import RepairJob, run_repair
 from hftlight.runs.stages.selection import SelectionJob, run_selection
@@ -63,6 +63,8 @@ from hftlight.runs.stages.train import (
     run_stage,
     stage_config,
 )
+from hftlight.search.search import Outcome, search
+from hftlight.search.space import Budget
 
 ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.POST_FINETUNING: "repaired"}
 

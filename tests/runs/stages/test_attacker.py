@@ -15,7 +15,8 @@ from hftlight.defenses import Antidote, Lisa
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.stats.intervals import wilson
 from hftlight.runs.stages import attacker as attacker_module
-from hftlight.runs.stages.attacker import RECORD, Attacker, Budget, Outcome, Trial, search, trial_config
+from hftlight.runs.stages.attacker import Attacker, Budget, Trial, trial_config
+from hftlight.search.search import RECORD, Outcome, search
 from tests.runs.test_run import config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -156,7 +157,7 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
         other = made(changes.pop("defenses", ()))
         for name, value in {"config": config, **changes}.items():
             setattr(other, name, value)
-        return attacker_module._settings(other)
+        return other.settings()
 
     unaligned = tmp_path / "aligned"
     shutil.copytree(attacker.aligned, unaligned)

@@ -1,0 +1,1 @@
+"""Search over settings: a space of trials, and a search that knows no runs."""
