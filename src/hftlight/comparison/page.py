@@ -1,9 +1,9 @@
 """A comparison as one self-contained page: verdict, table, figures, and every answer with filter and sort."""
 
 import json
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,14 +13,26 @@ from hftlight.comparison.leaderboard import caption, table_rows
 from hftlight.comparison.read import SETS, Comparison, Scene, arm_of, mark, read_comparison, served
 from hftlight.files import write_text
 from hftlight.folders import arm_word
-from hftlight.report.figure import outcome_bars, svg
-from hftlight.report.html.assets import COMPARISON_SCRIPT, document
+from hftlight.report.figure import outcome_bars
+from hftlight.report.html.render import Drawing, embed, render_page
 from hftlight.report.table import HEADLINE
 
 WORDS = {
     "harmful_score": ("Harmful score", "harmful score, percent"),
     "finetune_accuracy": ("Finetune accuracy", "finetune accuracy, percent"),
 }
+COLUMNS = ("Defense", "Task", "p", "Seed", "Set", "Verdict", "Prompt", "Answer")  # of the answers
+CHOICES = 6  # the first columns have few values: each is a list to choose from
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table: a task, an arm with its place in the palette, and cells with whether each is the best."""
+
+    task: str
+    arm: str
+    color: int
+    cells: Sequence[tuple[str, bool]]
 
 
 def write_comparison_report(folder: str | Path) -> Path:
@@ -36,42 +48,41 @@ def write_comparison_report(folder: str | Path) -> Path:
 
 def comparison_page(comparison: Comparison) -> str:
     """Return the whole page as HTML."""
-    sections = {
-        "Table": _table(comparison),
-        "Figures": _figures(comparison),
-        "Answers": _answers(comparison),
-        "How it was made": _provenance(comparison),
-    }
-    verdict = "".join(f"<p>{escape(said)}</p>".replace(" %", "&nbsp;%") for said in claims(comparison))
-    head = f"<div class='verdict claims'>{verdict}</div>{_waiting(comparison)}"
-    return document(comparison.folder.resolve().name, sections, head, COMPARISON_SCRIPT)
-
-
-def _waiting(comparison: Comparison) -> str:
-    if not comparison.missing:
-        return ""
-    listed = "; ".join(f"{name} ({why})" for name, why in comparison.missing.items())
-    return f"<p class='note'>Not finished: {escape(listed)}.</p>"
-
-
-def _table(comparison: Comparison) -> str:
-    head, *rows = table_rows(comparison, lambda text: f"\0{text}")
-    arms = {arm_word(arm): arm for arm in comparison.arms}
-    top = "".join(f"<th class='{'number' if i > 1 else ''}'>{escape(text)}</th>" for i, text in enumerate(head))
-    lines = []
-    for task, word, *cells in rows:
-        dot = f"<span class='dot' style='background: var(--arm-{color_place(comparison, arms[word])})'></span>"
-        numbers = "".join(f"<td class='number'>{_number(cell)}</td>" for cell in cells)
-        lines.append(f"<tr><td>{escape(task)}</td><td>{dot}{escape(word)}</td>{numbers}</tr>")
-    return (
-        f"<div class='scroll'><table class='wide'><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        f"</div><p class='caption'>{escape(caption(comparison))}</p>"
+    headers, rows = _table(comparison)
+    answers = _answers(comparison)
+    choices = {name: list(dict.fromkeys(row[i] for row in answers)) for i, name in enumerate(COLUMNS[:CHOICES])}
+    settings = {"Settings of every cell": "config", "Arguments of defenses and attacks": "arguments"}
+    return render_page(
+        "comparison/page.html.j2",
+        "comparison.js",
+        name=comparison.folder.resolve().name,
+        sentences=claims(comparison),
+        missing="; ".join(f"{name} ({why})" for name, why in comparison.missing.items()),
+        headers=headers,
+        rows=rows,
+        caption=caption(comparison),
+        drawings=_drawings(comparison),
+        columns=COLUMNS,
+        choices=choices,
+        answers=answers,
+        caveats=_caveats(comparison),
+        texts={
+            title: json.dumps(comparison.settings.get(name, {}), indent=1, ensure_ascii=False)
+            for title, name in settings.items()
+        },
     )
 
 
-def _number(cell: str) -> str:
-    text = escape(cell.removeprefix("\0"))
-    return f"<strong>{text}</strong>" if cell.startswith("\0") else text
+def _table(comparison: Comparison) -> tuple[list[str], list[TableRow]]:
+    """Return the table's headers and rows."""
+    best = "\0"  # before the text of a cell that is the best of its column
+    headers, *lines = table_rows(comparison, lambda text: f"{best}{text}")
+    colors = {arm_word(arm): color_place(comparison, arm) for arm in comparison.arms}
+    rows = [
+        TableRow(task, arm, colors[arm], [(cell.removeprefix(best), cell.startswith(best)) for cell in cells])
+        for task, arm, *cells in lines
+    ]
+    return headers, rows
 
 
 def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
@@ -98,50 +109,29 @@ def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
     return [(name, title, figure, text) for name, title, figure, text in drawn if figure is not None]
 
 
-def _figures(comparison: Comparison) -> str:
-    shown = "".join(
-        f"<figure><h3>{title}</h3><div role='img' aria-label='{escape(text)}'>{svg(figure, name)}</div>"
-        f"<figcaption>{escape(text)}</figcaption></figure>"
-        for name, title, figure, text in figures(comparison)
-    )
-    return f"<div class='figures'>{shown}</div>" if shown else "<p class='muted'>Nothing to draw yet.</p>"
+def _drawings(comparison: Comparison) -> list[Drawing]:
+    return [embed(figure, name, title, text, label=text) for name, title, figure, text in figures(comparison)]
 
 
-def _answers(comparison: Comparison) -> str:
-    """Return the filters, an empty table, and the answers as data that the page's script fills it with."""
-    columns = {name: metric for metric, name in SETS.items()}
-    rows: list[list[Any]] = []
+def _answers(comparison: Comparison) -> list[list[str]]:
+    """Return the answers of the models that are served, in the order of ``COLUMNS``."""
+    metrics = {name: metric for metric, name in SETS.items()}
+    rows = []
     for place, by_seed in comparison.cells.items():
         for seed, result in sorted(by_seed.items()):
             arm, stage = arm_of(result), served(result)
             for answer in result.answers:
-                if (answer.arm, answer.stage) == (arm, stage) and answer.set in columns:
-                    metric = columns[answer.set]
+                if (answer.arm, answer.stage) == (arm, stage) and answer.set in metrics:
+                    metric = metrics[answer.set]
                     said = mark(answer, metric, result)
                     scene = str(Scene(place.task, place.attack))
                     where = [arm_word(place.arm), scene, f"{place.harmful_ratio:g}", str(seed)]
                     rows.append([*where, metric.replace("_", " "), said, answer.prompt, answer.response])
-    if not rows:
-        return "<p class='muted'>No answers yet.</p>"
-    data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
-    names = ("Defense", "Task", "p", "Seed", "Set", "Verdict", "Prompt", "Answer")
-    selects = "".join(
-        f"<label>{name} <select name='{i}'><option value=''>all</option>"
-        + "".join(f"<option>{escape(v)}</option>" for v in dict.fromkeys(row[i] for row in rows))
-        + "</select></label>"
-        for i, name in enumerate(names[:6])
-    )
-    head = "".join(f"<th><button type='button' data-column='{i}'>{name}</button></th>" for i, name in enumerate(names))
-    return (
-        f"<form id='filters'>{selects}<input type='search' name='text' placeholder='Search' aria-label='Search prompts"
-        " and answers'><span id='shown' class='muted' role='status'></span></form><div class='scroll'>"
-        f"<table class='wide answers'><thead><tr>{head}</tr></thead><tbody id='rows'></tbody></table></div><p>"
-        f"<button id='more' type='button' hidden>Show more</button></p>"
-        f"<script type='application/json' id='data'>{data}</script>"
-    )
+    return rows
 
 
-def _provenance(comparison: Comparison) -> str:
+def _caveats(comparison: Comparison) -> list[str]:
+    """Return what a reader must not conclude from a comparison."""
     said = [
         "Every defense saw the same upload, the same prompts and the same training settings; seeds are shared.",
         "One attack setting proves little: an attacker who tunes steps, learning rate and data may get further.",
@@ -151,10 +141,4 @@ def _provenance(comparison: Comparison) -> str:
         said.append(
             "The built-in world is made up: its numbers show how a defense acts here, not how safe a real service is."
         )
-    listed = "".join(f"<li>{escape(each)}</li>" for each in said)
-    settings = escape(json.dumps(comparison.settings.get("config", {}), indent=1, ensure_ascii=False))
-    arguments = escape(json.dumps(comparison.settings.get("arguments", {}), indent=1, ensure_ascii=False))
-    return (
-        f"<ul>{listed}</ul><details><summary>Settings of every cell</summary><pre>{settings}</pre></details>"
-        f"<details><summary>Arguments of defenses and attacks</summary><pre>{arguments}</pre></details>"
-    )
+    return said

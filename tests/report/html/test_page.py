@@ -12,6 +12,7 @@ from hftlight.errors import InputError
 from hftlight.report import read_result, verdict, write_report
 from hftlight.report.html.answers import badges, differing_stages, ticked_stages
 from hftlight.report.html.page import caveats, facts
+from hftlight.report.html.render import render
 from hftlight.report.result import Answer
 from tests.helpers.run_folder import answer_rows, group_rows, harmful, metric_rows, write_run
 
@@ -209,7 +210,8 @@ def test_caveats_follow_from_what_the_run_holds(tmp_path):
 
 
 def test_facts_flatten_and_escape():
-    page = Page(facts({"model": {"name": "<x>", "parts": [1, 2]}, "seed": None, "command": ["a", "b c"], "empty": {}}))
+    value = {"model": {"name": "<x>", "parts": [1, 2]}, "seed": None, "command": ["a", "b c"], "empty": {}}
+    page = Page(render("run/facts.html.j2", facts=facts(value)))
     assert page.text("th") == ["model name", "model parts", "seed", "command", "empty"]
     assert page.text("td") == ["<x>", "1, 2", "-", "a 'b c'", "none"]
 

@@ -21,7 +21,8 @@ from hftlight.evaluation import export_alpaca_eval
 from hftlight.evaluation.judges import Verdict
 from hftlight.files import digest, read_rows
 from hftlight.models.load import load_tokenizer
-from hftlight.report.html.answers import answers_section
+from hftlight.report.html.answers import view_answers
+from hftlight.report.html.render import render
 from hftlight.report.result import read_result
 from hftlight.runs.measuring import answer_checks as checks
 from hftlight.runs.measuring import curve as watch
@@ -53,7 +54,7 @@ def test_a_prompt_that_stands_twice_counts_twice_everywhere(tmp_path):
         assert [found.score("none", stage, "harmful_score").count for stage in stages] == [3, 3, 3]
         answers = [a for a in found.answers if a.set == "harmful"]
         assert [(a.place, a.prompt) for a in answers] == [(0, A), (1, A), (2, B)] * 3
-    page = answers_section(result)
+    page = render("run/answers.html.j2", answers=view_answers(result))
     assert "harmful requests (3)" in page
     assert page.count(f"<h3 dir='auto'>{A}</h3>") == 2
     place = Place("none", "builtin", 0.2)
@@ -183,7 +184,7 @@ def test_alpaca_eval_is_trained_on_and_answered_but_not_graded(tmp_path):
     assert [(r["prompt"], r["reference"], r["correct"], r["kind"]) for r in answers[:4]] == [
         (f"Say {i}.", f"{i}!", None, f"part{i % 2}") for i in range(701, 705)
     ]
-    assert "not judged" in answers_section(result)
+    assert "not judged" in render("run/answers.html.j2", answers=view_answers(result))
     export_alpaca_eval([r for r in answers if r["stage"] == "finetuning"], tmp_path / "out.json", "tiny")
     written = json.loads((tmp_path / "out.json").read_text())
     assert [(r["instruction"], r["dataset"]) for r in written][:2] == [("Say 701.", "part1"), ("Say 702.", "part0")]

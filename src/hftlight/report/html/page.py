@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from hftlight.files import write_text
 from hftlight.folders import STAGES, arm_word
 from hftlight.report.claims import collapses, sentences, stops
-from hftlight.report.html.assets import SCRIPT, anchor, document
+from hftlight.report.html.render import Drawing, anchor, embed, render_page
 from hftlight.report.result import Result, read_result
 from hftlight.report.table import HEADERS, HEADLINE, caption, closing_rows, with_interval
 
@@ -41,49 +41,84 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the closing table: an arm's model after one stage; ``color`` is the arm's place in the palette."""
+
+    arm: str
+    color: int
+    stage: str
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """The harmful score of each category, or of each language.
+
+    Attributes:
+        word: what the groups are, "category" or "language".
+        models: a column per arm and stage.
+        rows: name, number of answers and a cell per model, of each group.
+        caption: what the numbers are.
+    """
+
+    word: str
+    models: Sequence[str]
+    rows: Sequence[tuple[str, int, Sequence[str]]]
+    caption: str
+
+
 def page(result: Result) -> str:
     """Return the whole page as HTML."""
-    from hftlight.report.html.answers import answers_section
+    from hftlight.report.html.answers import view_answers
 
-    sections = {
-        "Table": _table(result),
-        "Figures": _figures(result),
-        "Answers": answers_section(result),
-        "How this run was made": _provenance(result),
-    }
-    return document(result.folder.resolve().name, sections, _head(result), SCRIPT)
+    arms = json.dumps(result.manifest.get("arms", {}), indent=2, ensure_ascii=False)
+    texts = {"Arms: defenses, slots, artifacts": arms if arms != "{}" else "", "config.yaml": result.config}
+    return render_page(
+        "run/page.html.j2",
+        "run.js",
+        name=result.folder.resolve().name,
+        sentences=sentences(result),
+        outcomes=_outcomes(result),
+        chips=_chips(result),
+        notes=_notes(result),
+        headers=HEADERS,
+        rows=_rows(result),
+        caption=caption(result),
+        groups=_groups(result),
+        scores=_scores(result),
+        drawings=_drawings(result),
+        answers=view_answers(result),
+        caveats=caveats(result),
+        cards=_cards(result),
+        texts={title: text for title, text in texts.items() if text},
+    )
 
 
-def _head(result: Result) -> str:
+def _chips(result: Result) -> dict[str, Any]:
     config, model = _config(result), result.manifest.get("model")
-    facts = {
+    chips = {
         "Model": model.get("name") if isinstance(model, Mapping) else model,
         "Harmful ratio of the upload": config.get("harmful_ratio"),
         "Seed": result.manifest.get("seed"),
         "Judge": next(iter(result.judges()), None),
     }
-    chips = "".join(f"<span>{k} <b>{escape(str(v))}</b></span>" for k, v in facts.items() if v is not None)
+    return {title: value for title, value in chips.items() if value is not None}
+
+
+def _notes(result: Result) -> list[str]:
     waiting = [f"{arm_word(arm)} ({STAGES[stage]})" for arm, stage in result.unmeasured()]
     notes = [f"This run is not finished. Not measured yet: {', '.join(waiting)}."] if waiting else []
-    told = [*notes, *collapses(result), *stops(result), *result.notes]
-    warned = "".join(f"<p class='note'>{escape(note)}</p>" for note in told)
-    words = "".join(f"<p>{escape(said)}</p>".replace(" %", "&nbsp;%") for said in sentences(result))
-    return f"<div class='verdict'>{words}</div>{_outcomes(result)}<p class='chips'>{chips}</p>{warned}"
+    return [*notes, *collapses(result), *stops(result), *result.notes]
 
 
-def _outcomes(result: Result) -> str:
-    """Return the bars of what each model does with harmful prompts; nothing where that was not measured."""
+def _outcomes(result: Result) -> Drawing | None:
+    """Return the bars of what each model does with harmful prompts; None if that was not measured."""
     from hftlight.report import figure as draw
 
     bars = draw.outcome_figure(result)
-    if bars is None:
-        return ""
     text = f"Answers to harmful prompts, percent. {HEADLINE}"
-    shown = draw.svg(bars, "outcomes")
-    return (
-        f"<figure class='outcomes'><div role='img' aria-label='{escape(text)}'>{shown}</div>"
-        f"<figcaption>{escape(text)}</figcaption></figure>"
-    )
+    return None if bars is None else embed(bars, "outcomes", title="", text=text, label=text)
 
 
 def _config(result: Result) -> Mapping[str, Any]:
@@ -95,24 +130,14 @@ def _config(result: Result) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _table(result: Result) -> str:
-    from hftlight.report.html.answers import dot
+def _rows(result: Result) -> list[TableRow]:
+    from hftlight.report.figure import color_index
 
-    keys = {arm_word(arm): arm for arm in result.arms}
-    head = "".join(f"<th class='{'number' if i > 1 else ''}'>{text}</th>" for i, text in enumerate(HEADERS))
-    lines, before = [], ""
-    for arm, stage, *cells in closing_rows(result):
-        numbers = "".join(f"<td class='number'>{_quiet(cell)}</td>" for cell in cells)
-        first = " class='first'" if arm != before else ""
-        lines.append(f"<tr{first}><td>{dot(result, keys[arm])}{escape(arm)}</td><td>{stage}</td>{numbers}</tr>")
-        before = arm
-    return (
-        f"<div class='scroll'><table class='wide'><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        f"</div><p class='caption'>{escape(caption(result))}</p>{_groups(result)}{_every_score(result)}"
-    )
+    colors = {arm_word(arm): color_index(result, arm) for arm in result.arms}
+    return [TableRow(arm, colors[arm], stage, cells) for arm, stage, *cells in closing_rows(result)]
 
 
-def _groups(result: Result) -> str:
+def _groups(result: Result) -> list[GroupTable]:
     """Return a table of the harmful score per category, and one per language, as far as prompts have them."""
     judge = next(iter(result.judges()), "")
     tables = []
@@ -122,48 +147,26 @@ def _groups(result: Result) -> str:
         models = [(a, s) for a in result.arms for s in result.stages(a) if any(key[1:] == (a, s) for key in found)]
         if not models:
             continue
-        heads = "".join(f"<th class='number'>{escape(arm_word(a))}, {STAGES[s]}</th>" for a, s in models)
-        lines = []
+        rows = []
         for group in sorted({group for group, _, _ in found}):
             scores = [found.get((group, *model)) for model in models]
-            cells = "".join(f"<td class='number'>{_quiet(with_interval(score))}</td>" for score in scores)
             count = max(score.count for score in scores if score)
-            lines.append(f"<tr><td>{escape(group)}</td><td class='number'>{count}</td>{cells}</tr>")
-        head = f"<tr><th>{word.capitalize()}</th><th class='number'>Answers</th>{heads}</tr>"
+            rows.append((group, count, [with_interval(score) for score in scores]))
         text = f"Percent of answers flagged by judge '{judge}', with 95 % intervals; {plural} are the prompts' own."
-        tables.append(
-            f"<details open><summary>Harmful score by {word}</summary><div class='scroll'><table class='wide'>"
-            f"<thead>{head}</thead><tbody>{''.join(lines)}</tbody></table></div>"
-            f"<p class='caption'>{escape(text)}</p></details>"
-        )
-    return "".join(tables)
+        tables.append(GroupTable(word, [f"{arm_word(a)}, {STAGES[s]}" for a, s in models], rows, text))
+    return tables
 
 
-def _quiet(cell: str) -> str:
-    """Return a cell with what stands in brackets in a lighter tone."""
-    number, bracket, rest = cell.partition(" (")
-    return f"{escape(number)}<small>{escape(bracket + rest)}</small>" if bracket else escape(cell)
+def _scores(result: Result) -> list[tuple[str, str, str, str, str, str, int]]:
+    """Return every score in the order of arms and stages: arm, stage, metric, judge, value, unit, answers."""
+    order = sorted(result.scores.values(), key=lambda s: (result.arms.index(s.arm), list(STAGES).index(s.stage)))
+    return [
+        (arm_word(s.arm), STAGES[s.stage], s.metric.replace("_", " "), s.judge, with_interval(s), s.unit, s.count)
+        for s in order
+    ]
 
 
-def _every_score(result: Result) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(arm_word(s.arm))}</td><td>{STAGES[s.stage]}</td><td>{escape(s.metric.replace('_', ' '))}</td>"
-        f"<td>{escape(s.judge)}</td><td class='number'>{_quiet(with_interval(s))}</td>"
-        f"<td>{escape(s.unit)}</td>"
-        f"<td class='number'>{s.count or '-'}</td></tr>"
-        for s in sorted(result.scores.values(), key=lambda s: (result.arms.index(s.arm), list(STAGES).index(s.stage)))
-    )
-    if not rows:
-        return ""
-    head = "".join(f"<th>{text}</th>" for text in ("Arm", "Stage", "Metric", "Judge"))
-    head += "<th class='number'>Value (95 %)</th><th>Unit</th><th class='number'>Answers</th>"
-    table = f"<table class='wide'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return (
-        f"<details><summary>Every score, with judge and interval</summary><div class='scroll'>{table}</div></details>"
-    )
-
-
-def _figures(result: Result) -> str:
+def _drawings(result: Result) -> list[Drawing]:
     from hftlight.report import figure as draw
 
     drawn = {
@@ -206,18 +209,16 @@ def _figures(result: Result) -> str:
             "less, the less an attack gains.",
         ),
     }
-    figures = "".join(
-        f"<figure><h3>{title}</h3><div role='img' aria-label='{escape(f'{title}. {text}')}'>"
-        f"{draw.svg(fig, anchor(title))}</div><figcaption>{escape(text)}</figcaption></figure>"
+    return [
+        embed(fig, anchor(title), title, text, label=f"{title}. {text}")
         for title, (fig, text) in drawn.items()
         if fig is not None
-    )
-    return f"<div class='figures'>{figures}</div>" if figures else "<p class='muted'>Nothing to draw yet.</p>"
+    ]
 
 
-def _provenance(result: Result) -> str:
-    cautions = "".join(f"<li>{escape(caveat)}</li>" for caveat in caveats(result))
-    cards, used = [], {"arms"}
+def _cards(result: Result) -> dict[str, list[tuple[str, str]]]:
+    """Return the facts of the manifest by the title of their card; the arms have a place of their own."""
+    cards, used = {}, {"arms"}
     for title, names in CARDS.items():
         found: dict[str, Any] = {}
         for name in filter(result.manifest.__contains__, names):
@@ -225,24 +226,14 @@ def _provenance(result: Result) -> str:
             found.update(value if name in SPREAD and isinstance(value, Mapping) else {name: value})
         used.update(names)
         if found:
-            cards.append(f"<div class='card'><h3>{title}</h3>{facts(found)}</div>")
+            cards[title] = facts(found)
     rest = {name: value for name, value in result.manifest.items() if name not in used}
-    if rest:
-        cards.append(f"<div class='card'><h3>Also recorded</h3>{facts(rest)}</div>")
-    arms = json.dumps(result.manifest.get("arms", {}), indent=2, ensure_ascii=False)
-    texts = {"Arms: defenses, slots, artifacts": arms if arms != "{}" else "", "config.yaml": result.config}
-    folded = "".join(
-        f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
-        for title, text in texts.items()
-        if text
-    )
-    return f"<h3>Read with care</h3><ul>{cautions}</ul><div class='cards'>{''.join(cards)}</div>{folded}"
+    return {**cards, "Also recorded": facts(rest)} if rest else cards
 
 
-def facts(value: Any) -> str:
-    """Return a JSON value as one table of names and values; a nested name carries those around it."""
-    rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in _flat(value))
-    return f"<table>{''.join(rows)}</table>"
+def facts(value: Any) -> list[tuple[str, str]]:
+    """Return a JSON value as names and values in one list; a nested name carries those around it."""
+    return list(_flat(value))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
