@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 READY := $(VENV)/.ready
 TORCH := 2.13.0
 
-.PHONY: help install model demo demo-quick test test-slow lint notebooks bench clean
+.PHONY: help install model demo demo-quick test test-slow lint pages notebooks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+pages: $(READY)  ## write the generated parts of the READMEs anew
+	@$(PY) benchmarks/pages.py
 
 notebooks: $(READY)  ## execute the notebooks in place
 	@$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
