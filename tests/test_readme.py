@@ -105,9 +105,11 @@ def test_named_files_targets_and_commands_exist(page):
     for named in re.findall(r"(?<![\w./<>-])[\w/]+\.(?:py|ipynb|cff)\b", text):
         assert any(f"/{path}".endswith(f"/{named}") for path in [*FILES, *ROOT.glob("*.cff")]), named
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for line in re.findall(r"(?:`|^)make ([a-z -]+)", text, flags=re.MULTILINE):
+    shell, spans = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL), re.findall(r"`([^`]+)`", FENCED.sub("", text))
+    code = "\n".join(["", *shell, *spans])
+    for line in re.findall(r"\nmake ([a-z -]+)", code):
         assert set(line.split()) <= set(targets), line
-    for command in re.findall(r"(?:`|^|:6379 )hftlight ([a-z]+)\b", text, flags=re.MULTILINE):
+    for command in re.findall(r"\n(?:\w+=\S+ )*hftlight ([a-z]+)\b", code):
         assert (ROOT / f"src/hftlight/cli/{command}.py").is_file(), command
         assert (ROOT / f"recipes/{command}.py").is_file(), command
 
