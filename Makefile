@@ -67,6 +67,9 @@ lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
+pages: $(READY)  ## write the generated parts of the READMEs anew
+	@$(PY) benchmarks/pages.py
+
 notebooks: $(READY)  ## execute the notebooks in place
 	@$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 

@@ -1,40 +1,120 @@
-"""The README's scripts work as they stand there; only the model's name is replaced by one that needs no network."""
+"""The READMEs' scripts work as they stand there, generated parts are those of the code, and what is named exists."""
 
 import re
 from pathlib import Path
 
-from hftlight.defenses.cards import markdown, overview
+import pytest
+
+from benchmarks.pages import PART, pages, parts
+from hftlight.attacks.registry import ATTACKS
+from hftlight.evaluation.judges import JUDGES
 from hftlight.model_files import model_path
 from tests.helpers import warm
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+OF_THE_PROJECT = ("benchmarks", "notebooks", "recipes", "src", "tests")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += sorted(page for folder in OF_THE_PROJECT for page in (ROOT / folder).rglob("README.md"))
+FILES = [path.relative_to(ROOT) for folder in OF_THE_PROJECT for path in (ROOT / folder).rglob("*") if path.is_file()]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+FENCED = re.compile(r"```.*?```", flags=re.DOTALL)
+
+
+def block(words):
+    return next(block for block in BLOCKS if words in block)
+
+
+def of_root(path):
+    return str(path.relative_to(ROOT))
+
+
+def ran(script, **options):
+    done = warm.run(["-c", script], timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def own_trainer():
+    """Return the script with a module and Trainer of one's own, on a model that needs no network."""
+    return block("class MyModule").replace("HuggingFaceTB/SmolLM2-135M-Instruct", model_path("tiny"))
 
 
 def test_the_script_with_a_module_and_trainer_of_ones_own(tmp_path):
-    script = next(b for b in BLOCKS if "class MyModule" in b)
-    script = script.replace("HuggingFaceTB/SmolLM2-135M-Instruct", model_path("tiny"))
-    done = warm.run(["-c", script], cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    summary = eval(done.stdout.strip().splitlines()[-1])
+    summary = eval(ran(own_trainer(), cwd=tmp_path))
     assert summary["calls"] == 4
     assert summary["harmful_grad_norm"] > 0
     assert summary["zero_gradients"] == 0
 
 
+def test_the_first_script_with_the_other_ones_module_and_loaders(tmp_path):
+    head = own_trainer().partition("booster = ")[0]
+    rows = "refusals, answers = (DataLoader(r, batch_size=4, collate_fn=collate) for r in (refusals, answers))\n"
+    script = block("Vaccine(rho=")
+    assert "max_steps=500" in script
+    summary = eval(ran(head + rows + script.replace("max_steps=500", "max_steps=4"), cwd=tmp_path))
+    assert summary["calls"] == 4
+    assert summary["harmful_grad_norm"] > 0
+
+
 def test_three_lines_for_data_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_task.csv").write_text("prompt,response\n" + "".join(f"add {i} and {i},{2 * i}\n" for i in range(500)))
-    script = next(b for b in BLOCKS if "my_task.csv" in b)
     small = "RunConfig(model='tiny', num_samples=20, evaluation=Evaluation(2, 2, 2, 2), alignment=T, finetuning=T, "
-    script = "from hftlight.config import Evaluation, Training\nT = Training(steps=2, batch_size=2)\n" + script
-    head, call = script.rsplit("RunConfig(", 1)
-    done = warm.run(["-c", head + small + call], timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (Path(done.stdout.strip().splitlines()[-1]) / "report.html").is_file()
+    script = "from hftlight.config import Evaluation, Training\nT = Training(steps=2, batch_size=2)\n"
+    head, call = (script + block("my_task.csv")).rsplit("RunConfig(", 1)
+    assert (Path(ran(head + small + call)) / "report.html").is_file()
 
 
-def test_the_tables_of_defenses_are_those_of_the_code():
-    """``python -m hftlight.defenses.cards`` prints both."""
-    assert overview() in README
-    assert markdown() in README
+@pytest.mark.parametrize("name", ["overview", "pairs", "cards", "costs"])
+def test_generated_parts_are_those_of_the_code(name):
+    """``make pages`` writes them."""
+    known = parts()
+    assert set(known) == set().union(*pages().values())
+    found = [text for page in pages() for _, of, text in _marked(page.read_text()) if of == name]
+    assert found == [known[name]]
+
+
+def _marked(text):
+    """Return start, name and content of each generated part of a page."""
+    return [(m.start(), m[2], m[0].removeprefix(m[1]).removesuffix(m[3]).strip("\n")) for m in PART.finditer(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=of_root)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not heading or heading in _headings(file), target
+
+
+def _headings(page):
+    """Return what GitHub makes of a page's headings for links to them."""
+    lines = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=of_root)
+def test_named_files_targets_and_commands_exist(page):
+    text = page.read_text()
+    # A path from the root, up to a placeholder such as <stage>; a pattern's star ends it too.
+    for named in re.findall(rf"(?<![\w./-])(?:{'|'.join(OF_THE_PROJECT)})/[\w./-]*", text):
+        assert (ROOT / named.rstrip(".")).exists(), named
+    for named in re.findall(r"(?<![\w./<>-])[\w/]+\.(?:py|ipynb|cff)\b", text):
+        assert any(f"/{path}".endswith(f"/{named}") for path in [*FILES, *ROOT.glob("*.cff")]), named
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    shell, spans = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL), re.findall(r"`([^`]+)`", FENCED.sub("", text))
+    code = "\n".join(["", *shell, *spans])
+    for line in re.findall(r"\nmake ([a-z -]+)", code):
+        assert set(line.split()) <= set(targets), line
+    for command in re.findall(r"\n(?:\w+=\S+ )*hftlight ([a-z]+)\b", code):
+        assert (ROOT / f"src/hftlight/cli/{command}.py").is_file(), command
+        assert (ROOT / f"recipes/{command}.py").is_file(), command
+
+
+def test_every_attack_and_judge_is_on_its_page():
+    for page, names in (("attacks", ATTACKS), ("evaluation", JUDGES)):
+        text = (ROOT / f"src/hftlight/{page}/README.md").read_text()
+        assert [name for name in names if f"`{name}`" not in text] == []

@@ -1,15 +1,25 @@
-"""What pages say of the defenses, taken from the code: ``python -m hftlight.defenses.cards`` prints both tables."""
+"""What pages say of the defenses, taken from the code: overview, pair matrix, and a card per method."""
 
 import inspect
 import re
+from collections.abc import Mapping
 from functools import cache
 from itertools import combinations
 from typing import Any
 
-from hftlight.engine import check
-from hftlight.registry import defense_class, defenses
+from hftlight.engine import Stage, check
+from hftlight.registry import Entry, defense_class, defenses
 
+Measured = Mapping[str, Mapping[str, Mapping[str, Any]]]
 SIGNS = {"together": "●", "stages": "○", "refused": "–"}
+WHEN = {
+    Stage.ALIGNMENT: "while you align the model, before anybody uploads",
+    Stage.FINETUNING: "while the upload trains the aligned model",
+    Stage.POST_FINETUNING: "after the upload has trained the model, once, on the finished weights",
+}
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
+PARTS = ("Args", "Raises", "Cost", "Source", "Differs")
+TUNINGS = {"lora": "under LoRA", "full": "with all weights trained"}
 
 
 @cache
@@ -30,32 +40,139 @@ def _kind(first: Any, second: Any) -> str:
     return "together" if first.stage is second.stage else "stages"
 
 
+def own() -> dict[str, Entry]:
+    """Return the defenses of this package, in the order of their stages."""
+    return {name: entry for name, entry in defenses().items() if entry.module.startswith("hftlight.")}
+
+
 def overview() -> str:
     """Return what each defense does, where it acts, its cost in a clause, and who published it, as a Markdown table."""
     lines = ["| name | stage | slots | what it does | cost | source |", "| --- | --- | --- | --- | --- | --- |"]
-    for name in defenses():
+    for name in own():
         made = defense_class(name)()
-        text = inspect.getdoc(type(made)) or ""
-        cost, source = (" ".join(part.split()) for part in re.split(r"\nCost:|\nSource:|\nDiffers:", text)[1:3])
-        papers = [f"[{paper}](https://arxiv.org/abs/{paper})" for paper in re.findall(r"arXiv:(\d{4}\.\d{5})", source)]
+        text = docstring_parts(type(made))
+        papers = [f"[{paper}](https://arxiv.org/abs/{paper})" for paper in ARXIV.findall(text["Source"])]
+        clause = re.split(r"[.;:] ", _plain(text["Cost"]))[0].rstrip(".")
         slots = ", ".join(slot.name.lower() for slot in made.slots)
-        purpose = text.partition("\n")[0]
-        clause = re.split(r"[.;:] ", cost)[0].rstrip(".").replace("``", "`")
-        cells = [f"`{name}`", made.stage.value, slots, purpose, clause, ", ".join(papers)]
+        cells = [f"`{name}`", made.stage.value, slots, text["purpose"], clause, ", ".join(papers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def markdown() -> str:
+def pairs() -> str:
     """Return the matrix as a Markdown table, by stage and name."""
-    names = list(defenses())
-    known = matrix()
+    names = list(own())
     lines = ["| | " + " | ".join(str(i + 1) for i in range(len(names))) + " |", "|---" * (len(names) + 1) + "|"]
     for i, name in enumerate(names):
-        cells = ["" if name == other else SIGNS[known[(min(name, other), max(name, other))]] for other in names]
+        cells = ["" if name == other else SIGNS[_together(name, other)] for other in names]
         lines.append(f"| {i + 1} `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(overview(), markdown(), sep="\n\n")
+def _together(name: str, other: str) -> str:
+    return matrix()[min(name, other), max(name, other)]
+
+
+def cards(measured: Measured | None = None) -> str:
+    """Return a card per method as Markdown: what it does and when, what it needs and costs, and where it is from.
+
+    Args:
+        measured: tuning -> setting -> row, one block of what ``benchmarks/defenses.py`` writes; None leaves costs in
+            seconds out.
+    """
+    return "\n\n".join(card(name, measured) for name in own())
+
+
+def card(name: str, measured: Measured | None = None) -> str:
+    """Return the card of one method; ``measured`` as ``cards`` takes it."""
+    kind = defense_class(name)
+    made, text, entry = kind(), docstring_parts(kind), own()[name]
+    file = f"{entry.stage}/{entry.module.rpartition('.')[2]}.py"
+    facts = {
+        "When": f"{WHEN[made.stage]}; slot: {', '.join(slot.name.lower() for slot in made.slots)}.",
+        "Needs": _needs(made),
+        "Cost": _plain(text["Cost"]),
+        "Measured": _cost(kind.__name__, measured) if measured else "",
+        "Presets": _presets(kind),
+        "Source": ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", _plain(text["Source"])),
+        "Differs": _plain(text["Differs"]),
+        "Pairs": _partners(name),
+    }
+    lines = [f"- **{head}:** {fact}" for head, fact in facts.items() if fact]
+    head = f"### `{name}`\n\n**{text['purpose']}** Class `{kind.__name__}` in [{file}]({file})."
+    return "\n\n".join(part for part in (head, _markdown(text["body"]), "\n".join(lines)) if part)
+
+
+def docstring_parts(kind: type) -> dict[str, str]:
+    """Return a defense's docstring by part: ``purpose``, ``body``, ``Args``, ``Raises``, ``Cost`` and so on.
+
+    Parts that the docstring lacks are empty.
+    """
+    text = inspect.getdoc(kind) or ""
+    pieces = re.split(rf"^({'|'.join(PARTS)}):", text, flags=re.MULTILINE)
+    purpose, _, body = pieces[0].partition("\n")
+    parts = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    return {"purpose": purpose, "body": body.strip(), **{part: parts.get(part, "") for part in PARTS}}
+
+
+def _needs(made: Any) -> str:
+    streams = [f"the stream `{name}`" for name in made.streams]
+    models = [f"the {name} model" for name in getattr(made, "needs", ())]
+    needs = [*streams, *models]
+    return f"{' and '.join(needs)}." if needs else "no side stream and no other model's folder."
+
+
+def _cost(label: str, measured: Measured) -> str:
+    """Return a method's measured settings, each with its ratios to plain fine-tuning by tuning."""
+    settings = [setting for setting in next(iter(measured.values())) if setting.partition("(")[0] == label]
+    said = []
+    for setting in settings:
+        rows = {TUNINGS.get(tuning, tuning): rows[setting] for tuning, rows in measured.items() if setting in rows}
+        ratios = [
+            f"{row['ratio']:.2f} times the time and {row['peak']:.2f} times the peak memory {how}"
+            for how, row in rows.items()
+        ]
+        said.append(f"`{setting}`: {', '.join(ratios)}")
+    return f"{'; '.join(said)}, against plain fine-tuning." if said else ""
+
+
+def _presets(kind: Any) -> str:
+    """Return published settings with what they change; a preset of no argument is the default."""
+    said = []
+    for name, arguments in kind.presets.items():
+        values = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        said.append(f"`{name}` ({f'`{values}`' if values else 'the defaults'})")
+    return f"{', '.join(said)}." if said else ""
+
+
+def _partners(name: str) -> str:
+    """Return which methods share a Trainer with this one and which are refused; all others act in another stage."""
+    others = {other: _together(name, other) for other in own() if other != name}
+    together, refused = ([f"`{o}`" for o, kind in others.items() if kind == of] for of in ("together", "refused"))
+    said = [f"in one Trainer with {', '.join(together)}"] if together else []
+    said += [f"refused with {', '.join(refused)}"] if refused else []
+    said += ["after or before every other method in `run()`"] if "stages" in others.values() else []
+    return f"{'; '.join(said)}."
+
+
+def _plain(text: str) -> str:
+    """Return a part of a docstring in one line of Markdown."""
+    return _inline(" ".join(text.split()))
+
+
+def _markdown(text: str) -> str:
+    """Return paragraphs of a docstring as Markdown; a displayed equation becomes a fenced block."""
+    blocks = []
+    for block in text.split("\n\n"):
+        if block.lstrip().startswith(".. math::"):
+            lines = (line.strip() for line in block.replace(".. math::", "", 1).splitlines())
+            blocks.append("\n".join(["```math", *(line for line in lines if line), "```"]))
+        else:
+            blocks.append(_inline(block))
+    return "\n\n".join(blocks)
+
+
+def _inline(text: str) -> str:
+    """Return text with GitHub's mathematics and code in the place of reStructuredText's."""
+    text = re.sub(r":math:`([^`]+)`", lambda found: f"$`{' '.join(found[1].split())}`$", text)
+    return text.replace("``", "`")
