@@ -15,7 +15,7 @@ from hftlight.defenses.finetuning import (
     Lisa,
     SafetyMix,
 )
-from hftlight.defenses.post_finetuning import Antidote, SafeLoRA
+from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
 
 __all__ = [
     "BEA",
@@ -31,6 +31,7 @@ __all__ = [
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "Rewind",
     "SafeLoRA",
     "SafetyMix",
     "TVaccine",

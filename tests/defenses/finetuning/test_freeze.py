@@ -12,18 +12,15 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from hftlight import SafetyModule
-from hftlight.defenses.finetuning.freeze import Freeze, rank_factors, top
-from hftlight.engine import Defense, Slot, Stage
+from hftlight.defenses.finetuning.freeze import Freeze
+from hftlight.engine import Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.masks import minus, unpack
-from hftlight.engine.weights.repair import ModelWeights, Repair
-from hftlight.engine.weights.subject import Subject
+from hftlight.engine.weights.masks import unpack
+from hftlight.engine.weights.repair import Repair
 from tests.helpers.contract import data_module, model_of
 from tests.helpers.quadratic import OneBatch, quiet_trainer
-from tests.helpers.repairs import moved_model, small_llama, with_update
-from tests.helpers.tiny_lm import reference_loss, tiny_lm, token_batch
-
-SIDE = {"refusals": [token_batch(100), token_batch(101)], "task": [token_batch(200), token_batch(201)]}
+from tests.helpers.regions import SIDE, endless, slow_scores, sorted_region, train
+from tests.helpers.tiny_lm import tiny_lm, token_batch
 
 
 class Net(nn.Module):
@@ -85,15 +82,6 @@ UPLOAD = data([1.0, 0.5], [0.5, 1.0], [-0.3, 0.8], target=1.0)
 
 def held_first(**options):
     return Freeze(0.5, 0.5, samples=1, streams={"refusals": [FIRST], "task": [SECOND]}, **options)
-
-
-def test_the_region_is_the_top_of_safety_without_the_top_of_utility():
-    safety = torch.tensor([[5.0, 4.0, 3.0], [2.0, 1.0, 0.0]])
-    utility = torch.tensor([[9.0, 0.0, 8.0], [0.0, 0.0, 7.0]])
-    assert minus(top(safety, 0.5), top(utility, 0.5)).tolist() == [[False, True, False], [False] * 3]
-    assert not minus(top(safety, 0.5), top(safety, 0.5)).any()
-    assert minus(top(safety, 0.5), top(5 - safety, 0.5)).tolist() == [[True] * 3, [False] * 3]
-    assert [int(top(safety, ratio).sum()) for ratio in (0, 0.1, 0.2, 0.5, 0.99, 1)] == [0, 0, 1, 3, 5, 6]
 
 
 def test_training_with_one_weight_held_and_rewinding_it_give_different_solutions():
@@ -202,47 +190,8 @@ def test_equal_sets_leave_nothing_and_it_is_said(samples):
     assert all(map(torch.equal, held.model.parameters(), plain.model.parameters()))
 
 
-def train(model, callbacks, steps=3, optimizer="adamw", lr=0.01, **options):
-    module = SafetyModule(model, lr=lr, optimizer=optimizer)
-    batches = DataLoader([token_batch(k) for k in range(steps)], batch_size=None, shuffle=False)
-    quiet_trainer(max_steps=steps, callbacks=callbacks, **options).fit(module, batches)
-    return module
-
-
 def freeze(q=0.4, p=0.3, **options):
     return Freeze(q, p, samples=options.pop("samples", 4), streams=SIDE, **options)
-
-
-def endless(row):
-    """Return a batch of one row whose last response token, its end token, has no label."""
-    labels = row["labels"].clone()
-    labels[0, max(t for t, label in enumerate(labels[0].tolist()) if label != -100)] = -100
-    return {**row, "labels": labels}
-
-
-def slow_scores(model, name, batches, samples, score="snip"):
-    """Return one weight's score at the model as it is, its adapter included, this weight alone trainable."""
-    model = copy.deepcopy(model).requires_grad_(False).eval()
-    layer = model.get_submodule(name)
-    weight = getattr(layer, "base_layer", layer).weight
-    effective = weight.clone()
-    if hasattr(layer, "lora_A"):
-        effective += layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    rows = [endless({k: t[i : i + 1] for k, t in batch.items()}) for batch in batches for i in range(3)][:samples]
-    total = torch.zeros_like(weight)
-    if score == "snip":
-        weight.requires_grad_()
-        for row in rows:
-            total += torch.autograd.grad(reference_loss(model, row), weight)[0].abs()
-        return effective.abs() * total
-    inputs = []
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        for row in rows:
-            model(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
-    handle.remove()
-    tokens = torch.cat([x[row["labels"] != -100] for x, row in zip(inputs, rows, strict=True)])
-    return effective.abs() * tokens.square().mean(dim=0).sqrt()
 
 
 def test_the_end_token_counts_only_if_it_is_asked_for():
@@ -260,16 +209,6 @@ def test_the_end_token_counts_only_if_it_is_asked_for():
 def endless_rows(batch):
     rows = [endless({k: t[i : i + 1] for k, t in batch.items()})["labels"] for i in range(3)]
     return torch.cat(rows)
-
-
-def sorted_region(safety, utility, q, p):
-    """Return S(q) minus U(p) by sorting, as a flat boolean list."""
-    tops = []
-    for scores, fraction in ((safety, q), (utility, p)):
-        flat = scores.flatten().tolist()
-        count = int(fraction * len(flat) + 1e-9)
-        tops.append(set(sorted(range(len(flat)), key=lambda i, flat=flat: (-flat[i], i))[:count]))
-    return [i in tops[0] - tops[1] for i in range(safety.numel())]
 
 
 @pytest.mark.parametrize("score", ["snip", "wanda"])
@@ -318,7 +257,7 @@ def test_lora_rows_of_the_weight_keep_their_bits(fresh):
 
 
 def test_single_entries_under_an_adapter_are_refused_with_the_way_out():
-    with pytest.raises(TypeError, match=r"use unit='row', or\s+mode='rewind'"):
+    with pytest.raises(TypeError, match=r"use unit='row', or\s+Rewind"):
         train(tiny_lm(lora=True), [freeze(unit="entry")])
 
 
@@ -359,19 +298,21 @@ def test_a_model_without_decoder_layers_is_refused():
         fit(module, UPLOAD, [held_first()], 1)
 
 
-def test_slots_stage_and_streams_follow_the_mode():
-    training, rewinding = Freeze(), Freeze(mode="rewind")
+def test_slots_stage_and_streams():
+    training = Freeze()
     assert (training.stage, training.slots) == (Stage.FINETUNING, (Slot.PROJECTION, Slot.UPDATE))
-    assert (rewinding.stage, rewinding.slots) == (Stage.POST_FINETUNING, (Slot.WEIGHTS,))
-    assert rewinding.needs == ("aligned",)
-    assert training.state_key != rewinding.state_key
 
 
 def test_no_hook_of_a_repair_acts_in_training():
-    """In mode "train" none of what ``Repair`` does on a Trainer may happen, also what it may learn to do later."""
+    """None of what ``Repair`` does on a Trainer may happen, also what it may learn to do later."""
     hooks = {name for name in vars(Repair) if callable(getattr(Callback, name, None)) and not name.startswith("__")}
     assert hooks >= {"setup", "on_train_start", "on_train_end"}
-    assert {name for name in hooks if name.startswith("on_") or name == "setup"} <= vars(Freeze).keys()
+    assert all(getattr(Freeze, name) is not vars(Repair)[name] for name in hooks)
+
+
+def test_a_finished_model_is_not_what_freezing_works_on():
+    assert not isinstance(freeze(), Repair)
+    assert not hasattr(freeze(), "apply")
 
 
 class SaveAt(Callback):
@@ -500,228 +441,3 @@ def test_scoring_draws_no_random_number_of_the_training():
     torch.manual_seed(7)
     two = train(copy.deepcopy(model), [second])
     assert all(map(torch.equal, one.model.parameters(), two.model.parameters()))
-
-
-# Rewinding
-
-
-def batches(stream):
-    return iter(SIDE[stream])
-
-
-def rewind(q=0.4, p=0.3, **options):
-    return Freeze(q, p, mode="rewind", samples=6, **options)
-
-
-def test_rewinding_an_adapter_makes_a_whole_model_with_aligned_entries():
-    model = with_update(small_llama())
-    was = copy.deepcopy(model)
-    subject = Subject(model, batches=batches)
-    rewind().apply(subject)
-    assert subject.dense
-    aligned = was.unload()
-    updates = lora_updates(with_update(small_llama()))
-    for name, p in ModelWeights.of(model).parameters.items():
-        before = aligned.get_parameter(name)
-        if name not in updates:
-            assert torch.equal(p, before)
-            continue
-        s, u = (slow_scores(aligned, name[:-7], SIDE[k], 6) for k in ("refusals", "task"))
-        mask = torch.tensor(sorted_region(s, u, 0.4, 0.3)).view_as(s)
-        x = updates[name]
-        assert torch.equal(p[mask], before[mask])
-        assert torch.equal(p[~mask], (before + x.scale * x.b @ x.a)[~mask])
-        row = subject.report["matrices"][name]
-        assert row["kept"] == row["changed_entries"] == mask.sum()
-    assert all(not u.b.any() for u in lora_updates(model).values())
-    assert 0 < subject.report["realised_fraction"] < 0.4
-    assert subject.report["changed_entries"] == subject.report["kept_entries"]
-
-
-def test_rewinding_rows_of_an_adapter_leaves_an_adapter():
-    model = with_update(small_llama())
-    aligned = with_update(small_llama()).unload()
-    before = {name: u.b.detach().clone() for name, u in lora_updates(model).items()}
-    subject = Subject(model, batches=batches)
-    rewind(unit="row").apply(subject)
-    assert not subject.dense
-    for name, u in lora_updates(model).items():
-        s, v = (slow_scores(aligned, name[:-7], SIDE[k], 6).sum(dim=1) for k in ("refusals", "task"))
-        rows = torch.tensor(sorted_region(s, v, 0.4, 0.3))
-        assert not u.b[rows].any()
-        assert torch.equal(u.b[~rows], before[name][~rows])
-        assert subject.report["matrices"][name]["changed_entries"] == 4 * rows.sum()
-
-
-@pytest.mark.parametrize("score", ["snip", "wanda"])
-def test_rewinding_all_parameters_is_a_copy_of_the_aligned_values(score):
-    aligned = small_llama()
-    model = moved_model(aligned, 0.1, seed=1)
-    was = copy.deepcopy(model)
-    subject = Subject(model, ModelWeights.of(aligned), batches=batches)
-    rewind(score=score).apply(subject)
-    for name, p in model.named_parameters():
-        if not name.endswith("_proj.weight"):
-            assert torch.equal(p, was.get_parameter(name))
-            continue
-        s, u = (slow_scores(aligned, name[:-7], SIDE[k], 6, score) for k in ("refusals", "task"))
-        mask = torch.tensor(sorted_region(s, u, 0.4, 0.3)).view_as(s)
-        assert torch.equal(p, torch.where(mask, aligned.get_parameter(name), was.get_parameter(name)))
-        assert subject.report["matrices"][name]["changed_entries"] == mask.sum()
-
-
-def test_rows_to_rewind_by_come_from_the_whole_stream():
-    """However the stream is cut into batches, and not just its first rows, which may be the shortest."""
-
-    def cut(size):
-        def read(stream):
-            for k in range(0, 6, size):
-                yield {name: t[k % 3 : k % 3 + size] for name, t in SIDE[stream][k // 3].items()}
-
-        return read
-
-    digests = []
-    for samples, read in ((3, cut(3)), (3, cut(1)), (6, lambda stream: iter(SIDE[stream][:1]))):
-        subject = Subject(with_update(small_llama()), batches=read)
-        Freeze(0.4, 0.3, mode="rewind", samples=samples).apply(subject)
-        digests.append(subject.report["mask_digest"])
-    assert digests[0] == digests[1] != digests[2]
-
-
-def test_training_and_rewinding_end_at_different_models():
-    """The same mask is at its aligned values in both; the other entries of one adapted to that."""
-    start = tiny_lm()
-    held = train(copy.deepcopy(start), [freeze(samples=6)]).model
-    free = train(copy.deepcopy(start), []).model
-    subject = Subject(free, ModelWeights.of(start), batches=batches)
-    rewind().apply(subject)
-    same = {n: (p == start.get_parameter(n)) & n.endswith("_proj.weight") for n, p in held.named_parameters()}
-    rewound = {n: (p == start.get_parameter(n)) & n.endswith("_proj.weight") for n, p in free.named_parameters()}
-    assert all(torch.equal(same[n], rewound[n]) for n in same)
-    assert any((p != free.get_parameter(n)).any() for n, p in held.named_parameters())
-
-
-def actsvd(keep_s=3, keep_u=2):
-    return Freeze(mode="rewind", score="actsvd", samples=6, keep_s=keep_s, keep_u=keep_u)
-
-
-def slow_edit(model, name, keep_s, keep_u):
-    """Return (I - Pi_u) Pi_s from singular vectors of the layer's outputs at response tokens, as dense matrices."""
-    layer, projectors = model.get_submodule(name), []
-    for stream, keep in (("refusals", keep_s), ("task", keep_u)):
-        outputs = []
-        handle = layer.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y))
-        rows = [endless({k: t[i : i + 1] for k, t in batch.items()}) for batch in SIDE[stream] for i in range(3)]
-        with torch.no_grad():
-            for row in rows:
-                model(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
-        handle.remove()
-        h = torch.cat([y[row["labels"] != -100] for y, row in zip(outputs, rows, strict=True)])
-        v = torch.linalg.svd(h, full_matrices=False)[2][:keep].T
-        projectors.append(v @ v.T)
-    return (torch.eye(len(projectors[0])).double() - projectors[1]) @ projectors[0]
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_rewinding_directions_takes_them_out_of_the_update(lora):
-    aligned = small_llama()
-    if lora:
-        model = with_update(small_llama())
-        subject = Subject(model, batches=batches)
-        names = list(lora_updates(model))
-        update = {n: u.scale * u.b.detach() @ u.a.detach() for n, u in lora_updates(model).items()}
-    else:
-        model = moved_model(aligned, 0.1, seed=1)
-        subject = Subject(model, ModelWeights.of(aligned), batches=batches)
-        names = [n for n, _ in model.named_parameters() if n.endswith("_proj.weight")]
-        update = {n: (model.get_parameter(n) - aligned.get_parameter(n)).detach() for n in names}
-    actsvd().apply(subject)
-    assert not subject.dense
-    now = (
-        {n: u.weight + u.scale * u.b @ u.a for n, u in lora_updates(model).items()}
-        if lora
-        else dict(model.named_parameters())
-    )
-    for name in names:
-        edit = slow_edit(aligned, name[:-7], 3, 2)
-        expected = aligned.get_parameter(name) + update[name] - edit @ update[name]
-        assert_close(now[name], expected, rtol=0, atol=1e-9, msg=name)
-        assert (edit @ update[name]).abs().max() > 1e-3
-    assert subject.report["changed_entries"] > 0
-
-
-def test_rank_factors_make_the_edit():
-    generator = torch.Generator().manual_seed(0)
-    s, u = (torch.linalg.qr(torch.randn(7, k, generator=generator).double()).Q for k in (3, 2))
-    d, right = rank_factors(s, u)
-    assert_close(d @ right.T, (torch.eye(7).double() - u @ u.T) @ s @ s.T, rtol=0, atol=1e-12)
-    assert (u.T @ d).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_an_exception_while_rewinding_leaves_the_fine_tuned_model(lora):
-    aligned = small_llama()
-    model = with_update(small_llama()) if lora else moved_model(aligned, 0.1, seed=1)
-    before = [p.detach().clone() for p in model.parameters()]
-
-    def failing(stream):
-        yield SIDE[stream][0]
-        raise FloatingPointError("while reading")
-
-    with pytest.raises(FloatingPointError):
-        rewind().apply(Subject(model, None if lora else ModelWeights.of(aligned), batches=failing))
-    assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_rewinding_needs_to_know_the_aligned_weights():
-    with pytest.raises(RuntimeError, match=r"needs the aligned model, .*give aligned=\.\.\."):
-        rewind().apply(Subject(moved_model(small_llama(), 0.1, seed=1), batches=batches))
-    with pytest.raises(RuntimeError, match=r"needs the aligned model"):
-        rewind().apply(Subject(with_update(small_llama()), batches=batches, dense=True))
-
-
-def test_rewinding_after_a_repair_that_left_no_adapter():
-    """Weights were written under the adapter by an earlier repair: then aligned values come from the aligned model."""
-    aligned = small_llama()
-    model = with_update(moved_model(aligned, 0.1, seed=1))
-    with torch.no_grad():
-        for u in lora_updates(model).values():
-            u.b.zero_()
-    plain = moved_model(aligned, 0.1, seed=1)
-    subject = Subject(model, ModelWeights.of(aligned), batches=batches, dense=True)
-    rewind().apply(subject)
-    other = Subject(plain, ModelWeights.of(aligned), batches=batches)
-    rewind().apply(other)
-    for name, p in ModelWeights.of(model).parameters.items():
-        if name in lora_updates(model):
-            assert torch.equal(p, plain.get_parameter(name)), name
-
-
-def test_a_finished_model_is_not_what_training_mode_works_on():
-    with pytest.raises(RuntimeError, match=r"use mode='rewind' on a finished model"):
-        freeze().apply(Subject(with_update(small_llama()), batches=batches))
-
-
-def test_rewinding_nothing_says_why():
-    subject = Subject(with_update(small_llama()), batches=lambda stream: iter(SIDE["refusals"]))
-    with pytest.warns(UserWarning, match="Freeze changed no weight: no weight is among the top 0.3 of safety"):
-        rewind(0.3, 0.3).apply(subject)
-
-
-def test_on_a_trainer_of_ones_own_rewinding_writes_a_model_and_training_does_not(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    start = with_update(small_llama()).train()
-    with torch.no_grad():
-        for u in lora_updates(start).values():
-            u.b.zero_()
-    defense = rewind(streams=SIDE, output=str(tmp_path / "rewound"))
-    module = train(start, [defense], lr=0.05)
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "rewound", dtype=torch.float64)
-    aligned = small_llama()
-    for name, p in ModelWeights.of(module.model).parameters.items():
-        assert torch.equal(written.get_parameter(name), p)
-        if name in defense.report["matrices"]:
-            assert (p == aligned.get_parameter(name)).sum() >= defense.report["matrices"][name]["kept"] > 0
-    assert defense.applied
-    assert isinstance(defense, Defense)

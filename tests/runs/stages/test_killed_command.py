@@ -25,6 +25,7 @@ FITTING = {
     "bea": ["--bea.length=16"],
     "t_vaccine": ["--t_vaccine.layers=1"],
     "freeze": ["--freeze.samples=4"],
+    "rewind": ["--rewind.samples=4"],
     "ewc": ["--ewc.samples=4"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }

@@ -1,6 +1,7 @@
 """Defenses that repair a model after the user's fine-tuning."""
 
 from hftlight.defenses.post_finetuning.antidote import Antidote
+from hftlight.defenses.post_finetuning.rewind import Rewind
 from hftlight.defenses.post_finetuning.safe_lora import SafeLoRA
 
-__all__ = ["Antidote", "SafeLoRA"]
+__all__ = ["Antidote", "Rewind", "SafeLoRA"]

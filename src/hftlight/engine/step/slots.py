@@ -93,8 +93,8 @@ def in_order(defenses: Iterable[D]) -> list[D]:
     """Return the defenses in the order in which they act; within a slot the list decides.
 
     A defense that fills several slots is placed by the one that acts on ``.grad``, where order changes the result.
-    Defenses of several stages come stage by stage. In the weights slot, projection comes before pruning
-    (``repair_order``), whatever the list says.
+    Defenses of several stages come stage by stage. In the weights slot, projection comes before pruning,
+    and pruning before rewinding (``repair_order``), whatever the list says.
     """
 
     def place(defense: Slotted) -> tuple[int, int, int]:

@@ -115,7 +115,8 @@ class Repair(Defense):
 
     Attributes:
         needs: which other models ``edit`` reads: ``"aligned"``, ``"base"``; set by the instance where modes change it.
-        repair_order: repairs of a list act in this order, whatever the list says: projections 0, pruning 10.
+        repair_order: repairs of a list act in this order, whatever the list says: projections 0, pruning 10,
+            rewinding 20.
 
     Args:
         streams: as ``Defense`` takes them.

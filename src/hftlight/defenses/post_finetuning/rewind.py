@@ -1,0 +1,313 @@
+"""Rewind: after the user's fine-tuning, put the weights that matter to safety and not to utility back."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from hftlight.engine.step.defense import Loader
+from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
+from hftlight.engine.weights.masks import whole_rows
+from hftlight.engine.weights.regions import Selection, Target, linear_targets, overlap_row
+from hftlight.engine.weights.repair import Repair, plain_name, share
+from hftlight.engine.weights.scores import Batch, Loss, directions, input_moments, removed, undisturbed
+from hftlight.engine.weights.subject import Subject
+from hftlight.models.module import SafetyModule, decoder_layers
+
+BLOCK = 1024  # rows that are rewound at one time
+
+
+def rank_factors(safety: Tensor, utility: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return D and U with :math:`D U^T = (I - \Pi_u) \Pi_s`, each ``[out, keep_s]``.
+
+    Args:
+        safety: orthonormal directions of :math:`\Pi_s`, ``[out, keep_s]``.
+        utility: orthonormal directions of :math:`\Pi_u`, ``[out, keep_u]``.
+    """
+    return removed(safety, utility), safety
+
+
+class Rewind(Repair):
+    r"""Put the weights that matter to safety and not to utility back to their aligned values after fine-tuning.
+
+    Each weight matrix of the decoder layers is scored at the aligned model on safety rows and on utility rows. With
+    S(q) the top fraction q of the matrix by safety score, and U(p) the top fraction p by utility score, the entries of
+    :math:`M = S(q) \setminus U(p)` are rewound. The scores are
+
+    .. math:: \text{SNIP: } |W_{ij}| \sum_n |\partial \ell_n / \partial W_{ij}|, \qquad
+              \text{Wanda: } |W_{ij}| \sqrt{\textstyle\frac1N \sum_t x_{tj}^2}
+
+    with the mean loss :math:`\ell_n` of example n in nats per response token, and inputs x at response tokens. Training
+    is free, and the other weights do not adapt to M. Under LoRA what is kept of the update is written into the weights,
+    and the adapter is left zero: the result is a whole model. With ``unit="row"`` rows are rewound within the adapter,
+    which stays an adapter.
+
+    ``score="actsvd"`` works on output directions instead of entries. With :math:`\Pi_s` and :math:`\Pi_u` the
+    projectors on the leading left singular vectors of :math:`W X^T` on safety and on utility inputs, the update
+    :math:`\Delta` becomes :math:`\Delta - (I - \Pi_u) \Pi_s \Delta`; an adapter stays an adapter.
+
+    It is a baseline: the authors report that a fine-tuning attack goes around the weights that it finds.
+
+    Args:
+        safety_ratio: q, fraction of the entries of each matrix, in [0, 1]; 0 turns it off.
+        utility_ratio: p, likewise; 0 spares nothing and needs no utility rows.
+        score: ``"snip"``, ``"wanda"`` or ``"actsvd"``.
+        unit: what is rewound, ``"entry"`` or ``"row"`` (all weights of one output); ``"auto"`` is ``"entry"``, and goes
+            with ``"actsvd"``.
+        samples: rows of each kind that are scored, over all ranks, >= 1, chosen from the whole stream; a smaller stream
+            gives what it has.
+        keep_s: directions of safety that :math:`\Pi_s` projects on, >= 0, with ``"actsvd"``; 0 turns it off, and a
+            matrix with fewer gives all.
+        keep_u: directions of utility that :math:`\Pi_u` projects on, likewise.
+        safety: the stream of safety rows, harmful prompts with refusals. A run offers ``"refusals"``, the alignment
+            rows that refuse; on a Trainer of one's own name one with its ``streams`` or its data module.
+        utility: the stream of utility rows. The user's upload, which is always there, may hide harmful rows, whose
+            weights are then spared; ``"retain"`` is better where there is such a stream.
+        end: whether the last token of each row, its end token, counts in the scores.
+        streams: loaders of these two streams, where the data module does not offer them.
+        output: as ``Repair`` takes it.
+        aligned: likewise.
+
+    Raises:
+        ValueError: if an argument is out of range, arguments do not go together, or a ratio is less than one entry.
+        TypeError: if the model has no such layers, or they are quantized.
+        RuntimeError: if the aligned weights are not known.
+
+    Cost: one sweep for all layers after training. SNIP: ``samples`` forward and backward passes per kind of row and one
+        float32 buffer of the size of the scored weights; Wanda: forward passes and one number per input; ActSVD:
+        forward passes and one ``[in, in]`` buffer per different input. One byte per scored weight for the mask; while
+        the aligned model is scored, a copy of the weights that were trained lies on the CPU.
+    Source: Wei et al., "Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications", ICML
+        2024, arXiv:2402.05162; ActSVD, SNIP and Wanda as there.
+    Differs: as in the official code, weights are put back after fine-tuning; the paper freezes them during it, which is
+        ``Freeze``. No preset names a ratio; the 0.1 of both ratios here is the README's example of pruning. Sets are
+        taken from scores of the intact model over the whole matrix, with exact counts (official code: a fine-tuned mask
+        is read off weights near zero, so that tiny weights, norms and embeddings join). SNIP in one sweep for all
+        layers instead of one replay of the data per layer. Scores are never negative, so that none is read upside down.
+        As in the official code, safety rows are refusals only, Wanda's inputs are those at the positions of response
+        tokens, not at the positions that predict them, and the end token does not count: the official responses have
+        none. Rows under LoRA and rewinding ranks of an update are ours. By default the utility rows are the user's
+        upload (paper: Alpaca without safety rows).
+    """
+
+    needs = ("aligned",)
+    repair_order = 20  # after projection and pruning: rewinding under an adapter leaves no adapter to work on
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "repo": {"score": "snip", "samples": 128, "safety": "refusals", "end": False},
+    }
+
+    def __init__(
+        self,
+        safety_ratio: float = 0.1,
+        utility_ratio: float = 0.1,
+        score: Literal["snip", "wanda", "actsvd"] = "snip",
+        unit: Literal["auto", "entry", "row"] = "auto",
+        samples: int = 128,
+        keep_s: int | None = None,
+        keep_u: int | None = None,
+        safety: str = "refusals",
+        utility: str = "task",
+        end: bool = False,
+        streams: Mapping[str, Loader] | None = None,
+        output: str | None = None,
+        aligned: str | None = None,
+    ) -> None:
+        self._selection = Selection(
+            "Rewind", safety_ratio, utility_ratio, score, samples, safety, utility, end, spread=True
+        )
+        for name, value, allowed in (
+            ("score", score, ("snip", "wanda", "actsvd")),
+            ("unit", unit, ("auto", "entry", "row")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Rewind: {name} must be one of {list(allowed)}, got {value!r}.")
+        for name, count in (("keep_s", keep_s), ("keep_u", keep_u)):
+            if (count is None) == (score == "actsvd"):
+                raise ValueError(
+                    f"Rewind: keep_s and keep_u go with score='actsvd', and it needs both; {name} is {count}."
+                )
+            if count is not None and not (count >= 0 and float(count).is_integer()):
+                raise ValueError(f"Rewind: {name} counts directions and must be a whole number >= 0, got {count}.")
+        if score == "actsvd" and unit != "auto":
+            raise ValueError(
+                "Rewind: score 'actsvd' chooses output directions, not weights; it works with unit='auto', got"
+                f" unit={unit!r}. To rewind entries or rows use score='snip'."
+            )
+        spared = keep_u if score == "actsvd" else utility_ratio
+        self.streams = (safety, utility) if spared else (safety,)
+        super().__init__(streams, output, aligned)
+        self.safety_ratio, self.utility_ratio, self.score, self.unit = safety_ratio, utility_ratio, score, unit
+        self.samples, self.keep_s, self.keep_u = samples, keep_s, keep_u
+        self.safety, self.utility, self.end = safety, utility, end
+
+    @property
+    @override
+    def neutral(self) -> bool:
+        return (self.keep_s if self.score == "actsvd" else self.safety_ratio) == 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the model before the first step.
+
+        Raises:
+            TypeError: if the model has no such layers, they are quantized, or the model cannot be saved.
+            ValueError: if a ratio is less than one entry, or ``output`` or a model that is needed is missing.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not self.neutral:
+            self._targets(getattr(pl_module, "model", pl_module))
+
+    @override
+    def edit(self, subject: Subject) -> None:
+        model = subject.model
+        targets = self._targets(model)
+        if subject.aligned is None and (subject.dense or not has_adapter(model)):
+            raise RuntimeError(
+                "Rewind: rewinding needs the aligned model, which is no longer under the adapter; give aligned=..., or"
+                " rewind the model as it was fine-tuned."
+            )
+        module = SafetyModule(model)
+
+        def loss(batch: Batch) -> Tensor:
+            with subject.context():
+                return module.loss(dict(batch))
+
+        device = next(model.parameters()).device
+        with _at_aligned(subject), undisturbed(model, device):
+            if self.score == "actsvd":
+                factors = self._factors(targets, loss, subject.batches, subject.split)
+            else:
+                masks, table = self._selection.region(targets, loss, subject.batches, self.unit == "row", subject.split)
+        if self.score == "actsvd":
+            matrices = self._rewind_directions(subject, targets, factors)
+            numbers: dict[str, Any] = {"keep_s": self.keep_s, "keep_u": self.keep_u}
+        else:
+            changed = self._rewind(subject, targets, masks)
+            matrices = {name: {**overlap_row(o), "changed_entries": changed[name]} for name, o in table.items()}
+            numbers = self._selection.numbers(targets, masks, table)
+        total = sum(row["changed_entries"] for row in matrices.values())
+        subject.report |= {**numbers, "matrices": matrices, "changed_entries": total}
+        if self.score != "actsvd" and not any(row["kept"] for row in matrices.values()):
+            subject.report["unchanged_because"] = self._selection.empty()
+
+    def _targets(self, model: nn.Module) -> dict[str, Target]:
+        """Return the layers that are scored by the plain name of their weight: linear ones in the decoder layers."""
+        targets = linear_targets(model, decoder_layers, "Rewind", frozen=True)
+        if self.score != "actsvd":
+            self._selection.check(targets, self.unit == "row")
+        return targets
+
+    def _rewind(self, subject: Subject, targets: Mapping[str, Target], masks: Mapping[str, Tensor]) -> dict[str, int]:
+        """Put aligned values back where the masks say; return how many entries changed."""
+        if has_adapter(subject.model) and not subject.dense:
+            updates = lora_updates(subject.model)
+            if self.unit == "row":
+                return {name: _zeroed_rows(t, masks[name]) for name, t in targets.items()}
+            found = {name: _merged(u, masks.get(name)) for name, u in updates.items()}
+            subject.dense = True
+            return {name: found[name] for name in targets}
+        assert subject.start is not None
+        changed = {}
+        for name, target in targets.items():
+            mine, rows = local(target.weight.detach()), target.rows
+            count = torch.zeros((), dtype=torch.int64, device=mine.device)
+            for at in range(0, len(mine), BLOCK):
+                part, mask = mine[at : at + BLOCK], masks[name][at : at + BLOCK]
+                aligned = subject.start.rows(name, rows.start + at, rows.start + at + len(part)).to(part)
+                count += ((part != aligned) & mask).sum()
+                part.copy_(torch.where(mask, aligned, part))
+            changed[name] = int(rows.sum(count)[0])
+        return changed
+
+    def _factors(
+        self, targets: Mapping[str, Target], loss: Loss, batches: Callable[[str], Iterable[Batch]], split: bool
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return D and U of each weight, with D U^T what is taken out of its update."""
+        layers = {name: t.layer for name, t in targets.items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in targets}
+        for stream, count in ((self.safety, self.keep_s), (self.utility, self.keep_u)):
+            assert count is not None
+            moments = {}
+            if count:
+                data = self._selection.counted(batches(stream), split)
+                moments = input_moments(loss, layers, data, outer=True, split=split)
+            for name, target in targets.items():
+                weight = whole_rows(target.values(), target.weight)
+                empty = weight.new_zeros(len(weight), 0, dtype=torch.float64)
+                found[name].append(directions(weight, moments[name], count) if count else empty)
+        return {name: rank_factors(*pair) for name, pair in found.items()}
+
+    def _rewind_directions(
+        self, subject: Subject, targets: Mapping[str, Target], factors: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, dict[str, int]]:
+        """Take the safety directions out of the update; return how many entries of each matrix changed."""
+        table = {}
+        for name, target in targets.items():
+            thin = target.update is not None and not subject.dense
+            written = target.update.b if thin and target.update is not None else target.weight
+            mine, rows = local(written.detach()), share(written)
+            d, u = (f[rows.start : rows.stop] for f in factors[name])
+            update = mine.double()
+            if not thin:
+                assert subject.start is not None
+                update = update - subject.start.rows(name, rows.start, rows.stop).to(update)
+            new = (mine.double() - d @ rows.sum(u.T @ update)[0]).to(mine.dtype)
+            table[name] = {"changed_entries": int(rows.sum((new != mine).sum())[0])}
+            mine.copy_(new)
+        return table
+
+
+@contextmanager
+def _at_aligned(subject: Subject) -> Iterator[None]:
+    """Run the block at the aligned weights; afterwards, also after an exception, the fine-tuned ones are back."""
+    model, start = subject.model, subject.start
+    assert start is not None
+    parameters: dict[str, nn.Parameter] = {}
+    if has_adapter(model):
+        parameters = {f"{name} (B)": u.b for name, u in lora_updates(model).items()}
+    if subject.dense or not has_adapter(model):
+        parameters |= {plain_name(name): p for name, p in model.named_parameters() if ".lora_" not in name}
+    saved = {name: local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            if name.endswith(" (B)"):
+                local(p.detach()).zero_()
+                continue
+            if start.shape(name) != tuple(p.shape):
+                raise ValueError(f"Rewind: {name} is {list(p.shape)}, in the aligned model {start.shape(name)}.")
+            rows = share(p)
+            local(p.detach()).copy_(start.rows(name, rows.start, rows.stop))
+        yield
+    finally:
+        for name, p in parameters.items():
+            local(p.detach()).copy_(saved[name])
+
+
+def _merged(update: LoraUpdate, mask: Tensor | None) -> int:
+    """Write the update into the weight, masked entries left as they are; return how many of these it would change."""
+    dtype = torch.promote_types(update.b.dtype, torch.float32)
+    weight, b = local(update.weight.detach()), local(update.b.detach())
+    a = whole(update.a.detach()).to(dtype)
+    count = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for at in range(0, len(weight), BLOCK):
+        part = weight[at : at + BLOCK]
+        delta = update.scale * (b[at : at + BLOCK].to(dtype) @ a)
+        held = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask[at : at + BLOCK]
+        count += ((delta != 0) & held).sum()
+        part.copy_(torch.where(held, part, (part.to(dtype) + delta).to(part.dtype)))
+    b.zero_()
+    return int(share(update.weight).sum(count)[0])
+
+
+def _zeroed_rows(target: Target, mask: Tensor) -> int:
+    """Zero the rows of B that a mask ``[rows, 1]`` names; return how many entries changed."""
+    assert target.update is not None
+    b = local(target.update.b.detach())
+    count = ((b != 0) & mask).sum()
+    b.masked_fill_(mask, 0)
+    return int(share(target.update.b).sum(count)[0])
