@@ -6,7 +6,6 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 READY := $(VENV)/.ready
 TORCH := 2.13.0
 LOOSE := python -m pip install --quiet --disable-pip-version-check
-FETCH := $(LOOSE) -c constraints.txt
 
 # What the wheel and the oldest versions are tried with.
 SMALL := --model tiny --num_samples 40 --alignment.steps 4 --finetuning.steps 4 --evaluation.prompts 8 \
@@ -47,20 +46,20 @@ test: $(READY)  ## the test suite, without what is marked slow
 test-slow: $(READY)  ## what is marked slow
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
-test-wheel: $(READY)  ## the wheel and the example plugin, installed in an environment of their own, away from the checkout
-	@rm -rf dist build/wheel && $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+test-wheel: $(READY)  ## the wheel and the example plugin, installed and run away from the checkout
+	@rm -rf dist build/wheel build/elsewhere && $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	@$(PYTHON) -m venv build/wheel
-	@command -v nvidia-smi >/dev/null 2>&1 || build/wheel/bin/$(FETCH) "torch==$(TORCH)+cpu" 2>/dev/null || true
-	@build/wheel/bin/$(FETCH) dist/hftlight-*.whl && build/wheel/bin/$(FETCH) --no-deps ./recipes/plugin
+	@$(PY) -c 'import site; print(site.getsitepackages()[0])' > $$(echo build/wheel/lib/python*/site-packages)/dependencies.pth
+	@build/wheel/bin/$(LOOSE) --no-deps dist/hftlight-*.whl ./recipes/plugin
 	@mkdir -p build/elsewhere && cd build/elsewhere && export HFTLIGHT_CACHE=$$PWD/cache && ../wheel/bin/hftlight --help && \
 		../wheel/bin/hftlight train --defense shrink --baseline $(SMALL) --output $$PWD/runs
 
-test-lowest: $(READY)  ## a short set of tests with the lowest versions that pyproject.toml allows
-	@$(PYTHON) -m venv build/lowest && mkdir -p build
+test-lowest: $(READY)  ## a short set of tests with the lowest versions that pyproject.toml allows, and nothing else
+	@$(PYTHON) -m venv build/lowest
 	@$(PY) -c '$(LOWEST)' > build/lowest.txt
 	@command -v nvidia-smi >/dev/null 2>&1 || build/lowest/bin/$(LOOSE) "torch==$(TORCH)+cpu" 2>/dev/null || true
 	@build/lowest/bin/$(LOOSE) -r build/lowest.txt pytest pytest-xdist && build/lowest/bin/$(LOOSE) --no-deps -e .
-	@OMP_NUM_THREADS=1 HFTLIGHT_CACHE=build/lowest/cache build/lowest/bin/python -m pytest -q $(SHORT)
+	@OMP_NUM_THREADS=1 HFTLIGHT_CACHE=$$PWD/build/lowest/cache build/lowest/bin/python -m pytest -q $(SHORT)
 
 lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check .
