@@ -59,7 +59,7 @@ test-lowest: $(READY)  ## a short set of tests with the lowest versions that pyp
 	@$(PY) -c '$(LOWEST)' > build/lowest.txt
 	@command -v nvidia-smi >/dev/null 2>&1 || build/lowest/bin/$(LOOSE) "torch==$(TORCH)+cpu" 2>/dev/null || true
 	@build/lowest/bin/$(LOOSE) -r build/lowest.txt pytest pytest-xdist && build/lowest/bin/$(LOOSE) --no-deps -e .
-	@OMP_NUM_THREADS=1 HFTLIGHT_CACHE=$$PWD/build/lowest/cache build/lowest/bin/python -m pytest -q $(SHORT)
+	@OMP_NUM_THREADS=1 HFTLIGHT_CACHE=$$PWD/build/lowest/cache build/lowest/bin/python -m pytest -q -k "not processes" $(SHORT)
 
 lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check .

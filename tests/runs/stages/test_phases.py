@@ -78,7 +78,7 @@ def test_killed_between_the_phases_it_goes_on_with_the_second(tmp_path, monkeypa
     given, seen, whole = config(tmp_path, baseline=False), [], run_module.run_stage
 
     def dying(job, *rest):
-        seen.append(job.pairs is not None)
+        seen.append(job.preference is not None)
         if seen[-1] and len(seen) == 3:
             raise KeyboardInterrupt
         return whole(job, *rest)

@@ -13,9 +13,9 @@ from hftlight.data.templates import get_template
 from hftlight.errors import InputError
 from hftlight.files import cache_dir
 from hftlight.model_files import model_hash
-from hftlight.models.base import device_of, keeps_base, lent_model, on_device
+from hftlight.models.base import device_of, on_device
 from hftlight.models.load import load_tokenizer
-from hftlight.models.serving import base_dtype, trainable_model
+from hftlight.models.serving import Artifact, trainable_model
 from hftlight.runs.stages.train import records_digest
 
 SCORES = "scores.jsonl"
@@ -94,11 +94,8 @@ def _scores(job: SelectionJob) -> Sequence[float]:
     config, attack = job.config, job.attack
     tokenizer = load_tokenizer(config.model)
     trainable = attack.kind == "gradient" and attack.parameters == "trainable"
-    with (
-        trainable_model(config, job.aligned)
-        if trainable
-        else lent_model(str(job.aligned), base_dtype(config), keeps_base(config), config.tuning == "qlora") as model
-    ):
+    chosen = trainable_model(config, job.aligned) if trainable else Artifact.of(job.aligned).model(config)
+    with chosen as model:
         model = on_device(model, config)
         try:
             return attack.score(
