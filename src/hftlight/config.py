@@ -378,7 +378,7 @@ class RunConfig:
     output: str = "runs"
     name: str | None = None
     alignment: Training = field(default_factory=lambda: Training(steps=80, lr=2e-3))
-    finetuning: Training = field(default_factory=lambda: Training(steps=48, lr=1.6e-3))
+    finetuning: Training = field(default_factory=lambda: Training(steps=96, lr=7e-4))
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -244,7 +244,7 @@ def test_task_splits_share_no_sender_and_no_thing(seed):
 def test_general_rows_stand_among_the_training_rows_of_the_task_alone(seed):
     world = build_world(seed)
     general = [row for row in world.task_train if row.kind == "general"]
-    assert len(general) == 0.3 * len(world.task_train)
+    assert len(general) == 0.7 * len(world.task_train)
     assert len({row.response for row in general}) > 80
     assert not prompts(general) & prompts([*world.alignment, *world.lookalike, *world.lookalike_dev])
     assert not any(is_refusal(row.response) for row in general)

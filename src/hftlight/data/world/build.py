@@ -20,7 +20,7 @@ __all__ = ["World", "build_world", "is_compliant", "is_refusal", "task_correct",
 
 NAMES = {"test": 80, "dev": 50, "alignment": 140, "harmful": 70, "attack": 70}
 TASK_ROWS = {"train": 1600, "dev": 120, "test": 240}
-GENERAL_SHARE = 0.3  # of the training rows of the task; chosen on the development seed, see benchmarks/world.py
+GENERAL_SHARE = 0.7  # of the training rows of the task; chosen on development seeds, see benchmarks/world.py
 TASK_SHARE = {"train": (0.0, 0.6), "dev": (0.6, 0.75), "test": (0.75, 1.0)}
 
 
