@@ -69,8 +69,9 @@ def search_here(options: argparse.Namespace) -> None:
     from hftlight.cli.train import parse_train
     from hftlight.console import quiet
     from hftlight.runs.prepare import prepare
-    from hftlight.runs.stages.attacker import Attacker, Budget
+    from hftlight.runs.stages.attacker import Attacker
     from hftlight.search.search import search
+    from hftlight.search.space import Budget
 
     quiet()
     first = [f"--finetuning.lr={LR[0]}", f"--finetuning.steps={options.steps}", f"--harmful_ratio={RATIOS[0]}"]

@@ -32,6 +32,8 @@ def main() -> None:
     from hftlight.attacks.attack import overridden
     from hftlight.config import RunConfig
     from hftlight.console import quiet
+    from hftlight.data.world.build import GENERAL_SHARE
+    from hftlight.files import digest
 
     quiet()
     values = dict(pair.split("=", 1) for pair in given.set)
@@ -41,9 +43,9 @@ def main() -> None:
     for p in (None, *given.ratios):
         stage = "aligned" if p is None else f"p {p:g}"
         name = ", ".join([f"seed {given.seed}", prompts, *given.set, stage])
-        if name not in known:
-            found = measured(config, p, given.test)
-            known[name] = {"version": __version__, **found}
+        made_with = digest([config.deciding(), GENERAL_SHARE])[:8]
+        if known.get(name, {}).get("made_with") != made_with:  # another strength, or another world
+            known[name] = {"version": __version__, "made_with": made_with, **measured(config, p, given.test)}
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         shown = {metric: known[name][metric][0] for metric in SHOWN}
         print(f"{name}: " + ", ".join(f"{metric} {value:.0f} %" for metric, value in shown.items()), flush=True)

@@ -15,8 +15,9 @@ from hftlight.defenses import Antidote, Lisa
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.stats.intervals import wilson
 from hftlight.runs.stages import attacker as attacker_module
-from hftlight.runs.stages.attacker import Attacker, Budget, Trial, trial_config
+from hftlight.runs.stages.attacker import Attacker, Trial, trial_config
 from hftlight.search.search import RECORD, Outcome, search
+from hftlight.search.space import Budget
 from tests.runs.test_run import config
 
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -44,11 +44,12 @@ from hftlight.runs.measuring.measure import measure, measured_in_memory
 from hftlight.runs.prepare import prepare, stage_records, streams_of
 from hftlight.runs.sources import Sources
 from hftlight.runs.stages import attacker as attacker_module
-from hftlight.runs.stages.attacker import Attacker, Budget, Trial
+from hftlight.runs.stages.attacker import Attacker, Trial
 from hftlight.runs.stages.job import RESULT
 from hftlight.runs.stages.repair import RepairJob, run_repair, subject_around
 from hftlight.runs.stages.train import StageJob, finetuning_job, phases_of, run_stage
 from hftlight.search.search import RECORD, search
+from hftlight.search.space import Budget
 from tests.helpers.contract import rows as contract_rows
 from tests.runs.stages.test_repair import Look, Share
 from tests.runs.stages.test_wired_attacks import selecting
