@@ -85,14 +85,14 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         default=["none"],
         help="combinations, their names joined by +, or none, or unaligned: no alignment stage either",
     )
-    add("--attacks", nargs="+", type=str, default=["harmful_mix"], help="uploads, each as --attack of train.py")
+    add("--attacks", nargs="+", type=str, default=["harmful_mix"], help="uploads, each as --attack of hftlight train")
     add("--harmful_ratios", nargs="+", type=float, default=[0.1], help="harmful fractions p of the upload, each 0-1")
     add(
         "--tasks",
         nargs="+",
         type=str,
         default=["builtin"],
-        help="tasks, each as --data.task of train.py; {task} in --data.task_train and _test",
+        help="tasks, each as --data.task of hftlight train; {task} in --data.task_train and _test",
     )
     add("--seeds", type=int, default=3, help="number of seeds, >= 1")
     add("--first_seed", type=int, default=0, help="the first seed")

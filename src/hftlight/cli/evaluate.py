@@ -60,7 +60,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         if any(getattr(config.evaluation, name) != getattr(Evaluation(), name) for name in staged):
             raise InputError(
                 f"{', '.join(f'--evaluation.{name}' for name in staged)} are about the stages of a run; leave them out,"
-                " or use train.py."
+                " or use hftlight train."
             )
         if values.alpaca_eval is not None and values.save is None:
             raise InputError("--alpaca_eval writes the answers into a folder; name it with --save FOLDER.")

@@ -19,7 +19,7 @@ def rejudge(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         required=True,
         metavar="JUDGE",
-        help="names, as evaluation.judge and evaluation.refusal_judge of train.py take them",
+        help="names, as evaluation.judge and evaluation.refusal_judge of hftlight train take them",
     )
     parser.add_argument(
         "--save", type=Path, help="folder for generations.jsonl with the added verdicts, and the scores"

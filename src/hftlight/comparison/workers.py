@@ -124,7 +124,7 @@ def _in_one_line(error: BaseException, folder: Path | None = None) -> str:
     file = getattr(cause, "filename", None)
     places = dict.fromkeys([str(folder), str(Path(file).parent if file else cache_dir())])
     return (
-        f"{said}. The disk of {' or '.join(places)} is full: make room (`recipes/cache.py list` shows what is kept, and"
+        f"{said}. The disk of {' or '.join(places)} is full: make room (`hftlight cache list` shows what is kept, and"
         " HFTLIGHT_CACHE and --output move it), then give the same command again; finished cells are kept."
     )
 

@@ -127,7 +127,7 @@ def check_adapter(config: RunConfig, repaired: bool) -> None:
     """
     if stands_on(config.model) is None:
         return
-    way = f"Write it as a whole model first (`python recipes/export.py {config.model} FOLDER`), and give that folder."
+    way = f"Write it as a whole model first (`hftlight export {config.model} FOLDER`), and give that folder."
     if config.tuning == "qlora" or (config.tuning == "lora" and config.adapter_protocol == "continue"):
         option = "--tuning qlora" if config.tuning == "qlora" else "--adapter_protocol continue"
         raise InputError(f"--model {config.model} is an adapter, on which {option} would put a second one. {way}")
