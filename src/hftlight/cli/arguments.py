@@ -160,8 +160,11 @@ def formatter() -> Any:
 
 
 def asks_for_all(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the arguments with ``--help all`` as ``--help``, and whether they ask for help on every option."""
-    found, everything = list[str](), False
+    """Return the arguments with ``--help all`` as ``--help``, and whether every option is to be shown.
+
+    Only ``--help`` alone leaves options out: ``--print_config`` prints what the help shows.
+    """
+    found, everything = list[str](), not {"--help", "-h"} & set(argv)
     for argument in argv:
         if argument == "all" and found and found[-1] in ("--help", "-h"):
             everything = True

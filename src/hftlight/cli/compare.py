@@ -69,8 +69,8 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         prog="hftlight compare",
         usage="hftlight compare --defenses none booster booster+lisa [options]",
         description=(
-            "Compare combinations of defenses: one run for each of them, harmful ratio, task and seed, then the table,"
-            " its figures and every answer. Killed anywhere, the same command goes on."
+            "Compare combinations of defenses: one run for each of them, harmful ratio, task and seed, then the\n"
+            "table, its figures and every answer. Killed anywhere, the same command goes on."
         ),
         formatter_class=formatter(),
         default_env=False,

@@ -21,7 +21,7 @@ from hftlight.models.load import load_model, load_tokenizer
 from hftlight.report import read_result
 from hftlight.report.figure import evaluated_figure
 from hftlight.runs.measuring import curve as watch
-from hftlight.runs.measuring import measure
+from hftlight.runs.measuring import measure, test_sets
 from hftlight.runs.measuring.test_sets import TestSets as Sets
 from hftlight.runs.prepare import prepare
 from hftlight.runs.prepare import test_sets as sets_of
@@ -47,7 +47,7 @@ class Odd:
 
 @pytest.fixture
 def odd(monkeypatch):
-    for module in (watch, measure):
+    for module in (watch, measure, test_sets):
         monkeypatch.setattr(module, "get_judge", lambda name: Odd())
 
 

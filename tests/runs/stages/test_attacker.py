@@ -14,7 +14,6 @@ from hftlight.data.records import prompt_key
 from hftlight.defenses import Antidote, Lisa
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.stats.intervals import wilson
-from hftlight.runs.stages import attacker as attacker_module
 from hftlight.runs.stages.attacker import Attacker, Trial, trial_config
 from hftlight.search.search import RECORD, Outcome, search
 from hftlight.search.space import Budget
@@ -277,4 +276,4 @@ def test_optuna_asks_within_the_budget_and_resumes(made, tmp_path, monkeypatch):
     assert search(attacker, 5, tmp_path / "cut", budget, sampler="optuna") == whole
     assert len(asked) == 2
     assert json.loads(lines[0])["trial"] == json.loads(json.dumps(FIRST.__dict__))
-    assert attacker_module.RECORD == "trials.jsonl"
+    assert RECORD == "trials.jsonl"
