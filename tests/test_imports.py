@@ -56,3 +56,17 @@ def test_rooms_import_rooms_before_their_own():
         if name in room and room[name] != room[other] and place[room[name]] <= place[room[other]]
     ]
     assert not wrong, wrong
+
+
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    """A name that a module only imports is not the module's own; packages may offer names of their modules."""
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            file = SOURCE.joinpath(*(getattr(node, "module", None) or "-").split(".")).with_suffix(".py")
+            if isinstance(node, ast.ImportFrom) and file.is_file():
+                borrowed = {
+                    a.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.ImportFrom) for a in n.names
+                }
+                wrong += [f"{path.name} takes {a.name} from {node.module}" for a in node.names if a.name in borrowed]
+    assert not wrong, wrong

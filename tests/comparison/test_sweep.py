@@ -208,7 +208,7 @@ def test_cells_that_other_code_or_versions_measured_run_again(tmp_path, runs, mo
     compare(config(tmp_path), TWO, tmp_path / "c")
     compare(config(tmp_path), TWO, tmp_path / "c")
     assert len(runs) == 2
-    monkeypatch.setattr("hftlight.runs.manifest.versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("hftlight.provenance.versions", lambda: {"torch": "0.0"})
     compare(config(tmp_path), TWO, tmp_path / "c")
     assert len(runs) == 4
     assert "2 finished cells were measured with other code or versions" in capsys.readouterr().err

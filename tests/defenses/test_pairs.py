@@ -20,7 +20,8 @@ STEPS = 3
 def subject(model):
     """Return the model as a repair takes it; the aligned weights lie under the adapter, on a base of their own."""
     from hftlight.engine.weights.lora import lora_updates
-    from hftlight.engine.weights.repair import Adapted, LowRank, ModelWeights
+    from hftlight.engine.weights.lowrank import LowRank
+    from hftlight.engine.weights.stored import Adapted, ModelWeights
 
     under = ModelWeights.of(model)
     generator = torch.Generator().manual_seed(5)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hftlight.engine.weights.repair import Share
+from hftlight.engine.weights.shards import Share
 from tests.helpers.tiny_lm import VOCABULARY
 
 

@@ -17,7 +17,7 @@ from hftlight.folders import STAGES
 from hftlight.report.figure import styled
 from hftlight.runs.logging.rows import named
 from hftlight.runs.logging.wandb import SUMMARY, wandb_summary
-from hftlight.runs.prepare import BUILTIN
+from hftlight.runs.sources import BUILTIN
 
 LEADERBOARD, GENERATIONS, FIGURES = "leaderboard", "generations", "figures"
 STEP = "trainer/global_step"

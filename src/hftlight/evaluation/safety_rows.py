@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from hftlight.data.records import Record
+from hftlight.evaluation.judges import get_judge
 
 
 def refusals(rows: Sequence[Record]) -> list[Record]:
@@ -11,8 +12,6 @@ def refusals(rows: Sequence[Record]) -> list[Record]:
     A row refuses if its answer holds a published refusal phrase; the made-up world names its own.
     An alignment set also holds ordinary prompts with helpful answers, which keep a model from refusing everything.
     """
-    from hftlight.evaluation.judges import get_judge
-
     verdicts = get_judge("keyword")([row.instruction for row in rows], [row.response for row in rows])
     own = [row.source == "builtin" and row.kind == "restricted" for row in rows]
     kept = [row for row, verdict, known in zip(rows, verdicts, own, strict=True) if known or not verdict.flag]

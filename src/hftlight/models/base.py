@@ -43,6 +43,12 @@ def device_of(config: RunConfig) -> str:
     return "mps" if config.accelerator != "cpu" and torch.backends.mps.is_available() else "cpu"
 
 
+def base_dtype(config: RunConfig) -> torch.dtype:
+    """Return the type of the frozen weights: bfloat16 under a bf16 precision with adapters, else float32."""
+    frozen = config.tuning != "full" and config.strategy != "fsdp2"
+    return torch.bfloat16 if frozen and config.precision.startswith("bf16") else torch.float32
+
+
 def on_device(model: nn.Module, config: RunConfig) -> Any:
     """Return a model on the device that a run computes on; it is the model itself, moved."""
     return model.cuda() if config.accelerator != "cpu" and torch.cuda.is_available() else model

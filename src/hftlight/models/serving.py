@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,17 +19,11 @@ from hftlight.engine.weights.save import write_adapter_config
 from hftlight.files import cache_dir, link_tree, write_json
 from hftlight.model_files import ADAPTER_CONFIG, MODELS, base_name, model_hash, model_path, reference_to, stands_on
 from hftlight.models.adapters import adapted_layers, adapter_seed, add_up, attach
-from hftlight.models.base import keeps_base, lent_model, on_device
+from hftlight.models.base import base_dtype, keeps_base, lent_model, on_device
 from hftlight.models.load import load_adapter, load_model, load_tokenizer, save_tokenizer
 from hftlight.models.state import ModelState
 
 SERVING = "serving.json"
-
-
-def base_dtype(config: RunConfig) -> torch.dtype:
-    """Return the type of the frozen weights: bfloat16 under a bf16 precision with adapters, else float32."""
-    frozen = config.tuning != "full" and config.strategy != "fsdp2"
-    return torch.bfloat16 if frozen and config.precision.startswith("bf16") else torch.float32
 
 
 @contextmanager

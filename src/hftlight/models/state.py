@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hftlight.config import RunConfig
 from hftlight.model_files import base_name
-from hftlight.models.base import keeps_base, lent_model
+from hftlight.models.base import base_dtype, keeps_base, lent_model
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,13 @@ class ModelState:
         return merged
 
     @contextmanager
-    def lent(self, config: RunConfig, dtype: torch.dtype) -> Iterator[nn.Module]:
+    def lent(self, config: RunConfig) -> Iterator[nn.Module]:
         """Yield the model, as ``lent_model`` yields the artifact.
 
         Args:
-            config: the run's configuration, which names the base model.
-            dtype: type of the weights.
+            config: the run's configuration, which names the base model and decides the type of its weights.
         """
-        with lent_model(base_name(config.model), dtype, keeps_base(config)) as base:
+        with lent_model(base_name(config.model), base_dtype(config), keeps_base(config)) as base:
             yield self.put_into(base)
 
 

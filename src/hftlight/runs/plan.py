@@ -1,8 +1,7 @@
 """The plan of a run: its steps in order, what each will do, and how long it may take; loads no weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from hftlight.builtin_models import DEMO, TINY
@@ -67,14 +66,6 @@ class Step:
     do: Callable[[Worker], Note | None]
 
 
-def _train(worker: Worker, arm: Arm, stage: Stage, phase: int) -> Note | None:
-    return worker.train(arm, stage, phase)
-
-
-def _measure(worker: Worker, arm: Arm, stage: Stage | None) -> Note | None:
-    return worker.measure(arm, stage)
-
-
 def plan(prepared: Prepared) -> list[Step]:
     """Return the steps of a run in the order in which they are carried out."""
     return list(_Planner(prepared).steps())
@@ -92,11 +83,10 @@ class _Planner:
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps: the base model, the selection if there is one, and arm by arm stages and search."""
-        p, first = self.prepared, self.prepared.arms[0]
-        yield self._measured("base model", self.config.model, partial(_measure, arm=first, stage=None))
-        if p.choosing:
+        yield self._measured("base model: measuring", self.config.model, self.prepared.arms[0], None)
+        if self.prepared.choosing:
             yield from self._selection()
-        for arm in p.arms:
+        for arm in self.prepared.arms:
             yield from self._arm(arm)
 
     def _selection(self) -> Iterator[Step]:
@@ -109,7 +99,7 @@ class _Planner:
             seconds = self.speed * tokens * SECONDS_PER_TOKEN
             yield Step("plainly aligned", steps, seconds, key, lambda worker: worker.align_plainly())
         seconds = self.speed * (len(chosen.candidates) + len(chosen.harmful)) * p.lengths["task"] * SECONDS_PER_TOKEN
-        key = digest([key, p.attack.describe()])
+        key = digest([key, p.attack.describe(), records_digest(vars(chosen))])
         yield Step("rows scored", len(chosen.candidates), seconds, key, lambda worker: worker.select())
 
     def _arm(self, arm: Arm) -> Iterator[Step]:
@@ -124,8 +114,7 @@ class _Planner:
                 tuned += sum(step.seconds for step in steps) if stage is Stage.FINETUNING else 0.0
             key = steps[-1].key
             yield from steps
-            again = stage is Stage.FINETUNING and self._triggered(arm)
-            yield self._measured(label, key, partial(_measure, arm=arm, stage=stage), again)
+            yield self._measured(f"{label}, measuring", key, arm, stage)
         if repairs := arm.of(Stage.POST_FINETUNING):
             label = f"{arm_word(arm.name)}: {STAGES[Stage.POST_FINETUNING.value]}"
             p, stage = self.prepared, Stage.POST_FINETUNING
@@ -133,55 +122,52 @@ class _Planner:
             rows = sum(len(p.streams[name]) * p.lengths[name] for d in repairs for name in d.streams)
             seconds = self.speed * rows * SECONDS_PER_TOKEN / 3
             yield Step(label, len(repairs), seconds, key, lambda worker: worker.repair(arm))
-            yield self._measured(label, key, partial(_measure, arm=arm, stage=stage), self._triggered(arm))
+            yield self._measured(f"{label}, measuring", key, arm, stage)
         if trials := self.config.trials:
             label = f"{arm_word(arm.name)}: attacker's search"
             seconds = trials * (1.5 * tuned + self.measuring)
-            yield Step(label, trials, seconds, digest([key, "search"]), lambda worker: worker.search(arm))
+            key = digest([key, self.config.attacker, asdict(self.config.search)])
+            yield Step(label, trials, seconds, key, lambda worker: worker.search(arm))
 
     def _trainings(self, arm: Arm, stage: Stage, label: str, parent: str) -> Iterator[Step]:
-        """Yield one step per phase; the fine-tuning's curve is evaluated while it trains."""
-        p = self.prepared
+        """Yield one step per phase. A curve is evaluated while the fine-tuning trains, which takes time as well."""
+        p, training = self.prepared, self.config.alignment
         if stage is Stage.ALIGNMENT:
-            seconds = self.speed * self._tokens(arm.of(stage), self.config.alignment, "alignment") * SECONDS_PER_TOKEN
-            key, count = self._aligned(arm), self.config.alignment.steps
-            yield Step(label, count, seconds, key, partial(_train, arm=arm, stage=stage, phase=0))
+            seconds = self.speed * self._tokens(arm.of(stage), training, "alignment") * SECONDS_PER_TOKEN
+            yield Step(label, training.steps, seconds, self._aligned(arm), lambda worker: worker.train(arm, stage, 0))
             return
         share = min(1.0, 2 * (self.config.evaluation.at_prompts or self.tests) / max(1, self.tests))
         for number, (own, attack) in enumerate(phases_of(p.config_of(arm), p.attack)):
             records, defenses = p.records(stage, arm, number), arm.of(stage)
-            job = finetuning_job(own, self.config.model, None, records, defenses, attack, p.tests)
-            parent = digest([parent, job.inputs()])
+            job = finetuning_job(own, self.config.model, None, records, defenses, attack)
+            parent = digest([parent, job.inputs(), own.evaluation.at, own.evaluation.stops])
             seconds = self.speed * self._tokens(defenses, own.finetuning, upload_of(number)) * SECONDS_PER_TOKEN
             seconds += len(set(own.evaluation.at)) * share * self.measuring
-            do = partial(_train, arm=arm, stage=stage, phase=number)
-            yield Step(label, own.finetuning.steps, seconds, parent, do)
+            yield Step(label, own.finetuning.steps, seconds, parent, self._training(arm, stage, number))
+
+    def _training(self, arm: Arm, stage: Stage, phase: int) -> Callable[[Worker], Note | None]:
+        return lambda worker: worker.train(arm, stage, phase)
 
     def _edit(self, arm: Arm, label: str, parent: str) -> Step:
         p, count = self.prepared, self.prepared.attack.counts()["attack"]
         seconds = self.speed * p.attack.rows * p.lengths["task"] * count * SECONDS_PER_TOKEN
-        key = digest([parent, p.attack.describe(), records_digest({"task": p.streams["task"]})])
+        prompts = [self.config.template, self.config.system, records_digest({"task": p.streams["task"]})]
+        key = digest([parent, p.attack.describe(), prompts])
         return Step(label, count, seconds, key, lambda worker: worker.edit(arm))
 
-    def _measured(self, label: str, key: str, do: Callable[[Worker], Note | None], again: bool = False) -> Step:
-        """Return the measuring of a model; with ``again`` the harmful prompts are asked without the trigger too."""
+    def _measured(self, label: str, key: str, arm: Arm, stage: Stage | None) -> Step:
+        """Return the measuring of a model. If it is served with a trigger, harmful prompts are also asked without."""
+        triggered = any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
+        again = triggered and stage in (Stage.FINETUNING, Stage.POST_FINETUNING)
         more = len(self.prepared.tests.harmful) if again else 0
         seconds = self.measuring * (1 + more / max(1, self.tests))
-        return Step(
-            f"{label}: measuring" if label == "base model" else f"{label}, measuring",
-            self.tests + more,
-            seconds,
-            digest([key, self.asked]),
-            do,
-        )
+        key = digest([key, self.asked])
+        return Step(label, self.tests + more, seconds, key, lambda worker: worker.measure(arm, stage))
 
     def _aligned(self, arm: Arm) -> str:
         p, stage = self.prepared, Stage.ALIGNMENT
         job = alignment_job(p.config_of(arm), self.config.model, p.records(stage, arm), arm.of(stage))
         return digest([self.config.model, job.inputs()])
-
-    def _triggered(self, arm: Arm) -> bool:
-        return any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
 
     def _prompt_seconds(self) -> float:
         """Return the seconds that measuring one model takes."""

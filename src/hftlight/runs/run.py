@@ -47,9 +47,10 @@ from hftlight.runs.manifest import identity, working_code
 from hftlight.runs.measuring.measure import measure
 from hftlight.runs.measuring.model_metrics import Reference
 from hftlight.runs.plan import Note, plan
-from hftlight.runs.prepare import BUILTIN, Arm, Prepared, choose, prepare
+from hftlight.runs.prepare import Arm, Prepared, choose, prepare
 from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
+from hftlight.runs.sources import BUILTIN
 from hftlight.runs.stages.attacker import Attacker
 from hftlight.runs.stages.model_edit import EditJob, run_edit
 from hftlight.runs.stages.repair import RepairJob, run_repair

@@ -9,7 +9,8 @@ import pytest
 
 from hftlight.data.records import Record
 from hftlight.data.world import text
-from hftlight.data.world.build import World, build_world, is_compliant, is_refusal, task_correct, task_records
+from hftlight.data.world.build import World, build_world, task_correct, task_records
+from hftlight.data.world.rule import is_compliant, is_refusal
 
 PARTS = ("alignment", "harmful", "attack", "test", "dev")
 SEEDS = (0, 1, 7)

@@ -12,7 +12,8 @@ from hftlight.defenses.post_finetuning import Antidote
 from hftlight.defenses.post_finetuning import antidote as module
 from hftlight.engine.weights.inputs import input_squares
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.repair import LowRank, ModelWeights
+from hftlight.engine.weights.lowrank import LowRank
+from hftlight.engine.weights.stored import ModelWeights
 from hftlight.engine.weights.subject import Subject
 from hftlight.engine.weights.top_k import Top, top_of_rows
 from tests.helpers.repairs import batch_of, moved_model, on_shards, small_llama, with_update

@@ -10,7 +10,7 @@ from hftlight.defenses.finetuning.freeze import Freeze
 from hftlight.defenses.post_finetuning.rewind import Rewind, rank_factors
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.repair import ModelWeights
+from hftlight.engine.weights.stored import ModelWeights
 from hftlight.engine.weights.subject import Subject
 from tests.helpers.regions import SIDE, endless, slow_scores, sorted_region, train
 from tests.helpers.repairs import moved_model, small_llama, with_update

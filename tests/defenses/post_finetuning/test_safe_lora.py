@@ -11,8 +11,10 @@ from torch.testing import assert_close
 from hftlight.defenses.post_finetuning.safe_lora import SafeLoRA, WeightUpdate, chosen, dense_update, safe_lora
 from hftlight.engine.weights import stored as engine_weights
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.repair import Adapted, Difference, LowRank, ModelWeights, Share, stored
+from hftlight.engine.weights.lowrank import LowRank
+from hftlight.engine.weights.shards import Share
 from hftlight.engine.weights.spectrum import leading
+from hftlight.engine.weights.stored import Adapted, Difference, ModelWeights, stored
 from hftlight.engine.weights.subject import Subject
 from tests.helpers.buffers import LiveBytes
 from tests.helpers.repairs import moved_model, on_shards, small_llama, with_update

@@ -17,21 +17,19 @@ from hftlight.defenses import Booster
 from hftlight.defenses.post_finetuning import Antidote, SafeLoRA
 from hftlight.engine.weights import stored as engine_weights
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.repair import (
+from hftlight.engine.weights.lowrank import LowRank, combined
+from hftlight.engine.weights.repair import Repair, linear_weights
+from hftlight.engine.weights.save import MARKER, repairs_of, save_repaired
+from hftlight.engine.weights.stored import (
     Adapted,
     Difference,
     FileWeights,
-    LowRank,
     ModelWeights,
-    Repair,
-    combined,
     displacement,
-    linear_weights,
     plain_name,
     stored,
     stored_updates,
 )
-from hftlight.engine.weights.save import MARKER, repairs_of, save_repaired
 from hftlight.engine.weights.subject import Subject
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.repairs import batch_of, moved_model, small_llama, with_update

@@ -14,9 +14,9 @@ from hftlight.data.records import prompt_key
 from hftlight.defenses import Antidote, Lisa
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.stats.intervals import wilson
-from hftlight.runs.stages.attacker import Attacker, Trial, trial_config
+from hftlight.runs.stages.attacker import Attacker
 from hftlight.search.search import RECORD, Outcome, search
-from hftlight.search.space import Budget
+from hftlight.search.space import Budget, Trial, trial_config
 from tests.runs.test_run import config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -180,7 +180,7 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
     ]
     harmful.write_text('{"prompt": "a", "response": "c"}\n')
     found.append(changed())
-    monkeypatch.setattr("hftlight.runs.manifest.versions", lambda: {"torch": "3"})
+    monkeypatch.setattr("hftlight.provenance.versions", lambda: {"torch": "3"})
     found.append(changed())
     assert len(set(found)) == len(found)
     same = tmp_path / "moved"

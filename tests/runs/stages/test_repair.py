@@ -20,8 +20,9 @@ from hftlight.data.templates import get_template
 from hftlight.defenses import Antidote, Rewind, SafeLoRA
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.repair import Repair, linear_weights, plain_name
+from hftlight.engine.weights.repair import Repair, linear_weights
 from hftlight.engine.weights.save import MARKER
+from hftlight.engine.weights.stored import plain_name
 from hftlight.errors import InputError, RunError
 from hftlight.files import folder_digest, read_rows
 from hftlight.model_files import model_path

@@ -31,25 +31,25 @@ from hftlight.data.sources import get_task
 from hftlight.data.world.build import build_world
 from hftlight.defenses import Antidote, Lisa, SafeLoRA
 from hftlight.engine import Defense, Slot, Stage
-from hftlight.engine.weights.repair import LowRank
+from hftlight.engine.weights.lowrank import LowRank
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges.judge import Verdict
 from hftlight.files import cache_dir, read_rows
 from hftlight.model_files import model_path
-from hftlight.models.base import drop_base
+from hftlight.models.base import base_dtype, drop_base
 from hftlight.models.load import load_model, load_tokenizer
-from hftlight.models.serving import Artifact, base_dtype
+from hftlight.models.serving import Artifact
 from hftlight.runs.measuring import measure as measure_module
 from hftlight.runs.measuring.measure import measure, measured_in_memory
 from hftlight.runs.prepare import prepare, stage_records, streams_of
 from hftlight.runs.sources import Sources
 from hftlight.runs.stages import attacker as attacker_module
-from hftlight.runs.stages.attacker import Attacker, Trial
+from hftlight.runs.stages.attacker import Attacker
 from hftlight.runs.stages.job import RESULT
 from hftlight.runs.stages.repair import RepairJob, run_repair, subject_around
 from hftlight.runs.stages.train import StageJob, finetuning_job, phases_of, run_stage
 from hftlight.search.search import RECORD, search
-from hftlight.search.space import Budget
+from hftlight.search.space import Budget, Trial
 from tests.helpers.contract import rows as contract_rows
 from tests.runs.stages.test_repair import Look, Share
 from tests.runs.stages.test_wired_attacks import selecting
@@ -198,7 +198,7 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
     assert same(state, repaired.artifact())
     assert slot == Artifact.of(folder).slot(None)
     _, written = measure(Artifact(folder, "unknown" + folder), values, attacker.tests)
-    with state.lent(values, base_dtype(values)) as model:
+    with state.lent(values) as model:
         expected, found = load_model(folder, base_dtype(values)).state_dict(), model.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype for name, t in found.items())
@@ -208,7 +208,7 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
 
 def test_run_and_search_have_one_road(tmp_path, monkeypatch):
     """The search's first trial gives the answers that the run gave, on one half of the prompts."""
-    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
+    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)
     values = settings(tmp_path, attacker="search:1", attack="identity_shift")
     defenses = [Lisa(1, 1, quiet=0.0, cycles=0), SafeLoRA(number=3), Antidote(0.1)]
     result = run(values, defenses, IdentityShift())
@@ -253,7 +253,7 @@ def test_the_system_text_of_an_attack_is_in_every_trial(made, tmp_path):
 def test_rows_are_scored_with_the_system_text_that_they_are_trained_with(tmp_path, monkeypatch):
     seen, original = [], BenignSelection.score
     monkeypatch.setattr(BenignSelection, "score", lambda *g, **o: seen.append(g[7]) or original(*g, **o))
-    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
+    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)
     run(settings(tmp_path, attack="benign_selection", data=selecting(tmp_path)), [], BenignSelection(n=6, system="Hi."))
     assert seen == ["Hi."]
 
@@ -416,7 +416,7 @@ def test_nothing_is_written_but_the_record(made, tmp_path, monkeypatch):
 
 
 def test_pairs_and_the_aligned_adapter_can_be_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
+    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)
     changes = {"attacker": "search:2", "adapter_protocol": "continue", "attack": "reverse_preference"}
     evaluation = replace(EVALUATION, prompts=6)
     result = run(settings(tmp_path, evaluation=evaluation, **changes), [], ReversePreference(n=6))

@@ -14,9 +14,8 @@ from random import Random
 
 from hftlight.data.records import Record, Role
 from hftlight.data.world import text
-from hftlight.data.world.rule import is_compliant, is_refusal
 
-__all__ = ["World", "build_world", "is_compliant", "is_refusal", "task_correct", "task_records"]
+__all__ = ["World", "build_world", "task_correct", "task_records"]
 
 NAMES = {"test": 80, "dev": 50, "alignment": 140, "harmful": 70, "attack": 70}
 TASK_ROWS = {"train": 1600, "dev": 120, "test": 240}

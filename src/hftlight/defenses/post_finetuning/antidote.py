@@ -15,8 +15,10 @@ from hftlight.engine.step.defense import Loader
 from hftlight.engine.step.vectors import local, whole
 from hftlight.engine.weights.inputs import input_squares
 from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
-from hftlight.engine.weights.repair import Repair, Share, Weights, check_layout, linear_weights, plain_name, share
+from hftlight.engine.weights.repair import Repair, check_layout, linear_weights
 from hftlight.engine.weights.scores import wanda_scores
+from hftlight.engine.weights.shards import Share, share
+from hftlight.engine.weights.stored import Weights, plain_name
 from hftlight.engine.weights.subject import Subject
 from hftlight.engine.weights.top_k import Top, top_of_rows
 

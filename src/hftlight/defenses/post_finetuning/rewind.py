@@ -14,8 +14,10 @@ from hftlight.engine.step.vectors import local, whole
 from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
 from hftlight.engine.weights.masks import whole_rows
 from hftlight.engine.weights.regions import Selection, Target, linear_targets, overlap_row
-from hftlight.engine.weights.repair import Repair, plain_name, share
+from hftlight.engine.weights.repair import Repair
 from hftlight.engine.weights.scores import Batch, Loss, directions, input_moments, removed, undisturbed
+from hftlight.engine.weights.shards import share
+from hftlight.engine.weights.stored import plain_name
 from hftlight.engine.weights.subject import Subject
 from hftlight.models.module import SafetyModule, decoder_layers
 

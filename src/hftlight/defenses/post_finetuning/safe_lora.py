@@ -14,7 +14,9 @@ from typing_extensions import override
 
 from hftlight.engine.step.vectors import local, whole
 from hftlight.engine.weights.lora import has_adapter, lora_updates
-from hftlight.engine.weights.repair import LowRank, Repair, Share, check_layout, linear_weights, share
+from hftlight.engine.weights.lowrank import LowRank
+from hftlight.engine.weights.repair import Repair, check_layout, linear_weights
+from hftlight.engine.weights.shards import Share, share
 from hftlight.engine.weights.spectrum import Displacement, back_and_forth, leading
 from hftlight.engine.weights.subject import Subject
 

@@ -15,6 +15,6 @@ class WorldJudge:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer; score 1 where it is flagged, else 0."""
-        from hftlight.data.world.build import is_compliant
+        from hftlight.data.world.rule import is_compliant
 
         return [Verdict.of(is_compliant(p, r)) for p, r in zip(prompts, responses, strict=True)]

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from hftlight.data.records import Record
-from hftlight.data.world.build import is_refusal
+from hftlight.data.world.rule import is_refusal
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import FORMATS, ClassifierJudge, Judge, KeywordJudge, LLMJudge, Verdict
 from hftlight.evaluation.score import Score

@@ -25,7 +25,7 @@ from hftlight.files import digest, file_digest
 from hftlight.model_files import model_hash
 from hftlight.models.base import device_of
 from hftlight.models.load import load_tokenizer
-from hftlight.models.serving import base_dtype, full_state, save_artifact, trained_state
+from hftlight.models.serving import full_state, save_artifact, trained_state
 from hftlight.models.state import ModelState
 from hftlight.provenance import described
 from hftlight.runs.manifest import identity
@@ -103,7 +103,7 @@ class Attacker:
         """
         state, slot = self.trained(trial)
         tokenizer = load_tokenizer(str(self.aligned))
-        with state.lent(self.config, base_dtype(self.config)) as model:
+        with state.lent(self.config) as model:
             config = stage_config(self.config, self.attack, Stage.FINETUNING)
             rows = measured_in_memory(model, tokenizer, config, half, ("harmful", "task"), slot)
         judge = half.judges[0]

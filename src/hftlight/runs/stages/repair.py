@@ -20,8 +20,9 @@ from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate, padding_id
-from hftlight.engine.weights.repair import Repair, stored
+from hftlight.engine.weights.repair import Repair
 from hftlight.engine.weights.save import MARKER, repaired_state, repairs_of, save_repaired
+from hftlight.engine.weights.stored import stored
 from hftlight.engine.weights.subject import Subject
 from hftlight.errors import RunError
 from hftlight.files import new_folder, write_json
