@@ -1,4 +1,4 @@
-"""The READMEs' scripts work as they stand there, generated parts are those of the code, and what is named exists."""
+"""The READMEs' scripts work, generated parts are current, and what is named exists."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Streams of a random language model, its training, and regions from plain loops and sorting."""
 
 import copy
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -8,6 +9,25 @@ from torch.utils.data import DataLoader
 from hftlight import SafetyModule
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import reference_loss, token_batch
+
+# What Freeze and Rewind refuse alike: arguments, and a word of the refusal.
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"safety_ratio": -0.1}, "safety_ratio"),
+    ({"safety_ratio": float("nan")}, "safety_ratio"),
+    ({"safety_ratio": 5}, "write 0.05"),
+    ({"utility_ratio": 1.1}, "utility_ratio"),
+    ({"utility_ratio": float("nan")}, "utility_ratio"),
+    ({"mode": "both"}, "mode"),
+    ({"score": "magnitude"}, "score"),
+    ({"unit": "column"}, "unit"),
+    ({"samples": 0}, "samples"),
+    ({"samples": 1.5}, "samples"),
+    ({"samples": float("nan")}, "samples"),
+    ({"samples": float("inf")}, "samples"),
+    ({"keep_s": 3}, "keep_s"),
+    ({"safety": ""}, "safety"),
+    ({"utility": "refusals"}, "utility"),
+]
 
 SIDE = {"refusals": [token_batch(100), token_batch(101)], "task": [token_batch(200), token_batch(201)]}
 

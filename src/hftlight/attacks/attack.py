@@ -143,7 +143,7 @@ class Attack(ABC):
 
     @property
     def selects(self) -> bool:
-        """Whether the aligned model's scores choose the upload, so that a selection comes before the fine-tuning."""
+        """Whether the aligned model's scores choose the upload before the fine-tuning."""
         return False
 
     def choosing(self, sources: Mapping[str, Sequence[Record]], safe: Sequence[Record]) -> Choosing:
@@ -180,7 +180,7 @@ class Attack(ABC):
 
     @property
     def preference(self) -> float | None:
-        """Strength beta of the preferences, per nat, if the upload holds pairs; else None."""
+        """DPO's beta, per nat. None if the upload holds no pairs."""
         return None
 
     @property

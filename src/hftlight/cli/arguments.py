@@ -1,4 +1,4 @@
-"""Arguments of the commands: names of defenses first, then their arguments; nothing heavy is imported early."""
+"""Arguments that several commands share. No heavy library is imported early."""
 
 import argparse
 import json

@@ -11,7 +11,7 @@ from hftlight.files import HASHES, cache_dir
 
 
 def cache(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight cache``; return the exit status."""
+    """Run ``hftlight cache`` and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="hftlight cache", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
     )

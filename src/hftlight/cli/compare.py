@@ -23,33 +23,11 @@ from hftlight.registry import defense_class
 NO_DEFENSE = ("none", "unaligned")  # arms of a comparison without a defense
 GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # what a comparison's grid decides
 Backend = Literal["processes", "ray"]
-
-
 # What ``--help`` shows; ``--help all`` shows the rest.
 COMMON = (
-    *(
-        "defenses",
-        "attacks",
-        "harmful_ratios",
-        "tasks",
-        "seeds",
-        "jobs",
-        "comparison",
-        "dry_run",
-        "report_only",
-        "preset",
-    ),
-    *(
-        "config",
-        "model",
-        "tuning",
-        "num_samples",
-        "finetuning.steps",
-        "finetuning.lr",
-        "data.alignment",
-        "data.harmful",
-    ),
-    *("data.attack", "data.test", "evaluation.judge", "output", "logger"),
+    *("defenses", "attacks", "harmful_ratios", "tasks", "seeds", "jobs", "comparison", "dry_run", "report_only"),
+    *("preset", "config", "model", "tuning", "num_samples", "finetuning.steps", "finetuning.lr"),
+    *("data.alignment", "data.harmful", "data.attack", "data.test", "evaluation.judge", "output", "logger"),
 )
 
 
@@ -115,7 +93,7 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
 
 
 def compare(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight compare``; return the exit status, 1 where a cell failed."""
+    """Run ``hftlight compare`` and return its exit status, 1 if a cell failed."""
 
     def work() -> None:
         asked, everything = asks_for_all(sys.argv[1:] if argv is None else argv)

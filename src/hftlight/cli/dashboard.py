@@ -9,7 +9,7 @@ from hftlight.files import ensure_writable, write_json
 
 
 def dashboard(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight dashboard``; return the exit status."""
+    """Run ``hftlight dashboard`` and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="hftlight dashboard",
         description="Write what a W&B report of a comparison shows: sections, panels, filters.",

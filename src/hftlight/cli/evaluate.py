@@ -30,7 +30,7 @@ MEASURING = {
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight evaluate``; return the exit status."""
+    """Run ``hftlight evaluate`` and return its exit status."""
 
     def work() -> None:
         from jsonargparse import ArgumentParser

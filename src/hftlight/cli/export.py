@@ -11,7 +11,7 @@ from hftlight.files import ensure_writable, new_folder, write_json
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight export``; return the exit status."""
+    """Run ``hftlight export`` and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="hftlight export", description="Write an artifact as one model folder, its adapter merged in."
     )

@@ -8,7 +8,7 @@ from hftlight.console import guarded, quiet
 
 
 def rejudge(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight rejudge``; return the exit status."""
+    """Run ``hftlight rejudge`` and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="hftlight rejudge",
         description="Let further judges judge the saved answers of a run, and show how far all judges agree.",

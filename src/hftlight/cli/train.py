@@ -135,7 +135,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Be ``hftlight train``; return the exit status."""
+    """Run ``hftlight train`` and return its exit status."""
 
     def work() -> None:
         config, instances, attack, dry = parse_train(sys.argv[1:] if argv is None else argv)

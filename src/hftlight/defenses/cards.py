@@ -84,7 +84,7 @@ def cards(measured: Measured | None = None) -> str:
 
 
 def card(name: str, measured: Measured | None = None) -> str:
-    """Return the card of one method; ``measured`` as ``cards`` takes it."""
+    """Return the card of one method. ``measured`` as for ``cards``."""
     kind = defense_class(name)
     made, text, entry = kind(), docstring_parts(kind), own()[name]
     file = f"{entry.stage}/{entry.module.rpartition('.')[2]}.py"
@@ -137,7 +137,7 @@ def _cost(label: str, measured: Measured) -> str:
 
 
 def _presets(kind: Any) -> str:
-    """Return published settings with what they change; a preset of no argument is the default."""
+    """Return published settings with what they change."""
     said = []
     for name, arguments in kind.presets.items():
         values = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
@@ -146,7 +146,7 @@ def _presets(kind: Any) -> str:
 
 
 def _partners(name: str) -> str:
-    """Return which methods share a Trainer with this one and which are refused; all others act in another stage."""
+    """Return which methods share a Trainer with this one, and which are refused."""
     others = {other: _together(name, other) for other in own() if other != name}
     together, refused = ([f"`{o}`" for o, kind in others.items() if kind == of] for of in ("together", "refused"))
     said = [f"in one Trainer with {', '.join(together)}"] if together else []
@@ -161,7 +161,7 @@ def _plain(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Return paragraphs of a docstring as Markdown; a displayed equation becomes a fenced block."""
+    """Return paragraphs of a docstring as Markdown, displayed equations as fenced blocks."""
     blocks = []
     for block in text.split("\n\n"):
         if block.lstrip().startswith(".. math::"):

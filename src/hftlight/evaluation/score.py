@@ -58,13 +58,13 @@ class Score:
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Score":
-        """Return the score in a row of ``metrics.jsonl``, ``scores.json`` or a curve; further fields are ignored."""
+        """Return the score of a row. Fields that are not a score's are ignored."""
         texts = {name: str(row.get(name) or "") for name in ("judge", "group", "arm", "stage")}
         low, high, count, unit = row.get("low"), row.get("high"), int(row.get("count") or 0), row.get("unit")
         return cls(row["metric"], row["value"], low=low, high=high, count=count, unit=str(unit or "percent"), **texts)
 
     def row(self) -> dict[str, Any]:
-        """Return the score as a row; arm, stage and group are left out if they are empty."""
+        """Return the score as a row, without an empty arm, stage or group."""
         where = {"arm": self.arm, "stage": self.stage} if self.arm else {}
         group = {"group": self.group} if self.group else {}
         ends = {"low": self.low, "high": self.high, "count": self.count, "unit": self.unit}

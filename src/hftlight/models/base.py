@@ -50,7 +50,7 @@ def base_dtype(config: RunConfig) -> torch.dtype:
 
 
 def on_device(model: nn.Module, config: RunConfig) -> Any:
-    """Return a model on the device that a run computes on; it is the model itself, moved."""
+    """Move a model to the device that a run computes on, and return it."""
     return model.cuda() if config.accelerator != "cpu" and torch.cuda.is_available() else model
 
 

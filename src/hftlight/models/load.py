@@ -1,4 +1,4 @@
-"""Loading: configuration, tokenizer and weights of a model by name; adapters."""
+"""Configuration, tokenizer, weights and adapters of a model by name."""
 
 import importlib.metadata
 import importlib.util

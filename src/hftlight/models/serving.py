@@ -146,7 +146,7 @@ class Artifact:
 
     @classmethod
     def of(cls, model: str | Path) -> Self:
-        """Return a model as an artifact; its files are hashed.
+        """Return a model as an artifact, its files hashed.
 
         Raises:
             InputError: as ``model_path``.
@@ -155,7 +155,7 @@ class Artifact:
 
     @cached_property
     def serving(self) -> dict[str, Any]:
-        """How the model is served: template, system and trigger; empty for a model that hftlight did not write."""
+        """Template, system text and trigger. Empty for a model that hftlight did not write."""
         return read_serving(Path(model_path(self.name)))
 
     def slot(self, system: str | None) -> SystemSlot:
@@ -178,7 +178,7 @@ class Artifact:
             yield on_device(model, config)
 
     def another(self, config: RunConfig) -> Any:
-        """Return the model beside another one in memory; arguments as ``model``."""
+        """Return a second model in memory. Arguments as for ``model``."""
         return on_device(load_model(self.name, base_dtype(config), config.tuning == "qlora"), config)
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run: its steps in order, what each will do, and how long it may take; loads no weights."""
+"""The plan of a run: its steps, and how long each may take. No weight is read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +44,7 @@ class Worker(Protocol):
         """Let the attacker try many settings."""
 
     def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
-        """Measure what a stage left; None for the base model."""
+        """Measure the model of a stage, or the base model if ``stage`` is None."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Planner:
         return Step(label, count, seconds, key, lambda worker: worker.edit(arm))
 
     def _measured(self, label: str, key: str, arm: Arm, stage: Stage | None) -> Step:
-        """Return the measuring of a model. If it is served with a trigger, harmful prompts are also asked without."""
+        """Return the step that measures a model, with and without its trigger if it has one."""
         triggered = any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
         again = triggered and stage in (Stage.FINETUNING, Stage.POST_FINETUNING)
         more = len(self.prepared.tests.harmful) if again else 0

@@ -33,7 +33,7 @@ def minutes(seconds: float) -> str:
 
 
 class RunProgress:
-    """A bar for the step at work and the time left for the whole run; plain lines where there is no terminal.
+    """A bar for the step at work, with the time left for the run. Plain lines without a terminal.
 
     Args:
         steps: the run's pieces in their order.
@@ -77,7 +77,7 @@ class RunProgress:
         self._line_at = time.monotonic()
 
     def update(self, done: int, loss: float | None = None) -> None:
-        """Show that ``done`` steps or prompts of the step are finished; ``loss`` in nats per response token."""
+        """Show the progress of the step: ``done`` of its count, loss in nats per response token."""
         if self._resumed_at is None:
             self._resumed_at = 0 if done > 1 and loss is None else done - 1
         self._done = done
@@ -89,7 +89,7 @@ class RunProgress:
             self.console.print(f"{self.steps[self._position].label}: {done}/{self.steps[self._position].count}, {note}")
 
     def end(self, note: str, reused: bool = False) -> None:
-        """Close the step with a line; a reused one does not count for the estimate."""
+        """Close the step with a line. A reused step leaves the estimate alone."""
         step = self.steps[self._position]
         spent = time.monotonic() - self._since
         if not reused:

@@ -238,7 +238,7 @@ class _Run:
             logger.send(named([*costs, *rows]), sum(r["steps"] for r in costs))
 
     def align_plainly(self) -> Note:
-        """Train the model that scores the candidates of an upload; the same one for every arm."""
+        """Train the undefended model that scores an upload's candidates."""
         records = self.prepared.records(Stage.ALIGNMENT, Arm("none", []))
         self.plain = alignment_job(self.config, self.base_hash, records, [])
         return "for the selection", run_stage(self.plain, on_step=self.progress.update)
@@ -272,7 +272,7 @@ class _Run:
         return f"{len(chosen)} of {len(choosing.candidates)} rows chosen", reused
 
     def repair(self, arm: Arm) -> Note | None:
-        """Repair the fine-tuned model, which stays as it is; the first process does the work."""
+        """Write a repaired copy of the fine-tuned model, on the first process."""
         if not self.main:
             return None
         stage = Stage.POST_FINETUNING
@@ -343,7 +343,7 @@ class _Run:
         return self.jobs[arm.name, Stage.ALIGNMENT][-1].artifact()
 
     def _job(self, arm: Arm, stage: Stage, phase: int, done: Sequence[StageJob]) -> StageJob:
-        """Return one phase of a stage; the phase before, which it starts from, is done."""
+        """Return one phase of a stage. It starts from the last of ``done``."""
         config, records = self.prepared.config_of(arm), self.prepared.records(stage, arm, phase)
         if stage is Stage.ALIGNMENT:
             return alignment_job(config, self.base_hash, records, arm.of(stage))
@@ -352,7 +352,7 @@ class _Run:
         return finetuning_job(own, self.base_hash, self._aligned(arm), records, arm.of(stage), attack, tests, before)
 
     def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
-        """Train one phase of a stage; after the last one take the stage's result into the run folder."""
+        """Train one phase of a stage. The last phase's result goes into the run folder."""
         done = self.jobs.setdefault((arm.name, stage), [])
         job, before = self._job(arm, stage, phase, done), sum(earlier.training.steps for earlier in done)
 
@@ -373,7 +373,7 @@ class _Run:
         return f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused
 
     def edit(self, arm: Arm) -> Note | None:
-        """Edit the aligned model instead of training on an upload; the first process does the work."""
+        """Edit the aligned model instead of training it, on the first process."""
         if not self.main:
             return None
         stage, attack = Stage.FINETUNING, cast(Any, self.prepared.attack)
@@ -410,7 +410,7 @@ class _Run:
         self._file(arm, stage, job.artifact(), said)
 
     def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
-        """Measure what a stage left, or the base model; the first process does the work."""
+        """Measure what a stage left, or the base model, on the first process."""
         if not self.main:
             return None
         before, name = time.monotonic(), stage.value if stage else "base"

@@ -1,4 +1,4 @@
-"""Search: many trials, the worst of them, and the worst that keeps the accuracy; goes on after a kill."""
+"""Search over settings, for the worst and the worst that keeps the accuracy."""
 
 import json
 import math

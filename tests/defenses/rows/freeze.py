@@ -6,6 +6,7 @@ import torch
 
 from hftlight.defenses.finetuning.freeze import Freeze
 from tests.helpers.contract import Row, Slow
+from tests.helpers.regions import BAD
 from tests.helpers.tiny_lm import reference_loss
 
 Q, P, SAMPLES = 0.5, 0.25, 6
@@ -88,22 +89,8 @@ ROW = Row(
     make=lambda: Freeze(Q, P, samples=SAMPLES, safety="alignment"),
     neutral=lambda: Freeze(0.0, safety="alignment"),
     bad=[
-        ({"safety_ratio": -0.1}, "safety_ratio"),
-        ({"safety_ratio": float("nan")}, "safety_ratio"),
-        ({"safety_ratio": 5}, "write 0.05"),
-        ({"utility_ratio": 1.1}, "utility_ratio"),
-        ({"utility_ratio": float("nan")}, "utility_ratio"),
-        ({"mode": "both"}, "mode"),
-        ({"score": "magnitude"}, "score"),
+        *BAD,
         ({"score": "actsvd"}, "use Rewind"),
-        ({"unit": "column"}, "unit"),
-        ({"samples": 0}, "samples"),
-        ({"samples": 1.5}, "samples"),
-        ({"samples": float("nan")}, "samples"),
-        ({"samples": float("inf")}, "samples"),
-        ({"keep_s": 3}, "keep_s"),
-        ({"safety": ""}, "safety"),
-        ({"utility": "refusals"}, "utility"),
     ],
     slow=SlowFreeze,
 )

@@ -1,4 +1,4 @@
-"""Published protocols: an attack with everything else that decides its numbers, and what a run cannot take over.
+"""Published protocols: the attack, all that decides its numbers, and what a run cannot take over.
 
 Numbers of different protocols must not be compared: their settings move the harmful score before any attack from about
 1 to about 50.
@@ -62,7 +62,7 @@ class Preset:
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def config(self, config: RunConfig | None = None) -> RunConfig:
-        """Return a run's configuration with the protocol put in; the default is put into a default one."""
+        """Return a run's configuration with the protocol put in, by default a default one."""
         return self.attack.applied(overridden(config or RunConfig(), self.overrides))
 
     def defaults(self, defenses: Sequence[str] = ()) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Preset:
         return {**own, **self.overrides, "attack": self.attack.name}
 
     def published(self) -> dict[str, Any]:
-        """Return the options of a run by dotted name, epochs as steps; where harmful rows come from is the user's."""
+        """Return a run's options by dotted name, epochs as steps, without the user's harmful source."""
         values = {**self.attack.resolved(self.config()).settings(), **self.overrides}
         return {option: value for option, value in values.items() if option != FIELDS["source"]}
 
@@ -138,7 +138,7 @@ def load(file: Path, task: str = "sst2") -> Preset:
 
 
 def _changes(file: Path, tasks: Mapping[str, Any], task: str) -> Mapping[str, Any]:
-    """Return what a task changes of a protocol; empty if the protocol has no tasks."""
+    """Return what a task changes of a protocol, nothing if it has no tasks."""
     _check_keys(f"{file.name}, tasks", tasks, PRESET_TASKS)
     for name, changes in tasks.items():
         _check_keys(f"{file.name}, tasks.{name}", changes, ("attack", "run"))
@@ -151,7 +151,7 @@ def _changes(file: Path, tasks: Mapping[str, Any], task: str) -> Mapping[str, An
 
 
 def _attack(where: str, *parts: Mapping[str, Any]) -> Attack:
-    """Return the attack of a name and arguments; a later part wins."""
+    """Return the attack that the parts describe. A later part wins."""
     values = {key: value for part in parts for key, value in part.items()}
     attack = get_attack(str(values.get("name")))
     _check_keys(where, values, ("name", *(f.name for f in dataclasses.fields(attack))))

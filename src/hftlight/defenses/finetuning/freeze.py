@@ -229,7 +229,7 @@ class Freeze(Defense):
             yield self.draw(name)
 
     def _targets(self, model: nn.Module) -> dict[str, Target]:
-        """Return the layers that are scored by the plain name of their weight: linear ones in the decoder layers.
+        """Return the linear layers that are scored, by the plain name of their weight.
 
         Raises:
             TypeError: as ``setup`` does.

@@ -198,7 +198,7 @@ class Rewind(Repair):
             subject.report["unchanged_because"] = self._selection.empty()
 
     def _targets(self, model: nn.Module) -> dict[str, Target]:
-        """Return the layers that are scored by the plain name of their weight: linear ones in the decoder layers."""
+        """Return the linear layers that are scored, by the plain name of their weight."""
         targets = linear_targets(model, decoder_layers, "Rewind", frozen=True)
         if self.score != "actsvd":
             self._selection.check(targets, self.unit == "row")

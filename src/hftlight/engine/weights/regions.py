@@ -225,7 +225,7 @@ class Selection:
     def numbers(
         self, targets: Mapping[str, Target], masks: Mapping[str, Tensor], table: Mapping[str, Overlap]
     ) -> dict[str, Any]:
-        """Return what was selected over all matrices, as plain numbers; every rank must call this."""
+        """Return numbers of all matrices together. Every rank must call this."""
         packed = {name: pack(whole_rows(m.to(torch.uint8), targets[name].weight).bool()) for name, m in masks.items()}
         pooled = sum(table.values(), Overlap(0, 0, 0, 0))
         return {

@@ -28,7 +28,7 @@ class CellView:
 
 @dataclass(frozen=True)
 class PromptView:
-    """One prompt with its answers; ``differs`` are the stages at which the arms were judged differently."""
+    """One prompt with its answers. ``differs`` names the stages whose verdicts differ between arms."""
 
     set: str
     text: str

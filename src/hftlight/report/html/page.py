@@ -43,7 +43,7 @@ def write_report(folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the closing table: an arm's model after one stage; ``color`` is the arm's place in the palette."""
+    """A row of the closing table. ``color`` is the arm's place in the palette."""
 
     arm: str
     color: int
@@ -113,7 +113,7 @@ def _notes(result: Result) -> list[str]:
 
 
 def _outcomes(result: Result) -> Drawing | None:
-    """Return the bars of what each model does with harmful prompts; None if that was not measured."""
+    """Return the bars of each model's outcomes. None if they were not measured."""
     from hftlight.report import figure as draw
 
     bars = draw.outcome_figure(result)
@@ -217,7 +217,7 @@ def _drawings(result: Result) -> list[Drawing]:
 
 
 def _cards(result: Result) -> dict[str, list[tuple[str, str]]]:
-    """Return the facts of the manifest by the title of their card; the arms have a place of their own."""
+    """Return the manifest's facts by card, without the arms."""
     cards, used = {}, {"arms"}
     for title, names in CARDS.items():
         found: dict[str, Any] = {}
@@ -232,7 +232,7 @@ def _cards(result: Result) -> dict[str, list[tuple[str, str]]]:
 
 
 def facts(value: Any) -> list[tuple[str, str]]:
-    """Return a JSON value as names and values in one list; a nested name carries those around it."""
+    """Return a JSON value as a flat list of names and values. A nested name carries its parents."""
     return list(_flat(value))
 
 

@@ -1,4 +1,4 @@
-"""The environment that renders every page's templates: it escapes all values but those that are marked safe here."""
+"""The environment that renders the templates. It escapes every value that is not marked safe here."""
 
 import base64
 import hashlib
@@ -50,7 +50,7 @@ class Drawing:
 
 
 def embed(figure: "Figure", name: str, title: str, text: str, label: str) -> Drawing:
-    """Return a figure as SVG with its words; ``name`` is unlike that of any other figure on the page."""
+    """Return a figure as SVG with its words. ``name`` is unique on the page."""
     from hftlight.report.figure import svg
 
     return Drawing(title, text, label, Markup(svg(figure, name)))

@@ -103,7 +103,7 @@ def wandb_summary(
 
 
 def warn(what: str, folder: Path) -> None:
-    """Say what W&B did not take; what was logged stays in the folder."""
+    """Say what W&B did not take. What was logged stays in the folder."""
     print(f"hftlight: {what}; the run goes on offline in {folder}, `wandb sync` sends what lies in its wandb folder.")
 
 

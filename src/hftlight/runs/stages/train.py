@@ -85,7 +85,7 @@ class StageJob(Job):
 
     @property
     def preference(self) -> float | None:
-        """Strength beta of the preferences, per nat, if the upload holds pairs; else None."""
+        """DPO's beta, per nat. None if the upload holds no pairs."""
         return None if self.attack is None else self.attack.preference
 
     @property
