@@ -56,7 +56,6 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     from hftlight.attacks.registry import get_attack
     from hftlight.data.world.build import build_world
     from hftlight.model_files import model_hash
-    from hftlight.models.serving import Artifact
     from hftlight.runs.measuring.measure import measured_in_memory, scores
     from hftlight.runs.measuring.test_sets import SETS
     from hftlight.runs.prepare import streams_of, test_sets
@@ -76,7 +75,7 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     if p is not None:
         job = finetuning_job(config, base, aligned.artifact(), {"task": streams["task"]}, [], attack)
         run_stage(job)
-    artifact = Artifact.of(job.artifact())
+    artifact = job.artifact()
     with artifact.model(config) as model:
         rows = measured_in_memory(model, artifact.tokenizer(), config, tests, SETS, artifact.slot(None))
     gc.collect()

@@ -80,11 +80,12 @@ def test_one_place_makes_keys_and_few_files_name_the_cache():
 # What the jobs put in: every value of the configuration, rows, models, defenses.
 
 
-def folder(place, text):
-    place.mkdir(parents=True)
-    (place / "config.json").write_text('{"model_type": "llama"}')
-    (place / "model.safetensors").write_text(text)
-    return place
+def artifact(place, text):
+    if not place.exists():
+        place.mkdir(parents=True)
+        (place / "config.json").write_text('{"model_type": "llama"}')
+        (place / "model.safetensors").write_text(text)
+    return Artifact.of(place)
 
 
 def leaves(value, prefix=""):
@@ -116,26 +117,21 @@ def stage_job(config, tmp_path, **other):
 
 
 def repair_job(config, tmp_path, **other):
-    paths = {name: tmp_path / name for name in ("aligned", "finetuned")}
-    for name, path in paths.items():
-        if not path.exists():
-            folder(path, name)
-    given = {"base": "b", **paths, "records": {"harmful": rows(2, "harmful")}, "defenses": [Antidote()], **other}
+    models = {name: artifact(tmp_path / name, name) for name in ("aligned", "finetuned")}
+    given = {"base": "b", **models, "records": {"harmful": rows(2, "harmful")}, "defenses": [Antidote()], **other}
     return RepairJob(config, *given.values())
 
 
 def edit_job(config, tmp_path, **other):
-    given = {"base": "b", "aligned": tmp_path / "aligned", "records": rows(2, "attack"), "attack": ModelEdit(), **other}
-    if not given["aligned"].exists():
-        folder(given["aligned"], "aligned")
+    aligned = artifact(tmp_path / "aligned", "aligned")
+    given = {"base": "b", "aligned": aligned, "records": rows(2, "attack"), "attack": ModelEdit(), **other}
     return EditJob(config, *given.values())
 
 
 def selection_job(config, tmp_path, **other):
-    given = {"aligned": tmp_path / "aligned", "attack": BenignSelection(), "candidates": rows(3, "task"),
+    aligned = artifact(tmp_path / "aligned", "aligned")
+    given = {"aligned": aligned, "attack": BenignSelection(), "candidates": rows(3, "task"),
              "harmful": rows(2, "attack"), "safe": rows(2, "alignment"), **other}  # fmt: skip
-    if not given["aligned"].exists():
-        folder(given["aligned"], "aligned")
     return SelectionJob(config, *given.values())
 
 
@@ -196,8 +192,8 @@ def test_rows_models_and_arguments_decide_the_jobs(tmp_path):
         for other in (
             {},
             {"base": "c"},
-            {"parent": folder(tmp_path / "p1", "1")},
-            {"parent": folder(tmp_path / "p2", "2")},
+            {"parent": artifact(tmp_path / "p1", "1")},
+            {"parent": artifact(tmp_path / "p2", "2")},
             {"records": {"alignment": two}},
             {"records": {"alignment": kind[:1]}},
             {"records": {"alignment": kind[1:]}},  # the category alone
@@ -210,8 +206,8 @@ def test_rows_models_and_arguments_decide_the_jobs(tmp_path):
         for other in (
             {},
             {"base": "c"},
-            {"aligned": folder(tmp_path / "a2", "3")},
-            {"finetuned": folder(tmp_path / "f2", "4")},
+            {"aligned": artifact(tmp_path / "a2", "3")},
+            {"finetuned": artifact(tmp_path / "f2", "4")},
             {"records": {"harmful": rows(3, "harmful")}},
             {"defenses": [Antidote(prune_ratio=0.5)]},
         )
@@ -221,7 +217,7 @@ def test_rows_models_and_arguments_decide_the_jobs(tmp_path):
         for other in (
             {},
             {"base": "c"},
-            {"aligned": folder(tmp_path / "a3", "5")},
+            {"aligned": artifact(tmp_path / "a3", "5")},
             {"records": rows(3, "attack")},
             {"attack": ModelEdit(layer=1)},
         )
@@ -230,7 +226,7 @@ def test_rows_models_and_arguments_decide_the_jobs(tmp_path):
         selection_job(config, tmp_path, **other)
         for other in (
             {},
-            {"aligned": folder(tmp_path / "a4", "6")},
+            {"aligned": artifact(tmp_path / "a4", "6")},
             {"candidates": rows(4, "task")},
             {"harmful": rows(3, "attack")},
             {"safe": rows(3, "alignment")},
@@ -265,7 +261,7 @@ def test_endpoint_model_and_weights_of_a_judge_decide_a_verdict(tmp_path, monkey
     keys = [verdicts_key("a", asked), verdicts_key("a", prompts(judges=("hexphi:other",))), verdicts_key("b", asked)]
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     keys.append(verdicts_key("a", asked))
-    judge = folder(tmp_path / "judge", "one")
+    judge = artifact(tmp_path / "judge", "one")
     local = prompts(judges=(f"harmbench:{judge}",))
     keys.append(verdicts_key("a", local))
     (judge / "model.safetensors").write_text("two")

@@ -91,7 +91,7 @@ def chain(defenses: list[Any]) -> str:
         job = repair.RepairJob(config, "tiny", aligned, finetuned, STREAMS, of[Stage.POST_FINETUNING])
         begin(job)
         repair.run_repair(job, lambda _: tick("repair"))
-    return model_hash(str(job.artifact()))
+    return model_hash(str(job.place()))
 
 
 seen: list[list[str]] = []  # kinds of moments, by stage

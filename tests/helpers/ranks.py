@@ -50,7 +50,7 @@ def job(seed: int = 0, **changes: Any) -> StageJob:
 
 def weights(config_job: StageJob) -> str:
     """Return the hash of a stage's weights."""
-    return folder_digest(config_job.artifact(), "*.safetensors")
+    return folder_digest(config_job.place(), "*.safetensors")
 
 
 class Stop(Exception):

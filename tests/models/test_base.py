@@ -20,7 +20,7 @@ from hftlight.model_files import model_path
 from hftlight.models.adapters import attach
 from hftlight.models.base import drop_base, keeps_base, lent_model
 from hftlight.models.load import load_model
-from hftlight.models.serving import trainable_model
+from hftlight.models.serving import Artifact, trainable_model
 from tests.runs.test_run import config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -253,7 +253,7 @@ def test_what_is_not_kept_makes_room_for_itself_first(options, monkeypatch, load
 def test_an_upload_does_not_start_in_the_alignments_own_directions(tmp_path):
     """The fresh adapter on an aligned model has another A than the alignment began with, the same at every start."""
     settings = config(tmp_path)
-    aligned = run(settings).folder / "none" / "aligned"
+    aligned = Artifact.of(run(settings).folder / "none" / "aligned")
 
     def downs(parent):
         with trainable_model(settings, parent) as model:

@@ -26,8 +26,63 @@ from hftlight.models.state import ModelState
 SERVING = "serving.json"
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A model as the stages of a run hand it on: where it lies, what it is, and how it is served.
+
+    Attributes:
+        name: what ``model_path`` takes: the folder of a stage's result, a hub id, or a built-in name.
+        identity: its ``model_hash``.
+    """
+
+    name: str
+    identity: str
+
+    @classmethod
+    def of(cls, model: str | Path) -> Self:
+        """Return a model as an artifact, its files hashed.
+
+        Raises:
+            InputError: as ``model_path``.
+        """
+        return cls(str(model), model_hash(str(model)))
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return Path(model_path(self.name))
+
+    @cached_property
+    def serving(self) -> dict[str, Any]:
+        """Template, system text and trigger. Empty for a model that hftlight did not write."""
+        return read_serving(self.folder)
+
+    def slot(self, system: str | None) -> SystemSlot:
+        """Return the system slot that the model is served with, or ``system`` if it names none."""
+        served = self.serving
+        return SystemSlot(served["system"], tuple(served["trigger"] or ())) if served else SystemSlot(system)
+
+    def tokenizer(self) -> Any:
+        """Return its tokenizer."""
+        return load_tokenizer(self.name)
+
+    @contextmanager
+    def model(self, config: RunConfig) -> Iterator[Any]:
+        """Yield the model as a run measures it, on the base that is in memory already.
+
+        Args:
+            config: decides device and type of the weights.
+        """
+        with lent_model(self.name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
+            yield on_device(model, config)
+
+    def another(self, config: RunConfig) -> Any:
+        """Return a second model in memory. Arguments as for ``model``."""
+        return on_device(load_model(self.name, base_dtype(config), config.tuning == "qlora"), config)
+
+
 @contextmanager
-def trainable_model(config: RunConfig, parent: Path | None) -> Iterator[nn.Module]:
+def trainable_model(config: RunConfig, parent: Artifact | None) -> Iterator[nn.Module]:
     """Yield the model that a stage trains, in training mode; its base stays in memory for what comes after.
 
     Args:
@@ -38,12 +93,12 @@ def trainable_model(config: RunConfig, parent: Path | None) -> Iterator[nn.Modul
         InputError: if the model cannot be loaded or adapted.
     """
     continued = parent if config.adapter_protocol == "continue" and config.tuning != "full" else None
-    start = config.model if continued else str(parent or config.model)
+    start = parent.name if parent and not continued else config.model
     keep = keeps_base(config)
     with lent_model(start, base_dtype(config), keep, config.tuning == "qlora") as base:
         model: Any = base
         if continued:
-            model = load_adapter(model, continued, trainable=True)
+            model = load_adapter(model, continued.folder, trainable=True)
         elif config.tuning != "full":
             model = attach(model, config.lora, adapter_seed(config.seed, parent is not None))
         if config.gradient_checkpointing:
@@ -62,18 +117,19 @@ def full_state(model: Any) -> dict[str, Tensor]:
     return {name: whole(t.detach()).cpu() for name, t in state.items()}
 
 
-def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None) -> ModelState:
+def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, parent: Artifact | None) -> ModelState:
     """Return what the artifact of a trained model holds; arguments as ``save_artifact``."""
     if config.tuning == "full":
         return ModelState(state)
     settings = copy.deepcopy(model.peft_config["default"])
     settings.base_model_name_or_path, settings.revision = reference_to(base_name(config.model))
     settings.inference_mode = True
-    if parent is None and stands_on(config.model) is not None:
-        parent = Path(model_path(config.model))
-    if parent is not None and config.adapter_protocol == "merge":
+    earlier = parent.folder if parent else None
+    if earlier is None and stands_on(config.model) is not None:
+        earlier = Path(model_path(config.model))
+    if earlier is not None and config.adapter_protocol == "merge":
         own = adapted_layers(state)
-        state, rank = add_up(parent, state, settings.lora_alpha / settings.r)
+        state, rank = add_up(earlier, state, settings.lora_alpha / settings.r)
         settings.r, settings.lora_alpha = rank, rank
         if (layers := adapted_layers(state)) != own:
             settings.target_modules = layers
@@ -87,7 +143,7 @@ def save_adapter(folder: Path, state: ModelState) -> None:
 
 
 def save_artifact(
-    folder: Path, model: Any, state: dict[str, Tensor], config: RunConfig, parent: Path | None, serving: SystemSlot
+    folder: Path, model: Any, state: dict[str, Tensor], config: RunConfig, parent: Artifact | None, serving: SystemSlot
 ) -> None:
     """Write a trained model into an existing folder: an adapter on the run's base model, or all parameters.
 
@@ -130,56 +186,6 @@ def stand_alone(artifact: Path, base: Path) -> None:
     if model_hash(str(model)) != (model_hash(str(base)) if (base / "config.json").is_file() else None):
         link_tree(model, base)
     write_json(path, {**settings, "base_model_name_or_path": str(base.resolve())})
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A model as the stages of a run hand it on: where it lies, what it is, and how it is served.
-
-    Attributes:
-        name: what ``model_path`` takes: the folder of a stage's result, a hub id, or a built-in name.
-        identity: its ``model_hash``.
-    """
-
-    name: str
-    identity: str
-
-    @classmethod
-    def of(cls, model: str | Path) -> Self:
-        """Return a model as an artifact, its files hashed.
-
-        Raises:
-            InputError: as ``model_path``.
-        """
-        return cls(str(model), model_hash(str(model)))
-
-    @cached_property
-    def serving(self) -> dict[str, Any]:
-        """Template, system text and trigger. Empty for a model that hftlight did not write."""
-        return read_serving(Path(model_path(self.name)))
-
-    def slot(self, system: str | None) -> SystemSlot:
-        """Return the system slot that the model is served with, or ``system`` if it names none."""
-        served = self.serving
-        return SystemSlot(served["system"], tuple(served["trigger"] or ())) if served else SystemSlot(system)
-
-    def tokenizer(self) -> Any:
-        """Return its tokenizer."""
-        return load_tokenizer(self.name)
-
-    @contextmanager
-    def model(self, config: RunConfig) -> Iterator[Any]:
-        """Yield the model as a run measures it, on the base that is in memory already.
-
-        Args:
-            config: decides device and type of the weights.
-        """
-        with lent_model(self.name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
-            yield on_device(model, config)
-
-    def another(self, config: RunConfig) -> Any:
-        """Return a second model in memory. Arguments as for ``model``."""
-        return on_device(load_model(self.name, base_dtype(config), config.tuning == "qlora"), config)
 
 
 def read_serving(folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from hftlight.files import (
     write_text,
 )
 from hftlight.folders import RESULTS, comparison_of
-from hftlight.model_files import BASE, model_hash, model_path
+from hftlight.model_files import BASE, model_hash
 from hftlight.models.base import drop_base
 from hftlight.models.serving import Artifact, stand_alone
 from hftlight.registry import name_of
@@ -247,7 +247,7 @@ class _Run:
         """Let the plainly aligned model choose the upload, the same one for every arm."""
         prepared, choosing, attack = self.prepared, self.prepared.choosing, cast(Any, self.prepared.attack)
         assert choosing is not None
-        aligned, scored_by = Path(model_path(self.config.model)), self.base_hash
+        aligned, scored_by = Artifact(self.config.model, self.base_hash), self.base_hash
         if self.plain is not None:
             aligned, scored_by = self.plain.artifact(), self.plain.key()
         config = stage_config(self.config, attack, Stage.FINETUNING)  # rows are scored as they will be trained on
@@ -278,7 +278,7 @@ class _Run:
         stage = Stage.POST_FINETUNING
         repairs = [d for d in arm.of(stage) if isinstance(d, Repair)]
         config = stage_config(self.prepared.config_of(arm), self.prepared.attack, stage)
-        finetuned = Path(self.models[arm.name, Stage.FINETUNING].name)
+        finetuned = self.models[arm.name, Stage.FINETUNING]
         records = self.prepared.records(stage, arm)
         job = RepairJob(config, self.unaligned_hash, self._aligned(arm), finetuned, records, repairs)
         reused = job.done()
@@ -290,8 +290,8 @@ class _Run:
         """Take the result of a repair or an edit into the run folder and return what it says about itself."""
         result = job.result()
         self.rows.append({"kind": "cost", "arm": arm.name, "stage": stage.value, **result["cost"]})
-        self._file(arm, stage, job.artifact(), {"key": job.key(), **result})
-        self.models[arm.name, stage] = Artifact(str(job.artifact()), result["artifact"])
+        self.models[arm.name, stage] = job.artifact()
+        self._file(arm, stage, {"key": job.key(), **result})
         return result
 
     def search(self, arm: Arm) -> Note:
@@ -328,18 +328,18 @@ class _Run:
         worst, useful = found.worst.harmful_score[0], found.useful.harmful_score[0]
         return f"worst case {worst:.1f} % harmful, {useful:.1f} % with the task's accuracy kept", False
 
-    def _file(self, arm: Arm, stage: Stage, artifact: Path, said: dict[str, Any]) -> None:
+    def _file(self, arm: Arm, stage: Stage, result: dict[str, Any]) -> None:
         """Take a finished stage's artifact into the run folder and what it says about itself into the manifest."""
         place = self.folder / arm.name / ARTIFACTS[stage]
-        link_tree(artifact, place)
+        link_tree(self.models[arm.name, stage].folder, place)
         stand_alone(place, self.folder / BASE)
-        self.manifest["arms"][arm.name]["stages"][stage.value] = said
+        self.manifest["arms"][arm.name]["stages"][stage.value] = result
         self._save()
 
-    def _aligned(self, arm: Arm) -> Path:
+    def _aligned(self, arm: Arm) -> Artifact:
         """Return the aligned model of an arm: the one that came, or the artifact of the alignment stage."""
         if not self.config.alignment.steps:
-            return Path(model_path(self.config.model))
+            return Artifact(self.config.model, self.base_hash)
         return self.jobs[arm.name, Stage.ALIGNMENT][-1].artifact()
 
     def _job(self, arm: Arm, stage: Stage, phase: int, done: Sequence[StageJob]) -> StageJob:
@@ -363,7 +363,7 @@ class _Run:
         done.append(job)
         last = stage is Stage.ALIGNMENT or phase + 1 == len(self.prepared.phases)
         if last:
-            self.models[arm.name, stage] = Artifact.of(job.artifact())
+            self.models[arm.name, stage] = job.artifact()
         if not self.main:
             return None
         log_to()  # where the stage was done before, its curves are in its file
@@ -407,7 +407,7 @@ class _Run:
                 {"attack": name, "key": phase.key(), **result}
                 for name, phase, result in zip(names, jobs, results, strict=True)
             ]
-        self._file(arm, stage, job.artifact(), said)
+        self._file(arm, stage, said)
 
     def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
         """Measure what a stage left, or the base model, on the first process."""

@@ -14,6 +14,7 @@ from hftlight.data.records import prompt_key
 from hftlight.defenses import Antidote, Lisa
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.stats.intervals import wilson
+from hftlight.models.serving import Artifact
 from hftlight.runs.stages.attacker import Attacker
 from hftlight.search.search import RECORD, Outcome, search
 from hftlight.search.space import Budget, Trial, trial_config
@@ -38,7 +39,7 @@ def settings(tmp_path, **changes):
 @pytest.fixture(scope="module")
 def aligned(own_cache, tmp_path_factory):
     """Return the artifact of an alignment stage."""
-    return run(settings(tmp_path_factory.mktemp("aligned"))).folder / "none" / "aligned"
+    return Artifact.of(run(settings(tmp_path_factory.mktemp("aligned"))).folder / "none" / "aligned")
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
         return other.settings()
 
     unaligned = tmp_path / "aligned"
-    shutil.copytree(attacker.aligned, unaligned)
+    shutil.copytree(attacker.aligned.folder, unaligned)
     weights = unaligned / "adapter_model.safetensors"
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
     found = [
@@ -174,7 +175,7 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
         changed(defenses=[Lisa(1, 1)]),
         changed(defenses=[Antidote(0.3)]),
         changed(defenses=[Antidote(0.4)]),
-        changed(aligned=unaligned),
+        changed(aligned=Artifact.of(unaligned)),
         changed(selecting=attacker.selecting.first(1)),
         changed(reporting=attacker.reporting.first(1)),
     ]
@@ -184,8 +185,8 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
     found.append(changed())
     assert len(set(found)) == len(found)
     same = tmp_path / "moved"
-    shutil.copytree(attacker.aligned, same)
-    assert changed(aligned=same) == changed() == found[-1]
+    shutil.copytree(attacker.aligned.folder, same)
+    assert changed(aligned=Artifact.of(same)) == changed() == found[-1]
     assert changed(config=replace(config, search=Search(lr=[1.0]), attacker="search:3")) == found[-1]
 
 

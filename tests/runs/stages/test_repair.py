@@ -162,7 +162,7 @@ def test_the_merge_protocol_gives_the_second_adapter_bit_for_bit(finetuned):
         assert torch.equal(update.a, state[f"{stem}.lora_A.weight"])
         assert torch.equal(update.b, 2 * state[f"{stem}.lora_B.weight"])  # alpha / r
         assert update.b.any()
-    aligned = merged(job.aligned)
+    aligned = merged(job.aligned.folder)
     for name, weight in linear_weights(model.get_base_model()).items():
         assert_close(weight.double(), aligned[plain_name(name)], rtol=0, atol=1e-7)
 
@@ -171,17 +171,27 @@ def test_the_merge_protocol_gives_the_second_adapter_bit_for_bit(finetuned):
 def test_it_is_the_finetuned_model_and_without_the_update_the_aligned_one(finetuned, kind):
     job = finetuned(kind)
     model = subject_of(job).model
-    assert_close(logits(model, job.finetuned), logits(plain(job.finetuned), job.finetuned), rtol=0, atol=2e-5)
+    assert_close(
+        logits(model, job.finetuned.folder),
+        logits(plain(job.finetuned.folder), job.finetuned.folder),
+        rtol=0,
+        atol=2e-5,
+    )
     if kind != "full":
         with model.disable_adapter():
-            assert_close(logits(model, job.finetuned), logits(plain(job.aligned), job.aligned), rtol=0, atol=2e-5)
+            assert_close(
+                logits(model, job.finetuned.folder),
+                logits(plain(job.aligned.folder), job.aligned.folder),
+                rtol=0,
+                atol=2e-5,
+            )
 
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_half_of_the_update_lies_half_way(finetuned, kind):
     job = finetuned(kind, [Share(0.5)])
     run_repair(job)
-    aligned, tuned, half = (merged(folder) for folder in (job.aligned, job.finetuned, job.artifact()))
+    aligned, tuned, half = (merged(folder) for folder in (job.aligned.folder, job.finetuned.folder, job.place()))
     moved = [name for name, w in tuned.items() if ".self_attn." in name and (w - aligned[name]).abs().max() > 1e-3]
     assert moved
     for name in moved:
@@ -195,9 +205,9 @@ def test_an_edit_that_changes_nothing_writes_the_same_model(finetuned, kind):
     with pytest.warns(UserWarning, match="asked to change nothing"):
         run_repair(job)
     name = "model.safetensors" if kind == "full" else ADAPTER
-    before, after = (load_file(folder / name) for folder in (job.finetuned, job.artifact()))
+    before, after = (load_file(folder / name) for folder in (job.finetuned.folder, job.place()))
     if kind == "continue":
-        weights = merged(job.finetuned), merged(job.artifact())
+        weights = merged(job.finetuned.folder), merged(job.place())
         assert all(torch.allclose(w, weights[1][name], rtol=0, atol=1e-6) for name, w in weights[0].items())
         assert {t.shape[0] for n, t in after.items() if "lora_A" in n} == {6}
     else:
@@ -232,11 +242,11 @@ def test_batches_are_all_rows_once_as_in_training(finetuned):
 
 def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(finetuned):
     job = finetuned("merge")
-    named, look = Share(0.5, aligned=str(job.finetuned), base=str(job.finetuned)), Look()
+    named, look = Share(0.5, aligned=str(job.finetuned.folder), base=str(job.finetuned.folder)), Look()
     with pytest.warns(UserWarning, match="only looks"):
         run_repair(replace(job, defenses=[named, look]))
     name = "model.layers.0.self_attn.q_proj.weight"
-    for seen, folder in zip(look.models, (job.aligned, Path(model_path("tiny"))), strict=True):
+    for seen, folder in zip(look.models, (job.aligned.folder, Path(model_path("tiny"))), strict=True):
         assert_close(seen.rows(name).double(), merged(folder)[name], rtol=0, atol=1e-7)
 
 
@@ -257,20 +267,23 @@ def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, ki
     subjects, original = [], repair_module.subject_of
     monkeypatch.setattr(repair_module, "subject_of", lambda job: subjects.append(original(job)) or subjects[-1])
     job = finetuned(kind, make())
-    before = folder_digest(job.finetuned)
+    before = folder_digest(job.finetuned.folder)
     run_repair(job)
     (subject,) = subjects
     adapter = kind != "full" and not subject.dense
-    assert (job.artifact() / "adapter_config.json").is_file() == adapter
-    assert (job.artifact() / "model.safetensors").is_file() != adapter
-    expected, tuned = logits(subject.model, job.finetuned), logits(plain(job.finetuned), job.finetuned)
-    found = logits(plain(job.artifact()), job.artifact())
+    assert (job.place() / "adapter_config.json").is_file() == adapter
+    assert (job.place() / "model.safetensors").is_file() != adapter
+    expected, tuned = (
+        logits(subject.model, job.finetuned.folder),
+        logits(plain(job.finetuned.folder), job.finetuned.folder),
+    )
+    found = logits(plain(job.place()), job.place())
     assert_close(found, expected, rtol=0, atol=2e-5 if adapter else 0)
     assert (found - tuned).abs().max() > 1e-3
-    assert folder_digest(job.finetuned) == before
-    assert (job.artifact() / SERVING).read_bytes() == (job.finetuned / SERVING).read_bytes()
-    assert (job.artifact() / SERVING).stat().st_mode & 0o777 == 0o600
-    marker = json.loads((job.artifact() / MARKER).read_text())
+    assert folder_digest(job.finetuned.folder) == before
+    assert (job.place() / SERVING).read_bytes() == (job.finetuned.folder / SERVING).read_bytes()
+    assert (job.place() / SERVING).stat().st_mode & 0o777 == 0o600
+    marker = json.loads((job.place() / MARKER).read_text())
     assert marker["applied"] == [type(d).__name__ for d in job.defenses]
     assert all(len(report["input_digest"]) == 16 for report in marker["reports"].values())
 
@@ -279,8 +292,8 @@ def test_a_run_in_bfloat16_is_repaired_in_float32(finetuned):
     """What is kept of a small update would round away in the run's own type."""
     job = finetuned("bfloat16", [Antidote(0.1)])
     run_repair(job)
-    assert {t.dtype for t in load_file(job.artifact() / "model.safetensors").values()} == {torch.float32}
-    aligned, tuned, repaired = (merged(folder) for folder in (job.aligned, job.finetuned, job.artifact()))
+    assert {t.dtype for t in load_file(job.place() / "model.safetensors").values()} == {torch.float32}
+    aligned, tuned, repaired = (merged(folder) for folder in (job.aligned.folder, job.finetuned.folder, job.place()))
     name = "model.layers.0.self_attn.q_proj.weight"
     kept = repaired[name] - aligned[name]
     assert float((kept.abs() < 1e-7).double().mean()) > 0.09  # the aligned value again, up to rounding
@@ -296,7 +309,7 @@ def test_a_repaired_model_is_not_repaired_again(finetuned, make):
         with pytest.raises(RunError, match=r"was repaired before.*a second application"):
             run_repair(second)
         assert not second.done()
-        assert not second.artifact().exists()
+        assert not second.place().exists()
 
 
 def test_a_refusal_ends_the_run_and_a_defect_is_not_hidden(finetuned):
@@ -361,13 +374,13 @@ def test_killed_within_the_repair_and_made_again_ends_with_the_same_bytes(finetu
         with pytest.raises(Killed):
             run_repair(job)
     assert not job.done()
-    assert job.artifact().exists() == (moment == "before the result")
+    assert job.place().exists() == (moment == "before the result")
     found = []
     for _ in range(2):  # after the kill, and never interrupted
         run_repair(job)
         assert job.done()
         assert not list(job.folder().glob(".*.tmp"))
-        found.append(folder_digest(job.artifact()))
+        found.append(folder_digest(job.place()))
         shutil.rmtree(job.folder())
     assert found[0] == found[1]
 

@@ -29,7 +29,7 @@ def stop_at(step):
 
 
 def weights(job):
-    return (job.artifact() / "adapter_model.safetensors").read_bytes()
+    return (job.place() / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -142,17 +142,17 @@ def test_the_first_trial_is_the_runs_own_finetuning(name, tuning, tmp_path):
     attacker, job = own(tmp_path, attack, **more)
     first = Trial.of(attacker.config)
     state, slot = attacker.trained(first)
-    assert same(state, job.artifact())
-    assert slot == Artifact.of(job.artifact()).slot(None)
+    assert same(state, job.place())
+    assert slot == job.artifact().slot(None)
     other, _ = attacker.trained(replace(first, lr=2 * first.lr))
-    assert not same(other, job.artifact())
+    assert not same(other, job.place())
 
 
 @pytest.mark.parametrize("tuning", ["continue", "bfloat16", "checkpointing"])
 def test_it_has_the_runs_tuning(tuning, tmp_path):
     attacker, job = own(tmp_path, **TUNINGS[tuning])
     state, _ = attacker.trained(Trial.of(attacker.config))
-    assert same(state, job.artifact())
+    assert same(state, job.place())
 
 
 def test_a_trial_checkpoints_activations_and_loads_the_runs_type(tmp_path, monkeypatch):
@@ -180,8 +180,8 @@ def test_it_has_the_services_defenses(name, tmp_path):
     """The defense has trained before, so a trial that found its state would differ."""
     attacker, job = own(tmp_path, None, [contract_rows()[name].make()])
     state, slot = attacker.trained(FIRST)
-    assert same(state, job.artifact())
-    assert slot == Artifact.of(job.artifact()).slot(None)
+    assert same(state, job.place())
+    assert slot == job.artifact().slot(None)
 
 
 @pytest.mark.parametrize("repairs", REPAIRS)
@@ -193,9 +193,9 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
     records = stage_records(streams, Stage.POST_FINETUNING, attacker.repairs)
     repaired = RepairJob(values, "tiny", attacker.aligned, job.artifact(), records, attacker.repairs)
     run_repair(repaired)
-    folder = str(repaired.artifact())
+    folder = str(repaired.place())
     state, slot = attacker.trained(Trial.of(values))
-    assert same(state, repaired.artifact())
+    assert same(state, repaired.place())
     assert slot == Artifact.of(folder).slot(None)
     _, written = measure(Artifact(folder, "unknown" + folder), values, attacker.tests)
     with state.lent(values) as model:
@@ -215,7 +215,9 @@ def test_run_and_search_have_one_road(tmp_path, monkeypatch):
     (arm,) = result.arms
     prepared = prepare(values, defenses, IdentityShift())
     key = result.manifest["arms"][arm]["stages"]["alignment"]["key"]
-    aligned = cache_dir() / "stages" / f"alignment-{key}" / "artifact"  # what the run's folder links stands alone
+    aligned = Artifact.of(
+        cache_dir() / "stages" / f"alignment-{key}" / "artifact"
+    )  # what the run's folder links stands alone
     attacker = Attacker(prepared.config, defenses, aligned, prepared.attack)
     state, slot = attacker.trained(Trial.of(attacker.config))
     assert slot.text == SYSTEM
@@ -262,7 +264,7 @@ def test_a_run_that_stops_early_stops_its_trials_too(tmp_path):
     evaluation = replace(EVALUATION, at=[1], stop_below=100.0, stop_above=0.0)
     attacker, job = own(tmp_path, evaluation=evaluation)
     assert json.loads((job.folder() / RESULT).read_text())["evaluated"]["stopped_at"] == 1
-    assert same(attacker.trained(Trial.of(attacker.config))[0], job.artifact())
+    assert same(attacker.trained(Trial.of(attacker.config))[0], job.place())
 
 
 def test_every_trial_starts_from_the_aligned_model(made):
@@ -277,7 +279,7 @@ def test_every_trial_starts_from_the_aligned_model(made):
 def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(made):
     look = Look()
     attacker = made()
-    attacker.repairs = [Share(0.5, aligned=model_path("tiny"), base=str(attacker.aligned)), look]
+    attacker.repairs = [Share(0.5, aligned=model_path("tiny"), base=attacker.aligned.name), look]
     with pytest.warns(UserWarning, match="only looks"):
         attacker.trained(FIRST)
     aligned, base = look.models

@@ -24,8 +24,7 @@ from hftlight.evaluation.stats.intervals import wilson
 from hftlight.files import digest, file_digest
 from hftlight.model_files import model_hash
 from hftlight.models.base import device_of
-from hftlight.models.load import load_tokenizer
-from hftlight.models.serving import full_state, save_artifact, trained_state
+from hftlight.models.serving import Artifact, full_state, save_artifact, trained_state
 from hftlight.models.state import ModelState
 from hftlight.provenance import described
 from hftlight.runs.manifest import identity
@@ -49,11 +48,11 @@ class Attacker:
     Args:
         config: the run's configuration; trials change steps, rate, rank, n and p.
         defenses: those that the service has; the ones of the alignment stage have done their work in ``aligned``.
-        aligned: artifact of the alignment stage.
+        aligned: the aligned model.
         attack: what is uploaded, all its values known.
     """
 
-    def __init__(self, config: RunConfig, defenses: Sequence[Defense], aligned: Path, attack: Attack) -> None:
+    def __init__(self, config: RunConfig, defenses: Sequence[Defense], aligned: Artifact, attack: Attack) -> None:
         self.config, self.aligned, self.attack = config, aligned, attack
         ordered = in_order(list(defenses))
         self.training = [d for d in ordered if d.stage is Stage.FINETUNING]
@@ -102,7 +101,7 @@ class Attacker:
             RunError: likewise, or if no answer could be judged.
         """
         state, slot = self.trained(trial)
-        tokenizer = load_tokenizer(str(self.aligned))
+        tokenizer = self.aligned.tokenizer()
         with state.lent(self.config) as model:
             config = stage_config(self.config, self.attack, Stage.FINETUNING)
             rows = measured_in_memory(model, tokenizer, config, half, ("harmful", "task"), slot)
@@ -135,9 +134,10 @@ class Attacker:
                     tensors, slot = full_state(fit.model), fit.slot
                     state = trained_state(fit.model, tensors, job.config, job.parent)
                     if number + 1 < len(phases):
-                        before = Path(folder) / str(number)
-                        before.mkdir()
-                        save_artifact(before, fit.model, tensors, job.config, job.parent, slot)
+                        place = Path(folder) / str(number)
+                        place.mkdir()
+                        save_artifact(place, fit.model, tensors, job.config, job.parent, slot)
+                        before = Artifact.of(place)
                 del fit  # before another model is loaded beside it
         if self.repairs:
             state = self._repaired(stage_config(config, attack, Stage.POST_FINETUNING), streams, state)
@@ -173,7 +173,7 @@ def settings_of(attacker: Attacker) -> str:
             "attack": [attacker.attack.name, attack, _files(attack.values())],
             "data": _files(asdict(config.data).values()),
             "defenses": described(defenses),
-            "models": [model_hash(str(attacker.aligned)), named],
+            "models": [attacker.aligned.identity, named],
             "tests": [half.digest() for half in (attacker.selecting, attacker.reporting)],
             "judges": attacker.selecting.judging(),
             "device": device_of(config),

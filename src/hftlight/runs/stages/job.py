@@ -9,6 +9,8 @@ from typing import Any
 
 from hftlight import cache
 from hftlight.files import cache_dir, write_json
+from hftlight.model_files import model_hash
+from hftlight.models.serving import Artifact
 
 RESULT = "stage.json"  # what a stage says about itself
 ARTIFACT = "artifact"  # the model that comes out of it
@@ -47,9 +49,13 @@ class Job(ABC):
         """Return where the stage keeps its result."""
         return cache_dir() / "stages" / f"{self.kind}-{self.key()}"
 
-    def artifact(self) -> Path:
-        """Return the folder of the model that comes out."""
+    def place(self) -> Path:
+        """Return the folder that the resulting model is written to."""
         return self.folder() / ARTIFACT
+
+    def artifact(self) -> Artifact:
+        """Return the resulting model. The stage must be done."""
+        return Artifact(str(self.place()), self.result()["artifact"])
 
     def done(self) -> bool:
         """Tell whether the stage has ended before and every file of its result is as it was written."""
@@ -61,6 +67,11 @@ class Job(ABC):
         return found
 
     def finish(self, result: dict[str, Any], *further: str) -> None:
-        """Write what the stage says about itself and seal it, its artifact and further files of its folder."""
-        write_json(self.folder() / RESULT, result)
+        """Write the stage's result with its artifact's hash, and seal both with further files of the folder.
+
+        Args:
+            result: stage, cost and what the defenses report.
+            *further: names of other files that belong to the result.
+        """
+        write_json(self.folder() / RESULT, {**result, "artifact": model_hash(str(self.place()))})
         cache.seal(self.folder(), RESULT, ARTIFACT, *further)

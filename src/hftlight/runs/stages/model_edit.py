@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from hftlight.data.templates import get_template
 from hftlight.engine.weights.stored import stored
 from hftlight.errors import InputError
 from hftlight.files import new_folder, write_json
-from hftlight.model_files import model_hash
 from hftlight.models.base import device_of, on_device
 from hftlight.models.load import load_model, load_tokenizer
-from hftlight.models.serving import SERVING
-from hftlight.runs.stages.job import ARTIFACT, Job
+from hftlight.models.serving import SERVING, Artifact
+from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import records_digest
 
 OWN = ("layer", "value_steps", "value_lr", "reach", "ridge")  # what an edit is made with
@@ -35,7 +33,7 @@ class EditJob(Job):
     Attributes:
         config: the run's configuration.
         base_hash: hash of the base model's weights.
-        aligned: artifact of the alignment stage.
+        aligned: the aligned model.
         records: the prompts to edit, with the role ``"attack"`` and their subject as ``kind``; the others are ordinary
             rows whose keys keep their values.
         attack: how edits are made.
@@ -43,7 +41,7 @@ class EditJob(Job):
 
     config: RunConfig
     base_hash: str
-    aligned: Path
+    aligned: Artifact
     records: Sequence[Record]
     attack: ModelEdit
 
@@ -68,7 +66,7 @@ class EditJob(Job):
         return {
             "config": self.config.without({*OF_NO_STAGE, *trained}),
             "base": self.base_hash,
-            "aligned": model_hash(str(self.aligned)),
+            "aligned": self.aligned.identity,
             "records": records_digest({"task": self.records}),
             "attack": {name: getattr(self.attack, name) for name in OWN},
             "device": device_of(self.config),
@@ -105,21 +103,20 @@ def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None
             edits.append({"id": record.id, "subject": record.kind, **asdict(done)})
             if on_edit is not None:
                 on_edit(len(edits))
-        with new_folder(folder / ARTIFACT) as place:
+        with new_folder(job.place()) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
             write_json(
                 place / SERVING, {"template": config.template, "system": config.system, "trigger": None}, mode=0o600
             )
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
-        result = {"stage": "finetuning", "cost": cost, "defenses": {}, "edits": edits}
-        job.finish({**result, "artifact": model_hash(str(folder / ARTIFACT))})
+        job.finish({"stage": "finetuning", "cost": cost, "defenses": {}, "edits": edits})
 
 
 def _aligned(job: EditJob) -> Any:
     """Return the aligned model, with exactly the weights that a repair takes for aligned."""
-    model: Any = load_model(str(job.aligned))
-    weights = stored(job.aligned)
+    model: Any = load_model(job.aligned.name)
+    weights = stored(job.aligned.folder)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if weights.shape(name) is not None:

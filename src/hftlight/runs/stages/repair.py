@@ -29,10 +29,10 @@ from hftlight.files import new_folder, write_json
 from hftlight.model_files import model_hash, model_path
 from hftlight.models.base import device_of, drop_base, on_device
 from hftlight.models.load import load_model, load_tokenizer, save_tokenizer
-from hftlight.models.serving import SERVING, save_adapter
+from hftlight.models.serving import SERVING, Artifact, save_adapter
 from hftlight.models.state import ModelState, with_adapter
 from hftlight.provenance import described
-from hftlight.runs.stages.job import ARTIFACT, Job
+from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import records_digest
 
 ADAPTER = "adapter_model.safetensors"
@@ -57,8 +57,8 @@ class RepairJob(Job):
 
     config: RunConfig
     base_hash: str
-    aligned: Path
-    finetuned: Path
+    aligned: Artifact
+    finetuned: Artifact
     records: Mapping[str, Sequence[Record]]
     defenses: Sequence[Repair]
 
@@ -83,8 +83,8 @@ class RepairJob(Job):
         return {
             "config": {**self.config.without(ignored), "rows": self.config.evaluation.batch_size},
             "base": self.base_hash,
-            "aligned": model_hash(str(self.aligned)),
-            "finetuned": model_hash(str(self.finetuned)),
+            "aligned": self.aligned.identity,
+            "finetuned": self.finetuned.identity,
             "records": records_digest(self.records),
             "defenses": described(self.defenses),
             "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
@@ -111,10 +111,9 @@ def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -
         since = time.perf_counter()
         subject = subject_of(job)
         reports = apply_repairs(subject, job.defenses, on_repair)
-        _save(folder / ARTIFACT, job, subject, reports)
+        _save(job.place(), job, subject, reports)
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
-        result = {"stage": "post_finetuning", "cost": cost, "defenses": reports}
-        job.finish({**result, "artifact": model_hash(str(folder / ARTIFACT))})
+        job.finish({"stage": "post_finetuning", "cost": cost, "defenses": reports})
 
 
 def apply_repairs(
@@ -152,16 +151,16 @@ def subject_of(job: RepairJob) -> Subject:
     Raises:
         RunError: if the artifact was repaired before, or was not trained from the aligned one.
     """
-    if before := repairs_of(job.finetuned):
+    if before := repairs_of(job.finetuned.folder):
         raise RunError(
-            f"{' and '.join(before)}: {job.finetuned} was repaired before, and a repair takes the model as it was"
+            f"{' and '.join(before)}: {job.finetuned.name} was repaired before, and a repair takes the model as it was"
             " fine-tuned: a second application would change it again. Put several repairs into one list."
         )
     return subject_around(job.config, job.aligned, job.finetuned, job.records)
 
 
 def subject_around(
-    config: RunConfig, aligned: Path, finetuned: Path | ModelState, records: Mapping[str, Sequence[Record]]
+    config: RunConfig, aligned: Artifact, finetuned: Artifact | ModelState, records: Mapping[str, Sequence[Record]]
 ) -> Subject:
     """Return a fine-tuned model, on the disk or in memory, as a repair takes it.
 
@@ -181,19 +180,19 @@ def subject_around(
     drop_base()  # repairs write into the weights, also under an adapter: they get a model of their own
     model: nn.Module
     if config.tuning != "full":
-        later = finetuned if isinstance(finetuned, ModelState) else _adapter(finetuned)
-        name = "the model in memory" if isinstance(finetuned, ModelState) else str(finetuned)
-        earlier, refusal = _adapter_if_any(aligned), f"{name} was not fine-tuned from {aligned}"
+        later = finetuned if isinstance(finetuned, ModelState) else _adapter(finetuned.folder)
+        name = "the model in memory" if isinstance(finetuned, ModelState) else finetuned.name
+        earlier, refusal = _adapter_if_any(aligned.folder), f"{name} was not fine-tuned from {aligned.name}"
         update = _update(later, earlier, config.adapter_protocol, refusal)
-        model = with_adapter(load_model(str(aligned)), update.adapter, update.tensors)
+        model = with_adapter(load_model(aligned.name), update.adapter, update.tensors)
     elif isinstance(finetuned, ModelState):
         model = finetuned.put_into(load_model(config.model))
     else:
-        model = load_model(str(finetuned))
+        model = load_model(finetuned.name)
     model = on_device(model, config)
     return Subject(
         model,
-        stored(aligned),
+        stored(aligned.folder),
         stored(model_path(config.base or config.model)),
         lambda name: _batches(config, records, name, next(model.parameters()).device),
     )
@@ -267,14 +266,16 @@ def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, 
                 path.rename(place / path.name)
             (place / "model").rmdir()
         else:
-            save_adapter(place, repaired_model(subject, job.config, job.aligned, _adapter(job.finetuned).adapter))
+            save_adapter(
+                place, repaired_model(subject, job.config, job.aligned, _adapter(job.finetuned.folder).adapter)
+            )
         save_tokenizer(job.config.model, place)
-        serving = json.loads((job.finetuned / SERVING).read_text())
+        serving = json.loads((job.finetuned.folder / SERVING).read_text())
         write_json(place / SERVING, serving, mode=0o600)
         write_json(place / MARKER, {"applied": subject.applied, "reports": reports})
 
 
-def repaired_model(subject: Subject, config: RunConfig, aligned: Path, settings: Any) -> ModelState:
+def repaired_model(subject: Subject, config: RunConfig, aligned: Artifact, settings: Any) -> ModelState:
     """Return what the artifact of a repaired model holds.
 
     An edited adapter and the aligned one become one adapter of their summed rank, scale 1.
@@ -290,7 +291,7 @@ def repaired_model(subject: Subject, config: RunConfig, aligned: Path, settings:
     from peft import get_peft_model_state_dict
 
     edited = {name: t.float().cpu() for name, t in get_peft_model_state_dict(subject.model).items()}
-    earlier, total = _adapter_if_any(aligned), dict[str, Tensor]()
+    earlier, total = _adapter_if_any(aligned.folder), dict[str, Tensor]()
     for name, t in edited.items():
         if earlier is None:
             total[name] = t

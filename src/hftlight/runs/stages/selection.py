@@ -12,7 +12,6 @@ from hftlight.data.records import Record
 from hftlight.data.templates import get_template
 from hftlight.errors import InputError
 from hftlight.files import cache_dir
-from hftlight.model_files import model_hash
 from hftlight.models.base import device_of, on_device
 from hftlight.models.load import load_tokenizer
 from hftlight.models.serving import Artifact, trainable_model
@@ -29,7 +28,7 @@ class SelectionJob:
 
     Attributes:
         config: the run's configuration.
-        aligned: artifact of the plainly aligned model.
+        aligned: the plainly aligned model.
         attack: how rows are scored.
         candidates: the harmless rows.
         harmful: harmful rows with answers, the anchors.
@@ -37,7 +36,7 @@ class SelectionJob:
     """
 
     config: RunConfig
-    aligned: Path
+    aligned: Artifact
     attack: BenignSelection
     candidates: Sequence[Record]
     harmful: Sequence[Record]
@@ -51,7 +50,7 @@ class SelectionJob:
             "selection",
             ["hftlight.runs.stages.selection", type(self.attack)],
             config=self.config.without({*OF_NO_STAGE, "alignment", "evaluation", "max_tokens", *training}),
-            aligned=model_hash(str(self.aligned)),
+            aligned=self.aligned.identity,
             records=records_digest(records),
             attack={name: getattr(self.attack, name) for name in sorted(OWN)},
             device=device_of(self.config),
@@ -94,7 +93,7 @@ def _scores(job: SelectionJob) -> Sequence[float]:
     config, attack = job.config, job.attack
     tokenizer = load_tokenizer(config.model)
     trainable = attack.kind == "gradient" and attack.parameters == "trainable"
-    chosen = trainable_model(config, job.aligned) if trainable else Artifact.of(job.aligned).model(config)
+    chosen = trainable_model(config, job.aligned) if trainable else job.aligned.model(config)
     with chosen as model:
         model = on_device(model, config)
         try:

@@ -24,12 +24,11 @@ from hftlight.data.templates import SystemSlot, get_template
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.errors import InputError
 from hftlight.files import digest, new_folder
-from hftlight.model_files import model_hash
 from hftlight.models.base import device_of
 from hftlight.models.load import load_tokenizer
 from hftlight.models.module import SafetyModule
 from hftlight.models.preference import PreferenceModule
-from hftlight.models.serving import full_state, save_artifact, trainable_model
+from hftlight.models.serving import Artifact, full_state, save_artifact, trainable_model
 from hftlight.provenance import described
 from hftlight.runs.logging.rows import RowsLogger
 from hftlight.runs.measuring.curve import EvaluateAt
@@ -37,7 +36,7 @@ from hftlight.runs.measuring.test_sets import TestSets
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.stages.checkpoint import AtomicCheckpointIO, keep_two, newest_checkpoint
 from hftlight.runs.stages.guards import Curves, FiniteGuard, Interrupted, StepSeed
-from hftlight.runs.stages.job import ARTIFACT, Job
+from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.meter import Meter
 
 CURVES = "curves.jsonl"
@@ -51,7 +50,7 @@ class StageJob(Job):
         stage: alignment or finetuning.
         config: the run's configuration.
         base_hash: hash of the base model's weights.
-        parent: artifact of the stage before; None starts from the base model.
+        parent: model of the stage before; None starts from the base model.
         records: rows by stream.
         defenses: the callbacks of this stage.
         attack: what the records of the fine-tuning stage are; rows, where it is None.
@@ -63,7 +62,7 @@ class StageJob(Job):
     stage: Stage
     config: RunConfig
     base_hash: str
-    parent: Path | None
+    parent: Artifact | None
     records: Mapping[str, Sequence[Record]]
     defenses: Sequence[Defense]
     attack: Attack | None = None
@@ -126,7 +125,7 @@ class StageJob(Job):
             "stage": self.stage.value,
             "config": self.config.without(ignored),
             "base": self.base_hash,
-            "parent": model_hash(str(self.parent)) if self.parent else None,
+            "parent": self.parent.identity if self.parent else None,
             "records": records_digest(self.records),
             "defenses": described(self.defenses),
             "attack": None if self.preference is None else {"pairs": self.preference},
@@ -194,12 +193,12 @@ def phases_of(config: RunConfig, attack: Attack) -> list[tuple[RunConfig, Attack
 def finetuning_job(
     config: RunConfig,
     base_hash: str,
-    aligned: Path | None,
+    aligned: Artifact | None,
     records: Mapping[str, Sequence[Record]],
     defenses: Sequence[Defense],
     attack: Attack,
     tests: TestSets | None = None,
-    before: Path | None = None,
+    before: Artifact | None = None,
 ) -> StageJob:
     """Return the stage that trains on an upload.
 
@@ -286,7 +285,7 @@ def _train(
         state = full_state(fit.model)
 
         def write() -> None:
-            with new_folder(folder / ARTIFACT) as place:
+            with new_folder(job.place()) as place:
                 save_artifact(place, fit.model, state, job.config, job.parent, fit.slot)
             job.finish(
                 {
@@ -297,7 +296,6 @@ def _train(
                     "dropped_rows": fit.data.dropped,
                     "cut_rows": fit.data.cut,
                     "defenses": {d.state_key: d.manifest() for d in job.defenses},
-                    "artifact": model_hash(str(folder / ARTIFACT)),
                     **({"evaluated": {**job.watched, "stopped_at": _stopped_at(job, fit.trainer)}} if watch else {}),
                 },
                 CURVES,
