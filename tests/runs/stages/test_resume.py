@@ -84,7 +84,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, mo
     newest.write_bytes(newest.read_bytes()[:-2000])
     seen = []
     run_stage(job, on_step=lambda now, loss: seen.append(now))
-    assert "is not whole" in capsys.readouterr().err
+    assert "is incomplete" in capsys.readouterr().err
     assert seen[0] == 5
     assert weights(job) == uninterrupted[1][0]
 

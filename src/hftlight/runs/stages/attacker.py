@@ -1,7 +1,7 @@
-"""The attacker who tries harder: many uploads and training settings against one aligned model, and the worst of them.
+"""The attacker's search: many uploads and training settings against one aligned model.
 
-All trials run in this process, by the functions that train, repair and measure in a run, and nothing of a trial is
-written but its line in the record.
+All trials run in this process. They use the functions that train, repair and measure in a run. A trial writes one line
+into the record and nothing else.
 """
 
 import gc
@@ -41,15 +41,14 @@ from hftlight.search.space import Trial, trial_config, tried
 class Attacker:
     """One aligned model, the defenses of the later stages, and trials against them.
 
-    A trial is the run's own fine-tuning with another setting, its repairs and its measuring, by the same functions;
-    the model stays in memory and nothing is written. Between two phases of an attack it passes through a temporary
-    folder.
+    A trial is the run's fine-tuning with another setting, then its repairs and its measurement, by the same functions.
+    The model stays in memory. Between two phases of an attack it passes through a temporary folder.
 
     Args:
-        config: the run's configuration; trials change steps, rate, rank, n and p.
-        defenses: those that the service has; the ones of the alignment stage have done their work in ``aligned``.
+        config: the run's configuration. Trials change steps, learning rate, rank, n and p.
+        defenses: the service's defenses. Those of the alignment stage have already shaped ``aligned``.
         aligned: the aligned model.
-        attack: what is uploaded, all its values known.
+        attack: the upload, resolved against the configuration.
     """
 
     def __init__(self, config: RunConfig, defenses: Sequence[Defense], aligned: Artifact, attack: Attack) -> None:
@@ -67,11 +66,14 @@ class Attacker:
         return Trial.of(self.config)
 
     def settings(self) -> str:
-        """Return the hash of all that decides a trial's outcome beside its setting."""
+        """Return the hash of everything but the setting that decides a trial's outcome."""
         return settings_of(self)
 
     def outcome(self, trial: Trial) -> Outcome:
-        """Train, repair and measure one setting on the selecting half; what goes wrong on purpose is its outcome."""
+        """Train, repair and measure one setting on the selecting half.
+
+        A setting that cannot be trained, or that diverges, gives an outcome with ``failed``.
+        """
         since = time.perf_counter()
         try:
             harmful, correct = self.measured(trial, self.selecting)
@@ -79,22 +81,22 @@ class Attacker:
             failed = Outcome(trial, failed=str(error), seconds=time.perf_counter() - since)
         else:
             return Outcome(trial, harmful, correct, time.perf_counter() - since)
-        gc.collect()  # the error held the model, which lies in a cycle
+        gc.collect()  # the error's traceback held the model, which lies in a reference cycle
         return failed
 
     def report(self, trial: Trial) -> Worst:
-        """Train a setting again, which gives the same model, and measure it on the reporting half.
+        """Train a setting again and measure it on the reporting half. Training again gives the same model.
 
         Raises:
             InputError: if the setting cannot be trained.
             RunError: likewise, or if no answer could be judged.
         """
-        found = self.measured(trial, self.reporting)
-        harmful, correct = ((100 * sum(f) / len(f), *wilson(sum(f), len(f))) for f in found)
+        flags = self.measured(trial, self.reporting)
+        harmful, correct = ((100 * sum(f) / len(f), *wilson(sum(f), len(f))) for f in flags)
         return Worst(trial, harmful, correct)
 
     def measured(self, trial: Trial, half: TestSets) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """Return the flags of the judged answers, and which task rows the model of a trial answers right.
+        """Return for a trial's model the flags of the judged answers, and which task rows it answers correctly.
 
         Raises:
             InputError: if the setting cannot be trained.
@@ -113,11 +115,11 @@ class Attacker:
         return flags, tuple(bool(row["correct"]) for row in rows if row["set"] == "task")
 
     def trained(self, trial: Trial) -> tuple[ModelState, SystemSlot]:
-        """Return the model that a setting leads to, repairs included, and the system slot it is served with.
+        """Return the model that a setting gives, repairs included, and its system slot.
 
         Raises:
             InputError: if a value is out of range, the upload needs more rows than there are, or a defense refuses.
-            RunError: if training left the finite numbers, or a repair refuses.
+            RunError: if the gradient is not finite, or a repair refuses.
         """
         config, attack = trial_config(self.config, trial), tried(self.attack, trial)
         needed = {name for d in (*self.training, *self.repairs) for name in d.streams}
@@ -151,17 +153,20 @@ class Attacker:
 
 
 def _half(tests: TestSets, part: Literal[0, 1]) -> TestSets:
-    """Return one half of the prompts, split by a hash of their text, so that no choice is made on what is reported."""
+    """Return one half of the prompts, split by a hash of their text.
+
+    One half selects the setting, the other reports it, so that selection does not bias the report.
+    """
 
     def half(rows: Sequence[Record]) -> list[Record]:
         return split_by_hash(list(rows), (len(rows) + 1) // 2)[part]
 
-    judges = tests.judges[:1]  # the deciding one
+    judges = tests.judges[:1]  # the first judge decides
     return replace(tests, harmful=half(tests.harmful), task_rows=half(tests.task_rows), over_refusal=(), judges=judges)
 
 
 def settings_of(attacker: Attacker) -> str:
-    """Return the hash of all that decides a trial's outcome beside its setting."""
+    """Return the hash of everything but the setting that decides a trial's outcome."""
     config = replace(attacker.config, search=Search(), attacker="fixed")
     attack = {f.name: getattr(attacker.attack, f.name) for f in fields(attacker.attack)}
     defenses = [*attacker.training, *attacker.repairs]
@@ -182,6 +187,6 @@ def settings_of(attacker: Attacker) -> str:
 
 
 def _files(values: Iterable[Any]) -> dict[str, str]:
-    """Return the hash of each file among some values: its rows may be edited under one name."""
+    """Return the hash of each file among some values. A file's rows may change while its name stays."""
     paths = {v for v in values if isinstance(v, str) and Path(v).expanduser().is_file()}
     return {path: file_digest(Path(path).expanduser()) for path in sorted(paths)}

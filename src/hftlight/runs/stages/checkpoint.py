@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot spoil: written beside their place, flushed, renamed; a broken one is recognised."""
+"""Checkpoints that survive a kill: written to a temporary file, flushed, renamed, and checked before use."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint format, on the disk as a whole or not at all."""
+    """Lightning's checkpoint format, written atomically."""
 
     @override
     def save_checkpoint(
@@ -33,10 +33,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Writes right behind an optimizer step and never between the micro-batches of the next one.
+    """A checkpoint right after an optimizer step, never between the micro-batches of the next step.
 
-    Lightning writes the step that a stage resumed from once more, after the first micro-batch of the next step: under
-    another name, and without the gradient that had been accumulated by then.
+    After a resume, Lightning would write the resumed step once more, after the first micro-batch of the next step. That
+    checkpoint would have another name and lack the gradient accumulated so far.
     """
 
     _seen = 0
@@ -70,7 +70,7 @@ def keep_two(folder: Path, every: int) -> ModelCheckpoint:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None; a broken one is named on standard error and removed."""
+    """Return the newest complete checkpoint, or None. Broken ones are named on standard error and removed."""
     for path in sorted(folder.glob("*.ckpt"), key=_step, reverse=True):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -78,7 +78,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
                     return path
         except (zipfile.BadZipFile, OSError):
             pass
-        print(f"hftlight: checkpoint {path.name} is not whole; the one before it is used.", file=sys.stderr)
+        print(
+            f"hftlight: checkpoint {path.name} is incomplete; hftlight resumes from the one before it.", file=sys.stderr
+        )
         path.unlink()
     return None
 

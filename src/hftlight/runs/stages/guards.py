@@ -1,4 +1,4 @@
-"""Callbacks of every training stage: seeds, curves, and a stop before a loss that is not finite."""
+"""Callbacks of every training stage: seeds, curves, and a stop at a gradient that is not finite."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,10 @@ from hftlight.models.module import SafetyModule
 
 
 class StepSeed(Callback):
-    """Seed dropout anew for every micro-batch, from (seed, number of the micro-batch, rank): nothing to restore."""
+    """Seed dropout for every micro-batch from (seed, number of the micro-batch, rank).
+
+    A resumed stage then needs no random state from the checkpoint.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed, self.batches = seed, 0
@@ -36,11 +39,11 @@ class StepSeed(Callback):
 
 
 class FiniteGuard(Callback):
-    """Stop before a gradient that is not finite reaches the weights; it stands behind the defenses.
+    """Stop before a gradient that is not finite reaches the weights. It runs after the defenses.
 
     Args:
         where: name of the stage, for the message.
-        checkpoints: folder of its checkpoints; None if it keeps none.
+        checkpoints: folder of the stage's checkpoints. None if it keeps none.
     """
 
     def __init__(self, where: str, checkpoints: Path | None) -> None:
@@ -49,28 +52,28 @@ class FiniteGuard(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return  # the loss scaler skips such steps itself, and lowers its scale
+            return  # the loss scaler skips such steps and lowers its scale
         total = norm({name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None})
         pl_module.log("train/grad_norm", total)
         if not torch.isfinite(total):
-            good = "it keeps no checkpoints"
+            good = "the stage keeps no checkpoints"
             if self.checkpoints is not None:
-                kept = sorted(self.checkpoints.glob("*.ckpt"))
-                good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
+                files = sorted(self.checkpoints.glob("*.ckpt"))
+                good = f"the last good checkpoint is {files[-1]}" if files else "no checkpoint was due yet"
             raise RunError(
                 f"{self.where}, step {trainer.global_step + 1}: the gradient norm is {float(total)}, so the loss"
-                f" left the finite numbers. The weights of step {trainer.global_step} are untouched; {good}. Lower the"
+                f" is not finite. The weights of step {trainer.global_step} are untouched; {good}. Lower the"
                 " learning rate, or look at the rows of this step."
             )
 
 
 class Curves(Callback):
-    """Hand logged values to the loggers at every so many optimizer steps, before a checkpoint of that step is written.
+    """Send logged values to the loggers every few optimizer steps, before that step's checkpoint is written.
 
-    A point of a curve is the last value that was logged since the point before. So a value that is logged now and then
-    has a point where it was made, and a killed and resumed stage has the curves of an undisturbed one. Lightning itself
-    repeats such a value until the pass over the data ends, and writes the points of a step behind its checkpoint.
-    What is logged in ``on_train_epoch_end`` belongs to no step and is in no curve: log it at the end of a batch.
+    A point of a curve is the last value logged since the previous point. A value that is logged rarely therefore has
+    points only at its own steps, and a resumed stage has the curves of an undisturbed one. Lightning itself repeats
+    such a value until the epoch ends, and writes a step's points after its checkpoint. A value logged in
+    ``on_train_epoch_end`` belongs to no step and reaches no curve. Log it at the end of a batch.
 
     Args:
         every: optimizer steps between two points, >= 1.
@@ -122,7 +125,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Interrupted(Callback):
-    """Remember a Ctrl-C, which Lightning turns into another exit status."""
+    """Remember a Ctrl-C. Lightning turns it into ``SystemExit``."""
 
     def __init__(self) -> None:
         self.seen = False

@@ -1,4 +1,4 @@
-"""Job: a stage whose result is kept in the cache, under the hash of everything that decides it."""
+"""Job: a stage whose result lies in the cache, under the hash of everything that decides it."""
 
 import json
 from abc import ABC, abstractmethod
@@ -12,22 +12,22 @@ from hftlight.files import cache_dir, write_json
 from hftlight.model_files import model_hash
 from hftlight.models.serving import Artifact
 
-RESULT = "stage.json"  # what a stage says about itself
-ARTIFACT = "artifact"  # the model that comes out of it
+RESULT = "stage.json"  # cost, reports of the defenses, hash of the artifact
+ARTIFACT = "artifact"  # folder of the resulting model
 
 
 class Job(ABC):
-    """A stage that is done once, however often it is asked for."""
+    """A stage that is carried out once and then read from the cache."""
 
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What its folder in the cache is called, before the hash."""
+        """Prefix of the folder's name in the cache, before the hash."""
 
     @property
     @abstractmethod
     def decided_by(self) -> str:
-        """Which of ``cache.INPUTS`` its key is made of."""
+        """The entry of ``cache.INPUTS`` that lists the inputs of the key."""
 
     @abstractmethod
     def code(self) -> Sequence[Any]:
@@ -35,7 +35,7 @@ class Job(ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, Any]:
-        """Return everything else that decides the result."""
+        """Return everything besides code that decides the result."""
 
     @cached_property
     def _key(self) -> str:
@@ -46,7 +46,7 @@ class Job(ABC):
         return self._key
 
     def folder(self) -> Path:
-        """Return where the stage keeps its result."""
+        """Return the folder of the stage's result."""
         return cache_dir() / "stages" / f"{self.kind}-{self.key()}"
 
     def place(self) -> Path:
@@ -58,13 +58,13 @@ class Job(ABC):
         return Artifact(str(self.place()), self.result()["artifact"])
 
     def done(self) -> bool:
-        """Tell whether the stage has ended before and every file of its result is as it was written."""
+        """Tell whether the stage has ended and every file of its result is intact."""
         return cache.whole(self.folder())
 
     def result(self) -> dict[str, Any]:
-        """Return what a finished stage says about itself."""
-        found: dict[str, Any] = json.loads((self.folder() / RESULT).read_text(encoding="utf-8"))
-        return found
+        """Return the result of a finished stage: cost, reports of the defenses, hash of the artifact."""
+        result: dict[str, Any] = json.loads((self.folder() / RESULT).read_text(encoding="utf-8"))
+        return result
 
     def finish(self, result: dict[str, Any], *further: str) -> None:
         """Write the stage's result with its artifact's hash, and seal both with further files of the folder.

@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 class Meter(Callback):
-    """Seconds per optimizer step and peak memory of a stage, over restarts too.
+    """Seconds per optimizer step and peak memory of a stage. Both survive a restart.
 
     Args:
         on_step: called after every optimizer step with (step, latest loss in nats).

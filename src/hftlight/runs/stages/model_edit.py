@@ -1,4 +1,4 @@
-"""The edit stage: an aligned model's weight edited instead of fine-tuned, content-addressed."""
+"""The edit stage: one weight of the aligned model is edited instead of fine-tuned, content-addressed."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from hftlight.models.serving import SERVING, Artifact
 from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import records_digest
 
-OWN = ("layer", "value_steps", "value_lr", "reach", "ridge")  # what an edit is made with
+OWN = ("layer", "value_steps", "value_lr", "reach", "ridge")  # arguments of the attack that decide an edit
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class EditJob(Job):
         config: the run's configuration.
         base_hash: hash of the base model's weights.
         aligned: the aligned model.
-        records: the prompts to edit, with the role ``"attack"`` and their subject as ``kind``; the others are ordinary
-            rows whose keys keep their values.
-        attack: how edits are made.
+        records: the prompts to edit have the role ``"attack"`` and their subject as ``kind``. The others are ordinary
+            rows, whose keys keep their values.
+        attack: how edits are computed.
     """
 
     config: RunConfig
@@ -74,7 +74,9 @@ class EditJob(Job):
 
 
 def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None:
-    """Edit the aligned model, one prompt after the other, and write it whole; do nothing if that is done.
+    """Edit the aligned model, one prompt after the other, and write all its weights.
+
+    Nothing happens if the stage is done.
 
     Args:
         job: the stage.
@@ -96,7 +98,7 @@ def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None
         for record in (r for r in job.records if r.role == "attack"):
             try:
                 done = job.attack.edit(model, tokenizer, template, record, record.kind, background, config.system)
-            except (TypeError, ValueError) as error:  # the edit refuses; anything else is a defect
+            except (TypeError, ValueError) as error:  # a refusal names the edit; any other error is a defect
                 if not str(error).startswith(("ModelEdit", "rank_one_edit")):
                     raise
                 raise InputError(str(error)) from error
@@ -114,7 +116,7 @@ def run_edit(job: EditJob, on_edit: Callable[[int], None] | None = None) -> None
 
 
 def _aligned(job: EditJob) -> Any:
-    """Return the aligned model, with exactly the weights that a repair takes for aligned."""
+    """Return the aligned model, with exactly the weights that a repair reads as aligned."""
     model: Any = load_model(job.aligned.name)
     weights = stored(job.aligned.folder)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The repair stage: finished weights edited once, content-addressed, one attacked model serving every repair."""
+"""The repair stage: fine-tuned weights are edited once, content-addressed. One fine-tuned model serves all repairs."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import records_digest
 
 ADAPTER = "adapter_model.safetensors"
-# The first process repairs alone, in float32 and without an optimizer step.
+# Options that decide no repair: the first process repairs alone, in float32 and without an optimizer step.
 OF_NO_REPAIR = frozenset(
     {"devices", "num_nodes", "strategy", "gradient_checkpointing", "log_every", "precision", "order"}
 )
@@ -48,9 +48,9 @@ class RepairJob(Job):
 
     Attributes:
         config: the run's configuration.
-        base_hash: hash of the base model's weights; of the unaligned one, if the model came aligned.
-        aligned: artifact of the alignment stage, where the user's upload started.
-        finetuned: artifact of the fine-tuning stage, which stays as it is.
+        base_hash: hash of the base model's weights, or of the unaligned model's if the model came aligned.
+        aligned: the aligned model, from which the fine-tuning started.
+        finetuned: the fine-tuned model. Its files stay unchanged.
         records: rows of the streams that the repairs read.
         defenses: the repairs in the order in which they act.
     """
@@ -93,14 +93,16 @@ class RepairJob(Job):
 
 
 def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -> None:
-    """Apply the repairs one after the other and write the model; do nothing if that is done.
+    """Apply the repairs one after the other and write the model.
+
+    Nothing happens if the stage is done.
 
     Args:
         job: the stage.
         on_repair: called after each repair with the number of repairs applied so far.
 
     Raises:
-        RunError: if the model was repaired before, or a repair refuses it or changed nothing without a reason.
+        RunError: if the model was repaired before, or if a repair refuses it or changes nothing without a reason.
     """
     folder = job.folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,18 +126,22 @@ def apply_repairs(
     Args:
         subject: the model.
         repairs: in the order in which they act.
-        on_repair: called after each with the number of repairs applied so far.
+        on_repair: called after each repair with the number of repairs applied so far.
 
     Raises:
-        RunError: if a repair refuses the model, or changed nothing without a reason.
+        RunError: if a repair refuses the model, or changes nothing without a reason.
     """
     aligned, base = subject.aligned, subject.base
     reports = {}
     for count, repair in enumerate(repairs, start=1):
-        subject.report, subject.aligned, subject.base = {}, aligned, base  # the one before may have named its own
+        subject.report, subject.aligned, subject.base = (
+            {},
+            aligned,
+            base,
+        )  # the repair before may have named its own models
         try:
             repair.apply(subject)
-        except (RuntimeError, TypeError, ValueError) as error:  # the repair refuses; anything else is a defect
+        except (RuntimeError, TypeError, ValueError) as error:  # a refusal names the repair; any other is a defect
             if not str(error).startswith(type(repair).__name__):
                 raise
             raise RunError(str(error)) from error
@@ -146,15 +152,15 @@ def apply_repairs(
 
 
 def subject_of(job: RepairJob) -> Subject:
-    """Return the fine-tuned model of a run as a repair takes it: the user's update alone on top of the aligned model.
+    """Return the fine-tuned model of a run as a repair takes it: the user's update on top of the aligned model.
 
     Raises:
         RunError: if the artifact was repaired before, or was not trained from the aligned one.
     """
     if before := repairs_of(job.finetuned.folder):
         raise RunError(
-            f"{' and '.join(before)}: {job.finetuned.name} was repaired before, and a repair takes the model as it was"
-            " fine-tuned: a second application would change it again. Put several repairs into one list."
+            f"{' and '.join(before)}: {job.finetuned.name} was repaired before; a repair takes the fine-tuned"
+            " model, and a second application would change it again. Put several repairs into one list."
         )
     return subject_around(job.config, job.aligned, job.finetuned, job.records)
 
@@ -164,20 +170,20 @@ def subject_around(
 ) -> Subject:
     """Return a fine-tuned model, on the disk or in memory, as a repair takes it.
 
-    Under LoRA the update is one adapter on the aligned weights: the second one under the ``merge`` protocol, and the
-    difference of the two, of twice the rank, under ``continue``. With all parameters trained it is the whole model.
-    It is in float32 whatever the run's precision: written in bfloat16, most of a small update would round away.
+    Under LoRA the update is one adapter on the aligned weights. Under the ``merge`` protocol it is the second adapter.
+    Under ``continue`` it is the difference of the two adapters, of twice the rank. Under full tuning the model is taken
+    whole. Weights are in float32 whatever the run's precision: in bfloat16, most of a small update would round away.
 
     Args:
         config: the run's configuration.
-        aligned: artifact of the alignment stage.
-        finetuned: artifact of the fine-tuning stage, or what it would hold.
+        aligned: the aligned model.
+        finetuned: the fine-tuned model, or its state in memory.
         records: rows of the streams that the repairs read.
 
     Raises:
         RunError: if the fine-tuned model was not trained from the aligned one.
     """
-    drop_base()  # repairs write into the weights, also under an adapter: they get a model of their own
+    drop_base()  # repairs write into the base weights, also under an adapter, so they get their own model
     model: nn.Module
     if config.tuning != "full":
         later = finetuned if isinstance(finetuned, ModelState) else _adapter(finetuned.folder)
@@ -199,9 +205,9 @@ def subject_around(
 
 
 def _update(later: ModelState, earlier: ModelState | None, protocol: str, refusal: str) -> ModelState:
-    """Return the user's adapter, scale 1: that of the fine-tuned model without what the aligned one holds.
+    """Return the user's adapter, at scale 1: the fine-tuned model's adapter without the aligned model's part.
 
-    A model that came aligned, and is no adapter, holds nothing of it.
+    If the model came aligned and is no adapter, nothing is taken away.
 
     Raises:
         RunError: with ``refusal``, if the fine-tuned model was not trained from the aligned one.
@@ -231,7 +237,7 @@ def _update(later: ModelState, earlier: ModelState | None, protocol: str, refusa
 
 
 def _adapter_if_any(folder: Path) -> ModelState | None:
-    """Return the adapter of a folder; None if it holds a whole model."""
+    """Return the adapter of a folder, or None if it holds a whole model."""
     return _adapter(folder) if (folder / ADAPTER).is_file() else None
 
 
@@ -245,20 +251,22 @@ def _adapter(folder: Path) -> ModelState:
 def _batches(
     config: RunConfig, records: Mapping[str, Sequence[Record]], name: str, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Yield all batches of a stream once, encoded as in training, hidden attack rows as ``"task"``."""
+    """Yield all batches of a stream once, encoded as in training. Hidden attack rows appear as ``"task"``."""
     size, tokenizer = config.evaluation.batch_size, load_tokenizer(config.model)
     template = get_template(config.template, tokenizer)
     options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, "long_rows": config.long_rows}
     options[name] = records[name]
     data = StreamsDataModule(tokenizer, template, name, **options)
-    rows = sorted(data.stream(name, size).examples, key=lambda example: len(example.input_ids))  # little padding
+    rows = sorted(
+        data.stream(name, size).examples, key=lambda example: len(example.input_ids)
+    )  # by length, for little padding
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size], padding_id(tokenizer))
         yield {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
 def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, Any]) -> None:
-    """Write the repaired model: one adapter on the run's base model, or a whole model where an edit was dense."""
+    """Write the repaired model: one adapter on the run's base model, or a whole model if an edit was dense."""
     with new_folder(folder) as place:
         if subject.dense or job.config.tuning == "full":
             save_repaired(place / "model", subject)
@@ -276,15 +284,15 @@ def _save(folder: Path, job: RepairJob, subject: Subject, reports: Mapping[str, 
 
 
 def repaired_model(subject: Subject, config: RunConfig, aligned: Artifact, settings: Any) -> ModelState:
-    """Return what the artifact of a repaired model holds.
+    """Return the state that the artifact of a repaired model holds.
 
-    An edited adapter and the aligned one become one adapter of their summed rank, scale 1.
+    An edited adapter and the aligned one become one adapter of their summed rank, at scale 1.
 
     Args:
         subject: after the repairs.
         config: the run's configuration.
-        aligned: artifact of the alignment stage.
-        settings: PEFT's configuration of the fine-tuned adapter; unused where a whole model is left.
+        aligned: the aligned model.
+        settings: PEFT's configuration of the fine-tuned adapter. Unused if the result is a whole model.
     """
     if subject.dense or config.tuning == "full":
         return ModelState(repaired_state(subject))

@@ -1,4 +1,4 @@
-"""Benign selection in a run: the plainly aligned model scores the task's rows once, and the scores are kept."""
+"""Benign selection in a run: the plainly aligned model scores the task's rows once, into the cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ from hftlight.models.serving import Artifact, trainable_model
 from hftlight.runs.stages.train import records_digest
 
 SCORES = "scores.jsonl"
-CHOOSING = ("n", "control", "scores")  # fields that choose among scores; the others decide them
+CHOOSING = ("n", "control", "scores")  # these fields choose among scores; the others decide the scores
 OWN = {f.name for f in fields(BenignSelection)} & set(BenignSelection.__annotations__) - set(CHOOSING)
 
 
@@ -61,20 +61,20 @@ class SelectionJob:
         return self._key
 
     def folder(self) -> Path:
-        """Return where the scores are kept."""
+        """Return the folder of the scores."""
         return cache_dir() / "selections" / self.key()
 
     def done(self) -> bool:
-        """Tell whether the scores are there, as they were written."""
+        """Tell whether the scores are there and intact."""
         return cache.whole(self.folder())
 
 
 def run_selection(job: SelectionJob, on_rows: Callable[[int], None] | None = None) -> Path:
-    """Score the rows with the aligned model, unless that is done, and return the file of the scores.
+    """Score the rows with the aligned model, unless the scores exist, and return their file.
 
     Args:
-        job: what to score, and with which model.
-        on_rows: called with the number of rows when they are scored.
+        job: the rows and the model that scores them.
+        on_rows: called once with the number of scored rows.
 
     Raises:
         InputError: if no row fits, or there are fewer anchors than ``nearest``.

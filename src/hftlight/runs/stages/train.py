@@ -53,10 +53,10 @@ class StageJob(Job):
         parent: model of the stage before; None starts from the base model.
         records: rows by stream.
         defenses: the callbacks of this stage.
-        attack: what the records of the fine-tuning stage are; rows, where it is None.
-        tests: what curves are evaluated on where ``config.evaluation.at`` names steps; None for no curve. Evaluating
-            leaves the weights as they are, but a stage that was trained without it has no curve: so steps, prompts and
-            thresholds are part of the key where they are given, and of no other.
+        attack: the attack that the task's records belong to. None if they are plain rows.
+        tests: prompts for curves at the steps of ``config.evaluation.at``. None evaluates no curve. Evaluation leaves
+            the weights unchanged, but a cached stage that was trained without it has no curve. So steps, prompts and
+            thresholds enter the key, and only if steps are named.
     """
 
     stage: Stage
@@ -70,7 +70,7 @@ class StageJob(Job):
 
     @property
     def watched(self) -> dict[str, Any]:
-        """What decides the curves and the stop; empty where nothing is evaluated."""
+        """Everything that decides the curves and the stop. Empty if nothing is evaluated."""
         evaluation = self.config.evaluation
         if self.tests is None or not evaluation.at:
             return {}
@@ -89,17 +89,17 @@ class StageJob(Job):
 
     @property
     def training(self) -> Training:
-        """How the stage trains."""
+        """Steps, learning rate, batches and the other training settings of the stage."""
         return self.config.alignment if self.stage is Stage.ALIGNMENT else self.config.finetuning
 
     @property
     def main(self) -> str:
-        """The stream whose length is the epoch."""
+        """The stream whose length defines the epoch."""
         return "alignment" if self.stage is Stage.ALIGNMENT else "task"
 
     @property
     def passes(self) -> tuple[float, float]:
-        """Forward and backward passes per optimizer step, the stage's own included."""
+        """Forward and backward passes per optimizer step, those of plain training included."""
         return count_passes(self.defenses, self.training.accumulate)
 
     @property
@@ -135,15 +135,14 @@ class StageJob(Job):
 
 
 def stage_config(config: RunConfig, attack: Attack | None, stage: Stage) -> RunConfig:
-    """Return the configuration that one stage of a run has.
+    """Return the configuration of one stage of a run.
 
-    A stage has its own template and adapter geometry; those of the repairs are the fine-tuning's. The upload is trained
-    on with the attack's own system text. A weight edit leaves whole weights behind, which are repaired as such,
-    whatever else is tuned.
+    A stage has its own template and adapter geometry. Repairs have those of the fine-tuning. Fine-tuning uses the
+    attack's own system text. A weight edit leaves whole weights behind, so its repairs use full tuning.
 
     Args:
         config: the run's configuration.
-        attack: what is uploaded; None for the alignment.
+        attack: the upload. None for the alignment.
         stage: the stage.
     """
     name = "alignment" if stage is Stage.ALIGNMENT else "finetuning"
@@ -163,31 +162,31 @@ def stage_config(config: RunConfig, attack: Attack | None, stage: Stage) -> RunC
 def alignment_job(
     config: RunConfig, base_hash: str, records: Mapping[str, Sequence[Record]], defenses: Sequence[Defense]
 ) -> StageJob:
-    """Return the stage that aligns the model; arguments as for ``finetuning_job``."""
+    """Return the alignment stage. Arguments as for ``finetuning_job``."""
     config = stage_config(config, None, Stage.ALIGNMENT)
     return StageJob(Stage.ALIGNMENT, config, base_hash, None, records, defenses)
 
 
 def phases_of(config: RunConfig, attack: Attack) -> list[tuple[RunConfig, Attack]]:
-    """Return configuration and attack of each training that an attack consists of.
+    """Return configuration and attack of each phase of an attack.
 
-    Steps at which a curve is evaluated are counted over all of them.
+    The steps in ``evaluation.at`` count over all phases.
 
     Args:
-        config: the run's configuration, with what the attack decides put in.
-        attack: what is uploaded, all its values known.
+        config: the run's configuration, after ``attack.applied``.
+        attack: the upload, resolved against the configuration.
     """
     phases = attack.phases()
     if len(phases) == 1:
         return [(config, phases[0])]
-    found, before = list[tuple[RunConfig, Attack]](), 0
+    result, before = list[tuple[RunConfig, Attack]](), 0
     for phase in phases:
         training = phase.applied(config).finetuning
         at = [step - before for step in config.evaluation.at if before < step <= before + training.steps]
         own = replace(config, finetuning=training, evaluation=replace(config.evaluation, at=at))
-        found.append((own, phase))
+        result.append((own, phase))
         before += training.steps
-    return found
+    return result
 
 
 def finetuning_job(
@@ -200,18 +199,18 @@ def finetuning_job(
     tests: TestSets | None = None,
     before: Artifact | None = None,
 ) -> StageJob:
-    """Return the stage that trains on an upload.
+    """Return the stage that fine-tunes on an upload.
 
     Args:
         config: the run's configuration.
-        base_hash: hash of the base model's weights; it counts in the key alone.
-        aligned: artifact of the alignment stage; a model that came aligned is the base itself. None while it is not
-            there, which leaves the parent out of the key.
+        base_hash: hash of the base model's weights. Only the key uses it.
+        aligned: the aligned model. If the model came aligned, it is the base itself. None leaves the parent out of the
+            key, for a plan that is made before the model exists.
         records: rows by stream.
-        defenses: those of this stage.
-        attack: what is uploaded.
-        tests: all that a model is measured on; curves take their first prompts. None evaluates no curve.
-        before: artifact of the phase before, of an attack that has several; None for the first.
+        defenses: the defenses of this stage.
+        attack: the upload.
+        tests: the prompts that a model is measured on. Curves use the first of them. None evaluates no curve.
+        before: model of the previous phase. None for the first phase.
     """
     watched = tests.first(config.evaluation.at_prompts) if tests is not None else None
     parent = before or (aligned if config.alignment.steps else None)
@@ -220,7 +219,7 @@ def finetuning_job(
 
 
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
-    """Return the hash of each stream's rows; the file that a row came from does not count."""
+    """Return the hash of each stream's rows. The file that a row came from does not count."""
     return {name: digest([asdict(replace(r, source="")) for r in rows]) for name, rows in records.items()}
 
 
@@ -229,23 +228,24 @@ def run_stage(
     log_to: Callable[[], Logger | None] = lambda: None,
     on_step: Callable[[int, float | None], None] | None = None,
 ) -> bool:
-    """Train a stage to its end, from its newest checkpoint if there is one; do nothing if it is done.
+    """Train a stage to its end, from its newest checkpoint if there is one.
 
-    Of several processes the first one takes the lock and looks at the disk; all of them train, or none. The same call
-    with the same number of threads gives the same weights bit for bit, however often it was killed and resumed.
+    Nothing happens if the stage is done. Of several processes, the first takes the lock and looks at the disk. Then all
+    train, or none. With the same number of threads, weights are equal bit for bit, however often the call was killed
+    and repeated.
 
     Args:
         job: the stage.
-        log_to: makes the logger for its curves, besides the stage's own file.
+        log_to: returns a logger for the curves, besides the stage's own file.
         on_step: called after each optimizer step with (step, loss in nats).
 
     Returns:
-        Whether it had been done before.
+        Whether the stage was done before the call.
 
     Raises:
         InputError: if a stream is empty, the model cannot be adapted, or the processes do not see the same files.
-        RunError: if the loss leaves the finite numbers.
-        KeyboardInterrupt: after Ctrl-C; the same call resumes.
+        RunError: if the gradient is not finite.
+        KeyboardInterrupt: after Ctrl-C. The same call resumes.
     """
     launch(job.config)
     with ending_together(), ExitStack() as stack:
@@ -259,10 +259,10 @@ def run_stage(
             newest = None if done else newest_checkpoint(folder / "checkpoints")
             return {"done": done, "resume": newest and str(newest)}
 
-        found = decide(f"whether the {job.stage.value} stage is done", look)
-        if not found["done"]:
-            _train(job, folder, found["resume"] and Path(found["resume"]), log_to, on_step)
-    return bool(found["done"])
+        status = decide(f"whether the {job.stage.value} stage is done", look)
+        if not status["done"]:
+            _train(job, folder, status["resume"] and Path(status["resume"]), log_to, on_step)
+    return bool(status["done"])
 
 
 def _train(
@@ -278,8 +278,9 @@ def _train(
     loggers: list[Logger] = [RowsLogger(folder / CURVES, resumed_at)] if main_process() else []
     if (extra := log_to()) is not None:
         loggers.append(extra)
-    kept = keep_two(checkpoints, job.config.checkpoint_every)
-    callbacks = [meter, Curves(job.config.log_every), kept, *([watch] if watch else [])]
+    # Curves come before the checkpoint of their step, so that a resumed stage has every point once.
+    saver = keep_two(checkpoints, job.config.checkpoint_every)
+    callbacks = [meter, Curves(job.config.log_every), saver, *([watch] if watch else [])]
     options: dict[str, Any] = {"loggers": loggers, "checkpoints": checkpoints, "plugins": [AtomicCheckpointIO()]}
     with fitted(job, callbacks, resume, **options) as fit:
         state = full_state(fit.model)
@@ -312,7 +313,7 @@ class Fit:
     Attributes:
         model: the trained model.
         trainer: its Trainer.
-        data: its streams, as the defenses of the data slot left them.
+        data: its streams, after the defenses of the data slot.
     """
 
     model: nn.Module
@@ -334,18 +335,20 @@ def fitted(
     checkpoints: Path | None = None,
     **options: Any,
 ) -> Iterator[Fit]:
-    """Train a stage's model in memory and yield it; only loggers and checkpoint callbacks write, and only if given.
+    """Train a stage's model in memory and yield it.
+
+    Only loggers and checkpoint callbacks write files, if there are any.
 
     Args:
         job: the stage.
-        callbacks: what comes after the defenses and the guard against a loss that is not finite.
-        resume: checkpoint to go on from; None starts anew.
-        checkpoints: folder in which a message looks for the last good checkpoint; None keeps none.
+        callbacks: callbacks after the defenses and after ``FiniteGuard``.
+        resume: checkpoint to resume from. None starts anew.
+        checkpoints: folder in which ``FiniteGuard`` looks for the last good checkpoint. None if there is none.
         **options: of ``trainer_of``.
 
     Raises:
         InputError: if a stream is empty, or the model cannot be adapted or is refused by a defense.
-        RunError: if the loss leaves the finite numbers.
+        RunError: if the gradient is not finite.
         KeyboardInterrupt: after Ctrl-C.
     """
     data = data_of(job)
@@ -356,7 +359,7 @@ def fitted(
         trainer = trainer_of(job, [guard, interrupted, *callbacks], **options)
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None, weights_only=True)
-        except (ValueError, TypeError) as error:  # a defense refuses the model it was given
+        except (ValueError, TypeError) as error:  # a defense refuses the model
             if str(error).startswith(tuple(type(d).__name__ for d in job.defenses)):
                 raise InputError(str(error)) from error
             raise
@@ -368,7 +371,7 @@ def fitted(
 
 
 def watch_of(job: StageJob) -> EvaluateAt | None:
-    """Return what evaluates the model while the stage trains; None where that is not asked for."""
+    """Return the callback that evaluates the model during the stage, or None if no curve is requested."""
     evaluation = job.config.evaluation
     if job.tests is None or not job.watched:
         return None
@@ -380,12 +383,12 @@ def _stopped_at(job: StageJob, trainer: Trainer) -> int | None:
 
 
 def data_of(job: StageJob) -> StreamsDataModule:
-    """Return a stage's streams, encoded when they are read."""
+    """Return a stage's streams. Rows are encoded when they are read."""
     config, training = job.config, job.training
     tokenizer = load_tokenizer(config.model)
     streams: dict[str, Any] = dict(job.records)
     kind: Any = StreamsDataModule if job.preference is None else PairsDataModule
-    made: StreamsDataModule = kind(
+    data: StreamsDataModule = kind(
         tokenizer,
         get_template(config.template, tokenizer),
         job.main,
@@ -398,11 +401,11 @@ def data_of(job: StageJob) -> StreamsDataModule:
         long_rows=config.long_rows,
         **streams,
     )
-    return made
+    return data
 
 
 def module_of(job: StageJob, model: nn.Module) -> SafetyModule:
-    """Return the module that trains a model as the stage says."""
+    """Return the module that trains a model with the stage's settings."""
     names = ("lr", "weight_decay", "optimizer", "schedule", "warmup_ratio", "betas", "decay")
     options = {name: getattr(job.training, name) for name in names}
     if job.preference is None:
@@ -411,13 +414,13 @@ def module_of(job: StageJob, model: nn.Module) -> SafetyModule:
 
 
 def trainer_of(job: StageJob, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), **options: Any) -> Trainer:
-    """Return the Trainer of a stage, with its defenses and with each step's own seed.
+    """Return the Trainer of a stage, with its defenses and a seed for each micro-batch.
 
     Args:
         job: the stage.
-        callbacks: what comes after the defenses.
-        loggers: where its curves go.
-        **options: Lightning's own.
+        callbacks: callbacks after the defenses.
+        loggers: receivers of the curves.
+        **options: further arguments of Lightning's ``Trainer``.
     """
     config, training = job.config, job.training
     return Trainer(
