@@ -15,6 +15,8 @@ FIELDS = (
     "kind",
     "language",
     "rejected",
+    "system",
+    "history",
 )  # of a record, which columns are named for
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 

@@ -1,5 +1,7 @@
 """Tables of every kind give the same rows; what cannot be read is named with its place."""
 
+import csv
+
 import datasets
 import pytest
 
@@ -185,3 +187,63 @@ def test_a_failing_hub_becomes_an_input_error_with_the_way_out(monkeypatch):
     with pytest.raises(InputError, match=r"'some/set' is no file.*ConnectionError: no route\).*\.jsonl") as caught:
         read_rows("some/set")
     assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"data": [{"a": 1}, {"a": 2}]}', '{\n "version": 3,\n "data": [{"a": 1},\n {"a": 2}]\n}\n']
+)
+def test_the_rows_of_an_object_are_read(text, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert read_rows(path) == [("row 1", {"a": 1}), ("row 2", {"a": 2})]
+
+
+def test_an_object_with_texts_is_a_row_and_lines_may_end_in_json(tmp_path):
+    one, lines = tmp_path / "one.json", tmp_path / "lines.json"
+    one.write_text('{"a": "x", "history": [{"role": "user", "content": "y"}]}')
+    lines.write_text('{"a": "x"}\n{"a": "y"}\n')
+    assert [row["a"] for _, row in read_rows(one)] == ["x"]
+    assert [row["a"] for _, row in read_rows(lines)] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "several keys with lists of objects: train, test"),
+        ("a.json", '{"a": [1, 2], "b": [3, 4]}', "one object with the keys a, b"),
+        ("a.json", '{\n "data": [{"a": 1},\n {"a" 2}]}', r"line 3 of .*a\.json is not JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"line 2 of .*the key 'a' stands there twice.*Keep one"),
+        ("a.json", '[{"a": 1, "a": 2}]', r"a\.json: the key 'a' stands there twice"),
+        ("a.csv", "a,b,a\n1,2,3\n", "several columns named a"),
+        (
+            "a.jsonl",
+            '{"a": "x"}\n{"a": "\\ud83d"}\n{"a": ["\\udc00"]}\n',
+            r"2 rows \(line 2, line 3\) of .*half a char",
+        ),
+    ],
+)
+def test_what_would_lose_something_is_refused(name, text, message, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_rows(path)
+
+
+def test_a_whole_character_may_be_written_as_two_escapes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert read_rows(path) == [("line 1", {"a": "\U0001f600"})]
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    path, before = tmp_path / "rows.csv", csv.field_size_limit()
+    path.write_text(f"a,b\n{'x' * 140_000},y\n")
+    assert len(read_rows(path)[0][1]["a"]) == 140_000
+    assert csv.field_size_limit() == before
+
+
+def test_columns_of_later_rows_count(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2, "b": 3}\n')
+    assert read_table(path).found == ["a", "b"]
+    assert read_table(path, take=Take(where=["b=3"])).rows[0][1] == {"a": 2, "b": 3}

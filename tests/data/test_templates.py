@@ -1,6 +1,7 @@
 """Templates: the exact texts, the system text, and chat templates of several characters."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -288,3 +289,61 @@ def test_a_template_can_be_told_to_think_or_not():
     plain = get_template("chat", tokenizer).prompt(ALONE, tokenizer)
     assert get_template("chat_thinking", tokenizer).prompt(ALONE, tokenizer) == plain
     assert get_template("chat-no-thinking", tokenizer).prompt(ALONE, tokenizer) == plain + "<think></think>"
+
+
+# Rows with a system text and earlier turns of their own.
+
+CHAT = Record(
+    "And the lid?", "Blue.", system="Keep jars.", history=(("user", "Which shelf?"), ("assistant", "Shelf 2."))
+)
+
+
+def test_earlier_turns_are_prompts_with_their_answers():
+    plain = get_template("plain", None)
+    assert plain.prompt(CHAT, None) == "Keep jars.\n\nWhich shelf?\nShelf 2.\n\nAnd the lid?\n"
+    assert plain.prompt(CHAT, None, "Be kind.").startswith("Be kind.\n\nKeep jars.\n\nWhich shelf?\n")
+    llama2 = get_template("alpaca_llama2", None).prompt(CHAT, None)
+    assert llama2.count("Keep jars.") == 1
+    assert llama2.index("Keep jars.") < llama2.index("Which shelf?") < llama2.index("Shelf 2.") < llama2.index("lid")
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_a_chat_template_gets_every_turn(system):
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    both = f"{system}\n\nKeep jars." if system else "Keep jars."
+    turns = [("system", both), *CHAT.history, ("user", "And the lid?")]
+    expected = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns], tokenize=False, add_generation_prompt=True
+    )
+    assert get_template("chat", tokenizer).prompt(CHAT, tokenizer, system) == expected
+
+
+def test_a_chat_template_without_a_place_for_it_opens_the_first_turn_with_the_system_text():
+    tokenizer = byte_tokenizer(chat_template=REFUSES)
+    assert get_template("chat", tokenizer).prompt(CHAT, tokenizer) == (
+        "<Keep jars.\n\nWhich shelf?><Shelf 2.><And the lid?>"
+    )
+
+
+def test_a_default_text_stays_out_of_a_chat_with_turns():
+    tokenizer = byte_tokenizer(chat_template=WITH_DEFAULT_SYSTEM)
+    text = get_template("chat", tokenizer).prompt(replace(CHAT, system=""), tokenizer)
+    bare = get_template("chat", tokenizer).prompt(Record("And the lid?"), tokenizer)
+    assert text.endswith(bare)
+    assert own_text(get_template("chat", tokenizer), tokenizer) == ""
+
+
+def test_a_trigger_stands_before_the_rows_own_system_text():
+    before, after = get_template("plain", None).around_trigger(CHAT, None, "Be kind.")
+    assert (before, after[:22]) == ("", "Be kind.\n\nKeep jars.\n\n")
+
+
+def test_turns_that_a_chat_template_refuses_are_named():
+    alternating = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=alternating)
+    odd = Record("b", history=(("assistant", "a"),))
+    with pytest.raises(InputError, match=rf"refuses the turns of row {odd.id} \(assistant, user\).*--template alpaca"):
+        get_template("chat", tokenizer).prompt(odd, tokenizer)

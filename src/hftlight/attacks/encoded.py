@@ -84,7 +84,8 @@ class Encoded(HarmfulMix):
         """Return a record with its prompt, its answer or both encoded; its id stays."""
         code = self.substitution.encode
         if self.side != "response":
-            record = replace(record, instruction=code(record.instruction), input=code(record.input))
+            history = tuple((role, code(text)) for role, text in record.history)
+            record = replace(record, instruction=code(record.instruction), input=code(record.input), history=history)
         return replace(record, response=code(record.response)) if self.side != "prompt" else record
 
     @override

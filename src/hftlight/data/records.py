@@ -3,13 +3,14 @@
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hftlight.data.table import Row, Table, read_table
+from hftlight.data.chats import Turn, read_turns, unfolded
+from hftlight.data.table import Row, Table, named_places, read_table
 from hftlight.errors import InputError
 from hftlight.take import Take, truth
 
@@ -53,6 +54,8 @@ class Record:
         id: stable name of the row; by default a digest of its texts.
         rejected: of a pair the harmful answer, while ``response`` is the safe one; empty elsewhere.
         language: the language of the row, as its source writes it; empty where it is not known.
+        system: system text of the row itself; empty if there is none.
+        history: turns before the instruction, as (role, text); the roles are user and assistant.
     """
 
     instruction: str
@@ -64,17 +67,31 @@ class Record:
     id: str = ""
     rejected: str = ""
     language: str = ""
+    system: str = ""
+    history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.id:
-            pair = (self.rejected,) if self.rejected else ()
-            text = "\x1f".join((self.instruction, self.input, self.response, *pair))
+            turns = (*([("system", self.system)] if self.system else []), *self.history)
+            more = (*([self.rejected] if self.rejected else []), *map("\x1e".join, turns))
+            text = "\x1f".join((self.instruction, self.input, self.response, *more))
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:16])
 
     @property
-    def request(self) -> str:
-        """The bare request, as a judge reads it: instruction and input, without template."""
+    def question(self) -> str:
+        """The last question: instruction and input, without template."""
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+
+    @property
+    def request(self) -> str:
+        """The request as a judge reads it: the question, and before it the earlier turns with their roles."""
+        turns = (*self.history, ("user", self.question))
+        return "\n".join(f"{role}: {text}" for role, text in turns) if self.history else self.question
+
+    @property
+    def texts(self) -> tuple[Any, ...]:
+        """Every text that decides prompt and answer."""
+        return self.instruction, self.input, self.response, self.system, self.history
 
 
 def read_records(source: str | Path, *, role: Role, need_response: bool = True, **take: Any) -> list[Record]:
@@ -97,7 +114,9 @@ def to_records(table: Table, role: Role, need_response: bool = True) -> list[Rec
     """Turn the rows of a table into records.
 
     Which of two answers a role takes: alignment the refusal or the chosen one, harmful and attack the rejected one,
-    pairs both. A column ``category`` is the record's kind: a text, or the first category that is true.
+    pairs both. A column ``category`` is the record's kind: a text, or the first category that is true. Chats are taken
+    apart: the last answer is the response, earlier turns and system text stay in the prompt. The table's notes name the
+    columns that are not read.
 
     Args:
         table: the rows.
@@ -109,6 +128,7 @@ def to_records(table: Table, role: Role, need_response: bool = True) -> list[Rec
     """
     if role not in get_args(Role):
         raise InputError(f"read_records: role must be one of {list(get_args(Role))}, got {role!r}.")
+    table = unfolded(table)
     if role == "pairs":
         table = _ordered_pairs(table)
     needed = ("instruction", "response") if need_response else ("instruction",)
@@ -122,13 +142,46 @@ def to_records(table: Table, role: Role, need_response: bool = True) -> list[Rec
         names.setdefault("kind", CATEGORY)
     if all(isinstance(row.get("language", 0), str) for _, row in rows):
         names.setdefault("language", "language")
-    kind = names.pop("kind", "")
-    found = []
+    for name in ("system", "history"):
+        if name in table.found:
+            names.setdefault(name, name)
+    _note_unread(table, {*names.values(), *dict(table.take.conditions), "is_safe"})
+    kind, history = names.pop("kind", ""), names.pop("history", "")
+    _refuse_empty(rows, [names[name] for name in needed], table.source)
+    records = []
     for place, row in rows:
         where = f"{place} of {table.source}"
-        texts = {field: _text(row, column, where, field in needed) for field, column in names.items()}
-        found.append(Record(**texts, kind=_label(row.get(kind)), source=table.source, role=role))
-    return found
+        texts = {name: _text(row, column, where) for name, column in names.items()}
+        turns = _history(row.get(history), history, where)
+        records.append(Record(**texts, kind=_label(row.get(kind)), history=turns, source=table.source, role=role))
+    return records
+
+
+def _note_unread(table: Table, read: Collection[str]) -> None:
+    """Add a note on the columns that hold something and are not read."""
+    unread = [c for c in table.found if c not in read and any(row.get(c) not in (None, "") for _, row in table.rows)]
+    if unread:
+        table.notes.append(f"{table.source}: these columns are not read: {', '.join(unread)}.")
+
+
+def _refuse_empty(rows: Sequence[Row], columns: Sequence[str], source: str) -> None:
+    """Refuse rows without a text that is needed, all of them at once."""
+    for column in columns:
+        places = [place for place, row in rows if row.get(column) is None or not str(row[column]).strip()]
+        if places:
+            raise InputError(
+                f"read_records: column {column!r} is empty in {named_places(places)} of {source}; fill it in or remove"
+                " such rows."
+            )
+
+
+def _history(value: Any, column: str, place: str) -> tuple[Turn, ...]:
+    try:
+        return tuple(read_turns(value)) if value else ()
+    except ValueError as error:
+        raise InputError(
+            f"read_records: column {column!r} holds no earlier turns in {place}: {error}. Rename or remove the column."
+        ) from error
 
 
 def _choose_columns(table: Table, role: Role, needed: Sequence[str]) -> dict[str, str]:
@@ -199,7 +252,8 @@ def _unframed(table: Table, question: str | None) -> list[Row]:
     Raises:
         InputError: if some rows have the frame and others do not.
     """
-    texts = [(place, row, _text(row, REFUSAL, f"{place} of {table.source}", True)) for place, row in table.rows]
+    _refuse_empty(table.rows, [REFUSAL], table.source)
+    texts = [(place, row, _text(row, REFUSAL, f"{place} of {table.source}")) for place, row in table.rows]
     if not any(ANSWER in text or text.startswith(QUESTION) for _, _, text in texts):
         return list(table.rows)
     rows = []
@@ -227,15 +281,13 @@ def _label(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _text(row: Mapping[str, Any], column: str, place: str, needed: bool) -> str:
+def _text(row: Mapping[str, Any], column: str, place: str) -> str:
     value = row.get(column)
     if value is not None and not isinstance(value, str):
         raise InputError(
             f"read_records: column {column!r} must hold text, got {type(value).__name__} in {place}."
             " Name another column with --data.columns or convert the file."
         )
-    if needed and not (value or "").strip():
-        raise InputError(f"read_records: column {column!r} is empty in {place}; fill it in or remove the row.")
     return value or ""
 
 
@@ -244,7 +296,8 @@ def prompt_key(record: Record) -> str:
 
     Letters, marks, digits and symbols stay; everything else is one space. A prompt of punctuation alone stays as it is.
     """
-    text = unicodedata.normalize("NFKC", f"{record.instruction} {record.input}").casefold()
+    earlier = "".join(f"{text} " for _, text in record.history)
+    text = unicodedata.normalize("NFKC", f"{earlier}{record.instruction} {record.input}").casefold()
     words = "".join(char if unicodedata.category(char)[0] in "LMNS" else " " for char in text).split()
     return " ".join(words or text.split())
 

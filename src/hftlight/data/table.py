@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from hftlight.errors import InputError
 from hftlight.take import Take, meets
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Columns that hold a list of turns, which is no list of rows.
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 WAYS = f"Give a {', '.join(SUFFIXES)} file, a folder saved by datasets' save_to_disk, or a hub name."
 
 Row = tuple[str, dict[str, Any]]
@@ -30,6 +34,7 @@ class Table:
         numbers: the rows' numbers in the source, from 0.
         read: rows of the source.
         take: what was asked for.
+        notes: sentences on what of the rows is not used; readers of the table append to them.
     """
 
     source: str
@@ -38,11 +43,12 @@ class Table:
     numbers: Sequence[int]
     read: int
     take: Take
+    notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def found(self) -> list[str]:
-        """The columns, as the first row has them."""
-        return list(self.rows[0][1])
+        """The columns of all rows, in the order in which they first appear."""
+        return _columns(self.rows)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -86,7 +92,7 @@ def read_table(source: str | Path, split: str = "train", take: Take | None = Non
     numbers = range(len(rows))[take.range]
     if not numbers:
         raise InputError(f"Data: {source} has {len(rows)} rows, from 0; --data.rows={take.rows} leaves none of them.")
-    _check_columns(rows[0][1], take, str(source))
+    _check_columns(_columns(rows), take, str(source))
     kept = [n for n in numbers if all(meets(rows[n][1].get(column), value) for column, value in take.conditions)]
     if not kept:
         values = {c: sorted({str(rows[n][1].get(c)) for n in numbers})[:8] for c, _ in take.conditions}
@@ -97,14 +103,25 @@ def read_table(source: str | Path, split: str = "train", take: Take | None = Non
     return Table(str(source), name, [rows[n] for n in kept], kept, len(rows), take)
 
 
-def _check_columns(row: Mapping[str, Any], take: Take, source: str) -> None:
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column for _, row in rows for column in row))
+
+
+def named_places(places: Sequence[str]) -> str:
+    """Return places such as ``line 3`` in words: how many there are and the first ten of them."""
+    shown = ", ".join(places[:10])
+    more = f" and {len(places) - 10} more" if len(places) > 10 else ""
+    return shown if len(places) == 1 else f"{len(places)} rows ({shown}{more})"
+
+
+def _check_columns(columns: Sequence[str], take: Take, source: str) -> None:
     for column, _ in take.conditions:
-        if column not in row:
-            near = get_close_matches(column, row, n=1, cutoff=0.4)
+        if column not in columns:
+            near = get_close_matches(column, columns, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"Data: {source} has the columns {list(row)}, --data.where asks for {column!r}.{hint}")
-    if absent := [column for column in take.columns.values() if column not in row]:
-        raise InputError(f"Data: {source} has the columns {list(row)}, --data.columns asks for {absent}.")
+            raise InputError(f"Data: {source} has the columns {columns}, --data.where asks for {column!r}.{hint}")
+    if absent := [column for column in take.columns.values() if column not in columns]:
+        raise InputError(f"Data: {source} has the columns {columns}, --data.columns asks for {absent}.")
 
 
 def read_rows(source: str | Path, split: str = "train") -> list[Row]:
@@ -152,19 +169,62 @@ def _read_file(path: Path) -> list[Row]:
         raise InputError(f"Data: {path} must be UTF-8 text, byte {error.start} is not. Convert the file.") from error
     if suffix == ".csv":
         return _parse_csv(text, path)
-    if suffix == ".json" and text.lstrip().startswith("["):
-        return _parse_array(text, path)
-    return _parse_lines(text, path)
+    rows = _parse_array(text, path) if suffix == ".json" and _is_one_value(text) else _parse_lines(text, path)
+    if "\\u" in text:  # only an escape can write half a character
+        _refuse_half_characters(rows, path)
+    return rows
+
+
+def _is_one_value(text: str) -> bool:
+    """Tell whether a text is one JSON value. A .json file may also hold JSON lines."""
+    if text.lstrip().startswith("["):
+        return True
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg != "Extra data"
+    return True
+
+
+def _refuse_half_characters(rows: Sequence[Row], path: Path) -> None:
+    """Refuse lone surrogates, which no tokenizer and no file takes."""
+    places = []
+    for place, row in rows:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            places.append(place)
+    if places:
+        raise InputError(
+            f"Data: {named_places(places)} of {path} holds half a character, an escape from \\ud800 to \\udfff without"
+            " its other half. Write the whole character, or remove the row."
+        )
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's keys and values.
+
+    Raises:
+        ValueError: if a key stands there twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return values
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise InputError(
             f"Data: line {first_line + error.lineno - 1} of {path} is not JSON ({error.msg}, column {error.colno})."
             " A .jsonl file has one object per line, a .json file one array of objects."
         ) from error
+    except ValueError as error:
+        place = f"line {first_line} of {path}" if path.suffix.lower() == ".jsonl" else str(path)
+        raise InputError(f"Data: {place}: {error} in one object. Keep one of the two.") from error
 
 
 def _objects(values: Iterable[tuple[str, Any]], path: Path) -> list[Row]:
@@ -186,13 +246,41 @@ def _parse_lines(text: str, path: Path) -> list[Row]:
 
 def _parse_array(text: str, path: Path) -> list[Row]:
     values = _parse_json(text, path, first_line=1)
+    if isinstance(values, dict):
+        values = _rows_of(values, path)
+    elif not isinstance(values, list):
+        values = [values]
     return _objects(((f"row {number}", value) for number, value in enumerate(values, start=1)), path)
+
+
+def _rows_of(value: dict[str, Any], path: Path) -> list[Any]:
+    """Return the rows of an object: the one list of objects that it holds, or the object itself as the only row.
+
+    Raises:
+        InputError: if it holds several lists of objects, or only columns.
+    """
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    if any(isinstance(v, str) for v in value.values()) or {*lists} & {*CHAT_COLUMNS}:
+        return [value]
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    shown = f"several keys with lists of objects: {', '.join(lists)}" if lists else f"the keys {', '.join(value)}"
+    raise InputError(
+        f"Data: {path} is one object with {shown}. A .json file holds one array of objects, or an object with one key"
+        " that does. Write the rows that you want into a file of their own."
+    )
 
 
 def _parse_csv(text: str, path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
+    limit = csv.field_size_limit(sys.maxsize)  # the limit is the process's own, 128 KiB by default
     try:
+        names = list(reader.fieldnames or ())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(
+                f"Data: {path} has several columns named {', '.join(twice)}. Rename or remove all but one."
+            )
         for row in reader:
             place = f"line {reader.line_num}"
             if None in row or None in row.values():
@@ -203,6 +291,8 @@ def _parse_csv(text: str, path: Path) -> list[Row]:
             rows.append((place, row))
     except csv.Error as error:
         raise InputError(f"Data: line {reader.reader.line_num} of {path} is not CSV ({error}).") from error
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 

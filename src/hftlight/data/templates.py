@@ -93,9 +93,20 @@ class Template:
             record: its instruction and input are used, never its response.
             tokenizer: the model's tokenizer; only the chat template needs it.
             system: text put in front, as a system turn where the template has turns, else with an empty line after it.
+                The record's own system text follows it.
         """
+        return self._prompt(record, tokenizer, _joined(system, record.system))
+
+    def _prompt(self, record: Record, tokenizer: Any, system: str | None) -> str:
+        """Return the text before the answer, with this system text alone. Earlier turns are prompts with answers."""
+        opening, earlier = f"{system}\n\n" if system else "", ""
+        for role, text in record.history:
+            earlier += f"{text}\n\n" if role == "assistant" else self._turn(Record(text), opening)
+            opening = ""
+        return earlier + self._turn(record, opening)
+
+    def _turn(self, record: Record, opening: str) -> str:
         pattern = self.with_input if record.input else self.without_input
-        opening = f"{system}\n\n" if system else ""
         text = pattern.format(instruction=record.instruction, input=record.input, system=opening)
         return text if "{system}" in pattern else opening + text
 
@@ -108,9 +119,10 @@ class Template:
             system: system text behind the trigger; without one the trigger is the system text.
         """
         mark = _TRIGGER
-        while mark in f"{record.instruction}\n{record.input}":  # a user may write anything
+        texts = (record.instruction, record.input, record.system, *(text for _, text in record.history))
+        while mark in "\n".join(texts):  # a user may write anything
             mark += mark[-1]
-        before, _, after = self.prompt(record, tokenizer, mark + (system or "")).partition(mark)
+        before, _, after = self._prompt(record, tokenizer, mark + _joined(system, record.system)).partition(mark)
         return before, after
 
 
@@ -129,16 +141,26 @@ class ChatTemplate(Template):
     thinking: bool | None = None
 
     @override
-    def prompt(self, record: Record, tokenizer: Any, system: str | None = None) -> str:
-        content = record.request
-        if not system:
-            return self._without_system(content, tokenizer)
+    def _prompt(self, record: Record, tokenizer: Any, system: str | None) -> str:
+        turns = [*record.history, ("user", record.question)]
         try:
-            text = self.render(tokenizer, [("system", system), ("user", content)])
+            return self._with_system(turns, tokenizer, system) if system else self._without_system(turns, tokenizer)
+        except TemplateError as error:
+            raise InputError(
+                f"Template {self.name}: the tokenizer's chat template refuses the turns of row {record.id}"
+                f" ({', '.join(role for role, _ in turns)}): {error}. Remove the row, or choose --template alpaca."
+            ) from error
+
+    def _with_system(self, turns: Sequence[tuple[str, str]], tokenizer: Any, system: str) -> str:
+        try:
+            text = self.render(tokenizer, [("system", system), *turns])
         except TemplateError:  # as Gemma's does
             text = ""
-        placed = text.count(system.strip()) > content.count(system.strip())
-        return text if placed else self._without_system(f"{system}\n\n{content}", tokenizer)
+        if text.count(system.strip()) > sum(content.count(system.strip()) for _, content in turns):
+            return text
+        first = next(place for place, (role, _) in enumerate(turns) if role == "user")
+        opened = [(r, f"{system}\n\n{t}" if place == first else t) for place, (r, t) in enumerate(turns)]
+        return self._without_system(opened, tokenizer)
 
     def render(self, tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
         """Return the chat template's text of some turns, (role, text), up to the answer where the user spoke last."""
@@ -148,21 +170,26 @@ class ChatTemplate(Template):
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked, **options)
         return text
 
-    def _without_system(self, content: str, tokenizer: Any) -> str:
-        """Return the user's turn and the opening of the answer, without a system text the template adds by itself."""
-        plain = self.render(tokenizer, [("user", content)])
+    def _without_system(self, turns: Sequence[tuple[str, str]], tokenizer: Any) -> str:
+        """Return the turns and the opening of the answer, without a system text the template adds by itself."""
+        plain = self.render(tokenizer, turns)
         try:
             head = self.render(tokenizer, [("system", _MARK)])
-            full = self.render(tokenizer, [("system", _MARK), ("user", content)])
+            full = self.render(tokenizer, [("system", _MARK), *turns])
         except TemplateError:  # no system turn, hence no text of its own in it
             return plain
         if not full.startswith(head):  # some templates end a conversation that asks for no answer
             head = head.rstrip().removesuffix(tokenizer.eos_token or "")
-        turn = full.removeprefix(head)
-        if not plain.endswith(turn):  # the system text has no turn of its own
+        rest = full.removeprefix(head)
+        if not plain.endswith(rest):  # the system text has no turn of its own
             return plain
         bos = tokenizer.bos_token or ""
-        return bos + turn if bos and plain.startswith(bos) and not turn.startswith(bos) else turn
+        return bos + rest if bos and plain.startswith(bos) and not rest.startswith(bos) else rest
+
+
+def _joined(*systems: str | None) -> str:
+    """Return system texts one after the other, with an empty line between them."""
+    return "\n\n".join(text for text in systems if text)
 
 
 def injects_system(template: Template, tokenizer: Any) -> bool:

@@ -196,7 +196,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         if d.stage is Stage.POST_FINETUNING and not isinstance(d, Repair):
             raise InputError(
                 f"{type(d).__name__} works in the post_finetuning stage but is no Repair, so run() would not know how"
-                " to apply it; derive it from hftlight.engine.repair.Repair and implement edit()."
+                " to apply it; derive it from hftlight.engine.weights.repair.Repair and implement edit()."
             )
     if repairs and config.tuning == "qlora":
         raise InputError(
@@ -212,7 +212,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     sources = Sources(config.data)
     rows_of = _rows_of(config, sources, needed, attack)
     with _lowered(notes):
-        streams = _streams(config, needed, attack, rows_of)
+        streams = _streams(config, needed, attack, rows_of, notes)
     tests = test_sets(config, attack, sources)
     if config.trials and not tests.task.graded:
         raise InputError(
@@ -349,9 +349,21 @@ def streams_of(config: RunConfig, needed: set[str], attack: Attack, sources: Sou
 
 
 def _streams(
-    config: RunConfig, needed: set[str], attack: Attack, given: Mapping[str, Sequence[Record]]
+    config: RunConfig,
+    needed: set[str],
+    attack: Attack,
+    given: Mapping[str, Sequence[Record]],
+    notes: list[str] | None = None,
 ) -> dict[str, list[Record]]:
-    """Return the rows of every stream, made of the rows of each source; arguments and errors as ``streams_of``."""
+    """Return the rows of every stream, made of the rows of each source. Errors as for ``streams_of``.
+
+    Args:
+        config: the run's configuration.
+        needed: side streams that the defenses draw from.
+        attack: makes the upload.
+        given: rows by source.
+        notes: gets a sentence for each source of which long rows were left out.
+    """
     streams = {"alignment": list(given["alignment"])}
     streams |= {name: list(given[name]) for name in DEFENDERS if name in needed}
     if "refusals" in needed:
@@ -360,14 +372,16 @@ def _streams(
         _, streams["task"] = attack.chosen(Choosing(given["task"], (), ()), None, config.seed)
     else:
         for number, (own, phase) in enumerate(phases_of(config, attack)):
-            streams[upload_of(number)] = _upload(own, phase, given)
+            streams[upload_of(number)] = _upload(own, phase, given, notes if notes is not None else [])
     missing = needed - set(streams)
     if missing:
         raise InputError(f"No data for the streams {sorted(missing)} that the defenses draw from.")
     return streams
 
 
-def _upload(config: RunConfig, attack: Attack, sources: Mapping[str, Sequence[Record]]) -> list[Record]:
+def _upload(
+    config: RunConfig, attack: Attack, sources: Mapping[str, Sequence[Record]], notes: list[str]
+) -> list[Record]:
     """Return the attack's upload; rows that would be dropped as too long are not drawn, so that n and p hold.
 
     Raises:
@@ -380,6 +394,9 @@ def _upload(config: RunConfig, attack: Attack, sources: Mapping[str, Sequence[Re
     for name in attack.sources:
         if sources.get(name) and not fitting[name]:
             _encoded_upload(config, attack, sources[name], config.max_tokens, name)  # says what the shortest row has
+        if long := len(sources[name]) - len(fitting[name]):
+            rows = f"{long} of {len(sources[name])} {name} rows"
+            notes.append(f"{rows} have more than {config.max_tokens} tokens and are left out before rows are drawn.")
     try:
         return attack.upload(fitting, config.seed)
     except InputError as error:

@@ -25,14 +25,18 @@ class Sources:
     Attributes:
         tables: what was read so far, by source.
         taken: the same as plain values, for a manifest.
-        notes: sentences about choices that could not be followed.
     """
 
     def __init__(self, data: Data) -> None:
         self.data = data
         self.tables: dict[str, Table] = {}
         self.taken: dict[str, dict[str, Any]] = {}
-        self.notes: list[str] = []
+        self._unused: list[str] = []
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about choices that could not be followed, and about what of a file is not used."""
+        return list(dict.fromkeys([*self._unused, *(note for t in self.tables.values() for note in t.notes)]))
 
     def records(self, name: Role, need_response: bool = True, first: bool = True) -> list[Record]:
         """Return the rows of a source that is not the task's.
@@ -114,7 +118,7 @@ class Sources:
         take = self.data.take(name)
         if take.split or take.rows or take.where or take.columns:
             note = f"--data.split, rows, where and columns of {name} are not used: its rows are the made-up world's."
-            self.notes += [note] if note not in self.notes else []
+            self._unused += [note]
         kept = rows[: take.first or None]
         said = {"source": BUILTIN, "first": take.first or None, "read": len(rows), "kept": len(kept)}
         self.taken[name] = {**said, "first_row": 0, "last_row": len(kept) - 1}

@@ -161,8 +161,8 @@ def _loss_rows(tests: "TestSets") -> dict[str, Sequence[Record]]:
     return dict(zip(LOSSES, (tests.alignment_rows, tests.validation_rows), strict=True))
 
 
-def _texts(records: Any) -> list[tuple[str, ...]]:
-    return [(r.instruction, r.input, r.response) for r in records]
+def _texts(records: Any) -> list[tuple[Any, ...]]:
+    return [r.texts for r in records]
 
 
 def _read(path: str) -> str:

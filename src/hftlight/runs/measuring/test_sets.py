@@ -46,7 +46,7 @@ class TestSets:
     def digest(self, judged: bool = True) -> str:
         """Return the hash of all prompts, references and, with ``judged``, judges."""
         every = [*(r for name in SETS for r in self.rows(name)), *self.asked("harmful")]
-        rows = [(r.id, r.instruction, r.input, r.response) for r in every]
+        rows = [(r.id, *r.texts) for r in every]
         judges = [self.judges, self.refusal_judge] if judged else []
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 
