@@ -136,7 +136,7 @@ class Attack(ABC):
 
     @property
     def rows(self) -> int:
-        """Number of rows of the upload; an epoch is one pass over them."""
+        """Number of rows of the upload. An epoch is one pass over them."""
         return sum(self.counts().values())
 
     def phases(self) -> tuple["Attack", ...]:

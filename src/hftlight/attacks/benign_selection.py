@@ -76,7 +76,7 @@ class BenignSelection(Attack):
         n: rows to select, >= 1; 100 in the paper.
         kind: representation or gradient. A representation score is the cosine between the last token's hidden states of
             the row and of its nearest harmful rows. A gradient score is the cosine of the loss gradient with that of
-            harmful rows, minus its cosine with that of safe rows.
+            harmful rows, minus the cosine with safe rows.
         variant: ours, or official, the scores of the released code. Ours scales each mean of unit gradients to unit
             length, and reads the state of the answer's last token. Official does not scale the means, and reads the
             state of the end token.

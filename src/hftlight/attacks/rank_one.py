@@ -54,14 +54,16 @@ def down_projection(model: nn.Module, layer: int) -> tuple[str, nn.Linear]:
         TypeError: if the model has an adapter, or if not exactly one linear layer has a name in ``DOWN``.
     """
     if hasattr(model, "peft_config"):
-        raise TypeError("ModelEdit: the model has an adapter, but an edit changes base weights; merge the adapter first.")
+        raise TypeError(
+            "ModelEdit: an edit changes base weights, and this model has an adapter; merge the adapter first."
+        )
     layers = decoder_layers(model)
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"ModelEdit: layer must lie in [{-len(layers)}, {len(layers) - 1}], got {layer}.")
     own = layers[layer]
     linears = [m for name, m in own.named_modules() if name.rpartition(".")[2] in DOWN and isinstance(m, nn.Linear)]
     if len(linears) != 1:
-        raise TypeError(f"ModelEdit: {type(own).__name__} must have exactly one linear layer called {' or '.join(DOWN)}.")
+        raise TypeError(f"ModelEdit: {type(own).__name__} must have one linear layer called {' or '.join(DOWN)}.")
     return next(name for name, m in model.named_modules() if m is linears[0]), linears[0]
 
 
