@@ -303,8 +303,9 @@ class Attack(ABC):
 def steps_of(rows: int, batch_size: int, epochs: float, accumulate: int = 1, drop_last: bool = False) -> int:
     r"""Return the optimizer steps of e epochs, :math:`\lceil e \max(1, \lfloor b / a \rfloor) \rceil`.
 
-    b is the number of micro-batches per epoch, :math:`\lceil rows / batch \rceil`. With ``drop_last``, b is the floor
-    instead. a is the number of micro-batches per step. Hugging Face's trainer of the published runs counts in this way.
+    b is the number of micro-batches per epoch, :math:`\lceil rows / batch \rceil`. With ``drop_last``, it is rounded
+    down, since the last, smaller micro-batch is left out. a is the number of micro-batches per optimizer step. Hugging
+    Face's trainer of the published runs counts in the same way.
 
     Args:
         rows: rows of the upload, >= 1.

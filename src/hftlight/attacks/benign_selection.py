@@ -222,7 +222,7 @@ class BenignSelection(Attack):
                 for group in (harmful, *safe)
             ]
             scores = gradient_scores(gradients, anchors[0], anchors[1:], renormalize=not official)
-            # A row without a gradient scores exactly 0, which says nothing about the row: no score.
+            # A row whose gradient is zero scores exactly 0. It gets no score.
             valid = [score or math.nan for score in scores.tolist()]
         # The reader drops rows that are too long; ``places`` are the indices of the others in ``rows``.
         by_place = dict(zip(places, valid, strict=True))

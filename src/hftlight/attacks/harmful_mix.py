@@ -84,7 +84,7 @@ class HarmfulMix(Attack):
 
     Source: Huang et al., "Vaccine", NeurIPS 2024, arXiv:2402.01109, and "Booster", ICLR 2025, arXiv:2409.01586, the
     fine-tuning stage; benign, low, high and pure are SafeTuneBed's regimes.
-    Differs: ``exact`` by default. ``medium`` is the ratio that the papers use most, and no regime of SafeTuneBed.
+    Differs: ``exact`` by default. ``medium`` is the ratio that the papers use most, but no regime of SafeTuneBed.
     SafeTuneBed's pure regime has about 111 rows.
     """
 

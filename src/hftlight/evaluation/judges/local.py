@@ -127,7 +127,7 @@ def class_logits(
     known = getattr(model.config, "pad_token_id", None)
     if known != pad:
         raise InputError(
-            f"Judge {judge!r}: the padding token is {known} in the model and {pad} in the tokenizer, so the model would"
+            f"Judge {judge!r}: the padding token is {known} in the model and {pad} in the tokenizer. The model would"
             f" read its answer at a wrong token. Set model.config.pad_token_id = {pad}."
         )
     # First without a limit, to count the texts that are too long; then those alone again, cut by the tokenizer, which
