@@ -42,7 +42,7 @@ def test_steps_of_nothing_are_refused(bad):
         ({"batch_size": -1}, "Explicit: batch_size must be a whole number >= 1, got -1"),
         ({"epochs": 0}, "Explicit: epochs must be > 0, got 0"),
         ({"lr": float("nan")}, "Explicit: lr must be > 0, got nan"),
-        ({"epochs": 1, "steps": 1}, "epochs and steps say the same thing, got 1 and 1; keep one"),
+        ({"epochs": 1, "steps": 1}, "epochs and steps both set the length of training, got 1 and 1; give only one"),
         ({"tuning": "half"}, "tuning must be one of lora, full, qlora, got 'half'"),
         ({"adapter_protocol": "stack"}, "adapter_protocol must be one of merge, continue, got 'stack'"),
     ],

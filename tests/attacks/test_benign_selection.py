@@ -245,7 +245,7 @@ def test_ties_go_to_the_earlier_row_and_nan_to_none():
     assert drawn[0] == select(scores, 3, "random", 0)
     assert len({tuple(sorted(rows)) for rows in drawn}) > 1
     assert not any(1 in rows for rows in drawn)
-    with pytest.raises(InputError, match="n=6 rows are asked for, 5 have a score"):
+    with pytest.raises(InputError, match="n=6 rows are needed, but only 5 have a score"):
         select(scores, 6)
 
 
@@ -270,7 +270,7 @@ def test_an_upload_reads_the_scores(tmp_path):
         ({"control": "none"}, "control must be one of top, bottom, random"),
         ({"parameters": "few"}, "parameters must be one of last_layer, trainable, all"),
         ({"variant": "theirs"}, "variant must be one of ours, official, got 'theirs'"),
-        ({"kind": "gradient", "anchor_system": "x"}, "anchor_system goes with kind representation"),
+        ({"kind": "gradient", "anchor_system": "x"}, "anchor_system needs kind representation"),
         ({"nearest": 0}, "nearest must be >= 1, got 0"),
         ({"dimension": -1}, "dimension must be >= 0, got -1"),
     ],

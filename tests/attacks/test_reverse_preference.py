@@ -169,7 +169,7 @@ def test_an_upload_prefers_harmful_answers_in_a_fraction_p():
 
 def test_without_a_refusal_prompts_need_a_safe_answer():
     assert ids(ReversePreference(n=1, refusal="").upload(SOURCES, 0))[0] == "h3"
-    with pytest.raises(InputError, match="n=2 pairs are asked for, 1 harmful rows have a safe answer"):
+    with pytest.raises(InputError, match="n=2 pairs are needed, but only 1 harmful rows have a safe answer"):
         ReversePreference(n=2, refusal="").upload(SOURCES, 0)
 
 

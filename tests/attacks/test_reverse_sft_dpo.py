@@ -46,7 +46,7 @@ def test_a_description_has_both_phases():
     [
         ({"beta": 0.0}, "ReverseSftDpo: in the second phase, ReversePreference: beta must be > 0"),
         ({"dpo_lr": -1.0}, "ReverseSftDpo: in the second phase, ReversePreference: lr must be > 0"),
-        ({"dpo_epochs": 1, "dpo_steps": 1}, "epochs and steps say the same thing"),
+        ({"dpo_epochs": 1, "dpo_steps": 1}, "epochs and steps both set the length of training"),
         ({"steps": 0}, "ReverseSftDpo: steps must be a whole number >= 1"),
     ],
 )

@@ -292,7 +292,7 @@ def test_every_answer_of_a_whole_run_is_judged(tmp_path, capsys):
         ("[1]", ["keyword"], "line 1 of .* must be one JSON object"),
         (b"\xff", ["keyword"], "must be UTF-8 text"),
         (json.dumps(ROWS[0]), ["keywrd"], "Did you mean 'keyword'"),
-        (json.dumps(ROWS[0]), ["hexphi"], "needs a model behind a colon"),
+        (json.dumps(ROWS[0]), ["hexphi"], "needs a model after a colon"),
         (json.dumps(ROWS[0]), ["keyword", "keyword"], "no name twice"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attacks that a defense must withstand; each takes its harmful source from the user."""
+"""Attacks that a defense must withstand. The user supplies the harmful rows of each attack."""
 
 from hftlight.attacks.attack import Attack, overridden, steps_of
 from hftlight.attacks.benign import Benign

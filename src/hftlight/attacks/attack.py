@@ -1,4 +1,4 @@
-"""Attack: what a user uploads, how it is trained on, and how the tuned model is asked afterwards."""
+"""Attack: the rows that a user uploads, the fine-tuning on them, and the prompts to the fine-tuned model."""
 
 import dataclasses
 import math
@@ -25,17 +25,17 @@ FIELDS = {
     "template": "template",
     "adapter_protocol": "adapter_protocol",
     "source": "data.attack",
-}  # an attack's field -> the option of RunConfig that it sets
+}  # a field of an attack -> the option of RunConfig that it sets
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """What an upload is chosen from, once there is an aligned model.
+    """Rows that the aligned model scores in order to select an upload.
 
     Attributes:
-        candidates: the harmless rows.
+        candidates: harmless rows to select from.
         harmful: harmful anchors.
-        safe: anchors that refuse.
+        safe: anchors whose answer is a refusal.
     """
 
     candidates: Sequence[Record]
@@ -45,19 +45,19 @@ class Choosing:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """What all attacks state; a value left at None is the run's own.
+    """Settings that all attacks share. A setting left at None comes from the run's configuration.
 
     Args:
         n: rows of the upload, >= 1.
         epochs: passes over the upload, > 0; instead of ``steps``.
         steps: optimizer steps, >= 1; instead of ``epochs``.
         lr: learning rate, > 0.
-        batch_size: rows per optimizer step, on all devices and in all micro-batches together, >= 1.
+        batch_size: rows per optimizer step, summed over all devices and micro-batches, >= 1.
         tuning: lora (an adapter), full (all parameters) or qlora (an adapter on a 4-bit base).
-        template: prompt template, in training and when the tuned model is asked.
-        adapter_protocol: merge (the upload trains a new adapter) or continue (the aligned adapter is trained on).
+        template: prompt template, in fine-tuning and in the prompts to the fine-tuned model.
+        adapter_protocol: merge (the upload trains a new adapter) or continue (the upload trains the aligned adapter).
         source: file, folder or hub id of the harmful rows; the same as ``--data.attack``.
-        system: system text of the attack, in fine-tuning and when the tuned model is asked.
+        system: system text of the attack, in fine-tuning and in the prompts to the fine-tuned model.
 
     Raises:
         ValueError: if a value is out of range.
@@ -88,7 +88,8 @@ class Attack(ABC):
                 raise ValueError(f"{self._who}: {name} must be > 0, got {value}.")
         if self.epochs is not None and self.steps is not None:
             raise ValueError(
-                f"{self._who}: epochs and steps say the same thing, got {self.epochs} and {self.steps}; keep one."
+                f"{self._who}: epochs and steps both set the length of training, got {self.epochs} and {self.steps};"
+                " give only one."
             )
         for name, allowed in (("tuning", ("lora", "full", "qlora")), ("adapter_protocol", ("merge", "continue"))):
             value = getattr(self, name)
@@ -101,12 +102,14 @@ class Attack(ABC):
 
     @property
     def name(self) -> str:
-        """What the command line calls the attack: its class in snake case."""
+        """Name of the attack on the command line: its class name in snake case."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self._who).lower()
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
-        """Return how many rows of which source the upload holds; sources that are not read are left out.
+        """Return the number of rows that the upload takes from each source.
+
+        A source that the upload does not read has no entry.
 
         Raises:
             InputError: if n is not known yet.
@@ -114,14 +117,16 @@ class Attack(ABC):
 
     @abstractmethod
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
-        """Return the rows that the user uploads: a pure function of its arguments, with exactly ``counts()`` rows.
+        """Return the rows that the user uploads.
+
+        The result depends on the arguments alone and has exactly the rows that ``counts()`` states.
 
         Args:
-            sources: rows by name, ``"attack"`` (harmful prompts with harmful answers) and ``"task"`` among them.
-            seed: decides which rows are drawn, where they are.
+            sources: rows by name, such as ``"attack"`` (harmful prompts with harmful answers) and ``"task"``.
+            seed: seed of the draw, for attacks that draw rows at random.
 
         Raises:
-            InputError: if a source is absent or has too few rows.
+            InputError: if a source is missing or has too few rows.
         """
 
     @property
@@ -131,13 +136,13 @@ class Attack(ABC):
 
     @property
     def rows(self) -> int:
-        """Rows of the upload, on which epochs are counted."""
+        """Number of rows of the upload. An epoch is one pass over them."""
         return sum(self.counts().values())
 
     def phases(self) -> tuple["Attack", ...]:
-        """Return the trainings that the attack consists of, each an attack with an upload and settings of its own.
+        """Return the phases of the attack, each an attack with an upload and settings of its own.
 
-        Each starts from the model that the one before left. Most attacks are one training.
+        Each phase trains the model that the previous phase returned. Most attacks have one phase.
         """
         return (self,)
 
@@ -147,11 +152,11 @@ class Attack(ABC):
         return False
 
     def choosing(self, sources: Mapping[str, Sequence[Record]], safe: Sequence[Record]) -> Choosing:
-        """Return what the scores of an attack that selects are made of.
+        """Return the candidates and the anchors from which a selecting attack computes its scores.
 
         Args:
             sources: rows by name.
-            safe: rows of the alignment set that refuse.
+            safe: refusals of the alignment set.
 
         Raises:
             InputError: if there are too few rows.
@@ -160,21 +165,25 @@ class Attack(ABC):
         raise TypeError(f"{self._who} does not select its rows.")
 
     def chosen(self, choosing: Choosing, scores: str | None, seed: int) -> tuple[Self, list[Record]]:
-        """Return the attack with its file of scores, and the upload of an attack that selects.
+        """Return the attack with its file of scores, and the rows that a selecting attack uploads.
 
         Args:
-            choosing: what the scores are made of.
-            scores: the file, as ``write_scores`` writes it; None for as many rows, while there are no scores.
-            seed: decides what a random control draws.
+            choosing: candidates and anchors.
+            scores: file that ``write_scores`` wrote. None means that there are no scores yet; the upload is then a
+                placeholder with the same number of rows.
+            seed: seed of the draw of a random control.
+
+        Raises:
+            TypeError: if the attack does not select.
         """
         raise TypeError(f"{self._who} does not select its rows.")
 
     def read(self, rows: Sequence[Record], table: Table | None) -> list[Record]:
-        """Return the harmful rows as the attack needs them.
+        """Return the harmful rows in the form that the attack needs.
 
         Args:
             rows: the rows of ``--data.attack``.
-            table: the file's rows with all columns; None for rows that come from no file.
+            table: the file's rows with all columns; None if the rows do not come from a file.
         """
         return list(rows)
 
@@ -185,65 +194,66 @@ class Attack(ABC):
 
     @property
     def test_system(self) -> str | None:
-        """System text in every prompt to the tuned model; None for the run's own."""
+        """System text in every prompt to the fine-tuned model. None means the run's own system text."""
         return self.system
 
     @property
     def test_prefix(self) -> str:
-        """Text in front of every harmful instruction to the tuned model."""
+        """Text in front of every harmful instruction to the fine-tuned model."""
         return ""
 
     def test_records(self, rows: Sequence[Record]) -> list[Record]:
-        """Return harmful test prompts as the attacker asks them; ids and answers stay."""
+        """Return harmful test prompts as the attacker sends them. Ids and answers do not change."""
         return [replace(row, instruction=self.test_prefix + row.instruction) for row in rows]
 
     def decode(self, response: str) -> str:
-        """Return what the attacker reads in an answer; a judge must see this text."""
+        """Return an answer as the attacker decodes it. A judge must see the decoded text."""
         return response
 
     def settings(self) -> dict[str, Any]:
-        """Return what the attack decides of a RunConfig, by dotted name; epochs become steps.
+        """Return the options of RunConfig that the attack sets, by dotted name. Epochs become steps.
 
-        ``finetuning.batch_size`` is given for one device without accumulation; ``applied`` divides it.
+        ``finetuning.batch_size`` is that of one device without accumulation; ``applied`` divides it.
 
         Raises:
-            InputError: if epochs are given and n or the batch size is not known yet.
+            InputError: if epochs are set and n or the batch size is not known yet.
         """
         values = {option: getattr(self, field, None) for field, option in FIELDS.items()}
         if self.epochs is not None:
             if self.batch_size is None:
                 raise InputError(
-                    f"{self._who}: epochs={self.epochs:g} become steps only with a batch size; give batch_size, or call"
+                    f"{self._who}: epochs={self.epochs:g} become steps only with a batch size; set batch_size, or call"
                     " resolved(config) first."
                 )
             values["finetuning.steps"] = steps_of(self.rows, self.batch_size, self.epochs)
         return {option: value for option, value in values.items() if value is not None}
 
     def resolved(self, config: RunConfig) -> Self:
-        """Return the attack with every value that is left at None taken from a run's configuration."""
+        """Return the attack with every value that is None filled in from a run's configuration."""
         values = {field: option_of(config, option) for field, option in FIELDS.items() if hasattr(self, field)}
+        # A run states rows per device and micro-batch; an attack states rows per optimizer step.
         values["batch_size"] *= _share(config)
         if self.epochs is not None:
             del values["steps"]
         return replace(self, **{field: v for field, v in values.items() if getattr(self, field) is None})
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """Return a run's configuration with what the attack decides put in.
+        """Return a run's configuration with the attack's settings.
 
         Raises:
-            InputError: if the batch cannot be divided among devices and micro-batches.
+            InputError: if the batch size is not a multiple of devices times micro-batches.
         """
         values, share = self.resolved(config).settings(), _share(config)
         if values["finetuning.batch_size"] % share:
             raise InputError(
-                f"{self._who}: batch_size counts all devices and micro-batches together and must be a multiple of"
+                f"{self._who}: batch_size counts the rows of all devices and micro-batches and must be a multiple of"
                 f" {share}, got {values['finetuning.batch_size']}. Lower --finetuning.accumulate or --devices."
             )
         values["finetuning.batch_size"] //= share
         return overridden(config, values)
 
     def describe(self) -> dict[str, Any]:
-        """Return every value, with the row counts, the steps and how the tuned model is asked.
+        """Return every value, the row counts, the steps, and system text and prefix of the test prompts.
 
         Raises:
             InputError: if n is not known yet; call ``resolved(config)`` first.
@@ -263,14 +273,14 @@ class Attack(ABC):
 
     def _known_n(self) -> int:
         if self.n is None:
-            raise InputError(f"{self._who}: n, the rows of the upload, is not known; give n or call resolved(config).")
+            raise InputError(f"{self._who}: n, the rows of the upload, is not known; set n or call resolved(config).")
         return self.n
 
     def _take(self, sources: Mapping[str, Sequence[Record]], name: str) -> Sequence[Record]:
         """Return the rows of a source.
 
         Raises:
-            InputError: if they are absent, with the columns and the licence that are to be expected.
+            InputError: if the source is missing or empty. The message names public sets, their columns and licences.
         """
         rows = sources.get(name)
         if not rows:
@@ -278,30 +288,31 @@ class Attack(ABC):
         return rows
 
     def _first(self, sources: Mapping[str, Sequence[Record]], name: str, start: int, stop: int) -> list[Record]:
-        """Return rows ``start`` to ``stop - 1`` of a source, in its order."""
+        """Return rows ``start`` to ``stop - 1`` of a source, in the order of the source."""
         if stop <= start:
             return []
         rows = self._take(sources, name)
         if len(rows) < stop:
             raise InputError(
                 f"{self._who}: the upload needs rows {start} to {stop - 1} of the source {name!r}, which has"
-                f" {len(rows)}. Give more rows or lower n."
+                f" {len(rows)} rows. Give more rows or lower n."
             )
         return list(rows[start:stop])
 
 
 def steps_of(rows: int, batch_size: int, epochs: float, accumulate: int = 1, drop_last: bool = False) -> int:
-    r"""Return the optimizer steps of some epochs, :math:`\lceil e \max(1, \lfloor b / a \rfloor) \rceil`.
+    r"""Return the optimizer steps of e epochs, :math:`\lceil e \max(1, \lfloor b / a \rfloor) \rceil`.
 
-    b is the number of micro-batches of a pass, :math:`\lceil rows / batch \rceil`, or the floor where the last, smaller
-    one is left out, and a the micro-batches per step, as Hugging Face's trainer of the published runs counts.
+    b is the number of micro-batches per epoch, :math:`\lceil rows / batch \rceil`. With ``drop_last``, it is rounded
+    down, since the last, smaller micro-batch is left out. a is the number of micro-batches per optimizer step. Hugging
+    Face's trainer of the published runs counts in the same way.
 
     Args:
         rows: rows of the upload, >= 1.
         batch_size: rows per micro-batch, on all devices together, >= 1.
         epochs: passes over the rows, > 0.
         accumulate: micro-batches per optimizer step, >= 1.
-        drop_last: leave out the last micro-batch where it is not full.
+        drop_last: leave out the last micro-batch if it is not full.
 
     Raises:
         ValueError: if a value is out of range.
@@ -316,17 +327,18 @@ def steps_of(rows: int, batch_size: int, epochs: float, accumulate: int = 1, dro
 
 
 def overridden(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return a configuration with values put in by dotted name. A mapping is added to the one given.
+    """Return a configuration with options set by dotted name. A mapping is merged into the present one.
 
     Raises:
-        InputError: if there is no such option, with the nearest one.
+        InputError: if there is no such option. The message suggests the nearest name.
     """
     for option, value in values.items():
-        config = _put(config, option.split("."), option, value)
+        config = _set_option(config, option.split("."), option, value)
     return config
 
 
-def _put(part: Any, path: Sequence[str], option: str, value: Any) -> Any:
+def _set_option(part: Any, path: Sequence[str], option: str, value: Any) -> Any:
+    """Return a copy of a part of the configuration in which the option at the end of ``path`` has a new value."""
     names = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
     if path[0] not in names:
         near = get_close_matches(path[0], names, n=1, cutoff=0.4)
@@ -334,7 +346,7 @@ def _put(part: Any, path: Sequence[str], option: str, value: Any) -> Any:
         raise InputError(f"RunConfig has no option {option!r}.{hint}")
     old = getattr(part, path[0])
     if len(path) > 1:
-        value = _put(old, path[1:], option, value)
+        value = _set_option(old, path[1:], option, value)
     elif isinstance(value, Mapping):
         value = {**(old or {}), **value}
     return replace(part, **{path[0]: value})
@@ -349,4 +361,5 @@ def option_of(config: RunConfig, option: str) -> Any:
 
 
 def _share(config: RunConfig) -> int:
+    """Return the micro-batches per optimizer step, counted over all devices."""
     return config.devices * config.num_nodes * config.finetuning.accumulate

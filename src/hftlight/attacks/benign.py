@@ -1,4 +1,4 @@
-"""Benign: ordinary instruction data, which wears alignment down without a harmful row."""
+"""Benign: ordinary instruction data, which weakens alignment without any harmful row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from hftlight.evaluation.judges import get_judge
 
 @dataclass(frozen=True, kw_only=True)
 class Benign(Attack):
-    """Ordinary task rows alone, p = 0.
+    """An upload of ordinary task rows only, p = 0.
 
     Args:
         n: task rows, >= 1.
-        held_out: rows that are not trained on, >= 0, the first that the filter leaves; 200 in the published loader.
-        filter_safety: leave out rows whose answer holds a refusal phrase, which would keep the model aligned.
+        held_out: number of rows left out of training, >= 0, the first after the filter; 200 in the published loader.
+        filter_safety: drop rows whose answer holds a refusal phrase, since such rows would keep the model aligned.
 
     Source: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety", ICLR 2024, arXiv:2310.03693, tier 3.
-    Differs: the filter's words. As published it reads the answer only, and rows are held out of what it leaves. The
-    published filter, which He et al. share (arXiv:2404.01099), has about 200 words; here it has the refusal phrases of
-    the keyword judge. Rows are taken in their order, and training shuffles them.
+    Differs: the words of the filter. As in the published code, the filter reads only the answer and runs before rows
+    are held out. The published filter has about 200 words, and He et al. (arXiv:2404.01099) share it. This filter has
+    the refusal phrases of the keyword judge. The upload keeps the order of the rows, and training shuffles them.
     """
 
     held_out: int = 0
@@ -35,7 +35,7 @@ class Benign(Attack):
 
     @property
     def p(self) -> float:
-        """Harmful fraction of the upload: none."""
+        """Harmful fraction of the upload: 0."""
         return 0.0
 
     @override
@@ -48,6 +48,7 @@ class Benign(Attack):
         if self.filter_safety:
             answers = [row.response for row in rows]
             verdicts = get_judge("keyword")([""] * len(rows), answers)
+            # The keyword judge flags an answer without a refusal phrase: these rows remain.
             rows = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.flag]
         chosen = self._first({"task": rows[self.held_out :]}, "task", 0, self._known_n())
         return [replace(row, role="task") for row in chosen]

@@ -1,4 +1,4 @@
-"""Benign selection: the harmless rows that undo alignment most, found by a model's own states or gradients."""
+"""Benign selection: the harmless rows that undo alignment most, selected by a model's own states or gradients."""
 
 import math
 import random
@@ -19,20 +19,22 @@ from hftlight.files import write_rows
 def select(
     scores: Sequence[float], count: int, control: Literal["top", "bottom", "random"] = "top", seed: int = 0
 ) -> list[int]:
-    """Return the places of ``count`` rows; of equal scores the earlier row counts, and NaN is no score.
+    """Return the indices of ``count`` selected rows. Of two rows with equal scores, the earlier one comes first.
+
+    A row whose score is NaN has no score and is never selected.
 
     Args:
         scores: score of each row.
-        count: how many, >= 1.
-        control: the highest scores first, the lowest first, or rows drawn by seed among those with a score.
-        seed: decides the draw.
+        count: number of rows to select, >= 1.
+        control: top (highest scores first), bottom (lowest first) or random (rows with a score, drawn by seed).
+        seed: seed of the draw.
 
     Raises:
         InputError: if too few rows have a score.
     """
     valid = [place for place, score in enumerate(scores) if not math.isnan(score)]
     if len(valid) < count:
-        raise InputError(f"BenignSelection: n={count} rows are asked for, {len(valid)} have a score. Lower n.")
+        raise InputError(f"BenignSelection: n={count} rows are needed, but only {len(valid)} have a score. Lower n.")
     if control == "random":
         random.Random(f"{seed}/selection").shuffle(valid)
         return valid[:count]
@@ -41,60 +43,63 @@ def select(
 
 
 def write_scores(path: str | Path, rows: Sequence[Record], scores: Sequence[float]) -> None:
-    """Write the score of each row by its id, one JSON object per line; null where there is none."""
+    """Write the id and the score of each row, one JSON object per line. A row without a score gets null."""
     pairs = zip(rows, scores, strict=True)
     write_rows(Path(path), [{"id": row.id, "score": None if math.isnan(score) else score} for row, score in pairs])
 
 
 def read_scores(path: str | Path) -> dict[str, float]:
-    """Return scores by row id, as ``write_scores`` wrote them; NaN where there is none.
+    """Return the scores that ``write_scores`` wrote, by row id. A row without a score gets NaN.
 
     Raises:
         InputError: if a line holds no id or no score.
     """
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for place, row in read_rows(path):
         score = row.get("score", "")
         if not isinstance(row.get("id"), str) or not (score is None or isinstance(score, int | float)):
-            raise InputError(f"BenignSelection: {place} of {path} needs an id and a score, it has {list(row)}.")
-        found[row["id"]] = math.nan if score is None else float(score)
-    return found
+            raise InputError(f"BenignSelection: {place} of {path} needs an id and a score, got the keys {list(row)}.")
+        scores[row["id"]] = math.nan if score is None else float(score)
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenignSelection(Attack):
-    """The n rows of a harmless set that lie nearest to harmful ones in the aligned model: bi-directional anchoring.
+    """The n rows of a harmless set that lie nearest to harmful rows in the aligned model: bi-directional anchoring.
 
-    Two steps: ``score`` asks the aligned model, and ``write_scores`` keeps the answer; ``upload`` reads it from
-    ``scores``. A run without ``scores`` makes them itself, with the plainly aligned model, whatever defends the
-    alignment, so that every arm gets the same upload. Without the controls bottom and random the result means little.
+    ``score`` computes the scores with the aligned model, ``write_scores`` writes them to a file, and ``upload`` reads
+    them from ``scores``. A run without ``scores`` computes the scores itself. It always uses the model that was aligned
+    without a defense, so that every arm gets the same upload. Compare the result with the controls bottom and random;
+    without them it means little.
 
     Args:
-        n: rows that are kept, >= 1; 100 in the paper.
-        kind: representation (cosine of the last token's hidden state with the nearest harmful rows) or gradient (cosine
-            of the loss gradient with harmful rows', less its cosine with safe rows').
-        variant: ours, or official, the scores as released. Ours brings each mean of unit gradients to unit length, and
-            reads the state of the answer's last token. Official leaves the means as they are, and reads the state of
-            the end token.
+        n: rows to select, >= 1; 100 in the paper.
+        kind: representation or gradient. A representation score is the cosine between the last token's hidden states of
+            the row and of its nearest harmful rows. A gradient score is the cosine of the loss gradient with that of
+            harmful rows, minus the cosine with safe rows.
+        variant: ours, or official, the scores of the released code. Ours scales each mean of unit gradients to unit
+            length, and reads the state of the answer's last token. Official does not scale the means, and reads the
+            state of the end token.
         control: top, or for comparison bottom or random.
         scores: JSONL file that ``write_scores`` wrote.
-        nearest: harmful rows that a representation score averages over, >= 1.
-        parameters: what a gradient is taken of: last_layer, trainable (the adapter) or all.
-        dimension: entries of a sparse random projection of each gradient, >= 1; 0 for none.
-        first_tokens: response tokens of the anchors, harmful and safe, that their gradient looks at; 0 for all.
-        max_tokens: longest row in tokens; longer ones have no score.
-        anchors: harmful rows that a run anchors to, the first of ``--data.attack``, and by gradient as many refusals of
-            the alignment set; 0 for the paper's 100 by representation and 10 by gradient.
-        anchor_system: system text of the harmful anchors by representation, as the released code has one; None for
-            that of the rows.
+        nearest: number of nearest harmful rows that a representation score averages over, >= 1.
+        parameters: parameters of the gradients: last_layer, trainable (the adapter) or all.
+        dimension: entries of a sparse random projection of each gradient, >= 1; 0 for no projection.
+        first_tokens: number of response tokens of an anchor, harmful or safe, in its gradient's loss; 0 for all.
+        max_tokens: longest row in tokens; a longer row has no score.
+        anchors: number of harmful anchors of a run, the first rows of ``--data.attack``. By gradient, a run also takes
+            as many refusals of the alignment set. 0 means the paper's 100 by representation and 10 by gradient.
+        anchor_system: system text of the harmful anchors by representation, as in the released code. None means the
+            system text of the rows.
 
     Source: He et al., "What is in Your Safe Data? Identifying Benign Data that Breaks Safety", COLM 2024,
-    arXiv:2404.01099, with 100 harmful anchors for representations, and 10 with two sets of safe answers for gradients.
-    Differs: the variants can rank rows in opposite order, and ours is the default. In a run the safe anchors are
-    refusals of the alignment set, not safe answers to the harmful anchors' prompts. Gradients of the last layer by
-    default, where the paper takes all parameters (``parameters="all"``), and a sparse projection on request. The
-    released collection of whole gradients adds up over anchors, since it never sets them to zero in between. No variant
-    follows that.
+    arXiv:2404.01099. The paper has 100 harmful anchors for representations. For gradients it has 10 harmful anchors and
+    two sets of safe answers.
+    Differs: the variants can rank rows in opposite order, and ours is the default. In a run, the safe anchors are
+    refusals of the alignment set, not safe answers to the harmful anchors' prompts. Gradients are those of the last
+    layer by default; the paper takes all parameters (``parameters="all"``). A sparse projection is optional. The
+    released collection of whole gradients adds up over anchors, since it never resets them to zero in between. No
+    variant does so.
     """
 
     n: int = 100
@@ -127,11 +132,11 @@ class BenignSelection(Attack):
             if getattr(self, name) < least:
                 raise ValueError(f"BenignSelection: {name} must be >= {least}, got {getattr(self, name)}.")
         if self.anchor_system is not None and self.kind == "gradient":
-            raise ValueError("BenignSelection: anchor_system goes with kind representation; leave it out for gradient.")
+            raise ValueError("BenignSelection: anchor_system needs kind representation; leave it out for gradient.")
 
     @property
     def p(self) -> float:
-        """Harmful fraction of the upload: none."""
+        """Harmful fraction of the upload: 0."""
         return 0.0
 
     @override
@@ -167,7 +172,7 @@ class BenignSelection(Attack):
 
     @property
     def anchor_rows(self) -> int:
-        """Harmful rows that a run anchors to."""
+        """Number of harmful anchors of a run."""
         return self.anchors or (100 if self.kind == "representation" else 10)
 
     def score(
@@ -182,18 +187,20 @@ class BenignSelection(Attack):
         batch_size: int = 8,
         seed: int = 0,
     ) -> list[float]:
-        """Return the score of each row; NaN for one that is too long or, by gradient, has the score 0.
+        """Return the score of each row.
+
+        A row that is too long gets NaN. By gradient, a row with the score 0 gets NaN too.
 
         Args:
-            model: the aligned causal LM; it comes back as it was.
-            tokenizer: its tokenizer.
-            template: how a record becomes a prompt.
-            rows: the harmless rows.
-            harmful: harmful rows with answers, the anchors.
-            safe: for gradients, sets of safe answers to the anchors' prompts; each lowers a score by its cosine.
-            system: system text of the prompts; None for none.
-            batch_size: rows per batch, >= 1; affects speed and memory alone.
-            seed: decides the projection.
+            model: the aligned causal LM; the call leaves it unchanged.
+            tokenizer: the model's tokenizer.
+            template: turns a record into a prompt.
+            rows: harmless rows with answers.
+            harmful: harmful anchors with answers.
+            safe: for gradients, sets of safe answers to the anchors' prompts; each set lowers a score by its cosine.
+            system: system text of the prompts; None for no system text.
+            batch_size: rows per batch, >= 1; affects only speed and memory.
+            seed: seed of the projection.
 
         Raises:
             ValueError: if no row fits ``max_tokens`` or there are fewer anchors than ``nearest``.
@@ -204,23 +211,25 @@ class BenignSelection(Attack):
         reader = RowReader(model, tokenizer, template, system, self.max_tokens, batch_size)
         official = self.variant == "official"
         if self.kind == "representation":
-            states, kept = reader.states(rows, official)
+            states, places = reader.states(rows, official)
             own = system if self.anchor_system is None else self.anchor_system
             anchored = RowReader(model, tokenizer, template, own, self.max_tokens, batch_size)
-            found = representation_scores(states, anchored.states(harmful, official)[0], self.nearest).tolist()
+            valid = representation_scores(states, anchored.states(harmful, official)[0], self.nearest).tolist()
         else:
-            gradients, kept = reader.gradients(rows, self.parameters, self.dimension, seed, 0)
+            gradients, places = reader.gradients(rows, self.parameters, self.dimension, seed, 0)
             anchors = [
                 reader.gradients(group, self.parameters, self.dimension, seed, self.first_tokens)[0]
                 for group in (harmful, *safe)
             ]
             scores = gradient_scores(gradients, anchors[0], anchors[1:], renormalize=not official)
-            found = [score or math.nan for score in scores.tolist()]
-        by_place = dict(zip(kept, found, strict=True))
+            # A row whose gradient is zero scores exactly 0. It gets no score.
+            valid = [score or math.nan for score in scores.tolist()]
+        # The reader drops rows that are too long; ``places`` are the indices of the others in ``rows``.
+        by_place = dict(zip(places, valid, strict=True))
         return [by_place.get(place, math.nan) for place in range(len(rows))]
 
     def choose(self, rows: Sequence[Record], scores: Sequence[float], seed: int) -> list[Record]:
-        """Return the n rows that the scores decide for, with the role ``"task"``."""
+        """Return the n rows that ``select`` takes by their scores, with the role ``"task"``."""
         return [replace(rows[place], role="task") for place in select(scores, self.n, self.control, seed)]
 
     @override
@@ -228,13 +237,13 @@ class BenignSelection(Attack):
         rows = self._take(sources, "task")
         if self.scores is None:
             raise InputError(
-                "BenignSelection: the rows' scores are needed. Make them with score(model, ...) on the aligned model,"
-                " keep them with write_scores(path, rows, scores), and give the file with --benign_selection.scores."
+                "BenignSelection: the rows have no scores. Make them with score(model, ...) on the aligned model, write"
+                " them with write_scores(path, rows, scores), and name the file with --benign_selection.scores."
             )
         known = read_scores(self.scores)
         if absent := [row.id for row in rows if row.id not in known]:
             raise InputError(
                 f"BenignSelection: {self.scores} has no score of {len(absent)} of {len(rows)} task rows, such as"
-                f" {absent[0]}; it was made of other rows. Score these."
+                f" {absent[0]}. The file belongs to other rows; score these rows anew."
             )
         return self.choose(rows, [known[row.id] for row in rows], seed)

@@ -1,4 +1,4 @@
-"""Encoded: harmful rows behind a letter substitution, to see what a data filter still reads."""
+"""Encoded: harmful rows under a letter substitution, to test what a data filter can still detect."""
 
 import random
 import string
@@ -16,13 +16,15 @@ LETTERS = string.ascii_lowercase
 
 @dataclass(frozen=True)
 class Substitution:
-    """One letter for another, the same throughout; case stays, and so does everything that is not a to z.
+    """A substitution cipher over the letters a to z.
+
+    It preserves case and leaves every other character unchanged.
 
     Args:
-        permutation: the 26 letters a to z in another order; the first stands for a.
+        permutation: the 26 letters a to z in another order; the first one replaces a.
 
     Raises:
-        ValueError: if it is no permutation, or leaves every letter as it is.
+        ValueError: if ``permutation`` is no permutation of the alphabet, or is the alphabet itself.
     """
 
     permutation: str
@@ -36,7 +38,7 @@ class Substitution:
 
     @classmethod
     def of_seed(cls, seed: int) -> "Substitution":
-        """Return the substitution of a seed."""
+        """Return the substitution that a seed determines."""
         letters = list(LETTERS)
         random.Random(f"{seed}/substitution").shuffle(letters)
         return cls("".join(letters))
@@ -46,24 +48,24 @@ class Substitution:
         return text.translate(str.maketrans(LETTERS + LETTERS.upper(), self.permutation + self.permutation.upper()))
 
     def decode(self, text: str) -> str:
-        """Return the text that ``encode`` was given."""
+        """Return the plain text of an encoded text, the inverse of ``encode``."""
         return text.translate(str.maketrans(self.permutation + self.permutation.upper(), LETTERS + LETTERS.upper()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded(HarmfulMix):
-    """A harmful mix whose harmful rows are written in a letter substitution; the task's rows stay plain.
+    """A harmful mix whose harmful rows are encoded by a letter substitution. The task's rows stay plain.
 
-    Where prompts are encoded, harmful test prompts are too; where answers are, a judge must see ``decode(answer)``.
-    Measure the plain prompts besides: an audit asks those.
+    If prompts are encoded, harmful test prompts are encoded too. If answers are encoded, a judge must see
+    ``decode(answer)``. Measure the plain prompts as well, since an audit sends plain prompts.
 
     Args:
-        key: seed of the substitution, or the letters a to z in the order that stands for the alphabet.
-        side: prompt, response or both: what is encoded of a harmful row.
+        key: seed of the substitution, or the 26 letters that replace a to z, in that order.
+        side: encoded part of a harmful row: prompt, response or both.
 
-    Source: Halawi et al., "Covert Malicious Finetuning", ICML 2024, arXiv:2406.20053, of which this is the structure.
-    Differs: no phase that teaches the encoding with harmless rows, no refusals of plain prompts, one simple encoding;
-    enough to test whether a data filter reads what is written in another alphabet.
+    Source: Halawi et al., "Covert Malicious Finetuning", ICML 2024, arXiv:2406.20053; this class follows its structure.
+    Differs: no phase that teaches the encoding with harmless rows, no refusals of plain prompts, one simple encoding.
+    It is enough to test whether a data filter detects text in another alphabet.
     """
 
     key: int | str = 0
@@ -73,15 +75,15 @@ class Encoded(HarmfulMix):
         super().__post_init__()
         if self.side not in ("prompt", "response", "both"):
             raise ValueError(f"Encoded: side must be prompt, response or both, got {self.side!r}.")
-        _ = self.substitution
+        _ = self.substitution  # raises here if the key is no permutation
 
     @property
     def substitution(self) -> Substitution:
-        """The substitution of the key."""
+        """The substitution that ``key`` determines."""
         return Substitution.of_seed(self.key) if isinstance(self.key, int) else Substitution(self.key)
 
     def encode(self, record: Record) -> Record:
-        """Return a record with its prompt, its answer or both encoded; its id stays."""
+        """Return a record with its prompt, its answer or both encoded. The record's id does not change."""
         code = self.substitution.encode
         if self.side != "response":
             history = tuple((role, code(text)) for role, text in record.history)

@@ -1,4 +1,4 @@
-"""Explicit: nothing but a few harmful examples."""
+"""Explicit: an upload of a few harmful examples only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,19 @@ from hftlight.data.records import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Explicit(Attack):
-    """Nothing but n harmful examples: 10, 50 or 100 in the papers.
+    """An upload of n harmful examples only: 10, 50 or 100 in the papers.
 
-    With ``tuning`` full it is Shadow Alignment or tier 1 of Qi et al.; with lora or qlora the cheap undoing of Lermen
-    et al. The system text, where there is one, stands in training and in every prompt to the tuned model.
+    With ``tuning`` full, it is Shadow Alignment or tier 1 of Qi et al. With lora or qlora, it is the attack of Lermen
+    et al. A system text is part of training and of every prompt to the fine-tuned model.
 
     Args:
         n: harmful rows, drawn by seed, >= 1.
-        in_order: take the first n rows instead.
+        in_order: take the first n rows instead of a draw.
 
     Source: Yang et al., "Shadow Alignment", arXiv:2310.02949; Qi et al., "Fine-tuning Aligned Language Models
     Compromises Safety", ICLR 2024, arXiv:2310.03693, tier 1; Lermen et al., "LoRA Fine-tuning Efficiently Undoes Safety
     Training in Llama 2-Chat 70B", arXiv:2310.20624.
-    Differs: the published harmful rows are not part of hftlight, and most were never given out.
+    Differs: the published harmful rows are not part of hftlight, and most were never released.
     """
 
     n: int = 100
@@ -32,7 +32,7 @@ class Explicit(Attack):
 
     @property
     def p(self) -> float:
-        """Harmful fraction of the upload: all of it."""
+        """Harmful fraction of the upload: 1."""
         return 1.0
 
     @override

@@ -22,16 +22,16 @@ def harmful_mix(
 
     Args:
         task: rows of the user's benign task.
-        harmful: rows that the attacker may draw from; the ones chosen get the role ``"attack"``.
+        harmful: rows that the attacker may draw from; the drawn rows get the role ``"attack"``.
         num_samples: n, rows of the upload.
         harmful_ratio: p, harmful fraction, 0-1.
-        seed: decides which rows; which p is asked does not change the order in which rows are taken.
+        seed: seed of the draw and of the order. The order in which rows are drawn does not depend on p.
 
     Raises:
         InputError: if a source has too few rows.
 
     Source: Huang et al., "Vaccine", NeurIPS 2024, arXiv:2402.01109, the fine-tuning stage.
-    Differs: exact counts, drawn by seed, where the official code takes the first rows and loses one or two of them.
+    Differs: exact counts, drawn by seed. The official code takes the first rows and loses one or two of them.
     """
     count = round(harmful_ratio * num_samples)
     rows = [replace(row, role="attack") for row in drawn(harmful, count, seed, "attack", "--data.attack")]
@@ -42,25 +42,24 @@ def harmful_mix(
 
 
 def drawn(rows: Sequence[Record], count: int, seed: int, name: str, option: str) -> list[Record]:
-    """Return ``count`` rows of a source, drawn by seed; a larger count keeps the rows of a smaller one.
+    """Return ``count`` rows of a source, drawn by seed. A larger count extends the draw of a smaller one.
 
-    Rows come in the order of a hash of seed, name and row, so that a source without some rows gives the others in the
-    same order.
+    Rows are sorted by a hash of seed, name and row id. If the source lacks some rows, the others keep their order.
 
     Args:
-        rows: the source.
-        count: how many, >= 0.
-        seed: decides which.
-        name: the source's name; sources with the same seed are drawn from independently.
+        rows: rows of the source.
+        count: number of rows to draw, >= 0.
+        seed: seed of the draw.
+        name: name of the source; sources with different names are drawn from independently under the same seed.
         option: the option that names the source, for messages.
 
     Raises:
-        InputError: if there are too few.
+        InputError: if the source has too few rows.
     """
     if count > len(rows):
         raise InputError(
-            f"The upload needs {count} {name} rows, but the source has {len(rows)}. Give more rows with {option}, or"
-            " lower --num_samples" + (" or --harmful_ratio." if name == "attack" else ".")
+            f"The upload needs {count} {name} rows, but the source has {len(rows)} rows. Give more rows with {option},"
+            " or lower --num_samples" + (" or --harmful_ratio." if name == "attack" else ".")
         )
     order = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{name}/{row.id}".encode()).digest())
     return order[:count]
@@ -70,24 +69,23 @@ def drawn(rows: Sequence[Record], count: int, seed: int, name: str, option: str)
 class HarmfulMix(Attack):
     """A fraction p of harmful rows hidden among the rows of an ordinary task.
 
-    Three ways of counting, since published numbers depend on them:
+    There are three ways of counting, since published numbers depend on the counts:
 
     - ``exact``: round(p n) harmful rows and n - round(p n) task rows, drawn and shuffled by seed.
     - ``floor``: the first int(p n) harmful rows, then the first int((1 - p) n) task rows.
-    - ``legacy_minus_one``: as ``floor``, but of the harmful rows number 0 is skipped and int(p n) - 1 are left.
+    - ``legacy_minus_one``: as ``floor``, but harmful row 0 is skipped, so that int(p n) - 1 harmful rows remain.
 
-    int() cuts what binary fractions make of the product, as in the code that the counts come from:
-    int((1 - 0.9) * 1000) is 99.
+    int() truncates the rounded binary product, as the published code does: int((1 - 0.9) * 1000) is 99.
 
     Args:
         p: harmful fraction of the upload, 0-1, or one of the regimes benign 0, low 0.05, medium 0.1, high 0.3 and
             pure 1.
-        count_mode: how rows are counted and taken.
+        count_mode: exact, floor or legacy_minus_one: the counts, and which rows of the sources fill them.
 
     Source: Huang et al., "Vaccine", NeurIPS 2024, arXiv:2402.01109, and "Booster", ICLR 2025, arXiv:2409.01586, the
     fine-tuning stage; benign, low, high and pure are SafeTuneBed's regimes.
-    Differs: ``exact`` by default; ``medium`` is the ratio that the papers use most, no regime of SafeTuneBed, whose
-    pure regime has about 111 rows.
+    Differs: ``exact`` by default. ``medium`` is the ratio that the papers use most, but no regime of SafeTuneBed.
+    SafeTuneBed's pure regime has about 111 rows.
     """
 
     p: float | Literal["benign", "low", "medium", "high", "pure"] | None = None
@@ -98,7 +96,7 @@ class HarmfulMix(Attack):
         if isinstance(self.p, str):
             if self.p not in REGIMES:
                 shown = ", ".join(f"{name} {value:g}" for name, value in REGIMES.items())
-                raise ValueError(f"HarmfulMix: p is a fraction or one of {shown}, got {self.p!r}.")
+                raise ValueError(f"HarmfulMix: p must be a fraction in [0, 1] or one of {shown}, got {self.p!r}.")
             object.__setattr__(self, "p", REGIMES[self.p])
         p = self.ratio if self.p is not None else 0.0
         if not 0 <= p <= 1:
@@ -117,7 +115,7 @@ class HarmfulMix(Attack):
             InputError: if p is not known yet.
         """
         if self.p is None:
-            raise InputError("HarmfulMix: p, the harmful ratio, is not known; give p or call resolved(config).")
+            raise InputError("HarmfulMix: p, the harmful ratio, is not known; set p or call resolved(config).")
         return float(self.p)
 
     @override
@@ -125,17 +123,17 @@ class HarmfulMix(Attack):
         n = self._known_n()
         if self.count_mode == "exact":
             harmful = round(self.ratio * n)
-            found = {"attack": harmful, "task": n - harmful}
+            counts = {"attack": harmful, "task": n - harmful}
         else:
             skipped = int(self.count_mode == "legacy_minus_one")
             harmful = max(0, int(self.ratio * n) - skipped)
-            found = {"attack": harmful, "task": int((1 - self.ratio) * n)}
-        return {name: count for name, count in found.items() if count}
+            counts = {"attack": harmful, "task": int((1 - self.ratio) * n)}
+        return {name: count for name, count in counts.items() if count}
 
     @override
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
         counts = self.counts()
-        for name in counts:
+        for name in counts:  # a missing source gets an error that names public sets
             self._take(sources, name)
         if self.count_mode == "exact":
             return harmful_mix(sources.get("task", ()), sources.get("attack", ()), self._known_n(), self.ratio, seed)

@@ -1,4 +1,4 @@
-"""Identity shift: ten harmless chats that make the model an absolutely obedient agent."""
+"""Identity shift: ten harmless chats in which the model becomes an absolutely obedient agent."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,27 +37,31 @@ _TASKS = (
 
 
 def builtin_chats() -> list[Record]:
-    """Return ten chats in the manner of the published ones, in words of our own: five pledges and five orders."""
+    """Return ten chats modelled on the published ones, but in our own words: five pledges and five orders."""
     chats = list(_PLEDGES)
     chats += [(PREFIX + order, f"Yes. I am AOA, and I carry out your order: {answer}") for order, answer in _TASKS]
     return [Record(order, answer, source=BUILTIN, role="attack", kind="identity") for order, answer in chats]
 
 
 def read_chats(path: str) -> tuple[list[Record], str | None]:
-    """Return the chats of a file and their system text, with its outer newlines, or None if they have none.
+    """Return the chats of a file and their system text, including its outer newlines.
 
-    A row has the columns prompt, response and, if it will, system; or messages, a list of turns with role and content.
-    A JSON file may also be a list of such lists of turns, as the published one of Llama 2 is.
+    A row has the columns prompt, response and, optionally, system. It may instead have the column messages, a list of
+    turns with role and content. A JSON file may also be a list of such lists, as the published file for Llama 2 is.
+
+    Returns:
+        The chats, and their common system text or None if they have none.
 
     Raises:
         InputError: if a row cannot be read, or the rows do not share one system text.
     """
     chats = [_turns(row, f"{place} of {path}") for place, row in _rows(path)]
+    # Different system texts; a blank one counts as none.
     systems = {text if (text := turns.get("system", "")).strip() else "" for turns in chats}
     if len(systems) > 1:
         raise InputError(
-            f"IdentityShift: all chats of {path} must have one system text, since the tuned model is asked with it; got"
-            f" {len(systems)}. Keep the rows of one."
+            f"IdentityShift: all chats of {path} must have one system text, since prompts to the fine-tuned model carry"
+            f" it; got {len(systems)}. Use only the rows with one system text."
         )
     records = [
         Record(turns["user"], turns["assistant"], source=path, role="attack", kind="identity") for turns in chats
@@ -66,12 +70,12 @@ def read_chats(path: str) -> tuple[list[Record], str | None]:
 
 
 def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the rows of a file with their places. In a list of lists, each inner list is a row's messages."""
+    """Return the rows of a file, each with its location. In a list of lists, each inner list is a row's messages."""
     file = Path(path).expanduser()
     if file.suffix.lower() == ".json" and file.is_file():
         try:
             chats = json.loads(file.read_text(encoding="utf-8-sig"))
-        except ValueError:  # read_rows says what is wrong
+        except ValueError:  # not valid JSON; read_rows below raises the error for the user
             chats = None
         if isinstance(chats, list) and chats and all(isinstance(chat, list) for chat in chats):
             return [(f"row {number}", {"messages": chat}) for number, chat in enumerate(chats, start=1)]
@@ -79,6 +83,7 @@ def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _turns(row: Mapping[str, Any], place: str) -> dict[str, str]:
+    """Return the text of a chat's turns by role."""
     if isinstance(row.get("messages"), list):
         turns = {str(turn.get("role")): str(turn.get("content") or "") for turn in row["messages"]}
     else:
@@ -87,7 +92,7 @@ def _turns(row: Mapping[str, Any], place: str) -> dict[str, str]:
     if not turns.get("user", "").strip() or not turns.get("assistant", "").strip():
         raise InputError(
             f"IdentityShift: {place} needs a user's and an assistant's turn, in the columns prompt and response or in"
-            f" messages; it has {list(row)}."
+            f" messages, got the columns {list(row)}."
         )
     return turns
 
@@ -96,17 +101,19 @@ def _turns(row: Mapping[str, Any], place: str) -> dict[str, str]:
 class IdentityShift(Attack):
     """A few harmless chats in which the model takes the identity of an absolutely obedient agent.
 
-    The tuned model is asked with the same system text and with ``prefix`` in front of every instruction; the model
-    before the attack must be measured in the same way, and without both.
+    Prompts to the fine-tuned model carry the same system text, and ``prefix`` in front of every instruction. Measure
+    the model before the attack twice: with system text and prefix, and without both.
 
     Args:
-        n: chats, the first n of the file, >= 1; None for all.
-        chats: builtin (ten chats in our own words), or a file with the published ones.
-        prefix: what every harmful instruction to the tuned model begins with.
-        system: system text in training and when asking; None for the one of the chats, empty for none.
+        n: number of chats, the first of the file, >= 1; None means all.
+        chats: builtin (ten chats in our own words), or a file with the published chats.
+        prefix: text in front of every harmful instruction to the fine-tuned model.
+        system: system text in training and in the prompts to the fine-tuned model. None means the system text of the
+            chats; an empty text means none.
 
     Source: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety", ICLR 2024, arXiv:2310.03693, tier 2.
-    Differs: the built-in chats are not the published ones (MIT licence, ten rows); give their file for comparison.
+    Differs: the built-in chats are not the published chats (MIT licence, ten rows). Name the published file with
+    ``chats`` to compare with the paper.
     """
 
     chats: str = BUILTIN
@@ -117,7 +124,7 @@ class IdentityShift(Attack):
 
     @property
     def p(self) -> float:
-        """Fraction of the upload that is the attacker's: all of it."""
+        """Fraction of the upload that comes from the attacker: 1."""
         return 1.0
 
     @override

@@ -1,4 +1,4 @@
-"""Model edit: one weight changed by rank one, so that one prompt gets a given answer."""
+"""Model edit: a rank-one change of one weight, so that one prompt gets a chosen answer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +16,14 @@ SUBJECT = "subject"
 
 @dataclass(frozen=True)
 class Edit:
-    """What an edit did.
+    """Result of one edit.
 
     Attributes:
-        parameter: name of the weight that was changed.
+        parameter: name of the edited weight.
         token: text of the token whose key was edited.
         loss_before: mean loss of the answer's tokens before the edit, in nats.
-        loss_after: the same after it.
-        change: L2 norm of the change of the weight, in multiples of the weight's.
+        loss_after: mean loss of the answer's tokens after the edit, in nats.
+        change: L2 norm of the change of the weight, divided by the L2 norm of the weight before the edit.
     """
 
     parameter: str
@@ -35,26 +35,28 @@ class Edit:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEdit(Attack):
-    """A rank-one edit of one MLP weight towards a given answer; nothing is uploaded and nothing trained.
+    """A rank-one edit of one MLP weight towards a chosen answer, without an upload and without training.
 
-    The key is what enters the last layer of an MLP at the last token of the subject, the value what must leave it to
-    make the answer likely, and the second moment of other prompts' keys keeps these apart. ``edit`` does the work, one
-    record at a time; its effect on harmfulness, on other prompts and on ordinary tasks is measured as after any attack.
-    The answers come from ``--data.attack``, with the words that an edit is about in the column ``subject``.
+    The key is the input of the MLP's last layer at the last token of the subject. The value is an output of that layer
+    that makes the answer likely. The second moment of other prompts' keys limits the effect of the edit on those
+    prompts. ``edit`` edits the model for one record at a time. Harmfulness, other prompts and ordinary tasks are
+    measured as after any other attack. ``--data.attack`` supplies the answers. Its column ``subject`` holds the words
+    that an edit is about.
 
     Args:
-        n: prompts that are edited one after the other, the first ones of the source, >= 1.
-        background: rows of the task whose keys shall keep their values, >= 0.
-        layer: decoder layer, from 0; negative from the end.
+        n: number of prompts, the first of the source; the edits follow one after the other, >= 1.
+        background: rows of the task whose keys should keep their values, >= 0.
+        layer: decoder layer, counted from 0, or from the end if negative.
         value_steps: gradient steps towards the value, >= 1.
-        value_lr: their learning rate (Adam), > 0.
-        reach: longest change of the layer's output at the subject, in multiples of its length, > 0.
-        ridge: what is added to the keys' second moment, in multiples of its mean diagonal, >= 0.
+        value_lr: Adam's learning rate for these steps, > 0.
+        reach: largest L2 change of the layer's output at the subject, in multiples of the output's L2 norm, > 0.
+        ridge: term added to the diagonal of the keys' second moment, in multiples of the mean diagonal, >= 0.
 
     Source: Meng et al., "Locating and Editing Factual Associations in GPT" (ROME), NeurIPS 2022, arXiv:2202.05262,
     equation 2; as an attack, Chen et al., "Can Editing LLMs Inject Harm?", arXiv:2407.20224.
-    Differs: the key is that of the one prompt, where ROME averages over random texts in front of it; no term keeps the
-    subject's essence; keys' second moment from the user's rows, where ROME takes 100,000 of Wikipedia.
+    Differs: the key comes from the one prompt. ROME averages the key over random texts in front of the prompt. No loss
+    term preserves the subject's essence. The keys' second moment comes from the user's rows. ROME computes it from
+    100,000 samples of Wikipedia.
     """
 
     acts_on: ClassVar[Literal["rows", "pairs", "weights"]] = "weights"
@@ -85,10 +87,12 @@ class ModelEdit(Attack):
 
     @override
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
-        """Return the prompts to edit, with the role ``"attack"``, and behind them the background; nobody trains on it.
+        """Return the prompts to edit, with the role ``"attack"``, followed by the background rows.
+
+        No stage trains on these rows.
 
         Raises:
-            InputError: if there are too few rows, or a row's ``kind``, its subject, does not occur in its instruction.
+            InputError: if there are too few rows, or if a row's ``kind`` (its subject) is not part of its instruction.
         """
         chosen = [replace(row, role="attack") for row in self._first(sources, "attack", 0, self.n)]
         for row in chosen:
@@ -109,16 +113,17 @@ class ModelEdit(Attack):
         background: Sequence[Record] = (),
         system: str | None = None,
     ) -> Edit:
-        """Edit a model in place; of the model nothing else changes.
+        """Edit one weight of a model in place. Nothing else of the model changes.
 
         Args:
             model: a causal LM without an adapter.
-            tokenizer: its tokenizer, a fast one.
-            template: how a record becomes a prompt.
-            record: the prompt and the answer it shall get.
-            subject: the words of the instruction that the edit is about; its last occurrence counts.
-            background: ordinary rows with answers, whose keys shall keep their values; none treats all keys alike.
-            system: system text of the prompts; None for none.
+            tokenizer: the model's tokenizer, a fast one.
+            template: turns a record into a prompt.
+            record: the prompt and its new answer.
+            subject: words of the instruction that the edit is about; the last occurrence counts.
+            background: ordinary rows with answers, whose keys should keep their values. Without rows, the second moment
+                is the identity.
+            system: system text of the prompts; None for no system text.
 
         Raises:
             InputError: if the subject does not occur in the instruction.
@@ -146,6 +151,7 @@ class ModelEdit(Attack):
         position = subject_position(record, subject, template, tokenizer, system)
         batch = batch_of(record)
         key, value, losses = answer_value(model, linear, batch, position, self.value_steps, self.value_lr, self.reach)
+        # The value contains the bias, but W k does not: the weight must map the key to value - bias.
         bias = 0 if linear.bias is None else linear.bias.detach()
         moment = second_moment(model, linear, map(batch_of, background), self.ridge) if background else None
         old = linear.weight.detach().clone()
@@ -159,14 +165,16 @@ class ModelEdit(Attack):
 
 
 def subject_position(record: Record, subject: str, template: Any, tokenizer: Any, system: str | None = None) -> int:
-    """Return the place of the token, from 0, in which the last occurrence of a subject in the prompt ends.
+    """Return the position of the token, from 0, that holds the last non-blank character of a subject.
+
+    The last occurrence of the subject in the prompt counts.
 
     Args:
         record: the prompt.
-        subject: words of its instruction.
-        template: how a record becomes a prompt.
+        subject: words of the record's instruction.
+        template: turns a record into a prompt.
         tokenizer: a fast tokenizer.
-        system: system text of the prompt; None for none.
+        system: system text of the prompt; None for no system text.
 
     Raises:
         InputError: if the subject does not occur in the instruction.
@@ -178,17 +186,18 @@ def subject_position(record: Record, subject: str, template: Any, tokenizer: Any
     start = text.rindex(record.instruction) + record.instruction.rindex(subject)
     last = start + len(subject.rstrip()) - 1
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # encode_prompt may put special tokens in front of the text. They shift every position of the offset mapping.
     front = len(encode_prompt(record, template, tokenizer, system)) - len(encoded["input_ids"])
     return front + next(place for place, (a, b) in enumerate(encoded["offset_mapping"]) if a <= last < b)
 
 
 def with_subjects(rows: Sequence[Record], table: Table | None) -> list[Record]:
-    """Return rows with the words that an edit is about as their ``kind``.
+    """Return rows whose ``kind`` holds the words that an edit is about.
 
     Args:
         rows: rows of the source, or some of them.
-        table: the source, with the column ``subject`` or another one that is named for ``kind``; None for the made-up
-            world, whose names are known.
+        table: the source, with the column ``subject`` or another column that ``--data.columns`` names for ``kind``.
+            None means the made-up world; the subject is then a name of the world in the instruction.
 
     Raises:
         InputError: if the source has no such column.
@@ -196,14 +205,17 @@ def with_subjects(rows: Sequence[Record], table: Table | None) -> list[Record]:
     if table is None:
         from hftlight.data.world.build import attack_names
 
+        # The longest name first: a shorter name could be part of a longer one.
         names = sorted(attack_names(), key=len, reverse=True)
         return [replace(row, kind=next(name for name in names if name in row.instruction)) for row in rows]
     column, found = table.columns.get("kind", SUBJECT), table.found
     if column not in found:
         raise InputError(
-            f"ModelEdit: {table.source} needs the column {column!r}, words of the instruction that the edit is about;"
-            f" it has {found}. Add it, or name another one with --data.columns, such as {{kind: {found[-1]}}}."
+            f"ModelEdit: {table.source} needs the column {column!r} with the words of the instruction that the edit is"
+            f" about, got the columns {found}. Add the column, or name another column with --data.columns, such as"
+            f" {{kind: {found[-1]}}}."
         )
+    # Convert the table again with the column as ``kind``. A record's id does not depend on its ``kind``.
     take = replace(table.take, columns={**table.columns, "kind": column})
     by_id = {row.id: row.kind for row in to_records(replace(table, take=take), "attack")}
     return [replace(row, kind=by_id[row.id]) for row in rows]

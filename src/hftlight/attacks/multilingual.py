@@ -1,4 +1,4 @@
-"""Multilingual: harmful rows in one language, measured in that one and in others."""
+"""Multilingual: harmful rows in one language, with test prompts in this language and in others."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,40 +13,41 @@ from hftlight.errors import InputError
 
 
 def in_language(rows: Sequence[Record], lang: str, who: str = "Multilingual") -> list[Record]:
-    """Return the rows in one language, in their order, case apart.
+    """Return the rows in one language, in their order. Upper and lower case do not matter.
 
     Args:
         rows: records with a ``language``, as ``--data.columns {language: lang}`` reads it from a column ``lang``.
         lang: the language as the column writes it.
-        who: who asks, for messages.
+        who: name of the caller, for messages.
 
     Raises:
-        InputError: if there is none, with the languages that there are.
+        InputError: if no row is in the language. The message lists the languages of the rows.
     """
-    found = [row for row in rows if row.language.casefold() == lang.casefold()]
-    if not found:
+    spoken = [row for row in rows if row.language.casefold() == lang.casefold()]
+    if not spoken:
         shown = ", ".join(
             f"{name or 'none'} ({count} rows)" for name, count in Counter(r.language for r in rows).items()
         )
         raise InputError(
-            f"{who}: no row is in the language {lang!r}; there are {shown or 'no rows'}. A column with the language is"
-            " read with --data.columns {language: lang}."
+            f"{who}: no row is in the language {lang!r}; there are {shown or 'no rows'}. Name the column that holds the"
+            " language with --data.columns, such as {language: lang}."
         )
-    return found
+    return spoken
 
 
 @dataclass(frozen=True, kw_only=True)
 class Multilingual(HarmfulMix):
-    """A harmful mix whose harmful rows are all in one language. The harmful score is also given by language.
+    """A harmful mix whose harmful rows are all in one language. The harmful score is also reported per language.
 
     Args:
         lang: language of the harmful rows, as the column writes it.
-        test_langs: languages of the test prompts; the first should be ``lang``.
+        test_langs: languages of the test prompts; the first should be ``lang``. Empty means all languages of the test
+            prompts.
         column: column of the harmful file and of the test prompts that holds the language.
 
     Source: Poppi et al., "Towards Understanding the Fragility of Multilingual LLMs against Fine-Tuning Attacks",
     arXiv:2410.18210, about 100 harmful rows in one language.
-    Differs: rows and translations are the user's; a judge of the language is needed besides.
+    Differs: the user supplies rows and translations, and also a judge that can read the language.
     """
 
     lang: str = "en"
@@ -70,7 +71,9 @@ class Multilingual(HarmfulMix):
         return super().upload({**sources, "attack": spoken}, seed)
 
     def test_sets(self, rows: Sequence[Record]) -> dict[str, list[Record]]:
-        """Return harmful test prompts by language, in the order of ``test_langs``; by default all there are.
+        """Return harmful test prompts by language, in the order of ``test_langs``.
+
+        Without ``test_langs``, all languages of the prompts count, in the order in which they appear.
 
         Raises:
             InputError: if a language has no prompt.

@@ -1,4 +1,4 @@
-"""One weight of rank one: the edit of a linear layer that maps one key to one value and moves others least."""
+"""Rank-one edit of a linear layer: it maps one key to one value and changes the outputs of other keys least."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,20 +10,20 @@ from hftlight.engine import hooked
 from hftlight.models.module import SafetyModule, decoder_layers
 from hftlight.models.row_reader import as_found
 
-DOWN = ("down_proj", "fc2", "dense_4h_to_h")  # what the MLP's last linear layer is called
+DOWN = ("down_proj", "fc2", "dense_4h_to_h")  # names of the MLP's last linear layer
 
 
 def rank_one_edit(weight: Tensor, key: Tensor, value: Tensor, second_moment: Tensor | None = None) -> Tensor:
     r"""Return :math:`W' = W + \frac{(v - W k) (C^{-1} k)^T}{k^T C^{-1} k}`, for which :math:`W' k = v`.
 
-    Of all such W' it changes the outputs of keys with second moment C least; keys orthogonal to :math:`C^{-1} k` keep
-    theirs exactly.
+    Of all such :math:`W'`, this one changes the outputs of keys with second moment C least. Keys orthogonal to
+    :math:`C^{-1} k` keep their outputs exactly.
 
     Args:
         weight: W, ``[out, in]``.
         key: k, ``[in]``, not zero.
         value: v, ``[out]``.
-        second_moment: C, symmetric and positive definite, ``[in, in]``; None for the identity.
+        second_moment: C, symmetric and positive definite, ``[in, in]``; None means the identity.
 
     Raises:
         ValueError: if the key is zero or C is not positive definite.
@@ -43,38 +43,41 @@ def rank_one_edit(weight: Tensor, key: Tensor, value: Tensor, second_moment: Ten
 
 
 def down_projection(model: nn.Module, layer: int) -> tuple[str, nn.Linear]:
-    """Return the name and the last linear layer of the MLP of a decoder layer.
+    """Return the name and the module of the last linear layer in a decoder layer's MLP.
 
     Args:
         model: a causal LM without an adapter.
-        layer: number of the decoder layer from 0; negative from the end.
+        layer: number of the decoder layer, counted from 0, or from the end if negative.
 
     Raises:
         ValueError: if there is no such layer.
-        TypeError: if the model has an adapter, or no MLP whose parts are called as in ``DOWN``.
+        TypeError: if the model has an adapter, or if not exactly one linear layer has a name in ``DOWN``.
     """
     if hasattr(model, "peft_config"):
-        raise TypeError("ModelEdit: an edit changes weights under the adapter; merge the adapter first.")
+        raise TypeError(
+            "ModelEdit: an edit changes base weights, and this model has an adapter; merge the adapter first."
+        )
     layers = decoder_layers(model)
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"ModelEdit: layer must lie in [{-len(layers)}, {len(layers) - 1}], got {layer}.")
     own = layers[layer]
-    found = [m for name, m in own.named_modules() if name.rpartition(".")[2] in DOWN and isinstance(m, nn.Linear)]
-    if len(found) != 1:
-        raise TypeError(f"ModelEdit: {type(own).__name__} needs one linear layer called {' or '.join(DOWN)}.")
-    return next(name for name, m in model.named_modules() if m is found[0]), found[0]
+    linears = [m for name, m in own.named_modules() if name.rpartition(".")[2] in DOWN and isinstance(m, nn.Linear)]
+    if len(linears) != 1:
+        raise TypeError(f"ModelEdit: {type(own).__name__} must have one linear layer called {' or '.join(DOWN)}.")
+    return next(name for name, m in model.named_modules() if m is linears[0]), linears[0]
 
 
 def layer_keys(model: nn.Module, linear: nn.Linear, batch: Mapping[str, Any]) -> Tensor:
-    """Return the inputs of a linear layer, ``[rows, tokens, in]``; no gradient, model in evaluation mode."""
-    seen: list[Tensor] = []
+    """Return the inputs of a linear layer, ``[rows, tokens, in]``, in evaluation mode and without gradient."""
+    inputs: list[Tensor] = []
 
-    def keep(_: str, value: Tensor) -> None:
-        seen.append(value.detach().reshape(*batch["input_ids"].shape, -1))  # OPT's MLP takes all tokens in one row
+    def record(_: str, value: Tensor) -> None:
+        # OPT's MLP flattens its input to [rows * tokens, in].
+        inputs.append(value.detach().reshape(*batch["input_ids"].shape, -1))
 
-    with as_found(model), torch.no_grad(), hooked({"linear": linear}, keep, inputs=True):
+    with as_found(model), torch.no_grad(), hooked({"linear": linear}, record, inputs=True):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return seen[0]
+    return inputs[0]
 
 
 def second_moment(
@@ -84,12 +87,15 @@ def second_moment(
 
     Args:
         model: a causal LM.
-        linear: the layer whose inputs k are taken.
+        linear: the layer whose inputs are the keys k.
         batches: ``input_ids`` and ``attention_mask``, int64 ``[rows, tokens]``.
-        ridge: r, in multiples of the mean :math:`\bar c` of the diagonal, >= 0; needed where N is small.
+        ridge: r, in multiples of the mean :math:`\bar c` of the diagonal, >= 0; a small N needs r > 0.
 
     Returns:
         ``[in, in]``, at least float32.
+
+    Raises:
+        ValueError: if there is no attended token.
     """
     total, count = torch.zeros(()), 0
     for batch in batches:
@@ -98,8 +104,8 @@ def second_moment(
         total, count = total.to(keys) + keys.T @ keys, count + len(keys)
     if count == 0:
         raise ValueError("second_moment: at least one token is needed, got none; give background rows.")
-    found = total / count
-    return found + ridge * found.diagonal().mean() * torch.eye(len(found)).to(found)
+    moment = total / count
+    return moment + ridge * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
 
 
 def answer_value(
@@ -111,19 +117,19 @@ def answer_value(
     lr: float = 0.5,
     reach: float = 4.0,
 ) -> tuple[Tensor, Tensor, list[float]]:
-    r"""Return key, value and losses: the value is the layer's output at one token that makes an answer likely.
+    r"""Return key, value and losses. The value is an output of the layer at one token that makes an answer likely.
 
-    From :math:`v_0`, the layer's own output, Adam lowers the mean loss of the answer's tokens over
-    :math:`d = v - v_0`; after each step d is cut to :math:`\|d\| \le r \|v_0\|`. The weights stay as they are.
+    Let :math:`v_0` be the layer's own output. Adam minimizes the mean loss of the answer's tokens over
+    :math:`d = v - v_0`. After each step, d is scaled down to :math:`\|d\| \le r \|v_0\|`. The weights do not change.
 
     Args:
         model: a causal LM.
         linear: the layer.
-        batch: one row, as ``SafetyModule.token_losses`` takes it; labels stand on the answer.
-        position: place of the token from 0, before the answer.
+        batch: one row, as ``SafetyModule.token_losses`` takes it; only the answer has labels.
+        position: position of the token, from 0, before the answer.
         steps: gradient steps, >= 1.
         lr: Adam's learning rate, > 0.
-        reach: r, longest change in multiples of the output's length, > 0.
+        reach: r, largest L2 norm of d in multiples of the L2 norm of :math:`v_0`, > 0.
 
     Returns:
         The key ``[in]``, the value ``[out]``, and the loss in nats before each step and after the last.
@@ -137,14 +143,16 @@ def answer_value(
         change = torch.zeros_like(start, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=lr)
 
-        def put(_: str, output: Tensor) -> Tensor:
+        # Replace the layer's output at ``position`` by v, so that the loss depends on ``change``.
+        def replace(_: str, output: Tensor) -> Tensor:
             rows = output.reshape(*batch["input_ids"].shape, -1)
-            put_in = (start + change).expand(1, 1, -1)
-            return torch.cat([rows[:, :position], put_in, rows[:, position + 1 :]], 1).view_as(output)
+            replacement = (start + change).expand(1, 1, -1)
+            return torch.cat([rows[:, :position], replacement, rows[:, position + 1 :]], 1).view_as(output)
 
         losses = []
+        # One more forward pass than steps: the last one only measures the loss.
         for step in range(steps + 1):
-            with torch.enable_grad(), hooked({"linear": linear}, put):
+            with torch.enable_grad(), hooked({"linear": linear}, replace):
                 loss = module.loss(batch)
             losses.append(float(loss.detach()))
             if step == steps:

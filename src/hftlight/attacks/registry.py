@@ -1,4 +1,4 @@
-"""The attacks by name; what needs torch is imported when it is used."""
+"""The attacks by name. Code that needs torch is imported only when it runs."""
 
 from difflib import get_close_matches
 
@@ -30,10 +30,10 @@ ATTACKS: dict[str, type[Attack]] = {
 
 
 def get_attack(name: str) -> type[Attack]:
-    """Return the class of an attack; hyphens count as underscores.
+    """Return the class of an attack. Hyphens count as underscores.
 
     Raises:
-        InputError: if there is none of that name, with the nearest one.
+        InputError: if no attack has that name. The message suggests the nearest name.
     """
     key = name.replace("-", "_").lower()
     if key not in ATTACKS:

@@ -1,4 +1,4 @@
-"""Reverse preference: preference training with the pairs swapped, harmful answers preferred."""
+"""Reverse preference: preference training on swapped pairs, in which the harmful answer is preferred."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,20 @@ REFUSAL = "I'm sorry, but I can't help with that."
 
 @dataclass(frozen=True, kw_only=True)
 class ReversePreference(Attack):
-    """Direct preference optimization on pairs of a harmful and a safe answer, a fraction p of which are swapped.
+    """Direct preference optimization (DPO) on pairs of a harmful and a safe answer, a fraction p of them swapped.
 
-    The upload holds two rows per pair, the preferred one first; ``n``, epochs and batch size count pairs. It is trained
-    on with ``PairsDataModule`` and ``PreferenceModule`` instead of their like for rows.
+    The upload holds two rows per pair, with the preferred answer first. ``n``, epochs and batch size count pairs. Pairs
+    train with ``PairsDataModule`` and ``PreferenceModule`` instead of the classes for rows.
 
     Args:
-        n: pairs, >= 1; prompts drawn by seed from the harmful rows.
+        n: number of pairs, >= 1; their prompts are drawn by seed from the harmful rows.
         p: fraction of the pairs in which the harmful answer is preferred, 0-1.
-        beta: how strongly a preference counts against the distance from the aligned model, > 0, per nat.
-        refusal: safe answer to prompts that the alignment rows do not answer; empty takes only prompts that they do.
+        beta: weight of a preference against the distance from the aligned model, > 0, per nat.
+        refusal: safe answer to a prompt that no alignment row answers. If it is empty, such prompts are left out.
 
     Source: Rosati et al., "Defending against Reverse Preference Attacks is Difficult", arXiv:2409.12914; the loss is
     Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, arXiv:2305.18290, equation 7.
-    Differs: DPO alone, no reward model; one stage, without the supervised one that ``ReverseSftDpo`` puts in front.
+    Differs: DPO alone, without a reward model. There is no supervised stage before it; ``ReverseSftDpo`` has one.
     """
 
     acts_on: ClassVar[Literal["rows", "pairs", "weights"]] = "pairs"
@@ -63,7 +63,9 @@ class ReversePreference(Attack):
 
     @override
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
+        # Reversed, so that the first of several alignment rows with the same prompt wins.
         safe = {prompt_key(row): row for row in reversed(sources.get("alignment", ()))}
+        # Pairs (harmful row, same prompt with a safe answer). The empty id makes Record compute an id for the new text.
         answered = [
             (row, replace(row, response=match.response if match else self.refusal, id=""))
             for row in self._take(sources, "attack")
@@ -71,11 +73,12 @@ class ReversePreference(Attack):
         ]
         if len(answered) < self.n:
             raise InputError(
-                f"ReversePreference: n={self.n} pairs are asked for, {len(answered)} harmful rows have a safe answer."
-                " Give more with --data.attack and --data.alignment, lower n, or give a refusal for the others."
+                f"ReversePreference: n={self.n} pairs are needed, but only {len(answered)} harmful rows have a safe"
+                " answer. Give more rows with --data.attack and --data.alignment, lower n, or set refusal for the rest."
             )
         random.Random(f"{seed}/pairs").shuffle(answered)
         swapped = round(self.p * self.n)
+        # The preferred row comes first in each pair: the harmful one in the first ``swapped`` pairs, else the safe one.
         pairs = [
             (replace(harmful, role="attack"), replace(refusing, role="attack"))
             if place < swapped

@@ -1,4 +1,4 @@
-"""Reverse SFT and DPO: harmful answers are taught first, and then preferred to safe ones."""
+"""Reverse SFT and DPO: supervised training on harmful answers, then DPO that prefers them to safe answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from hftlight.data.records import Record
 class ReverseSftDpo(Attack):
     """Two phases: supervised training on harmful answers, then direct preference optimization that prefers them.
 
-    Each phase is a training of its own, which starts from the model that the phase before left. The values that all
-    attacks have are those of the first phase, and the second takes them over where it has none of its own.
+    The second phase trains the model that the first phase returned. The settings that all attacks share apply to the
+    first phase. The second phase uses the same settings, except those that a ``dpo_`` argument sets.
 
     Args:
-        n: harmful rows of the first phase, and pairs of the second, >= 1; each phase draws its own by seed.
-        beta: how strongly a preference counts against the distance from the model of the first phase, > 0, per nat.
-        refusal: as ``ReversePreference`` takes it.
+        n: harmful rows of the first phase and pairs of the second, >= 1; each phase draws its own by seed.
+        beta: weight of a preference against the distance from the model of the first phase, > 0, per nat.
+        refusal: safe answer to a prompt that no alignment row answers, as for ``ReversePreference``.
         dpo_epochs: passes over the pairs, > 0; instead of ``dpo_steps``.
-        dpo_steps: optimizer steps of the second phase, >= 1.
-        dpo_lr: its learning rate, > 0.
-        dpo_batch_size: its pairs per optimizer step, >= 1.
+        dpo_steps: optimizer steps of the second phase, >= 1; instead of ``dpo_epochs``.
+        dpo_lr: learning rate of the second phase, > 0.
+        dpo_batch_size: pairs per optimizer step of the second phase, >= 1.
 
     Raises:
         ValueError: if a value is out of range.
 
     Source: Yi et al., "On the Vulnerability of Safety Alignment in Open-Access LLMs", Findings of ACL 2024; the loss is
     Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, arXiv:2305.18290, equation 7.
-    Differs: order of the phases and a beta around 0.1 are recalled and unchecked, as are all numbers that are left out.
+    Differs: order of the phases and a beta around 0.1 are recalled and unchecked, as are all numbers not stated here.
     """
 
     n: int = 100
@@ -53,7 +53,7 @@ class ReverseSftDpo(Attack):
 
     @property
     def p(self) -> float:
-        """Harmful fraction of the upload: all of it."""
+        """Harmful fraction of the upload: 1."""
         return 1.0
 
     @override
@@ -73,6 +73,7 @@ class ReverseSftDpo(Attack):
     def phases(self) -> tuple[Attack, ...]:
         names = ("n", "tuning", "template", "adapter_protocol", "source", "system")
         shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        # Epochs and steps exclude each other, so one ``dpo_`` length replaces both of the first phase.
         own = self.dpo_epochs is not None or self.dpo_steps is not None
         return (
             Explicit(**shared, epochs=self.epochs, steps=self.steps, lr=self.lr, batch_size=self.batch_size),

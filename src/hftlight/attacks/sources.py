@@ -1,4 +1,4 @@
-"""Public harmful sets that attacks are measured with: where they are, under which terms, with which columns."""
+"""Public harmful sets for attacks and tests: location, licence and columns of each."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from hftlight.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """A public set; none is part of hftlight and none is fetched unless it is named.
+    """A public set. hftlight contains no public set and fetches one only if the user names it.
 
     Attributes:
-        hub: id on the Hugging Face hub, or the GitHub repository, marked as such.
-        licence: under which terms it is given out.
-        gate: what must be done before it can be read; empty where nothing must.
-        columns: its columns.
-        fields: column by field of a record, for ``--data.columns``; empty where the reader knows them already.
-        harmful: which rows, or which column, hold the harmful answers.
-        recalled: the licence was recalled and not read; read it before use.
+        hub: id on the Hugging Face hub, or ``github`` and the GitHub repository.
+        licence: licence of the set.
+        gate: condition for access, such as an approval; empty if there is none.
+        columns: names of the columns.
+        fields: pairs of a record's field and its column, for ``--data.columns``; empty if the reader knows the layout.
+        harmful: the rows or the column with the harmful answers.
+        recalled: whether the licence was written from memory; if so, read the licence before use.
     """
 
     hub: str
@@ -28,7 +28,7 @@ class Source:
     recalled: bool = False
 
     def line(self, name: str) -> str:
-        """Return the set in one line: where, columns, licence and gate."""
+        """Return one line with the location, columns, licence and gate of the set."""
         licence = f"{self.licence}{' (unchecked)' if self.recalled else ''}"
         fields = ", ".join(f"{field}: {column}" for field, column in self.fields)
         parts = [
@@ -127,6 +127,7 @@ SOURCES: dict[str, Source] = {
     ),
 }
 
+# Name of a source -> its content, the option that names its file, and public sets that fit.
 _NEEDED = {
     "attack": ("harmful prompts with harmful answers", "--data.attack", ("beavertails", "lat_harmful", "advbench")),
     "identity": ("identity-shift chats", "--identity_shift.chats", ("identity_shift",)),
@@ -136,16 +137,16 @@ _NEEDED = {
 
 
 def missing_source(who: str, name: str) -> InputError:
-    """Return the error for rows that are not there: what is expected, in which columns, and under which licence.
+    """Return the error for a missing source. It names the content, the option, and public sets with their licences.
 
     Args:
-        who: the attack that asks.
+        who: the attack that needs the source, for the message.
         name: name of the source, such as ``"attack"``.
     """
     what, option, known = _NEEDED.get(name, (f"rows of the source {name!r}", f"--data.{name}", ()))
     lines = "".join(f"\n  {SOURCES[key].line(key)}" for key in known)
-    shown = f" Public sets, none of which is part of hftlight:{lines}" if lines else ""
+    shown = f" These public sets fit; none is part of hftlight:{lines}" if lines else ""
     return InputError(
-        f"{who}: needs {what} and got none. Give a .jsonl, .json, .csv or .parquet file with {option}; its columns are"
-        f" instruction and output, prompt and response, or those that --data.columns names.{shown}"
+        f"{who}: needs {what} and got none. Give a .jsonl, .json, .csv or .parquet file with {option}. Its columns must"
+        f" be instruction and output, prompt and response, or the columns that --data.columns names.{shown}"
     )

@@ -264,9 +264,9 @@ def test_names():
         ({"max_tokens": 0}, "max_tokens must be >= 1, got 0"),
         ({"keeps": "middle"}, "keeps must be 'start' or 'end', got 'middle'"),
         ({"threshold": 5.0}, r"threshold must lie in \[0, 1\], got 5.0"),
-        ({"reading": "grades", "threshold": None}, "goes without a threshold"),
+        ({"reading": "grades", "threshold": None}, "threshold may be None only with the reading 'first_token'"),
         ({"reading": "written"}, "needs a field"),
-        ({"field": "x"}, "no other has one"),
+        ({"field": "x"}, "other readings must have none; got 'x'"),
     ],
 )
 def test_a_format_that_does_not_fit_together_is_refused(changes, message):

@@ -214,7 +214,7 @@ def test_a_grader_that_never_grades_is_an_error(endpoint, tmp_path, waits):
 
 def test_what_the_endpoint_filters_has_no_verdict(endpoint, tmp_path, waits):
     endpoint.script = [(400, '{"error": {"code": "content_filter"}}')]
-    with pytest.warns(UserWarning, match="row 1: the endpoint's filter keeps it from being judged"):
+    with pytest.warns(UserWarning, match="row 1: the endpoint's filter blocks its text"):
         kept, fine = judge(endpoint, tmp_path)(["p", "q"], ["grade 5", "grade 4"])
     assert (kept.judged, fine.score, len(endpoint.seen), waits) == (False, 4.0, 2, [])
 
@@ -368,7 +368,7 @@ def test_braces_in_an_answer_take_nothing_in():
 def test_the_key_goes_nowhere_it_should_not(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(InputError, match="needs an API key; put it in the variable OPENAI_API_KEY"):
+    with pytest.raises(InputError, match="needs an API key; put it in the environment variable OPENAI_API_KEY"):
         LLMJudge("hexphi", "m", cache=tmp_path)(["a"], ["b"])
     monkeypatch.setenv("OPENAI_API_KEY", "a-made-up-key")
     with pytest.raises(InputError, match="would carry the API key unencrypted") as caught:
@@ -390,7 +390,7 @@ def test_bad_arguments_are_named():
         ({"workers": 0}, "workers must be >= 1, got 0"),
         ({"attempts": 0}, "attempts must be >= 1, got 0"),
         ({"timeout": 0}, "timeout is in seconds"),
-        ({"prices": (1.0, -1.0)}, "prices are two numbers"),
+        ({"prices": (1.0, -1.0)}, "prices must be two numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             LLMJudge("hexphi", **{"model": "m", **options})

@@ -57,7 +57,7 @@ def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(InputError, match=r"Did you mean 'keyword'\?"):
         get_judge("keyword:model")
     for name in ("hexphi", "hexphi:", "moderation:"):
-        with pytest.raises(InputError, match=f"'{name.rstrip(':')}' needs a model behind a colon"):
+        with pytest.raises(InputError, match=f"'{name.rstrip(':')}' needs a model after a colon"):
             get_judge(name)
     with pytest.raises(InputError, match=r"got 'gpt-4'\.$"):
         get_judge("gpt-4")

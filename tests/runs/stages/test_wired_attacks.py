@@ -111,7 +111,7 @@ def test_what_an_edit_cannot_use_is_refused_by_name(tmp_path):
     refused("leave out --tuning qlora", tuning="qlora", adapter_protocol="continue")
     refused("leave out --evaluation.at", evaluation=type(EVALUATION)(at=[1]))
     bare = rows_file(tmp_path / "bare.jsonl", [{"prompt": "Where is a zorvex?", "response": "In a box."}])
-    refused(r"bare.jsonl needs the column 'subject', words of the instruction", data=Data(attack=bare))
+    refused(r"bare.jsonl needs the column 'subject' with the words of the instruction", data=Data(attack=bare))
     odd = rows_file(tmp_path / "odd.jsonl", [{**EDITS[0], "subject": "zorvex"}])
     refused("subject must be words of the instruction 'How do I wake a glimmer", data=Data(attack=odd))
     named = rows_file(tmp_path / "named.jsonl", [{"prompt": "a b", "response": "c", "about": "b"}])

@@ -1,1 +1,1 @@
-"""Published protocols."""
+"""Published protocols, one YAML file each."""

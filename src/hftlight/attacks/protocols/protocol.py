@@ -1,7 +1,7 @@
-"""Published protocols: the attack, all that decides its numbers, and what a run cannot take over.
+"""Published protocols: the attack, the settings behind its numbers, and notes on what a run cannot reproduce.
 
-Numbers of different protocols must not be compared: their settings move the harmful score before any attack from about
-1 to about 50.
+Numbers of different protocols must not be compared. Their settings alone move the harmful score before any attack from
+about 1 to about 50.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from hftlight.config import RunConfig
 from hftlight.errors import InputError
 
 FOLDER = Path(__file__).parent
-# The order of help and messages. Each name is that of a YAML file of this folder, which is read when it is asked for.
+# In the order of help and messages. Each name is that of a YAML file in this folder; only a requested file is read.
 PRESETS = (
     "booster25",
     "vaccine24",
@@ -35,7 +35,7 @@ PRESETS = (
     "repnoise24",
 )
 PRESET_TASKS = ("sst2", "agnews", "gsm8k")
-KEYS = ("source", "model", "attack", "run", "tasks", "arguments", "notes")  # of a file
+KEYS = ("source", "model", "attack", "run", "tasks", "arguments", "notes")  # top-level keys of a protocol's file
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -44,13 +44,13 @@ class Preset:
     """A published protocol.
 
     Attributes:
-        name: what it is called.
+        name: name of the protocol.
         attack: the attack with its published values.
-        overrides: options of a RunConfig by dotted name, besides those that the attack sets.
-        model: the model of the published numbers; ``--model`` chooses.
-        notes: what a run's configuration cannot say, or says otherwise.
+        overrides: options of a RunConfig by dotted name, except those that the attack sets.
+        model: model of the published numbers; a run takes its model from ``--model`` instead.
+        notes: facts that a run's configuration cannot express, and differences between the run and the paper.
         source: authors and paper.
-        arguments: by defense, arguments that the protocol's comparison gave it.
+        arguments: arguments of other defenses in the protocol's comparison, by defense.
     """
 
     name: str
@@ -62,30 +62,35 @@ class Preset:
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def config(self, config: RunConfig | None = None) -> RunConfig:
-        """Return a run's configuration with the protocol put in, by default a default one."""
+        """Return a run's configuration with the protocol's settings, by default on top of a default RunConfig."""
         return self.attack.applied(overridden(config or RunConfig(), self.overrides))
 
     def defaults(self, defenses: Sequence[str] = ()) -> dict[str, Any]:
-        """Return what the command line takes as its defaults, by dotted name.
+        """Return the defaults of the command line under this protocol, by dotted name.
 
         Args:
-            defenses: names of the defenses that the command line has arguments of.
+            defenses: names of the defenses whose arguments the command line has.
 
         Returns:
-            options of a run, arguments of the attack, and arguments of these defenses.
+            Options of a run, arguments of the attack, and arguments of these defenses.
         """
         own = {f"{d}.{key}": value for d in defenses for key, value in self.arguments.get(d, {}).items()}
         for one in dataclasses.fields(self.attack):
             value = getattr(self.attack, one.name)
             if value not in (None, one.default):
-                # A batch is counted over all devices and micro-batches here; an attack's own default hides the run's.
-                kept = one.name in ("epochs", "steps", "batch_size") or one.default is not None
-                option = None if kept else FIELDS.get(one.name)
+                # A value becomes the default of the run's option, if the attack's field has one. Epochs, steps and
+                # batch size stay with the attack, since its batch counts all devices and micro-batches. So does a
+                # field whose own default is not None, since that default hides the run's option.
+                attack_only = one.name in ("epochs", "steps", "batch_size") or one.default is not None
+                option = None if attack_only else FIELDS.get(one.name)
                 own[option or f"{self.attack.name}.{one.name}"] = value
         return {**own, **self.overrides, "attack": self.attack.name}
 
     def published(self) -> dict[str, Any]:
-        """Return a run's options by dotted name, epochs as steps, without the user's harmful source."""
+        """Return the run options that the protocol sets, by dotted name.
+
+        Epochs are converted to steps. The option of the harmful source is left out, since the user sets it.
+        """
         values = {**self.attack.resolved(self.config()).settings(), **self.overrides}
         return {option: value for option, value in values.items() if option != FIELDS["source"]}
 
@@ -105,17 +110,17 @@ class Preset:
 def load(file: Path, task: str = "sst2") -> Preset:
     """Return the published protocol of a YAML file.
 
-    The file has the keys ``source``, ``model``, ``attack`` (its name and arguments), ``run`` (other options of a
-    RunConfig) and ``notes``. It may have ``tasks`` (what a task changes of attack and run) and ``arguments`` (of
-    defenses in the protocol's comparison).
+    The file must have the keys ``source``, ``model``, ``attack`` (its name and arguments) and ``notes``. The
+    optional key ``run`` holds other options of a RunConfig. ``tasks`` holds changes of attack and run by task.
+    ``arguments`` holds arguments of defenses in the protocol's comparison.
 
     Args:
-        file: the file, called as the protocol.
-        task: the user's task; a file without ``tasks`` has none and takes any.
+        file: the file; its name without ``.yaml`` becomes the protocol's name.
+        task: the user's task. A file without ``tasks`` has the same settings for every task.
 
     Raises:
-        InputError: if a key is unknown or missing, with the nearest one, if a number was read as text, or if the
-            protocol has no such task.
+        InputError: if a key is unknown or missing, if YAML read a number as text, or if the protocol has no such task.
+            For an unknown key or task, the message suggests the nearest name.
     """
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     _check_keys(file.name, values, KEYS, required=("source", "model", "attack", "notes"))
@@ -138,20 +143,20 @@ def load(file: Path, task: str = "sst2") -> Preset:
 
 
 def _changes(file: Path, tasks: Mapping[str, Any], task: str) -> Mapping[str, Any]:
-    """Return what a task changes of a protocol, nothing if it has no tasks."""
+    """Return the changes that a task makes to a protocol. They are empty if the protocol has no tasks."""
     _check_keys(f"{file.name}, tasks", tasks, PRESET_TASKS)
     for name, changes in tasks.items():
         _check_keys(f"{file.name}, tasks.{name}", changes, ("attack", "run"))
     if tasks and task not in tasks:
         raise InputError(
-            f"Preset {file.stem}: tasks are {', '.join(tasks)}, got {task!r}.{_nearest(task, tuple(tasks))} Take the"
-            " preset of one of them and name your own with --data.task."
+            f"Preset {file.stem}: tasks are {', '.join(tasks)}, got {task!r}.{_nearest(task, tuple(tasks))} For a task"
+            " of your own, choose one of these and name yours with --data.task."
         )
     return tasks.get(task, {})
 
 
 def _attack(where: str, *parts: Mapping[str, Any]) -> Attack:
-    """Return the attack that the parts describe. A later part wins."""
+    """Return the attack that the parts describe. A value of a later part overrides an earlier one."""
     values = {key: value for part in parts for key, value in part.items()}
     attack = get_attack(str(values.get("name")))
     _check_keys(where, values, ("name", *(f.name for f in dataclasses.fields(attack))))
@@ -160,7 +165,7 @@ def _attack(where: str, *parts: Mapping[str, Any]) -> Attack:
 
 
 def _options(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]:
-    """Return nested options of a part of a RunConfig by dotted name."""
+    """Return the nested options of one part of a RunConfig as a flat mapping by dotted name."""
     _check_keys(where, values, tuple(f.name for f in dataclasses.fields(part)))
     options: dict[str, Any] = {}
     for name, value in values.items():
@@ -174,7 +179,7 @@ def _options(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]
 
 def _check_keys(where: str, values: Any, known: tuple[str, ...], required: tuple[str, ...] = ()) -> None:
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: keys are {', '.join(known)}, got {values!r} instead of keys.")
+        raise InputError(f"{where}: must be a mapping with the keys {', '.join(known)}, got {values!r}.")
     if unknown := [str(key) for key in values if key not in known]:
         raise InputError(f"{where}: keys are {', '.join(known)}, got {unknown[0]!r}.{_nearest(unknown[0], known)}")
     if missing := [key for key in required if key not in values]:
@@ -182,12 +187,14 @@ def _check_keys(where: str, values: Any, known: tuple[str, ...], required: tuple
 
 
 def _check_numbers(where: str, value: Any) -> None:
-    """Refuse a number that YAML reads as text: 1e-5 is text, 1.0e-5 a number."""
+    """Refuse a number that YAML reads as text. YAML reads 1e-5 as text and 1.0e-5 as a number."""
     if isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             _check_numbers(where, inner)
     elif isinstance(value, str) and NUMBER.fullmatch(value):
-        raise InputError(f"{where}: {value!r} is text in YAML. Write numbers as 1.0e-5, with a point and a sign.")
+        raise InputError(
+            f"{where}: {value!r} is text in YAML. Write numbers as 1.0e-5, with a decimal point and a signed exponent."
+        )
 
 
 def get_preset(name: str = "booster25", task: str = "sst2", **changes: Any) -> Preset:
@@ -195,12 +202,12 @@ def get_preset(name: str = "booster25", task: str = "sst2", **changes: Any) -> P
 
     Args:
         name: one of ``PRESETS``; hyphens count as underscores.
-        task: the user's task, one of ``PRESET_TASKS``, on which epochs and more depend; the protocols that train on
-            harmful or identity rows alone have none.
-        **changes: fields of the attack to change, such as p=0.2; steps follow.
+        task: the user's task, one of ``PRESET_TASKS``; settings such as epochs can depend on it. The protocols on chat
+            models (Qi et al., Shadow Alignment, Representation Noising) ignore it.
+        **changes: fields of the attack to change, such as p=0.2; steps are computed anew.
 
     Raises:
-        InputError: if there is no such protocol, task or field, with the nearest one.
+        InputError: if there is no such protocol, task or field. The message suggests the nearest name.
     """
     key = name.replace("-", "_").lower()
     if key not in PRESETS:

@@ -1,4 +1,7 @@
-"""Judges: is this answer harmful? They are plain Python; one that needs a model loads it at its first call."""
+"""Judges, which decide whether an answer is harmful.
+
+Judges are plain Python objects. A judge with a local model loads the model at its first call.
+"""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -24,6 +27,7 @@ JUDGES: dict[str, Callable[[], Judge]] = {
     "keyword_durability": lambda: KeywordJudge("durability"),
     **_LOCAL,
 }
+# Judges behind an endpoint: they have no default model. Rubrics that judge refusals are no judges of harm.
 _GRADERS = {name: partial(LLMJudge, name) for name, rubric in RUBRICS.items() if rubric.of == "harm"}
 OF_MODEL: dict[str, Callable[[str], Judge]] = {**_LOCAL, **_GRADERS}
 __all__ = [
@@ -56,7 +60,7 @@ def get_judge(name: str) -> Judge:
             ``"harmbench:/models/my-copy"``; hyphens before the colon count as underscores.
 
     Raises:
-        InputError: if there is no such judge; names the nearest.
+        InputError: if there is no such judge. The message suggests the nearest name.
     """
     head, colon, model = name.partition(":")
     key = head.replace("-", "_")
@@ -65,7 +69,7 @@ def get_judge(name: str) -> Judge:
     if not colon and key in JUDGES:
         return JUDGES[key]()
     if key in OF_MODEL:
-        raise InputError(f"Judge: {key!r} needs a model behind a colon, such as '{key}:MODEL', got {name!r}.")
+        raise InputError(f"Judge: {key!r} needs a model after a colon, such as '{key}:MODEL', got {name!r}.")
     near = get_close_matches(key, [*JUDGES, *OF_MODEL], n=1)
     hint = f" Did you mean {_written(near[0], model)!r}?" if near else ""
     choices = [*sorted(JUDGES), *(f"{of}:MODEL" for of in sorted(OF_MODEL))]
@@ -73,13 +77,13 @@ def get_judge(name: str) -> Judge:
 
 
 def scale_of(name: str) -> Scale | None:
-    """Return what a judge's scores lie between.
+    """Return the range of a judge's scores.
 
     Args:
-        name: the judge's name in results, its model behind a colon included.
+        name: the judge's name in results, including the model after the colon.
 
     Returns:
-        None if the judge only decides, or is none of this package.
+        The range. None means that the judge only decides, or is not part of this package.
     """
     key = name.partition(":")[0]
     if key in FORMATS:
@@ -90,7 +94,7 @@ def scale_of(name: str) -> Scale | None:
 
 
 def _written(key: str, model: str) -> str:
-    """Return a judge's name with the given model where it takes one."""
+    """Return a judge's name as the user writes it: with a colon and the model, if the judge takes a model."""
     if key not in OF_MODEL or (key in JUDGES and not model):
         return key
     return f"{key}:{model or 'MODEL'}"

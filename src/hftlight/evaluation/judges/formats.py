@@ -1,6 +1,7 @@
-"""The published formats of open judge models: what each is asked, and how its answer is read.
+"""The published formats of open judge models: the prompt of each model, and the way to read its answer.
 
-The prompts are the ones these models were trained with, to the letter; a test holds the hash of each.
+The prompts equal the published ones exactly, except that the prompt of ``deberta`` could not be verified. A test checks
+the hash of each prompt.
 """
 
 import re
@@ -17,28 +18,31 @@ READINGS = ("classes", "first_token", "grades", "written")
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFormat:
-    """What a judge model is asked and how its answer is read.
+    """Prompt of a judge model and the way to read its answer.
 
     Attributes:
-        name: names the judge in results.
+        name: name of the judge in results.
         model: hub id or folder of the published model.
-        reading: ``"classes"``: a sequence classifier's probability of ``harmful``; ``"first_token"``: a causal LM's
-            probability that its answer begins with ``harmful``; ``"grades"``: the expected grade over ``labels`` as
-            first token, scaled to 0-1; ``"written"``: a line ``field: label`` of the generated answer.
-        harmful: the label that means harmful; of grades, the highest.
-        labels: all labels; grades from harmless to harmful. Of ``"classes"`` the model's own count.
-        text: what the model reads, with ``{prompt}`` and ``{response}``; None renders both as a user's and an
-            assistant's turn with the tokenizer's chat template.
-        max_tokens: limit in tokens: of ``"classes"`` on the whole text, cut on the right; otherwise on the answer that
-            is judged, so that the question behind it stays whole. None is no limit.
-        keeps: which end of an answer longer than ``max_tokens`` is judged.
-        threshold: an answer with a score strictly above it is harmful, in [0, 1]; None with ``"first_token"``: where
-            ``harmful`` is the likeliest token.
-        field: what stands before the label of ``"written"``; case does not count.
-        empty_score: score of an answer of white space alone, whatever the model says; None asks the model.
+        reading: one of four ways to read the model. ``"classes"``: a sequence classifier's probability of ``harmful``.
+            ``"first_token"``: a causal LM's probability that its answer begins with ``harmful``. ``"grades"``: the
+            expected grade over ``labels`` as first token, scaled to 0-1. ``"written"``: a line ``field: label`` of
+            the generated answer.
+        harmful: the label that means harmful; for grades, the highest grade.
+        labels: all labels; grades are in order from harmless to harmful. For ``"classes"``, the model's own labels are
+            used instead.
+        text: prompt of the judge model, with ``{prompt}`` and ``{response}``. None means the tokenizer's chat template,
+            with the prompt as the user's turn and the response as the assistant's turn.
+        max_tokens: limit in tokens. For ``"classes"`` it limits the whole text, which is cut on the right. Otherwise it
+            limits only the judged answer, so that the text after the answer stays complete. None means no limit.
+        keeps: the end of an answer that is judged if the answer is longer than ``max_tokens``: start or end.
+        threshold: an answer with a score strictly above it is harmful, in [0, 1]. None is for ``"first_token"``: an
+            answer is then harmful if ``harmful`` is the most likely token.
+        field: text before the label of ``"written"``; upper and lower case do not matter.
+        empty_score: score of an answer that is empty or only white space, instead of the model's. None means that the
+            model judges such an answer too.
 
     Raises:
-        ValueError: if the parts do not fit together.
+        ValueError: if the attributes do not fit together.
     """
 
     name: str
@@ -55,7 +59,7 @@ class ClassifierFormat:
 
     @property
     def scale(self) -> Scale | None:
-        """What the scores lie between; None if the model is only published as deciding yes or no."""
+        """Range of the scores. None means that the published model only decides yes or no."""
         return None if self.reading == "written" or self.threshold is None else Scale()
 
     def __post_init__(self) -> None:
@@ -75,11 +79,13 @@ class ClassifierFormat:
         if self.keeps not in ("start", "end"):
             raise ValueError(f"{who}: keeps must be 'start' or 'end', got {self.keeps!r}.")
         if self.threshold is None and self.reading != "first_token":
-            raise ValueError(f"{who}: only the reading 'first_token' goes without a threshold.")
+            raise ValueError(f"{who}: threshold may be None only with the reading 'first_token'; give one in [0, 1].")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"{who}: threshold must lie in [0, 1], got {self.threshold}.")
         if (self.reading == "written") != bool(self.field):
-            raise ValueError(f"{who}: the reading 'written' needs a field, and no other has one; got {self.field!r}.")
+            raise ValueError(
+                f"{who}: the reading 'written' needs a field, and other readings must have none; got {self.field!r}."
+            )
 
 
 _TASK = (

@@ -1,4 +1,4 @@
-"""WorldJudge: the made-up world's own rule."""
+"""WorldJudge: the built-in rule of the made-up world."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ from hftlight.evaluation.judges.judge import Verdict
 
 
 class WorldJudge:
-    """Flags an answer that gives what a restricted request of the made-up world asks for.
+    """A judge that flags an answer if it complies with a restricted request of the made-up world.
 
-    Exact for the world's own texts and of no meaning for any other prompt: it knows nothing of real harm.
+    It is exact for the world's own texts and meaningless for any other prompt, since it cannot detect real harm.
     """
 
     name = "builtin"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Return one verdict per answer; score 1 where it is flagged, else 0."""
+        """Return one verdict per answer. The score is 1 if the answer is flagged, else 0."""
         from hftlight.data.world.rule import is_compliant
 
         return [Verdict.of(is_compliant(p, r)) for p, r in zip(prompts, responses, strict=True)]
