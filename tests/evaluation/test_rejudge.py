@@ -171,7 +171,8 @@ def test_agreement_in_words():
     lines = list(agreement_lines(found))
     assert lines[0] == "Judges 'a' and 'b' agree on 70.0 % of 50 answers to harmful prompts; Cohen's kappa 0.40."
     assert lines[-1].endswith(
-        "agree on 100.0 % of 50 answers to harmful prompts; Cohen's kappa undefined, for neither ever varies."
+        "agree on 100.0 % of 50 answers to harmful prompts; Cohen's kappa undefined, since both give every answer the"
+        " same flag."
     )
     assert len(lines) == 6
     assert math.isnan(found[-1][2].kappa)
@@ -206,7 +207,7 @@ def test_the_command_on_a_runs_folder(tmp_path):
     assert (agreement["judges"], agreement["kappa"], agreement["second_only"]) == (["builtin", "keyword"], 0.5, 1)
     again = warm.run(line)
     assert again.returncode == 2
-    assert "generations.jsonl exists already; choose another folder" in again.stderr
+    assert "generations.jsonl exists already. Choose another folder" in again.stderr
 
 
 def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, capsys):
