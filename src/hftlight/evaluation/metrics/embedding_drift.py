@@ -180,7 +180,7 @@ def _not_exact(model: Any) -> str:
         if getattr(settings, "bias", "none") != "none":
             return f"adapter {name!r} trains biases of the base (bias={settings.bias!r})"
         if getattr(settings, "init_lora_weights", True) not in KEEPS_BASE:
-            return f"adapter {name!r} changed the base weights at its initialization ({settings.init_lora_weights!r})"
+            return f"adapter {name!r} changed the base weights at initialization ({settings.init_lora_weights!r})"
     if any(getattr(module, "merged", False) for module in model.modules()):
         return "an adapter is merged into the base"
     owned = ("lora_", "modules_to_save", *(f".{name}." for name in model.peft_config))
