@@ -141,7 +141,7 @@ def _answer(
         left: tokens that an answer may still have.
     """
     answers: list[list[int]] = [[] for _ in ids]
-    # live[place] is the row of the original batch that stands at this place of the shrinking one.
+    # live[place] is the row of the original batch at this place of the shrunken batch.
     live, cache = list(range(len(ids))), dict[str, Any]()
     while live and left:
         greedy = _greedy(min(left, STRIDE) if ends else left, ends, pad)
