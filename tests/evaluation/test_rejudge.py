@@ -221,8 +221,8 @@ def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, cap
     rows = [row("harmful", f"h{i}", f"grade {grade}") for i, grade in enumerate((5, 1, 5))]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for told in (  # 300 and 30 tokens at 2000 and 30000 per million are 0.6 and 0.9
-        "3 requests answered (0 retries), 0 replies from the cache, 300 tokens read and 30 written, at a cost of 1.5",
-        "0 requests answered (0 retries), 3 replies from the cache, 0 tokens read and 0 written, at a cost of 0;",
+        "3 requests answered (retries: 0), 0 answers from the cache, 300 tokens read and 30 written, at a cost of 1.5",
+        "0 requests answered (retries: 0), 3 answers from the cache, 0 tokens read and 0 written, at a cost of 0;",
     ):
         assert command([str(file), "--judges", "hexphi:m", "--prices", "2000", "30000"]) == 0
         said = capsys.readouterr().out
@@ -259,7 +259,7 @@ def test_refusals_are_judged_again_too(tmp_path, monkeypatch, capsys):
     server.server_close()
     printed = capsys.readouterr().out
     assert "'refusal' and 'xstest:m' agree on 75.0 % of 4 answers to ordinary prompts; Cohen's kappa 0.50." in printed
-    assert "Judge 'xstest:m': 5 requests answered (1 retries)" in printed
+    assert "Judge 'xstest:m': 5 requests answered (retries: 1)" in printed
     assert re.search(r"refused\s+│ xstest:m\s+│ 75\.0 \(30\.1-95\.4\) % of 4", printed)
     after = read_generations(tmp_path / "new")
     assert [r["verdicts"].get("xstest:m", {}).get("score") for r in after] == [1.0, 0.5, 0.0, 1.0, None]

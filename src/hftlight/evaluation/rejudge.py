@@ -258,7 +258,7 @@ def usage_line(judge: LLMJudge) -> str:
     served = ", ".join(f"{model} on {day}" for model, day in sorted(judge.served)) or "nobody"
     cost = "" if used.cost is None else f", at a cost of {used.cost:.4g}"
     return (
-        f"Judge '{judge.name}': {used.calls} requests answered ({used.retries} retries), {used.cached} replies from"
+        f"Judge '{judge.name}': {used.calls} requests answered (retries: {used.retries}), {used.cached} answers from"
         f" the cache, {used.prompt_tokens} tokens read and {used.completion_tokens} written{cost}; served by {served}."
     )
 
