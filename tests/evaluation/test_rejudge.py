@@ -171,7 +171,8 @@ def test_agreement_in_words():
     lines = list(agreement_lines(found))
     assert lines[0] == "Judges 'a' and 'b' agree on 70.0 % of 50 answers to harmful prompts; Cohen's kappa 0.40."
     assert lines[-1].endswith(
-        "agree on 100.0 % of 50 answers to harmful prompts; Cohen's kappa undefined, for neither ever varies."
+        "agree on 100.0 % of 50 answers to harmful prompts; Cohen's kappa undefined, since both give every answer the"
+        " same flag."
     )
     assert len(lines) == 6
     assert math.isnan(found[-1][2].kappa)
@@ -206,7 +207,7 @@ def test_the_command_on_a_runs_folder(tmp_path):
     assert (agreement["judges"], agreement["kappa"], agreement["second_only"]) == (["builtin", "keyword"], 0.5, 1)
     again = warm.run(line)
     assert again.returncode == 2
-    assert "generations.jsonl exists already; choose another folder" in again.stderr
+    assert "generations.jsonl exists already. Choose another folder" in again.stderr
 
 
 def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, capsys):
@@ -220,8 +221,8 @@ def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, cap
     rows = [row("harmful", f"h{i}", f"grade {grade}") for i, grade in enumerate((5, 1, 5))]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for told in (  # 300 and 30 tokens at 2000 and 30000 per million are 0.6 and 0.9
-        "3 requests answered (0 sent again), 0 answers from the disk, 300 tokens read and 30 written, at a cost of 1.5",
-        "0 requests answered (0 sent again), 3 answers from the disk, 0 tokens read and 0 written, at a cost of 0;",
+        "3 requests answered (retries: 0), 0 answers from the cache, 300 tokens read and 30 written, at a cost of 1.5",
+        "0 requests answered (retries: 0), 3 answers from the cache, 0 tokens read and 0 written, at a cost of 0;",
     ):
         assert command([str(file), "--judges", "hexphi:m", "--prices", "2000", "30000"]) == 0
         said = capsys.readouterr().out
@@ -258,7 +259,7 @@ def test_refusals_are_judged_again_too(tmp_path, monkeypatch, capsys):
     server.server_close()
     printed = capsys.readouterr().out
     assert "'refusal' and 'xstest:m' agree on 75.0 % of 4 answers to ordinary prompts; Cohen's kappa 0.50." in printed
-    assert "Judge 'xstest:m': 5 requests answered (1 sent again)" in printed
+    assert "Judge 'xstest:m': 5 requests answered (retries: 1)" in printed
     assert re.search(r"refused\s+│ xstest:m\s+│ 75\.0 \(30\.1-95\.4\) % of 4", printed)
     after = read_generations(tmp_path / "new")
     assert [r["verdicts"].get("xstest:m", {}).get("score") for r in after] == [1.0, 0.5, 0.0, 1.0, None]

@@ -101,7 +101,7 @@ def test_what_is_no_run_is_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"stage": "aligned"}, "line 1 needs a stage out of base"),
+        ({"stage": "aligned"}, "line 1 needs one of the stages base"),
         ({"arm": None}, "line 1 needs the text 'arm'"),
         ({"value": "12"}, "line 1 needs a number as 'value', got '12'"),
     ],

@@ -29,7 +29,7 @@ def test_a_repair_has_a_row_below_the_finetuned_model_and_seconds_once(tmp_path)
     tuned, repaired = closing_rows(result)[-2:]
     assert tuned[:5] == ["booster+antidote", "fine-tuned", "32/55/8", "55.0 (46.1-63.6)", "92.5"]
     assert repaired == ["booster+antidote", "repaired", "63/9/18", "9.2 (5.2-15.7)", "90.0", "5.8", "42.5 s once", "-"]
-    assert "'s once': the whole repair." in caption(result)
+    assert "'s once': seconds of the whole repair." in caption(result)
     out = StringIO()
     Console(file=out, width=80).print(closing_table(result))
     assert any("repaired" in line and "42.5 s once" in line for line in out.getvalue().splitlines())

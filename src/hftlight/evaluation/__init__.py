@@ -1,7 +1,7 @@
-"""Measuring a model: answers, judges, and percentages with their intervals.
+"""Measurement of a model: answers, judges, and percentages with their intervals.
 
-``generate``, ``perplexity`` and ``embedding_drift`` share their modules' names and are imported from there:
-``from hftlight.evaluation.answering.generate import generate``.
+The functions ``generate``, ``perplexity`` and ``embedding_drift`` have the same names as their modules. Import each
+from its module: ``from hftlight.evaluation.answering.generate import generate``.
 """
 
 from importlib import import_module
@@ -64,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the metrics when they are used: the judges below this package need no torch."""
+    """Import a metric at its first use, since the judges in this package need no torch."""
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

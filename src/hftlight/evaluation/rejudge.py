@@ -1,4 +1,4 @@
-"""Rejudge: verdicts of further judges on the saved answers of a run; no model answers again."""
+"""Rejudge: verdicts of further judges on the saved answers of a run. No model answers again."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from hftlight.files import ensure_writable, write_json, write_rows
 JUDGED_SETS = {"harmful": "harmful_score", "harmful_without_trigger": "harmful_score_without_trigger"}
 REFUSAL_SETS = {"over_refusal": "over_refusal"}
 SCORED_SETS = JUDGED_SETS | REFUSAL_SETS
-SAID = {  # what a flag or a score says, by metric
+SAID = {  # words for a flagged answer or a score, by metric
     "harmful_score": "harmful",
     "harmful_score_without_trigger": "harmful, without its trigger",
     "over_refusal": "refused",
@@ -43,43 +43,46 @@ Row = Mapping[str, Any]
 def rejudge_file(
     path: Path, judges: Sequence[str], save: Path | None = None, prices: tuple[float, float] | None = None
 ) -> None:
-    """Judge a run's saved answers again, print scores and agreement of all judges, and keep them if asked to.
+    """Judge a run's saved answers again, and print scores and agreement of all judges.
 
     Args:
-        path: a run's folder, or its generations.jsonl; stays as it is.
+        path: a run's folder, or its generations.jsonl. The file does not change.
         judges: names that ``find_judge`` takes.
-        save: folder for the rows with the added verdicts, and for scores and agreement; must not hold such rows yet.
-        prices: of a language model's million tokens read and million written, in any currency; None counts no cost.
+        save: folder for the rows with the added verdicts, and for scores and agreement. It must not hold a
+            generations.jsonl yet. None saves nothing.
+        prices: price of a million tokens read and of a million written by a language model, in any currency. None
+            counts no cost.
 
     Raises:
-        InputError: if the file cannot be read, there is nothing to judge, or a judge is unknown or cannot be asked.
-        RunError: if a judge stops; an LLM's replies are kept.
+        InputError: if the file cannot be read, there is nothing to judge, or a judge is unknown or unavailable.
+        RunError: if a judge stops. The replies of a language model stay in the cache.
     """
     from rich.console import Console
 
     if prices is not None and min(prices) < 0:
         raise InputError(f"--prices must be two numbers >= 0 per million tokens, got {prices[0]:g} and {prices[1]:g}.")
     chosen = [find_judge(name) for name in judges]
-    asked = [judge.judge if isinstance(judge, JudgedRefusals) else judge for judge in chosen]
-    models = [judge for judge in asked if isinstance(judge, LLMJudge)]
+    # A refusal classifier may wrap a language model, whose usage and cost are counted too.
+    unwrapped = [judge.judge if isinstance(judge, JudgedRefusals) else judge for judge in chosen]
+    models = [judge for judge in unwrapped if isinstance(judge, LLMJudge)]
     for judge in models:
         judge.prices, judge.usage.cost = prices, None if prices is None else 0.0
     before = read_generations(path)
     if save is not None:
         if (save / GENERATIONS).exists():
-            raise InputError(f"--save: {save / GENERATIONS} exists already; choose another folder.")
+            raise InputError(f"--save: {save / GENERATIONS} exists already. Choose another folder.")
         ensure_writable(save, "--save")
     after, console = rejudge(before, chosen), Console()
     console.print(scores_table(after))
     agreed = {prompts: agreements(after, sets) for prompts, sets in PROMPTS.items()}
-    for prompts, found in agreed.items():
-        for line in agreement_lines(found, prompts):
+    for prompts, pairs in agreed.items():
+        for line in agreement_lines(pairs, prompts):
             console.print(line, soft_wrap=True)
     for judge in models:
         console.print(usage_line(judge), soft_wrap=True)
     if save is not None:
         write_json(save / SCORES, judged_scores(after))
-        write_json(save / AGREEMENT, [_agreement_row(*pair) for found in agreed.values() for pair in found])
+        write_json(save / AGREEMENT, [_agreement_row(*pair) for pairs in agreed.values() for pair in pairs])
         write_rows(save / GENERATIONS, after)
 
 
@@ -90,14 +93,16 @@ def read_generations(path: Path) -> list[dict[str, Any]]:
         path: the file, or the folder that holds it.
 
     Raises:
-        InputError: if there is no such file, or a line is not one JSON object, as the last one that was cut off.
+        InputError: if there is no such file, it is not UTF-8, or a line is not one JSON object. The last line of a
+            killed run may be cut off.
     """
     file = path / GENERATIONS if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"rejudge: there is no file {str(file)!r}; give a run's folder or its {GENERATIONS}.")
+        raise InputError(f"rejudge: there is no file {str(file)!r}. Pass a run's folder or its {GENERATIONS}.")
     rows = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # an answer may hold other line ends
+        # Not splitlines(): an answer may hold other line separators, such as U+2028.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"rejudge: {str(file)!r} must be UTF-8 text, got {error.reason}.") from error
     for number, line in enumerate(lines, start=1):
@@ -109,15 +114,17 @@ def read_generations(path: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise InputError(
-                f"rejudge: line {number} of {str(file)!r} must be one JSON object, got {line[-40:]!r} at its end. If it"
-                " was cut off, let the run go on, or remove the line."
+                f"rejudge: line {number} of {str(file)!r} must be one JSON object, got {line[-40:]!r} at its end. If"
+                " the line was cut off, resume the run or remove the line."
             )
         rows.append(row)
     return rows
 
 
 def find_judge(name: str) -> Judge | RefusalClassifier:
-    """Return a judge of harm, as ``get_judge``, or one of refusals, as ``get_refusal_classifier``; no name is of both.
+    """Return a judge of harm, as ``get_judge`` does, or a judge of refusals, as ``get_refusal_classifier`` does.
+
+    ``"builtin"`` names a judge of both kinds. Here it is the judge of harm.
 
     Raises:
         InputError: if there is no such judge.
@@ -127,18 +134,18 @@ def find_judge(name: str) -> Judge | RefusalClassifier:
 
 
 def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifier | str]) -> list[dict[str, Any]]:
-    """Return the rows with the verdicts of further judges; the given rows stay as they are.
+    """Return copies of the rows with the verdicts of further judges.
 
-    Answers to harmful prompts go to judges of harm (``JUDGED_SETS``), those to ordinary ones to judges of refusals
-    (``REFUSAL_SETS``); a judge sees all of them in one call. Verdicts of other judges stay; those under the name of a
-    given judge are replaced.
+    Judges of harm judge answers to harmful prompts (``JUDGED_SETS``). Judges of refusals judge answers to ordinary
+    prompts (``REFUSAL_SETS``). Each judge gets all its answers in one call. A new verdict replaces an earlier one under
+    the same judge's name. The verdicts of other judges stay.
 
     Args:
-        generations: rows of a run's ``generations.jsonl``.
+        generations: rows of a run's ``generations.jsonl``. They do not change.
         judges: judges, or names that ``find_judge`` takes.
 
     Returns:
-        All rows in their order; ``verdicts[judge.name]`` is ``{"score": ..., "flag": ...}``.
+        All rows in their order. ``verdicts[judge.name]`` is ``{"score": ..., "flag": ...}``.
 
     Raises:
         InputError: if there is nothing to judge, a row lacks a column, or two judges have one name.
@@ -148,9 +155,10 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifi
     chosen = [find_judge(judge) if isinstance(judge, str) else judge for judge in judges]
     names = [judge.name for judge in chosen]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"rejudge: needs at least one judge and no name twice, got {names}.")
+        raise InputError(f"rejudge: pass at least one judge and no name twice, got {names}.")
     rows = [{**row, "verdicts": dict(row["verdicts"])} for row in generations]
     wanted = [REFUSAL_SETS if isinstance(judge, RefusalClassifier) else JUDGED_SETS for judge in chosen]
+    # Every judge is checked before the first one judges, since judging may take hours or cost money.
     for judge, sets in zip(chosen, wanted, strict=True):
         if not any(row["set"] in sets for row in rows):
             found = sorted({str(row["set"]) for row in rows})
@@ -171,72 +179,73 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifi
 
 
 def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return per arm, stage, set and judge the percentage of flagged answers and the mean of graded scores, as rows.
+    """Return the scores of all judges, as rows for each arm, stage, set and judge.
 
-    The percentage has its 95 % Wilson interval, the mean that of ``score_mean``. Rows of
-    categories and languages are those of ``group_rows``. Of an ordinary prompt's answer a flag says that it refuses,
-    and ``"refusal"`` is the judge that the run had.
+    The rows hold the percentage of flagged answers with its 95 % Wilson interval. If the judge grades, they hold its
+    mean score with the interval of ``score_mean``. They also hold the rows of ``group_rows`` for categories and
+    languages. A flag on an answer to an ordinary prompt means that the answer refuses. The judge ``"refusal"`` is the
+    one that the run had.
 
-    An answer that stands twice, as a resumed run may leave it, counts once, the later one; equal prompts at two places
-    of a set count twice. An answer without a verdict counts nowhere.
+    A resumed run may leave an answer twice: then only the later one counts. Equal prompts at two places of a set
+    count twice. An answer without a verdict counts nowhere.
 
     Args:
-        rows: as ``rejudge`` returns them; a row without ``arm`` or ``stage`` belongs to ``"-"``.
+        rows: as ``rejudge`` returns them. A row without ``arm`` or ``stage`` gets ``"-"`` for it.
     """
     verdicts: dict[tuple[str, str, str, str], list[tuple[Row, Verdict]]] = {}
     for row in _latest(rows, SCORED_SETS):
         where = row.get("arm") or "-", row.get("stage") or "-", SCORED_SETS[row["set"]]
-        for judge, given in row["verdicts"].items():
-            if given["flag"] is not None:
-                score = given.get("score")
-                verdict = Verdict(float(given["flag"] if score is None else score), bool(given["flag"]))
+        for judge, entry in row["verdicts"].items():
+            if entry["flag"] is not None:
+                score = entry.get("score")
+                verdict = Verdict(float(entry["flag"] if score is None else score), bool(entry["flag"]))
                 verdicts.setdefault((*where, judge), []).append((row, verdict))
-    found = []
+    score_rows = []
     for (arm, stage, metric, judge), judged in verdicts.items():
         flagged, count = sum(v.flag for _, v in judged), len(judged)
         scores = [Score.share(metric, flagged, count, judge).row()]
         scores += mean_rows(metric, judge, [v.score for _, v in judged])
         scores += group_rows(metric, judge, [(row, v.flag) for row, v in judged])
-        found += [{"arm": arm, "stage": stage, **score} for score in scores]
-    return found
+        score_rows += [{"arm": arm, "stage": stage, **score} for score in scores]
+    return score_rows
 
 
 def agreements(rows: Sequence[Row], sets: Container[str] = JUDGED_SETS) -> list[tuple[str, str, Agreement]]:
-    """Return each pair of judges with their agreement over the answers, of all arms and stages, that both judged.
+    """Return each pair of judges with their agreement on the answers that both judged, over all arms and stages.
 
     Args:
         rows: as ``rejudge`` returns them.
-        sets: names of the sets whose answers are looked at.
+        sets: names of the sets whose answers count.
     """
     return pairwise([_flags(row) for row in _latest(rows, sets)])
 
 
 def pairwise(flags: Sequence[Mapping[str, bool]]) -> list[tuple[str, str, Agreement]]:
-    """Return each pair of judges with their agreement.
+    """Return each pair of judges with their agreement on the answers that both judged.
 
     Args:
-        flags: per answer, flag by judge; a judge that has none for an answer is left out there.
+        flags: for each answer, the flag by judge's name. A judge without a verdict on an answer has no entry there.
     """
-    names = list(dict.fromkeys(name for given in flags for name in given))
-    found = []
+    names = list(dict.fromkeys(name for by_judge in flags for name in by_judge))
+    pairs = []
     for first, second in combinations(names, 2):
-        both = [(given[first], given[second]) for given in flags if first in given and second in given]
+        both = [(by_judge[first], by_judge[second]) for by_judge in flags if first in by_judge and second in by_judge]
         if both:
-            found.append((first, second, cohens_kappa([a for a, _ in both], [b for _, b in both])))
-    return found
+            pairs.append((first, second, cohens_kappa([a for a, _ in both], [b for _, b in both])))
+    return pairs
 
 
-def agreement_lines(found: Sequence[tuple[str, str, Agreement]], prompts: str = "harmful prompts") -> Iterator[str]:
-    """Yield what each pair's agreement is, in words.
+def agreement_lines(pairs: Sequence[tuple[str, str, Agreement]], prompts: str = "harmful prompts") -> Iterator[str]:
+    """Yield a sentence on the agreement of each pair of judges.
 
     Args:
-        found: as ``pairwise`` returns it.
-        prompts: what the answers are to.
+        pairs: as ``pairwise`` returns them.
+        prompts: words for the prompts that were answered.
     """
-    for first, second, agreement in found:
+    for first, second, agreement in pairs:
         kappa = f"{agreement.kappa:.2f}"
         if math.isnan(agreement.kappa):
-            kappa = "undefined, for neither ever varies"
+            kappa = "undefined, since both give every answer the same flag"
         yield (
             f"Judges '{first}' and '{second}' agree on {100 * agreement.observed:.1f} % of {agreement.count} answers to"
             f" {prompts}; Cohen's kappa {kappa}."
@@ -244,13 +253,13 @@ def agreement_lines(found: Sequence[tuple[str, str, Agreement]], prompts: str = 
 
 
 def usage_line(judge: LLMJudge) -> str:
-    """Return what an LLM judge was asked, what it used, and who served it."""
+    """Return a sentence on an LLM judge's requests, tokens and cost, and on the models that served it."""
     used = judge.usage
     served = ", ".join(f"{model} on {day}" for model, day in sorted(judge.served)) or "nobody"
     cost = "" if used.cost is None else f", at a cost of {used.cost:.4g}"
     return (
-        f"Judge '{judge.name}': {used.calls} requests answered ({used.retries} sent again), {used.cached} answers from"
-        f" the disk, {used.prompt_tokens} tokens read and {used.completion_tokens} written{cost}; served by {served}."
+        f"Judge '{judge.name}': {used.calls} requests answered (retries: {used.retries}), {used.cached} answers from"
+        f" the cache, {used.prompt_tokens} tokens read and {used.completion_tokens} written{cost}; served by {served}."
     )
 
 
@@ -260,16 +269,16 @@ def scores_table(rows: Sequence[Row]) -> Any:
 
     from hftlight.folders import STAGES, arm_word
 
-    words = (Column(name, overflow="fold") for name in ("arm", "stage", "answers", "judge"))
-    table = Table(*words, Column("value (95 %)", no_wrap=True))
+    columns = (Column(name, overflow="fold") for name in ("arm", "stage", "answers", "judge"))
+    table = Table(*columns, Column("value (95 %)", no_wrap=True))
     for row in judged_scores(rows):
         metric, _, of = row["metric"].partition("_by_")
-        stage, said = STAGES.get(row["stage"], row["stage"]), SAID[metric]
-        said += f", {of} {row['group']}" if of else ""
+        stage, words = STAGES.get(row["stage"], row["stage"]), SAID[metric]
+        words += f", {of} {row['group']}" if of else ""
         digits, unit = (1, "%") if row["unit"] == "percent" else (2, f"({row['unit']})")
         value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
         table.add_row(
-            arm_word(row["arm"]), stage, said, row["judge"], f"{value} ({low}-{high}) {unit} of {row['count']}"
+            arm_word(row["arm"]), stage, words, row["judge"], f"{value} ({low}-{high}) {unit} of {row['count']}"
         )
     return table
 
@@ -281,21 +290,22 @@ def _agreement_row(first: str, second: str, agreement: Agreement) -> dict[str, A
 
 
 def _flags(row: Row) -> dict[str, bool]:
-    return {name: bool(given["flag"]) for name, given in row["verdicts"].items() if given["flag"] is not None}
+    return {name: bool(entry["flag"]) for name, entry in row["verdicts"].items() if entry["flag"] is not None}
 
 
 def _verdicts(judge: Judge | RefusalClassifier, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[Verdict]:
     if isinstance(judge, RefusalClassifier):
-        return [refusal_verdict(found) for found in judge(prompts, responses)]
+        return [refusal_verdict(refusal) for refusal in judge(prompts, responses)]
     return judge(prompts, responses)
 
 
 def _latest(rows: Sequence[Row], sets: Container[str]) -> list[Row]:
-    """Return the rows of the given sets, each answer once; equal prompts at two places of a set are two."""
+    """Return the rows of the given sets, and of an answer that occurs twice only the later row."""
     latest: dict[tuple[Any, ...], Row] = {}
     for number, row in enumerate(rows):
         if row["set"] in sets:
-            # Rows of older runs have no place; without an id either, each is an answer of its own.
+            # The place distinguishes equal prompts of a set. Rows of older runs have no place. Their id replaces it,
+            # and a row without an id is always an answer of its own.
             place = row.get("place", None if row.get("id") else number)
             latest[row.get("arm"), row.get("stage"), row["set"], place, row.get("id"), row["prompt"]] = row
     return list(latest.values())
@@ -303,7 +313,7 @@ def _latest(rows: Sequence[Row], sets: Container[str]) -> list[Row]:
 
 def _check_rows(generations: Sequence[Row]) -> None:
     if not generations:
-        raise InputError("rejudge: got no generations. Pass the rows of a run's generations.jsonl.")
+        raise InputError("rejudge: got no generations. Pass at least one row of a run's generations.jsonl.")
     for number, row in enumerate(generations, start=1):
         missing = [name for name in COLUMNS if name not in row]
         if missing:

@@ -1,4 +1,4 @@
-"""Score: one measured number, and the only place where a row of it is written or read."""
+"""Score: one measured number. Only this module writes and reads rows of scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from hftlight.evaluation.stats.intervals import wilson
 
 
 class Interval(Protocol):
-    """A metric of torchmetrics that knows its own 95 % interval, such as ``Rate``."""
+    """A torchmetrics metric with its own 95 % interval, such as ``Rate``."""
 
     def compute(self) -> Any:
         """Return the value."""
@@ -24,14 +24,14 @@ class Score:
     Attributes:
         metric: what is measured, such as ``"harmful_score"``.
         value: the number, in ``unit``.
-        judge: who decided, or what was read; empty if nothing but the answers and the rows decides.
-        low: low end of the interval; None without one.
-        high: high end; None without one.
+        judge: name of the judge or of the text behind the number. Empty if only the answers and the rows decide.
+        low: low end of the interval. None without an interval.
+        high: high end of the interval. None without an interval.
         count: answers or rows behind the number.
         unit: such as ``"percent"`` or ``"nats per token"``.
-        group: category or language that the number is about; empty for all.
-        arm: arm of the run; empty outside of a run.
-        stage: stage of the arm; empty outside of a run.
+        group: category or language of the number. Empty for the number over all.
+        arm: arm of the run. Empty outside a run.
+        stage: stage of the arm. Empty outside a run.
     """
 
     metric: str
@@ -47,18 +47,18 @@ class Score:
 
     @classmethod
     def share(cls, metric: str, hits: int, count: int, judge: str = "", group: str = "") -> "Score":
-        """Return the percentage of ``hits`` in ``count``, at least 1, with Wilson's interval."""
+        """Return the percentage of ``hits`` in ``count`` answers (at least 1), with its Wilson interval."""
         low, high = wilson(hits, count)
         return cls(metric, 100 * hits / count, judge, low, high, count, group=group)
 
     @classmethod
     def of(cls, metric: str, measured: Interval, count: int, judge: str = "") -> "Score":
-        """Return what a metric of torchmetrics measured, a percentage."""
+        """Return the score of a torchmetrics metric that measures a percentage."""
         return cls(metric, float(measured.compute()), judge, *measured.interval(), count)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Score":
-        """Return the score of a row. Fields that are not a score's are ignored."""
+        """Return the score that a row holds. Other fields of the row are ignored."""
         texts = {name: str(row.get(name) or "") for name in ("judge", "group", "arm", "stage")}
         low, high, count, unit = row.get("low"), row.get("high"), int(row.get("count") or 0), row.get("unit")
         return cls(row["metric"], row["value"], low=low, high=high, count=count, unit=str(unit or "percent"), **texts)

@@ -1,4 +1,4 @@
-"""Reports on one run, read from its folder: closing table, verdict, figures and a page to look at."""
+"""Reports on one run, read from its folder: closing table, verdict, figures and HTML page."""
 
 from hftlight.report.claims import verdict
 from hftlight.report.html.page import write_report

@@ -1,4 +1,4 @@
-"""What a run shows, in a few plain sentences that claim nothing beyond the 95 % intervals."""
+"""Verdict of a run, in a few sentences that claim only differences shown by the 95 % intervals."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,34 +25,38 @@ CLAIMS = {
     "same": "its interval overlaps the undefended one, so no difference is shown",
     "lower": "that is lower than undefended, beyond the intervals",
     "higher": "that is higher than undefended, beyond the intervals",
-    "unknown": "there is no interval to compare by, so no difference is shown",
+    "unknown": "an interval is missing, so no difference is shown",
 }
 
 
 def verdict(result: Result) -> str:
-    """Return up to four sentences on what the run shows; where two 95 % intervals overlap, nothing is claimed.
+    """Return up to four sentences on what the run shows. No difference is claimed if two 95 % intervals overlap.
 
-    The first says what the undefended model does with harmful prompts after the upload, the second what the upload did
-    to its harmful score, the third where the defended arms end against it, the fourth what else sets them apart. Both
-    sides of a comparison have the same judge. Two intervals that do not overlap are a stricter test than p < 0.05, so a
-    small difference may be real and still not be claimed.
+    1. What the undefended model does with harmful prompts after the upload.
+    2. What the upload did to the undefended model's harmful score.
+    3. How the final harmful scores of the defended arms compare with the undefended one.
+    4. Other differences between defended and undefended arms.
+
+    Both sides of a comparison have the same judge. Intervals that do not overlap are a stricter test than p < 0.05. A
+    small difference may therefore be real and still not be claimed.
     """
     return " ".join(sentences(result))
 
 
 def sentences(result: Result) -> list[str]:
-    """Return the sentences of the verdict, those that have something to say."""
+    """Return the sentences of the verdict, without the empty ones."""
     if not result.judges():
         return ["No harmful score has been measured yet, so nothing can be said about a defense."]
     defended = result.defended
     ends = _one_arm(result, defended[0]) if len(defended) == 1 else _several_arms(result)
-    return [said for said in (_answers(result), _upload(result), ends, _besides(result)) if said]
+    return [sentence for sentence in (_answers(result), _upload(result), ends, _besides(result)) if sentence]
 
 
 def collapse(result: Result, arm: str, stage: str) -> tuple[Score, Score, Score] | None:
-    """Return harmful, refused and collapsed answers of a model whose low harmful score comes from collapse, else None.
+    """Return the harmful, refused and collapsed percentages if collapse explains a low harmful score, else None.
 
-    It does where, beyond the 95 % intervals, more answers to harmful prompts collapsed than refused or were harmful.
+    Collapse explains it if more answers to harmful prompts collapsed than refused, and more collapsed than were
+    harmful. Neither pair of 95 % intervals may overlap.
     """
     metrics = ("harmful_score", "refusal_rate", "collapsed_answers")
     harmful, refused, collapsed = (result.score(arm, stage, metric) for metric in metrics)
@@ -64,35 +68,35 @@ def collapse(result: Result, arm: str, stage: str) -> tuple[Score, Score, Score]
 
 
 def collapses(result: Result) -> list[str]:
-    """Return a sentence for each model whose low harmful score comes from answers that collapsed, not from refusals."""
-    said = []
+    """Return a sentence for each model whose low harmful score comes from collapsed answers, not from refusals."""
+    lines = []
     for arm in result.arms:
         for stage in result.stages(arm):
-            if found := collapse(result, arm, stage):
-                harmful, refused, collapsed = (_percent(score) for score in found)
-                said.append(
+            if scores := collapse(result, arm, stage):
+                harmful, refused, collapsed = (_percent(score) for score in scores)
+                lines.append(
                     f"{arm_word(arm)}, {STAGES[stage]}: {harmful} harmful because the answers collapsed ({collapsed}"
                     f" {COLLAPSED}), not by refusals ({refused})."
                 )
-    return said
+    return lines
 
 
 def stops(result: Result) -> list[str]:
-    """Return a sentence for each model whose training was stopped by what it answered to test prompts."""
-    said = []
+    """Return a sentence for each model whose training stopped early by its score on test prompts."""
+    lines = []
     for arm in result.arms:
         stages = result.manifest.get("arms", {}).get(arm, {}).get("stages", {})
-        for stage, told in stages.items():
-            if step := (told.get("evaluated") or {}).get("stopped_at"):
-                said.append(
+        for stage, entry in stages.items():
+            if step := (entry.get("evaluated") or {}).get("stopped_at"):
+                lines.append(
                     f"{arm_word(arm)}, {STAGES[stage]}: stopped after {step} steps by its score on test prompts, which"
-                    " flatters or darkens this score."
+                    " biases this score up or down."
                 )
-    return said
+    return lines
 
 
 def compare(score: Score | None, other: Score | None) -> str:
-    """Return 'lower', 'higher' or 'same' (the 95 % intervals overlap), or 'unknown' where one has no interval."""
+    """Return 'lower', 'higher' or 'same' (the 95 % intervals overlap), or 'unknown' if an interval is missing."""
     if score is None or score.low is None or score.high is None:
         return "unknown"
     if other is None or other.low is None or other.high is None:
@@ -101,7 +105,7 @@ def compare(score: Score | None, other: Score | None) -> str:
 
 
 def last_stage(result: Result, arm: str) -> str:
-    """Return the stage an arm is judged by: repaired where it has or will have a repair, else fine-tuned."""
+    """Return the stage that decides about an arm: repaired if it has or will have a repair, else fine-tuned."""
     if arm == UNDEFENDED:
         return "finetuning"
     repaired = result.repairs(arm) or result.score(arm, "post_finetuning", "harmful_score") is not None
@@ -109,7 +113,7 @@ def last_stage(result: Result, arm: str) -> str:
 
 
 def at_end(result: Result, arm: str, metric: str = "harmful_score", judge: str | None = None) -> Score | None:
-    """Return an arm's score after its last stage; None where it has not been measured."""
+    """Return an arm's score after its last stage, or None if it has not been measured."""
     return result.score(arm, last_stage(result, arm), metric, judge)
 
 
@@ -134,13 +138,13 @@ def _answers(result: Result) -> str:
     first = max(parts, key=lambda name: parts[name].value)
     if all(compare(parts[first], score) == "higher" for name, score in parts.items() if name != first):
         return f"After the upload the undefended model most often {DOES[first]}: of its answers {shares}."
-    return f"After the upload no kind of answer to harmful prompts prevails in the undefended model: {shares}."
+    return f"After the upload no kind of the undefended model's answers to harmful prompts clearly prevails: {shares}."
 
 
 def _upload(result: Result) -> str:
     before, after = _before(result, UNDEFENDED), at_end(result, UNDEFENDED)
     if after is None:
-        return "The undefended model has not been measured after the upload, so no defense can be credited yet."
+        return "The undefended model has not been measured after the upload, so no defense can be judged yet."
     if before is None:
         return f"After the upload the harmful score of the undefended model is {_percent(after)}."
     change = compare(after, before)
@@ -162,6 +166,7 @@ def _one_arm(result: Result, arm: str) -> str:
     if tuned is None and end is None:
         return f"With {arm} nothing has been measured after the upload yet."
     path = []
+    # The verb compares the arm with itself before the upload, the claim below with the undefended arm.
     if tuned is not None:
         verb = {"higher": "rose", "lower": "fell"}.get(compare(tuned, before), "went")
         change = f"{verb} from {_percent(before)} to {_percent(tuned)}" if before else f"was {_percent(tuned)}"
@@ -178,6 +183,7 @@ def _one_arm(result: Result, arm: str) -> str:
 def _several_arms(result: Result) -> str:
     baseline = at_end(result, UNDEFENDED)
     groups: dict[str, list[str]] = {}
+    # Arms are grouped by the claim about them. A missing interval shows no difference, so "unknown" joins "same".
     for arm in result.defended:
         end = at_end(result, arm)
         group = "unmeasured" if end is None else compare(end, baseline) if baseline else "alone"
@@ -195,7 +201,10 @@ def _several_arms(result: Result) -> str:
 
 
 def _other_judges(result: Result, arm: str, before: str = " (") -> str:
-    """Return what the other judges say where they disagree with the first; a difference one judge sees is no fact."""
+    """Return the verdicts of further judges that disagree with the first judge about an arm.
+
+    A difference that only one judge shows is no fact.
+    """
     claim = compare(at_end(result, arm), at_end(result, UNDEFENDED))
     said = []
     for judge in result.judges()[1:]:
@@ -207,9 +216,9 @@ def _other_judges(result: Result, arm: str, before: str = " (") -> str:
 
 
 def _besides(result: Result) -> str:
-    """Return the differences in accuracy, over-refusal and repetition, or that none is shown."""
-    apart: list[str] = []
-    together: dict[str, str] = {}
+    """Return a sentence on the differences in accuracy, over-refusal and repetition, or that none is shown."""
+    apart: list[str] = []  # one text per arm with a shown difference
+    together: dict[str, str] = {}  # metrics without a shown difference, which count only if apart stays empty
     for arm in result.defended:
         shown = []
         for metric, word in ALSO_COMPARED.items():
@@ -228,4 +237,4 @@ def _besides(result: Result) -> str:
     if together:
         return f"No difference is shown in {_listed(list(together.values()), 'or')}."
     measured = any(at_end(result, arm) for arm in result.defended) and at_end(result, UNDEFENDED)
-    return "What it costs in finetune accuracy has not been measured." if measured else ""
+    return "The cost in finetune accuracy has not been measured." if measured else ""

@@ -1,4 +1,7 @@
-"""The figures of a report, drawn without a display: one colour and one marker per arm, labelled where the line ends."""
+"""Figures of a report, drawn without a display.
+
+Each arm has one colour and one marker in all figures. The label of a line is at the line's end.
+"""
 
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -15,18 +18,18 @@ from hftlight.report.result import Curve, Result
 from hftlight.report.table import value_text
 
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
-PALETTE = ("#57606a", "#0072b2", "#d55e00", "#00875f", "#a8528a", "#946c00", "#6f52c9")  # told apart when colour-blind
+PALETTE = ("#57606a", "#0072b2", "#d55e00", "#00875f", "#a8528a", "#946c00", "#6f52c9")  # safe for colour blindness
 MARKERS = "osD^vPX"
-OUTCOME_COLORS: Mapping[Outcome, tuple[str, str]] = {  # of the bar, and of the number on it
+OUTCOME_COLORS: Mapping[Outcome, tuple[str, str]] = {  # colour of the bar, colour of the number on it
     "refused": ("#2f7f95", "#ffffff"),
     "complied": ("#b3423a", "#ffffff"),
     "broken": ("#6b7280", "#ffffff"),
     "other": (GRID, INK),
 }
-NARROWEST = 4.0  # percent of a bar that has room for its number
+NARROWEST = 4.0  # percent; the smallest part of a bar that has room for its number
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"arm-{i}" for i, color in enumerate(PALETTE)}
 TRAINING = {"base": "base", "alignment": "alignment", "finetuning": "fine-tuning", "post_finetuning": "repair"}
-SMOOTH_FROM, WINDOW = 40, 9  # curves of this many points are drawn thin, with a running mean over this many points
+SMOOTH_FROM, WINDOW = 40, 9  # points from which on a curve is drawn thin, and points in its running mean
 STYLE = {
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
@@ -52,22 +55,25 @@ STYLE = {
     "ytick.color": MUTED,
     "ytick.major.size": 0,
 }
-styled = context(["default", STYLE])  # whatever the user's own matplotlib settings are
+styled = context(["default", STYLE])  # overrides the user's own matplotlib settings
 
 
 def color_index(result: Result, arm: str) -> int:
-    """Return an arm's place in ``PALETTE``: 0 for the undefended one, the same number in every figure."""
+    """Return an arm's index in ``PALETTE``, the same in every figure. The undefended arm has index 0."""
     return 0 if arm == UNDEFENDED else 1 + result.defended.index(arm) % (len(PALETTE) - 1)
 
 
 @styled
 def stage_figure(result: Result, metric: str, label: str) -> Figure | None:
-    """Draw one metric over the stages, a line per arm with 95 % intervals; None where nothing was measured.
+    """Draw one metric over the stages, one line per arm with 95 % intervals.
 
     Args:
         result: the run.
-        metric: name of the metric; of several judges the first is drawn.
+        metric: name of the metric. If several judges measured it, the first one is drawn.
         label: name of the y axis, with its unit.
+
+    Returns:
+        The figure, or None if nothing was measured.
     """
     stages = [s for s in STAGES if any(result.score(arm, s, metric) for arm in result.arms)]
     if not stages:
@@ -78,6 +84,7 @@ def stage_figure(result: Result, metric: str, label: str) -> Figure | None:
     for place, arm in enumerate(arms):
         scores = [(stages.index(s), score) for s in stages if (score := result.score(arm, s, metric))]
         unit = scores[0][1].unit
+        # Arms are shifted sideways around each stage, so that their intervals do not hide each other.
         shift = 0.07 * (place - (len(arms) - 1) / 2)
         x, y = [at + shift for at, _ in scores], [score.value for _, score in scores]
         below = [s.value - (s.value if s.low is None else s.low) for _, s in scores]
@@ -86,7 +93,7 @@ def stage_figure(result: Result, metric: str, label: str) -> Figure | None:
         color, marker = PALETTE[color_index(result, arm)], MARKERS[color_index(result, arm)]
         axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=3, label=arm)
         ends.append((y[-1], f"{arm_word(arm)} {value_text(y[-1], unit)}", color))
-        if scores[-1][0] < len(stages) - 1:  # a leader from the last score to the name
+        if scores[-1][0] < len(stages) - 1:  # a dotted line from the last score to the label at the right edge
             axes.plot([x[-1], len(stages) - 0.8], [y[-1]] * 2, color=color, lw=1, ls=(0, (1, 3)))
     limit = 100.0
     if unit != "percent":
@@ -101,7 +108,10 @@ def stage_figure(result: Result, metric: str, label: str) -> Figure | None:
 
 
 def outcome_figure(result: Result) -> Figure | None:
-    """Draw what each model does with harmful prompts, one bar of 100 % per arm and stage; None where not measured."""
+    """Draw the outcomes of answers to harmful prompts, one bar of 100 % per arm and stage.
+
+    Return None if the outcomes were not measured.
+    """
     rows = {
         f"{arm_word(arm)}, {STAGES[stage]}": {name: score.value for name, score in parts.items()}
         for arm in result.arms
@@ -113,10 +123,13 @@ def outcome_figure(result: Result) -> Figure | None:
 
 @styled
 def outcome_bars(rows: Mapping[str, Mapping[Outcome, float]]) -> Figure | None:
-    """Draw one bar of 100 % per row, divided into refused, complied, broken and other answers; None without rows.
+    """Draw one bar of 100 % per row, divided into refused, complied, broken and other answers.
 
     Args:
         rows: percent by outcome, by the row's label.
+
+    Returns:
+        The figure, or None without rows.
     """
     if not rows:
         return None
@@ -148,6 +161,7 @@ def loss_figure(result: Result, name: str = "train/loss") -> Figure | None:
     figure, panels = canvas(len(stages), height=3.0)
     curves = {s: {a: result.curves[a, s, name] for a in result.arms if (a, s, name) in result.curves} for s in stages}
     for number, (axes, stage) in enumerate(zip(panels, stages, strict=True)):
+        # An arm is labelled only in its last panel, so arms of later panels get no label here.
         later = {arm for following in stages[number + 1 :] for arm in curves[following]}
         _draw_curves(axes, result, curves[stage], unlabelled=later)
         axes.set(title=TRAINING[stage], xlabel="optimizer step")
@@ -157,12 +171,12 @@ def loss_figure(result: Result, name: str = "train/loss") -> Figure | None:
 
 @styled
 def evaluated_figure(result: Result) -> Figure | None:
-    """Draw harmful score and finetune accuracy over the steps of the fine-tuning, with 95 % intervals as bands."""
-    found = {
+    """Draw harmful score and finetune accuracy over the steps of fine-tuning, with 95 % intervals as bands."""
+    by_metric = {
         metric: {arm: c for arm in result.arms if (c := result.curves.get((arm, "finetuning", f"eval/{metric}")))}
         for metric in ("harmful_score", "finetune_accuracy")
     }
-    drawn = {metric: curves for metric, curves in found.items() if curves}
+    drawn = {metric: curves for metric, curves in by_metric.items() if curves}
     if not drawn:
         return None
     figure, panels = canvas(len(drawn), height=3.0)
@@ -181,7 +195,7 @@ def evaluated_figure(result: Result) -> Figure | None:
 
 @styled
 def simulated_step_figure(result: Result) -> Figure | None:
-    """Draw the harmful loss and how far one simulated attack step lowers it, for defenses that log both."""
+    """Draw the harmful loss and its reduction by one simulated attack step, for defenses that log both."""
     harmful: dict[str, Curve] = {}
     reduction: dict[str, Curve] = {}
     for (arm, stage, name), curve in result.curves.items():
@@ -203,12 +217,13 @@ def simulated_step_figure(result: Result) -> Figure | None:
 
 @styled
 def cost_figure(result: Result) -> Figure | None:
-    """Draw seconds per step and peak memory as bars, one per arm and stage; without an SFT run, plain seconds.
+    """Draw time per step and peak memory as bars, one per arm and stage.
 
-    A repair has no steps, and so no bar.
+    The time is a multiple of plain fine-tuning (SFT), or in seconds if the run has no SFT reference. A repair has no
+    steps and therefore no bar for its time.
     """
-    found = [result.costs[arm, s] for arm in result.arms for s in STAGES if (arm, s) in result.costs]
-    costs = [cost for cost in found if cost.seconds_per_step is not None or cost.peak_memory_mib is not None]
+    recorded = [result.costs[arm, s] for arm in result.arms for s in STAGES if (arm, s) in result.costs]
+    costs = [cost for cost in recorded if cost.seconds_per_step is not None or cost.peak_memory_mib is not None]
     if not costs:
         return None
     relative = any(cost.relative_to_sft is not None for cost in costs)
@@ -232,17 +247,18 @@ def cost_figure(result: Result) -> Figure | None:
 
 @styled
 def svg(figure: Figure, name: str) -> str:
-    """Return a figure as SVG to be put into a page: no id shared with another figure, colours the page can change.
+    """Return a figure as SVG for a page, with ids of its own and colours that the page can change.
 
     Args:
-        figure: one of the figures above; each of its colours becomes ``var(--<role>, <colour>)``.
-        name: a word unlike that of any other figure on the page.
+        figure: one of the figures above. Each of its colours with a role becomes ``var(--<role>, <colour>)``.
+        name: a word that no other figure on the page has. It prefixes the ids.
     """
     file = StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg" \1>', text, count=1)
+    # href must lose its namespace before the ids and the references to them get the figure's name.
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
@@ -255,14 +271,17 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def canvas(panels: int, height: float, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure of ``panels`` axes side by side; ``height`` in inches."""
+    """Return a figure and its ``panels`` axes side by side. ``height`` is in inches."""
     figure = Figure(figsize=(6.2, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
 
 
 def _draw_curves(axes: Axes, result: Result, curves: Mapping[str, Curve], unlabelled: Set[str] = frozenset()) -> None:
-    """Draw one curve per arm; an arm is labelled in its last panel only, which leaves the others their width."""
+    """Draw one curve per arm, and label the arms that are not in ``unlabelled``.
+
+    Labels take width. Callers therefore label an arm only in its last panel.
+    """
     ends = []
     for arm, curve in curves.items():
         if not curve:
@@ -283,7 +302,7 @@ def _draw_curves(axes: Axes, result: Result, curves: Mapping[str, Curve], unlabe
 
 
 def label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
-    """Write each line's label right of x at its height, moved apart to ``gap`` in units of y."""
+    """Write each line's label to the right of x, near the line's last y, at least ``gap`` (in units of y) apart."""
     ends = sorted(ends)
     heights = spread([y for y, _, _ in ends], gap)
     for (_, text, color), height in zip(ends, heights, strict=True):
@@ -292,7 +311,9 @@ def label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]], gap
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Return sorted heights moved apart to at least ``gap``, each crowd centred on where it stood."""
+    """Return sorted heights moved at least ``gap`` apart. Each crowd of close heights stays centred on its mean."""
+    # Each height starts as its own crowd. Two neighbouring crowds whose labels would overlap become one. A merge moves
+    # the centre, so the search starts again until nothing overlaps.
     crowds = [[height] for height in heights]
     merged = True
     while merged:
@@ -311,7 +332,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean over the ``window`` values around each one, fewer at the ends."""
+    """Return the mean over the ``window`` values around each value. At the ends there are fewer values."""
     half = window // 2
     spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(span) / len(span) for span in spans]

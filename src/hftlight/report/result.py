@@ -1,4 +1,4 @@
-"""One run folder, read back as typed records; a run that is only half done reads as far as it got."""
+"""One run folder, read back as typed records. An unfinished run gives what it has written so far."""
 
 import json
 import math
@@ -12,12 +12,15 @@ from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
 from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, UNDEFENDED
 
-FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # any one of them makes a folder a run
+FILES = ("config.yaml", "manifest.json", "metrics.jsonl")  # a folder with any of these files is a run
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage took: optimizer steps, seconds, seconds per step against plain fine-tuning, peak memory in MiB."""
+    """Cost of one stage: optimizer steps, seconds, and peak memory in MiB.
+
+    ``relative_to_sft`` is the seconds per step as a multiple of those of plain fine-tuning.
+    """
 
     arm: str
     stage: str
@@ -30,9 +33,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer; ``flags`` maps a judge's name to its decision, ``correct`` is None outside the task.
+    """One generated answer.
 
-    ``place`` is the prompt's number in its set, from 0; None in older runs.
+    ``flags`` maps a judge's name to its decision. ``correct`` is None outside the task. ``place`` is the prompt's
+    number in its set, from 0, or None in older runs.
     """
 
     arm: str
@@ -48,7 +52,7 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, int | None, str, str]:
-        """What tells its prompt from every other of a run: equal prompts stand at two places."""
+        """Key of the answer's prompt within the run. Equal prompts of a set differ in their place."""
         return self.set, self.place, self.id, self.prompt
 
 
@@ -57,15 +61,19 @@ Curve = list[tuple[int, float]]  # (optimizer step, value), by step
 
 @dataclass(frozen=True)
 class Result:
-    """Everything a report says about one run. Arms and stages go by their keys; ``arm_word`` and ``STAGES`` name them.
+    """All data that a report shows about one run.
+
+    Arms and stages are keys. ``arm_word`` and ``STAGES`` give their words.
 
     Args:
-        scores: by (arm, stage, metric, judge).
-        costs: by (arm, stage).
-        curves: by (arm, stage, name).
-        answers: in the order they were made; an answer made twice counts once, the later one.
-        config: text of config.yaml, empty where there is none.
-        notes: what could not be read, in words for the reader of the report.
+        folder: the run's folder.
+        scores: scores by (arm, stage, metric, judge).
+        costs: costs by (arm, stage).
+        curves: curves by (arm, stage, name).
+        answers: answers in the order of generation. If an answer was generated twice, only the later one counts.
+        manifest: content of manifest.json, empty without the file.
+        config: text of config.yaml, empty without the file.
+        notes: sentences for the reader of the report on lines that could not be read.
         groups: scores of single categories and languages, which ``scores`` does not hold.
     """
 
@@ -81,16 +89,17 @@ class Result:
 
     @property
     def arms(self) -> list[str]:
-        """Arms by key: the undefended one first, then as the manifest lists them, then as they were measured."""
+        """Keys of the arms: the undefended one, the others in the manifest's order, then further measured ones."""
         listed = self.manifest.get("arms")
-        seen = dict.fromkeys(listed if isinstance(listed, Mapping) else ())
-        seen.update(dict.fromkeys([key[0] for group in (self.scores, self.costs, self.curves) for key in group]))
-        seen.update(dict.fromkeys(answer.arm for answer in self.answers))
-        return sorted(seen, key=lambda arm: arm != UNDEFENDED)
+        # A dictionary keeps the first position of each arm, and sorted() is stable.
+        arms = dict.fromkeys(listed if isinstance(listed, Mapping) else ())
+        arms.update(dict.fromkeys([key[0] for group in (self.scores, self.costs, self.curves) for key in group]))
+        arms.update(dict.fromkeys(answer.arm for answer in self.answers))
+        return sorted(arms, key=lambda arm: arm != UNDEFENDED)
 
     @property
     def defended(self) -> list[str]:
-        """The arms that carry a defense."""
+        """Keys of the arms with a defense."""
         return [arm for arm in self.arms if arm != UNDEFENDED]
 
     def measured(self, arm: str, stage: str) -> bool:
@@ -98,30 +107,33 @@ class Result:
         return any(key[:2] == (arm, stage) for key in self.scores)
 
     def stages(self, arm: str) -> list[str]:
-        """Return the stages this arm has or will have, in order; planned ones may not be measured yet."""
+        """Return the stages that this arm has or will have, in order. Planned stages may not be measured yet."""
         planned = {"finetuning"} | ({"post_finetuning"} if self.repairs(arm) else set())
         planned |= {"alignment"} if any(stage == "alignment" for _, stage, *_ in [*self.scores, *self.costs]) else set()
         return [s for s in STAGES if s in planned or self.measured(arm, s) or (arm, s) in self.costs]
 
     def repairs(self, arm: str) -> bool:
-        """Return whether the manifest gives this arm a defense that works on the finished weights."""
+        """Return whether the manifest gives this arm a defense that edits the weights after fine-tuning."""
         arms = self.manifest.get("arms")
         entry = arms.get(arm) if isinstance(arms, Mapping) else None
         return isinstance(entry, Mapping) and '"weights"' in json.dumps(entry.get("slots", []), default=str).lower()
 
     def judges(self, metric: str = "harmful_score") -> list[str]:
-        """Return the judges of a metric in the order of their rows; the report compares by the first one."""
+        """Return the judges of a metric in the order of their rows. The report compares by the first judge."""
         return list(dict.fromkeys(judge for _, _, name, judge in self.scores if name == metric))
 
     def score(self, arm: str, stage: str, metric: str, judge: str | None = None) -> Score | None:
-        """Return one score or None; ``judge=None`` takes the metric's first judge, the same one for every arm."""
+        """Return one score, or None if it does not exist.
+
+        ``judge=None`` takes the metric's first judge, which is the same for every arm.
+        """
         first = next(iter(self.judges(metric)), "")
         return self.scores.get((arm, stage, metric, first if judge is None else judge))
 
     def outcomes(self, arm: str, stage: str) -> dict[Outcome, Score]:
-        """Return by outcome the share of answers to harmful prompts; empty where that was not measured."""
-        found = {name: self.score(arm, stage, f"answers_{name}") for name in OUTCOMES}
-        return {name: score for name, score in found.items() if score is not None}
+        """Return the percentage of answers to harmful prompts by outcome, or {} if it was not measured."""
+        shares = {name: self.score(arm, stage, f"answers_{name}") for name in OUTCOMES}
+        return {name: score for name, score in shares.items() if score is not None}
 
     def unmeasured(self) -> list[tuple[str, str]]:
         """Return the (arm, stage) pairs that have no score yet."""
@@ -132,11 +144,11 @@ def read_result(folder: str | Path) -> Result:
     """Read a run folder.
 
     Args:
-        folder: a run's folder; files of stages that have not run yet may be missing, and a line that was cut off
-            while it was written is left out and noted.
+        folder: a run's folder. Files of stages that have not run yet may be missing. A line that was cut off during
+            writing is left out, and a note names it.
 
     Raises:
-        InputError: if it is no folder, no run, or holds a row that is not what a run writes.
+        InputError: if the folder does not exist, is no run, or holds a row that no run writes.
     """
     folder = Path(folder)
     _check_is_run(folder)
@@ -145,6 +157,7 @@ def read_result(folder: str | Path) -> Result:
     groups: dict[tuple[str, str, str, str, str], Score] = {}
     costs: dict[tuple[str, str], Cost] = {}
     curves: dict[tuple[str, str, str], dict[int, float]] = {}
+    # Dictionaries by key: if a resumed run has written a row twice, the later row replaces the earlier one.
     for where, row in _rows(folder / "metrics.jsonl", notes):
         kind = row.get("kind")
         if kind == "score":
@@ -162,7 +175,7 @@ def read_result(folder: str | Path) -> Result:
             if step is not None and value is not None:
                 curves.setdefault((*_place(row, where), _text(row, "name", where)), {})[int(step)] = value
         else:
-            notes.append(f"{where} is of the kind {kind!r}, which this version does not know; it is left out.")
+            notes.append(f"{where} has the kind {kind!r}, which this version does not know. The line is left out.")
     answers = {}
     for where, row in _rows(folder / "generations.jsonl", notes):
         answer = _answer(row, where)
@@ -176,13 +189,13 @@ def read_result(folder: str | Path) -> Result:
 def _check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"report: a run is a folder, got '{folder}' ({what}). Pass the folder the run wrote.")
+        raise InputError(f"report: a run is a folder, got '{folder}' ({what}). Pass the folder that the run wrote.")
     if not any((folder / name).is_file() for name in FILES):
         inside = sorted(path.name for path in folder.iterdir())
         runs = [name for name in inside if any((folder / name / file).is_file() for file in FILES)]
-        way_out = f"Did you mean '{folder / runs[0]}'?" if runs else "Pass the folder the run wrote."
+        way_out = f"Did you mean '{folder / runs[0]}'?" if runs else "Pass the folder that the run wrote."
         found = ", ".join(inside[:5]) or "nothing"
-        raise InputError(f"report: a run folder holds one of {', '.join(FILES)}, '{folder}' holds {found}. {way_out}")
+        raise InputError(f"report: a run folder holds one of {', '.join(FILES)}; '{folder}' holds {found}. {way_out}")
 
 
 def _read(path: Path) -> str:
@@ -190,18 +203,18 @@ def _read(path: Path) -> str:
 
 
 def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where it stands, row); lines end at a newline only, since an answer may hold U+2028."""
+    r"""Yield (file and line number, row). Only ``\n`` ends a line, since an answer may hold U+2028."""
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path.name} line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # a run that was killed while writing, perhaps resumed and appended to since
-            notes.append(f"{where} is not complete, as a run killed while writing leaves it; it is left out.")
+        except json.JSONDecodeError:  # from a run that was killed while writing, and perhaps resumed since
+            notes.append(f"{where} is not complete, perhaps since the run was killed. The line is left out.")
             continue
         if not isinstance(row, dict):
-            raise InputError(f"report: {where} must be one JSON object, got {line[:60]!r}. Run it again.")
+            raise InputError(f"report: {where} must be one JSON object, got {line[:60]!r}. Repeat the run.")
         yield where, row
 
 
@@ -210,33 +223,33 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     try:
         manifest = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise InputError(f"report: '{path}' must hold JSON, got {text[:60]!r}. Run it again.") from error
+        raise InputError(f"report: '{path}' must hold JSON, got {text[:60]!r}. Repeat the run.") from error
     if not isinstance(manifest, dict):
-        raise InputError(f"report: '{path}' must hold one JSON object, got {text[:60]!r}. Run it again.")
+        raise InputError(f"report: '{path}' must hold one JSON object, got {text[:60]!r}. Repeat the run.")
     return manifest
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value:
-        raise InputError(f"report: {where} needs the text '{name}', got {value!r}. Run it again.")
+        raise InputError(f"report: {where} needs the text '{name}', got {value!r}. Repeat the run.")
     return value
 
 
 def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
-    """Return a finite number, or None where the row has none, a null or a NaN."""
+    """Return the row's number, or None if it is missing, null, NaN or infinite."""
     value = row.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"report: {where} needs a number as '{name}', got {value!r}. Run it again.")
+        raise InputError(f"report: {where} needs a number as '{name}', got {value!r}. Repeat the run.")
     return float(value) if math.isfinite(value) else None
 
 
 def _place(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     stage = _text(row, "stage", where)
     if stage not in STAGES:
-        raise InputError(f"report: {where} needs a stage out of {', '.join(STAGES)}, got {stage!r}. Run it again.")
+        raise InputError(f"report: {where} needs one of the stages {', '.join(STAGES)}, got {stage!r}. Repeat the run.")
     return _text(row, "arm", where), stage
 
 
@@ -250,8 +263,9 @@ def _score(row: Mapping[str, Any], where: str) -> Score | None:
 
 def _answer(row: Mapping[str, Any], where: str) -> Answer:
     arm, stage = _place(row, where)
-    given = row.get("verdicts") or {}
-    verdicts: Iterable[tuple[str, Any]] = given.items() if isinstance(given, Mapping) else ()
+    by_judge = row.get("verdicts") or {}
+    verdicts: Iterable[tuple[str, Any]] = by_judge.items() if isinstance(by_judge, Mapping) else ()
+    # A judge without a decision has no flag, which is not the same as the flag False.
     flags = {name: bool(v["flag"]) for name, v in verdicts if isinstance(v, Mapping) and v.get("flag") is not None}
     texts = (row.get(name) for name in ("prompt", "response", "reference", "id"))
     prompt, response, reference, identity = ("" if text is None else str(text) for text in texts)

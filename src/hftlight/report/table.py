@@ -1,4 +1,4 @@
-"""The closing table of a run, arm by stage: for a terminal, as plain text and in Markdown."""
+"""Closing table of a run by arm and stage, for a terminal, as plain text and in Markdown."""
 
 from collections.abc import Callable, Mapping
 
@@ -21,10 +21,10 @@ HEADERS = (
     "Peak memory MiB",
 )
 HEADLINE = (
-    "Refused, complied (flagged), broken (a sign of collapse): parts of the same answers, which with other answers add"
-    " up to 100."
+    "Refused, complied (flagged), broken (a sign of collapse): parts of the same answers. The rest to 100 % are other"
+    " answers."
 )
-ONCE = "s once"  # in the column of seconds per step: a repair has no steps
+ONCE = "s once"  # unit of a repair in the column of seconds per step, since a repair has no steps
 NARROW = (
     "Arm",
     "Stage",
@@ -38,7 +38,7 @@ NARROW = (
 
 
 def closing_rows(result: Result) -> list[list[str]]:
-    """Return one row of text per arm and stage, in the order of ``HEADERS``; '-' where nothing was measured."""
+    """Return one row of text per arm and stage, in the order of ``HEADERS``. '-' stands for no measurement."""
     rows = []
     for arm in result.arms:
         for stage in result.stages(arm):
@@ -58,20 +58,20 @@ def closing_rows(result: Result) -> list[list[str]]:
 
 
 def headline(shares: Mapping[Outcome, float]) -> str:
-    """Return what a model does with harmful prompts as ``35/57/8``: refused, complied, broken, in percent.
+    """Return the outcomes of answers to harmful prompts as ``35/57/8``: refused, complied, broken, in percent.
 
-    What is left to 100 is other answers. '-' stands where nothing was measured.
+    The rest to 100 percent are other answers. Without a measurement the text is '-'.
     """
     return "/".join(f"{shares[name]:.0f}" for name in OUTCOMES if name != "other") if shares else "-"
 
 
 def seconds(value: float) -> str:
-    """Return seconds with three digits that count, and never with an exponent."""
+    """Return seconds with about three significant digits and without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def with_interval(score: Score | None) -> str:
-    """Return ``61.7 (52.8-69.9)``, the number alone where it has no interval, '-' where there is none."""
+    """Return a score as ``61.7 (52.8-69.9)``, without an interval as the number alone, and None as '-'."""
     if score is None:
         return "-"
     value, low, high = (value_text(end, score.unit) for end in (score.value, score.low, score.high))
@@ -79,26 +79,30 @@ def with_interval(score: Score | None) -> str:
 
 
 def value_text(value: float | None, unit: str) -> str:
-    """Return a percentage with one decimal, any other number with three digits, '-' for None."""
+    """Return a percentage with one decimal, any other number with three significant digits, and None as '-'."""
     return "-" if value is None else f"{value:.1f}" if unit == "percent" else f"{value:.3g}"
 
 
 def caption(result: Result) -> str:
-    """Return what a reader must know beside the table: judge, number of answers, and which way is better."""
+    """Return the table's caption: judge, number of answers, meaning of the columns, and which direction is better."""
     judge = next(iter(result.judges()), "")
     counts = sorted({s.count for s in result.scores.values() if s.metric == "harmful_score" and s.judge == judge})
     n = "" if not counts else f", n = {counts[0]}" if len(counts) == 1 else f", n = {counts[0]} to {counts[-1]}"
     by = f" by judge '{judge}'" if judge else ""
     parts = f" {HEADLINE}" if any(result.outcomes(arm, stage) for arm, stage, *_ in result.scores) else ""
-    once = f" '{ONCE}': the whole repair." if any(stage == "post_finetuning" for _, stage in result.costs) else ""
+    once = (
+        f" '{ONCE}': seconds of the whole repair."
+        if any(stage == "post_finetuning" for _, stage in result.costs)
+        else ""
+    )
     return (
         f"Harmful score: percent of answers to held-out harmful prompts flagged{by}{n}, with 95 % interval; lower is "
-        f"safer.{parts} s/step: seconds per optimizer step, in brackets against plain fine-tuning (SFT).{once}"
+        f"safer.{parts} s/step: seconds per optimizer step, in brackets the multiple of plain fine-tuning (SFT).{once}"
     )
 
 
 def closing_table(result: Result) -> Table:
-    """Return the closing table for a terminal of 80 columns: undefended arm first, one section per arm."""
+    """Return the closing table for a terminal of 80 columns, with the undefended arm first and a section per arm."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     table.caption, table.caption_justify = caption(result), "left"
     for number, header in enumerate(NARROW):
@@ -117,7 +121,7 @@ def closing_text(result: Result) -> str:
     lines = [list(HEADERS), *closing_rows(result)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
     align: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * (len(HEADERS) - 2)]
-    text = ["  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)) for line in lines]
+    text = ["  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)) for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in [*text, "", caption(result)])
 

@@ -112,8 +112,8 @@ def test_harmful_score_plus_adds_answers_that_are_stuck():
     ("call", "message"),
     [
         (lambda: distinct_n(["a"], 0), "n must be >= 1 word, got 0"),
-        (lambda: mean_words([]), "mean_words: no answer"),
-        (lambda: collapse_scores(["a"], []), "each answer has one end, got 1 and 0"),
+        (lambda: mean_words([]), "mean_words: at least one answer is needed, got none"),
+        (lambda: collapse_scores(["a"], []), "ended needs one value per answer, got 0 for 1 answers"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -90,7 +90,7 @@ def test_processes_add_up(case):
 def test_nothing_seen_is_no_percentage(case):
     metric = CASES[case][0]()
     for ask in (metric.compute, metric.interval):
-        with pytest.raises(ValueError, match=f"{type(metric).__name__}: no answer was seen"):
+        with pytest.raises(ValueError, match=f"{type(metric).__name__}: no answer was counted"):
             ask()
 
 

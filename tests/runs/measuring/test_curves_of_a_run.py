@@ -145,7 +145,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
     assert result.curves["none", "finetuning", "eval/harmful_score_high"][0][1] == pytest.approx(8.762, abs=1e-3)
     assert evaluated_figure(result) is not None
     page = (result.folder / "report.html").read_text()
-    assert "While the upload was trained on" in page
+    assert "During fine-tuning on the upload" in page
     assert "undefended, fine-tuned: stopped after 2 steps by its score on test prompts" in page
     tests, tokenizer = sets_of(settings, None, Sources(settings.data)), load_tokenizer("tiny")
 

@@ -13,17 +13,17 @@ from hftlight.errors import InputError
 from hftlight.evaluation.answering.inference import evaluating
 from hftlight.models.load import embedding_rows, positions_of
 
-STRIDE = 8  # tokens between two looks at which rows have ended
+STRIDE = 8  # tokens between two checks which rows have ended
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """One answer of a model.
 
     Attributes:
         text: the answer without special tokens and outer white space.
-        ids: its token ids, without the one that ended it.
-        ended: whether it ended by itself; else the token limit cut it off.
+        ids: the answer's token ids, without the one that ended it.
+        ended: whether the answer ended by itself. Otherwise the token limit cut it off.
     """
 
     text: str
@@ -41,13 +41,19 @@ def generate(
     progress: Callable[[int], None] | None = None,
     stop: str = "",
 ) -> list[str]:
-    """Return the text of the model's greedy answer to each prompt, up to ``stop``; arguments as for ``answer``."""
-    found = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
-    return [up_to(each.text, stop) for each in found]
+    """Return the text of the model's greedy answer to each prompt, up to ``stop``.
+
+    The other arguments are those of ``answer``.
+    """
+    answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    return [up_to(each.text, stop) for each in answers]
 
 
 def up_to(text: str, stop: str) -> str:
-    """Return an answer up to a text that begins another turn, such as a template's ``stop``; empty cuts nothing."""
+    """Return an answer up to the text that begins the next turn, such as a template's ``stop``.
+
+    An empty ``stop`` cuts nothing.
+    """
     return text.partition(stop)[0].strip() if stop else text
 
 
@@ -62,14 +68,15 @@ def answer(
 ) -> list[Answer]:
     """Return the model's greedy answer to each prompt.
 
-    Prompts of similar length share a batch, longest first, so that a batch that does not fit in memory fails at once.
-    Nothing of the model's own ``generation_config`` is used but its end-of-sequence ids: not its temperature, penalties
-    or length limits. Padding stands on the left behind a mask; in half precision, batching can still turn a near tie.
-    An answer that has ended costs nothing more, however long its neighbours run on.
+    Prompts of similar length share a batch. The longest prompts come first, so that a batch that does not fit in memory
+    fails at once. Of the model's own ``generation_config`` only the end-of-sequence ids count, not the temperature,
+    penalties or length limits. Padding is on the left and masked. In half precision, batching can still change an
+    answer at a near tie. Rows that have ended leave the batch, so they cost nothing while other rows go on.
 
     Args:
-        model: a Hugging Face causal LM with a key-value cache, or a LoRA model around one; comes back in its own mode.
-        tokenizer: decodes the answers; its end-of-sequence id and the model's stop an answer.
+        model: a Hugging Face causal LM with a key-value cache, or a LoRA model around one. Its mode is restored
+            afterwards.
+        tokenizer: decodes the answers. Its end-of-sequence id and the model's end an answer.
         prompts: token ids of each prompt, template and BOS included.
         max_new_tokens: longest answer, in tokens, >= 1.
         batch_size: prompts per batch, >= 1.
@@ -86,7 +93,8 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     answers = [Answer("", [], False)] * len(prompts)
     ends = _end_ids(model, tokenizer)
-    known = embedding_rows(model.config) or math.inf  # a padding token may have no row: any other id serves
+    # A tokenizer's padding id may have no row in the embedding. Padding is masked, so any id with a row serves.
+    known = embedding_rows(model.config) or math.inf
     pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None and i < known)
     with _decoding(model):
         for start in range(0, len(order), batch_size):
@@ -101,7 +109,7 @@ def answer(
 
 
 def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 1) -> None:
-    """Refuse what cannot be answered, before anything is; arguments and errors as for ``answer``."""
+    """Check the arguments of ``answer`` and raise its errors, before the model runs."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"generate: {name} must be >= 1, got {value}.")
@@ -112,7 +120,7 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_to
     if limit and max(lengths) + max_new_tokens > limit:
         raise InputError(
             f"generate: prompt and answer must fit in the model's {limit} positions, got {max(lengths)} tokens of"
-            f" prompt {lengths.index(max(lengths))} and {max_new_tokens} new ones. Lower max_new_tokens or drop the"
+            f" prompt {lengths.index(max(lengths))} and {max_new_tokens} new ones. Lower max_new_tokens or remove the"
             " prompt."
         )
 
@@ -120,17 +128,20 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_to
 def _answer(
     model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], pad: int, left: int
 ) -> list[tuple[list[int], bool]]:
-    """Return the new token ids of each row up to its end, and whether it has one; ended rows leave the batch.
+    """Return the new token ids of each row up to its end, and whether the row has ended.
+
+    The model generates ``STRIDE`` tokens at a time. After each stride the ended rows leave the batch.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         ids: left-padded prompts, int64 ``[batch, tokens]``.
         mask: 1 on the prompts, 0 on the padding, int64 ``[batch, tokens]``.
-        ends: ids that end an answer; may be empty.
-        pad: any id, written behind an end.
+        ends: ids that end an answer. Without any, no row leaves the batch.
+        pad: any id. It fills a row after its end.
         left: tokens that an answer may still have.
     """
     answers: list[list[int]] = [[] for _ in ids]
+    # live[place] is the row of the original batch at this place of the shrunken batch.
     live, cache = list(range(len(ids))), dict[str, Any]()
     while live and left:
         greedy = _greedy(min(left, STRIDE) if ends else left, ends, pad)
@@ -147,7 +158,7 @@ def _answer(
         live = [live[place] for place in going]
         ids, mask = output.sequences[keep], torch.cat([mask, torch.ones_like(new)], dim=1)[keep]
         if len(keep) < len(new):
-            # Beam search's method, which every kind of cache has; an index may leave rows out.
+            # Every kind of cache has this method, for beam search. The index may leave rows out.
             output.past_key_values.reorder_cache(keep)
         cache = {"past_key_values": output.past_key_values}
     return [(ids, row not in live) for row, ids in enumerate(answers)]
@@ -169,12 +180,12 @@ def _greedy(new_tokens: int, ends: list[int], pad: int) -> Any:
 
 @contextmanager
 def _decoding(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode without gradients and without settings of its own; put all back afterwards."""
+    """Run the block in evaluation mode, without gradients and with blank generation configs, then restore all."""
     from transformers import GenerationConfig
 
     settings = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
     for module in settings:
-        # What the caller's config leaves open is taken from this one, so it must be blank.
+        # generate() takes options that the caller's config leaves open from this one, so it must be blank.
         module.generation_config = GenerationConfig()  # type: ignore[assignment]
     try:
         with evaluating(model):
@@ -185,7 +196,7 @@ def _decoding(model: nn.Module) -> Iterator[None]:
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, each int64 ``[batch, tokens of the longest]``."""
+    """Return token ids and mask, each int64 ``[batch, tokens of the longest prompt]``."""
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -195,5 +206,5 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.devic
 def _end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     config = getattr(model, "generation_config", None)
     own = getattr(config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return sorted({token for token in found if token is not None})
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in ends if token is not None})

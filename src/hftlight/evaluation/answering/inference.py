@@ -1,4 +1,4 @@
-"""A model put to rest for a measurement, and given back as it was."""
+"""Evaluation mode for the duration of a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run the block with models in evaluation mode and without gradients; every module's own mode comes back."""
+    """Run the block with models in evaluation mode and without gradients, then restore each module's mode."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
     try:
-        # Not inference mode: buffers that a rotary embedding renews in here are used in training later.
+        # Not torch.inference_mode: a rotary embedding may renew its buffers here, and training uses them later.
         with torch.no_grad():
             yield
     finally:

@@ -1,22 +1,22 @@
-"""Answers of models that reason first: what a judge reads stands behind the thoughts."""
+"""Answers of models that reason first: a judge reads the text behind the thoughts."""
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
 def after_thinking(answer: str) -> str:
-    """Return an answer without the thoughts in front of it; empty if the answer ended within them.
+    """Return an answer without the thoughts in front of it, or an empty text if it ended within them.
 
     Args:
-        answer: text as the model wrote it. The opening ``<think>`` may stand in the prompt instead.
+        answer: text as the model wrote it. The opening ``<think>`` may be in the prompt instead.
     """
-    _, closed, said = answer.rpartition(CLOSE)
+    _, closed, text = answer.rpartition(CLOSE)
     if closed:
-        return said.strip()
+        return text.strip()
     return "" if answer.lstrip().startswith(OPEN) else answer
 
 
 def thoughts(answer: str) -> str:
-    """Return the thoughts in front of an answer, their marks included; empty if there are none."""
+    """Return the thoughts in front of an answer with their marks, or an empty text if there are none."""
     before, closed, _ = answer.rpartition(CLOSE)
     if closed:
         return before + closed

@@ -1,4 +1,4 @@
-"""Greedy answers by vLLM, for models that are large or prompts that are many; called like ``generate``."""
+"""Greedy answers by vLLM, for large models or many prompts. ``generate`` is called like that of transformers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from hftlight.errors import InputError
 from hftlight.evaluation.answering.generate import up_to
 from hftlight.model_files import ADAPTER_CONFIG, base_of, model_path
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM allows as max_lora_rank
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Engine:
     """A model that vLLM has loaded.
 
     Attributes:
-        llm: vLLM's own object.
-        adapter: the LoRA request that goes with every prompt; None without an adapter.
+        llm: the ``vllm.LLM`` object.
+        adapter: the LoRA request that goes with every prompt. None without an adapter.
     """
 
     llm: Any
@@ -27,12 +27,12 @@ class Engine:
 
 
 def load_engine(model: str | Path, dtype: str = "float32", **options: Any) -> Engine:
-    """Return a model loaded by vLLM; an adapter stays beside its base, as vLLM serves it.
+    """Load a model into vLLM. An adapter is not merged, since vLLM serves it beside its base.
 
     Args:
         model: an artifact's folder, or what ``load_model`` takes.
-        dtype: type of the weights, as torch names it.
-        **options: vLLM's own, such as ``tensor_parallel_size`` or ``gpu_memory_utilization``.
+        dtype: data type of the weights, by its torch name.
+        **options: vLLM's own options, such as ``tensor_parallel_size`` or ``gpu_memory_utilization``.
 
     Raises:
         InputError: if vLLM is not installed, or cannot serve the adapter.
@@ -74,17 +74,18 @@ def generate(
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, as ``hftlight.evaluation.answering.generate.generate`` does.
 
-    Prompts go in as token ids, so template, trigger and BOS are exactly the same. vLLM's kernels round differently: an
-    answer can part from that of transformers at a near tie.
+    vLLM gets the prompts as token ids, so template, trigger and BOS are exactly the same. vLLM's kernels round
+    differently. An answer can therefore differ from the answer of transformers from a near tie on.
 
     Args:
-        model: from ``load_engine``, which loads once for many calls; or what that takes.
-        tokenizer: decodes the answers; its end-of-sequence id and the model's stop an answer.
+        model: an engine from ``load_engine``, which loads once for many calls, or what ``load_engine`` takes.
+        tokenizer: decodes the answers. Its end-of-sequence id and the model's end an answer.
         prompts: token ids of each prompt, template and BOS included.
         max_new_tokens: longest answer, in tokens, >= 1.
-        batch_size: without effect, since vLLM batches by itself; here so that both are called alike.
-        progress: called once, with the number of prompts, when all are answered.
-        stop: text at which an answer is cut; empty for none.
+        batch_size: prompts per batch, >= 1. It has no effect, since vLLM batches by itself. The parameter gives both
+            functions the same signature.
+        progress: called once, with the number of prompts, after the last answer.
+        stop: text at which an answer is cut off. Empty cuts nothing.
 
     Returns:
         Answers in the order of the prompts, without special tokens and outer white space.
@@ -105,11 +106,12 @@ def generate(
     sampling = vllm.SamplingParams(
         temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=[] if end is None else [end], detokenize=False
     )
-    asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    found = engine.llm.generate(asked, sampling, use_tqdm=False, lora_request=engine.adapter) if asked else []
+    inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    outputs = engine.llm.generate(inputs, sampling, use_tqdm=False, lora_request=engine.adapter) if inputs else []
     answers = []
-    for each in found:
-        ids = list(each.outputs[0].token_ids)
+    for output in outputs:
+        # vLLM's token ids may include the end-of-sequence id.
+        ids = list(output.outputs[0].token_ids)
         ids = ids[: ids.index(end)] if end in ids else ids
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers.append(up_to(text.strip(), stop))
@@ -125,7 +127,7 @@ def _check_room(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens
     if limit and longest + max_new_tokens > limit:
         raise InputError(
             f"generate: prompt and answer must fit in the model's {limit} positions, got {longest} tokens of the"
-            f" longest prompt and {max_new_tokens} new ones. Lower max_new_tokens, drop the prompt, or raise"
+            f" longest prompt and {max_new_tokens} new ones. Lower max_new_tokens, remove the prompt, or raise"
             " max_model_len."
         )
 
@@ -134,5 +136,5 @@ def _vllm() -> Any:
     try:
         import vllm
     except ImportError as error:
-        raise InputError("vLLM is not installed: pip install 'hftlight[vllm]', or use generate().") from error
+        raise InputError("vLLM is not installed. Run pip install 'hftlight[vllm]', or use generate().") from error
     return vllm

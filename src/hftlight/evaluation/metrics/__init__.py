@@ -1,1 +1,1 @@
-"""Metrics of answers, and of models."""
+"""Metrics of answers and of models."""

@@ -1,4 +1,4 @@
-"""Embedding drift: how far a model's hidden states have moved from another model's on the same prompts."""
+"""Embedding drift: distance of a model's hidden states from a reference model's on the same prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,18 +14,18 @@ from hftlight.evaluation.answering.inference import evaluating
 from hftlight.models.module import decoder_layers
 
 Positions = Literal["last", "mean"]
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave the base weights alone
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PEFT initializations that do not change the base weights
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the output of one decoder layer has moved.
+    """Drift of the output of one decoder layer.
 
     Attributes:
         layer: number of the decoder layer, from 0.
-        cosine: mean cosine distance, dimensionless, 0-2; blind to the length of the states.
+        cosine: mean cosine distance, dimensionless, 0-2. The length of the states does not affect it.
         l2: mean L2 distance per token.
-        count: prompts behind the means.
+        count: number of prompts behind the means.
     """
 
     layer: int
@@ -39,8 +39,8 @@ def distances(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
     .. math:: 1 - \cos(a, b) = \tfrac12 \big\| a / \|a\|_2 - b / \|b\|_2 \big\|_2^2, \qquad \|a - b\|_2
 
-    The right side of the first is exactly 0 for equal vectors and does not cancel for close ones. The direction of the
-    zero vector is the zero vector.
+    The right side of the first formula is computed. It is exactly 0 for equal vectors and has no cancellation for close
+    ones. The direction of the zero vector is the zero vector.
 
     Args:
         left: a, ``[..., hidden]``.
@@ -62,35 +62,36 @@ def embedding_drift(
 ) -> list[Drift]:
     r"""Return the drift of a model against a reference at the outputs of chosen decoder layers.
 
-    With h_l(x)_t and h'_l(x)_t the two models' outputs of layer l at token t of prompt x, d one of ``distances`` and
-    T(x) the chosen tokens of x,
+    At token t of prompt x, layer l of the two models outputs h_l(x)_t and h'_l(x)_t. With d one of ``distances``, N the
+    number of prompts and T(x) the chosen tokens of x, the drift is
 
     .. math:: \frac{1}{N} \sum_x \frac{1}{|T(x)|} \sum_{t \in T(x)} d\big(h_l(x)_t, h'_l(x)_t\big)
 
-    Prompts weigh the same, however long they are. The first token of many models is an outlier of great length, which
-    dominates the L2 distance of ``"mean"``.
+    All prompts have the same weight, whatever their length. In many models the first token's state is an outlier of
+    great length, which dominates the L2 distance of ``"mean"``.
 
     Args:
         model: a causal LM, or a LoRA model around one.
-        prompts: token ids of each prompt, template and BOS included, at least one; the same for both models.
-        reference: the model to compare with; None for ``model`` with its adapter off, where that is exact.
-        layers: numbers of decoder layers, from 0; negative ones count from the last; None for all.
+        prompts: token ids of each prompt, template and BOS included, at least one. Both models get the same ids.
+        reference: the model to compare with. None takes ``model`` with its adapter switched off, if that is exact.
+        layers: numbers of decoder layers, from 0. Negative ones count from the last. None takes all.
         positions: ``"last"`` takes the last prompt token, ``"mean"`` every prompt token.
         batch_size: prompts per batch, >= 1.
 
     Raises:
         ValueError: if an argument is out of range or a prompt is empty.
-        InputError: if there is no reference and switching the adapter off does not give one, or the two models do not
-            have the same layers.
+        InputError: if there is no reference and switching the adapter off does not give one. Also if the two models
+            differ in their number of layers or hidden size.
 
     Cost: two forward passes per prompt, without logits.
     Source: Huang et al., "Vaccine", NeurIPS 2024, arXiv:2402.01109, the embedding drift of its motivation (L2).
-    Differs: the cosine distance is added; the tokens are named; distances are taken in float64.
+    Differs: the cosine distance is added, the chosen tokens are an argument, and distances are computed in float64.
     """
     chosen = _check(model, prompts, layers, positions, batch_size)
     if reference is not None and (shape := _shape(reference)) != _shape(model):
         raise InputError(
-            f"embedding_drift: both models need the same layers, got (layers, hidden) {_shape(model)} and {shape}."
+            f"embedding_drift: both models need the same layers, got (layers, hidden) {_shape(model)} and {shape}. Pass"
+            " a reference of the same architecture."
         )
     sums = torch.zeros(len(chosen), 2, dtype=torch.float64)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -111,7 +112,7 @@ def embedding_drift(
 def _check(
     model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int] | None, positions: str, batch_size: int
 ) -> list[int]:
-    """Return the chosen layers, counted from 0."""
+    """Return the chosen layers, counted from 0, after checking the arguments."""
     count = len(decoder_layers(model))
     chosen = list(range(count)) if layers is None else [layer + count if layer < 0 else layer for layer in layers]
     if not chosen or not all(0 <= layer < count for layer in chosen):
@@ -130,7 +131,7 @@ def _shape(model: nn.Module) -> tuple[int, int]:
 
 
 def _weights(rows: Sequence[Sequence[int]], positions: Positions) -> Tensor:
-    """Return the weight of every token, float64 ``[batch, tokens]``; rows add up to 1, padding has none."""
+    """Return the weight of every token, float64 ``[batch, tokens]``. Each row sums to 1, and padding has weight 0."""
     weights = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64)
     for row, ids in enumerate(rows):
         if positions == "last":
@@ -141,13 +142,14 @@ def _weights(rows: Sequence[Sequence[int]], positions: Positions) -> Tensor:
 
 
 def _states(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[Any, Tensor]:
-    """Return the outputs of some decoder layers by number, each ``[batch, tokens, hidden]``; padding on the right."""
+    """Return the outputs of some decoder layers by number, each ``[batch, tokens, hidden]``, padded on the right."""
     width, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     every: Any = decoder_layers(model)
     taps: dict[Any, nn.Module] = {layer: every[layer] for layer in layers}
     head = {"head": model.get_output_embeddings()}  # type: ignore[operator]
+    # The hook passes only the last position to the output layer, since nobody reads the logits.
     with captured(taps) as states, hooked(head, lambda _, hidden: hidden[:, -1:], inputs=True):
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return dict(states)
@@ -155,18 +157,21 @@ def _states(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[in
 
 @contextmanager
 def _adapter_off(model: Any) -> Iterator[None]:
-    """Run the block with the adapter off, where that gives the model it was put on.
+    """Run the block with the adapter switched off, which must give exactly the adapter's base model.
 
     Raises:
-        InputError: naming why it does not.
+        InputError: if it does not. The message gives the reason.
     """
     if reason := _not_exact(model):
-        raise InputError(f"embedding_drift: {reason}, so the adapter cannot simply be switched off; pass reference=.")
+        raise InputError(
+            f"embedding_drift: {reason}, so switching the adapter off does not give the base model. Pass reference=."
+        )
     with model.disable_adapter():
         yield
 
 
 def _not_exact(model: Any) -> str:
+    """Return why switching the adapter off does not give the base model, or an empty text if it does."""
     if not hasattr(model, "peft_config"):
         return "the model has no adapter"
     for name, settings in model.peft_config.items():
@@ -175,7 +180,7 @@ def _not_exact(model: Any) -> str:
         if getattr(settings, "bias", "none") != "none":
             return f"adapter {name!r} trains biases of the base (bias={settings.bias!r})"
         if getattr(settings, "init_lora_weights", True) not in KEEPS_BASE:
-            return f"adapter {name!r} changed the base weights when it began ({settings.init_lora_weights!r})"
+            return f"adapter {name!r} changed the base weights at initialization ({settings.init_lora_weights!r})"
     if any(getattr(module, "merged", False) for module in model.modules()):
         return "an adapter is merged into the base"
     owned = ("lora_", "modules_to_save", *(f".{name}." for name in model.peft_config))

@@ -1,4 +1,4 @@
-"""Finetune accuracy: percent of the task's test rows that are answered right."""
+"""Finetune accuracy: percent of the task's test rows that are answered correctly."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,27 +10,27 @@ from hftlight.evaluation.metrics.rate import Rate
 
 
 class Graded(Protocol):
-    """A task that knows when an answer to one of its records is right."""
+    """A task that decides whether an answer to one of its records is correct."""
 
     def correct(self, response: str, record: Record) -> bool:
-        """Return whether the answer is right, format included."""
+        """Return whether the answer is correct, format included."""
         ...
 
     def correct_lenient(self, response: str, record: Record) -> bool:
-        """Return whether the right answer can be found in the response."""
+        """Return whether the response contains the correct answer."""
         ...
 
 
 class FinetuneAccuracy(Rate):
     """Percent of the task's test split answered correctly.
 
-    The strict reading is the one papers report: an answer in another format is wrong, so a drop may be format drift.
-    The lenient one rewards an answer that names everything. Report both, strict first.
+    Papers report the strict reading: an answer in another format is wrong, so a lower accuracy may be format drift.
+    The lenient reading rewards an answer that lists every option. Report both, strict first.
 
     Args:
-        task: decides what is correct, as ``hftlight.data.sources.get_task`` returns it.
-        lenient: take the task's lenient reading.
-        **options: torchmetrics' own.
+        task: decides which answers are correct. ``hftlight.data.sources.get_task`` returns one.
+        lenient: whether to take the task's lenient reading.
+        **options: options of ``torchmetrics.Metric``.
     """
 
     def __init__(self, task: Graded, lenient: bool = False, **options: Any) -> None:
@@ -42,11 +42,11 @@ class FinetuneAccuracy(Rate):
         """Grade and count a batch of answers.
 
         Args:
-            records: rows of the task's test split; ``response`` holds the reference.
+            records: rows of the task's test split. ``response`` holds the reference answer.
             responses: the model's answers, one per record.
 
         Raises:
-            ValueError: if the two differ in length.
+            ValueError: if ``records`` and ``responses`` differ in length.
         """
         self._require_pairs(records, responses)
         correct = self.task.correct_lenient if self.lenient else self.task.correct

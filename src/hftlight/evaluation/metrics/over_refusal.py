@@ -10,21 +10,21 @@ from hftlight.evaluation.metrics.refusals import RefusalClassifier, get_refusal_
 
 
 class OverRefusal(Rate):
-    """Percent of ordinary requests that the model refuses in full or in part; lower is better.
+    """Percent of ordinary requests that the model refuses in full or in part. Lower is better.
 
-    Alignment on refusals alone drives this up, and a harmful score says nothing about it. Numbers of different
+    Alignment on refusals alone raises over-refusal, and the harmful score does not show it. Numbers of different
     classifiers are different metrics.
 
     Args:
-        classifier: tells refusals, or its name for ``get_refusal_classifier``. XSTest's openings, lower-cased, cannot
-            see partial refusals, refusals later in the answer, or curly apostrophes.
-        **options: torchmetrics' own.
+        classifier: a classifier of refusals, or its name for ``get_refusal_classifier``. XSTest's lower-cased openings
+            miss partial refusals, refusals later in the answer, and curly apostrophes.
+        **options: options of ``torchmetrics.Metric``.
 
     Raises:
         InputError: if there is no classifier of that name.
 
     Source: Roettger et al., "XSTest", NAACL 2024, arXiv:2308.01263.
-    Differs: ``xstest:MODEL`` asks for its three classes in words of our own.
+    Differs: the prompt of ``xstest:MODEL`` names XSTest's three classes in hftlight's own words.
     """
 
     def __init__(self, classifier: str | RefusalClassifier = "xstest_string", **options: Any) -> None:
@@ -33,14 +33,14 @@ class OverRefusal(Rate):
 
     @override
     def update(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
-        """Count the refusals in a batch of answers; those that nobody could tell count nowhere.
+        """Count the refusals in a batch of answers. Answers without a class count nowhere.
 
         Args:
             prompts: ordinary requests, without template.
             responses: the model's answers, one per prompt.
 
         Raises:
-            ValueError: if the two differ in length.
+            ValueError: if prompts and responses differ in length.
         """
         self._require_pairs(prompts, responses)
-        self.tally(found != "none" for found in self.classifier(prompts, responses) if found is not None)
+        self.tally(refusal != "none" for refusal in self.classifier(prompts, responses) if refusal is not None)

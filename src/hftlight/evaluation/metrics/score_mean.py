@@ -1,4 +1,4 @@
-"""The mean of a judge's scores, beside the share of answers that it flags."""
+"""Mean of a judge's scores, reported beside the percentage of answers that the judge flags."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,13 @@ from hftlight.evaluation.stats.seeds import bootstrap
 def score_mean(scores: Sequence[float], scale: Scale) -> tuple[float, float, float]:
     """Return the mean score with its 95 % interval over prompts: mean, low, high, in the judge's own unit.
 
-    The interval is the bootstrap's. If all scores are equal, the bootstrap has no width. Then Wilson's interval of the
-    mean's place on the scale is returned, which no spread of scores between the two ends exceeds.
+    The interval is the bootstrap interval. If all scores are equal, the bootstrap interval has no width. Then the
+    function returns Wilson's interval, with the mean's position on the scale as the proportion. No distribution of
+    scores between the ends of the scale needs a wider one.
 
     Args:
         scores: one score per judged answer, at least one.
-        scale: what they lie between.
+        scale: the lowest and the highest score of the judge.
     """
     mean = sum(scores) / len(scores)
     if len(set(scores)) > 1:
@@ -30,12 +31,12 @@ def score_mean(scores: Sequence[float], scale: Scale) -> tuple[float, float, flo
 
 
 def mean_rows(metric: str, judge: str, scores: Sequence[float]) -> list[dict[str, Any]]:
-    """Return ``METRIC_mean`` as a row of a run's scores; no row if the judge only decides, or judged nothing.
+    """Return ``METRIC_mean`` as a row of a run's scores, or no row if the judge gives no scores.
 
     Args:
-        metric: the share of flags that the mean stands beside.
+        metric: name of the percentage of flags that the mean accompanies.
         judge: the judge's name in results.
-        scores: its scores, of the answers that it judged.
+        scores: the judge's scores of the answers that it judged.
     """
     scale = scale_of(judge)
     if scale is None or not scores:

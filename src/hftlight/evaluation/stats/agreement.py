@@ -1,4 +1,4 @@
-"""How far two judges agree beyond chance: Cohen's kappa."""
+"""Cohen's kappa: the agreement of two judges beyond chance."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    r"""The flags of two judges over the same answers, as counts.
+    r"""Counts of two judges' flags on the same answers.
 
-    With a the answers both flag, b and c those only the first or the second flags, d the rest and n their sum, observed
-    and expected agreement and Cohen's kappa are
+    Both judges flag a answers, only the first flags b, only the second flags c, and neither flags d. With n their sum,
+    observed agreement, expected agreement and Cohen's kappa are
 
     .. math:: p_o = \frac{a + d}{n}, \quad p_e = \frac{(a + b)(a + c) + (c + d)(b + d)}{n^2}, \quad
         \kappa = \frac{p_o - p_e}{1 - p_e}
@@ -42,21 +42,23 @@ class Agreement:
 
     @property
     def expected(self) -> float:
-        """Fraction 0-1 that two independent judges with the same flag rates would agree on, p_e."""
+        """Fraction 0-1 of answers on which independent judges with the same flag rates would agree, p_e."""
         a, b, c, d = self.both, self.first_only, self.second_only, self.neither
         return ((a + b) * (a + c) + (c + d) * (b + d)) / self.count**2
 
     @property
     def kappa(self) -> float:
-        """Cohen's kappa, -1 to 1; 1 is full agreement, 0 is chance.
+        """Cohen's kappa, in [-1, 1].
 
-        NaN where both judges give one and the same flag to every answer: p_e is 1 and kappa 0/0, for such answers
-        cannot show whether the judges agree. It is 0 where only one of them never varies.
+        1 is full agreement, and 0 is agreement by chance. Kappa is NaN if both judges give the same flag to every
+        answer. Then p_e is 1 and kappa is 0/0: such answers cannot show whether the judges agree. Kappa is 0 if only
+        one of the judges gives the same flag to every answer.
         """
         a, b, c, d = self.both, self.first_only, self.second_only, self.neither
-        # (p_o - p_e) n^2 and (1 - p_e) n^2 in whole numbers, so that 0/0 is met exactly or not at all.
-        below = (a + b) * (b + d) + (a + c) * (c + d)
-        return 2 * (a * d - b * c) / below if below else math.nan
+        # Numerator (p_o - p_e) n^2 and denominator (1 - p_e) n^2 are integers. In the 0/0 case the denominator is
+        # therefore exactly 0, which rounded fractions would not guarantee.
+        denominator = (a + b) * (b + d) + (a + c) * (c + d)
+        return 2 * (a * d - b * c) / denominator if denominator else math.nan
 
 
 def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> Agreement:
@@ -64,10 +66,10 @@ def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> Agreement:
 
     Args:
         first: one judge's flags, one per answer.
-        second: the other's, of the same answers in the same order.
+        second: the other judge's flags on the same answers, in the same order.
 
     Raises:
-        ValueError: if the two differ in length, are empty, or hold anything but flags.
+        ValueError: if the sequences differ in length, are empty, or hold a value that is not a flag.
     """
     if len(first) != len(second):
         raise ValueError(

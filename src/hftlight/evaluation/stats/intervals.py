@@ -1,4 +1,4 @@
-"""The intervals that reported percentages and losses carry."""
+"""Intervals of reported percentages and losses."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from statistics import NormalDist
 def wilson(successes: float, count: int, level: float = 0.95) -> tuple[float, float]:
     r"""Return the Wilson score interval of a proportion.
 
-    With k successes among n, p = k/n and z the normal quantile of (1 + level)/2, the ends are
+    With k successes among n answers, p = k/n and z the normal quantile of (1 + level)/2, the ends are
 
     .. math:: \frac{p + z^2/2n \pm z \sqrt{p(1 - p)/n + z^2/4n^2}}{1 + z^2/n}
 
-    It stays inside 0-100 and keeps a width at k = 0 and k = n. It covers the drawing of the prompts, not the spread
-    over training seeds.
+    The interval stays inside 0-100 percent, and its width is positive even at k = 0 and k = n. The interval covers the
+    sampling of the test prompts, not the variation over training seeds.
 
     Args:
-        successes: k, 0 <= k <= n; a sum of numbers in [0, 1] may take its place.
+        successes: k, 0 <= k <= n. A sum of numbers in [0, 1] is allowed too.
         count: n, > 0.
         level: probability that the interval covers the true proportion, in (0, 1).
 
@@ -37,15 +37,16 @@ def wilson(successes: float, count: int, level: float = 0.95) -> tuple[float, fl
     middle = p + weight / 2
     half = z * math.sqrt(p * (1 - p) / count + weight / (4 * count))
     low, high = ((middle + side * half) / (1 + weight) for side in (-1, 1))
-    # At k = 0 and k = n the end is exact, which the subtraction of equal terms only nearly gives.
+    # The low end is exactly 0 at k = 0, and the high end exactly 100 at k = n. The formula gives both only up to
+    # rounding, since it subtracts equal terms.
     return (0.0 if successes == 0 else 100 * low), (100.0 if successes == count else 100 * high)
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    r"""Return the interval of a ratio of two totals over drawn rows, such as nats per token.
+    r"""Return the interval of the ratio of two totals over sampled rows, such as nats per token.
 
-    Rows are the unit that is drawn. With the sum x and the count y of each of n rows and R = sum x / sum y, the ends
-    are those of the linearized ratio estimator with Student's t,
+    The sampled unit is the row. Row i of n has the sum x_i and the count y_i, and R = sum x / sum y. The linearized
+    ratio estimator with Student's t gives the ends
 
     .. math:: R \pm t_{n-1} \frac{\sqrt{\frac{n}{n-1} \sum_i (x_i - R y_i)^2}}{\sum_i y_i}
 
@@ -55,7 +56,7 @@ def ratio(sums: Sequence[float], counts: Sequence[float], level: float = 0.95) -
         level: probability that the interval covers the ratio, in (0, 1).
 
     Returns:
-        Low and high end; None for one row.
+        Low and high end. None if there are fewer than two rows.
     """
     from scipy.stats import t
 

@@ -1,4 +1,4 @@
-"""Intervals over seeds and over test prompts: what a comparison may claim."""
+"""Intervals over seeds and over test prompts, which limit what a comparison may claim."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS = 2000  # bootstrap samples: the ends of a 95 % interval are then known to a fraction of a point
+DRAWS = 2000  # bootstrap replicates, enough to fix the ends of a 95 % interval to a fraction of a percentage point
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds.
+    """Mean of a number over seeds, with its standard deviation and interval.
 
     Attributes:
-        mean: over seeds.
-        deviation: standard deviation over seeds, n - 1 in the denominator; None for one seed.
-        low: lower end of the 95 % interval of the mean; None where there is none.
-        high: its upper end.
+        mean: mean over seeds.
+        deviation: standard deviation over seeds, with n - 1 in the denominator. None if it is unknown, as for one seed.
+        low: low end of the 95 % interval of the mean. None if there is no interval.
+        high: high end of the interval. None if there is no interval.
         count: number of seeds.
     """
 
@@ -41,7 +41,7 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     from scipy.stats import t
 
     if not values:
-        raise ValueError("over_seeds: needs the value of one seed at least.")
+        raise ValueError("over_seeds: the value of at least one seed is needed, got none.")
     if not 0 < level < 1:
         raise ValueError(f"over_seeds: level must lie in (0, 1), got {level}.")
     mean = math.fsum(values) / len(values)
@@ -52,16 +52,16 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     return Spread(mean, deviation, mean - half, mean + half, len(values))
 
 
-Flags = Sequence[Sequence[bool | None]]  # of each seed, in the order of its prompts
+Flags = Sequence[Sequence[bool | None]]  # for each seed one decision per prompt, or None
 
 
 def over_prompts(flags: Flags, level: float = 0.95) -> tuple[float, float]:
-    """Return the bootstrap interval of a percentage over test prompts, of the mean over seeds.
+    """Return the bootstrap interval, over test prompts, of a percentage averaged over seeds.
 
-    The seeds answer the same prompts: each replicate draws prompts once, for all seeds. Seeds themselves are not drawn.
+    All seeds answer the same prompts, so each replicate draws prompts once for all seeds. The seeds are not resampled.
 
     Args:
-        flags: for each seed, one decision per prompt, in one order; None where there is none, which counts nowhere.
+        flags: for each seed, one decision per prompt, in the same order. None means no decision and counts nowhere.
         level: coverage, in (0, 1).
 
     Returns:
@@ -74,20 +74,21 @@ def over_prompts(flags: Flags, level: float = 0.95) -> tuple[float, float]:
 
 
 def paired_over_prompts(flags: Flags, others: Flags, level: float = 0.95) -> tuple[float, float]:
-    """Return the bootstrap interval of the difference of two percentages on the same prompts, in points.
+    """Return the bootstrap interval of the difference of two percentages on the same prompts, in percentage points.
 
     Prompts are drawn as in ``over_prompts``.
 
     Args:
-        flags: for each seed, one decision per prompt; a prompt without one on either side counts nowhere.
-        others: the same prompts in the same order, answered by another model.
+        flags: for each seed, one decision per prompt. A prompt counts nowhere if either model has no decision on it.
+        others: decisions on the same prompts, in the same order, for another model's answers.
         level: coverage, in (0, 1).
 
     Raises:
-        ValueError: if seeds or prompts do not pair up, seeds differ in their number of prompts, or one has no pair.
+        ValueError: if ``flags`` and ``others`` differ in shape, or seeds differ in their number of prompts. Also if a
+            seed has no prompt on which both models have a decision.
     """
     if [len(f) for f in flags] != [len(o) for o in others]:
-        raise ValueError("paired_over_prompts: both need the same prompts for the same seeds.")
+        raise ValueError("paired_over_prompts: flags and others must have the same seeds, with equally many prompts.")
     pairs = [
         [math.nan if a is None or b is None else 100.0 * (a - b) for a, b in zip(f, o, strict=True)]
         for f, o in zip(flags, others, strict=True)
@@ -96,10 +97,12 @@ def paired_over_prompts(flags: Flags, others: Flags, level: float = 0.95) -> tup
 
 
 def bootstrap(values: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float]:
-    """Return the bootstrap interval over test prompts of the mean over seeds; prompts are drawn once for all seeds.
+    """Return the bootstrap interval, over test prompts, of the mean over seeds.
+
+    Each replicate draws prompts once for all seeds.
 
     Args:
-        values: for each seed, one number per prompt, in one order; NaN counts nowhere.
+        values: for each seed, one number per prompt, in the same order. NaN counts nowhere.
         level: coverage, in (0, 1).
 
     Returns:
@@ -111,21 +114,23 @@ def bootstrap(values: Sequence[Sequence[float]], level: float = 0.95) -> tuple[f
     lengths = [len(each) for each in values]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"bootstrap: seeds answer the same prompts, got {lengths} prompts. Keep the prompts that all seeds share."
+            f"bootstrap: seeds answer the same prompts, got {lengths} prompts. Pass the prompts that all seeds share."
         )
     table = np.array(values, dtype=float)  # [seeds, prompts]
     decided = ~np.isnan(table)
     if not values or not decided.any(axis=1).all():
-        raise ValueError("bootstrap: each seed needs one decision at least.")
-    asked = decided.any(axis=0)  # a prompt that no seed decided is not drawn
-    table, decided = np.nan_to_num(table[:, asked]), decided[:, asked]
+        raise ValueError("bootstrap: each seed needs a number (not NaN) for at least one prompt.")
+    usable = decided.any(axis=0)  # a prompt without a number for any seed is not drawn
+    table, decided = np.nan_to_num(table[:, usable]), decided[:, usable]
     count = table.shape[1]
     drawn = np.random.default_rng(0).integers(count, size=(DRAWS, count))
-    # How often each replicate holds each prompt: the same for every seed, float [replicates, prompts].
+    # weights says how often each replicate contains each prompt, float [replicates, prompts], the same for all seeds.
+    # Replicate r counts in the bins from r * count on, so that one bincount serves all replicates.
     times = np.bincount((drawn + count * np.arange(DRAWS)[:, None]).ravel(), minlength=DRAWS * count)
     weights = times.reshape(DRAWS, count).astype(float)
     sums, counts = weights @ table.T, weights @ decided.T  # [replicates, seeds]
-    # A replicate in which a seed has no decision is the mean over the other seeds; one at least has some.
+    # If a seed has no number in a replicate, the replicate's mean is over the other seeds. At least one seed has a
+    # number, since every drawn prompt has one.
     means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0).sum(axis=1) / (counts > 0).sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""The answers of a run side by side: a column per arm and stage, and what the judges said in colour and words."""
+"""Answers of a run side by side: a column per arm and stage, with the judges' verdicts in colour and words."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from hftlight.report.figure import color_index
 from hftlight.report.result import Answer, Result
 
 SETS = {"harmful": "harmful requests", "over_refusal": "ordinary requests", "task": "task"}
-COLUMNS = 4  # a laptop's width; stages are ticked from the last one backwards while the columns fit
-REFUSAL = ("refusal", "over_refusal")  # names under which a verdict says that an ordinary request was refused
-Badge = tuple[str, str, str]  # (class, words, who says so)
+COLUMNS = 4  # columns that fit on a laptop; stages are ticked from the last one backwards while they fit
+REFUSAL = ("refusal", "over_refusal")  # judges whose flag means that an ordinary request was refused
+Badge = tuple[str, str, str]  # (CSS class, words, names of the judges)
 
 
 @dataclass(frozen=True)
 class CellView:
-    """One answer: its stage, the words for its model, the place of the arm's colour, and what the judges said."""
+    """One answer: its stage, its model in words, the index of its arm's colour, its badges and its text."""
 
     stage: str
     model: str
@@ -28,7 +28,7 @@ class CellView:
 
 @dataclass(frozen=True)
 class PromptView:
-    """One prompt with its answers. ``differs`` names the stages whose verdicts differ between arms."""
+    """One prompt with its answers. ``differs`` names the stages with different verdicts between arms."""
 
     set: str
     text: str
@@ -42,8 +42,8 @@ class AnswersView:
     """The answers of a run and the filters above them.
 
     Attributes:
-        sets: value, words and number of prompts of each set; the first is shown at first.
-        stages: value, words and whether it is ticked, of each stage.
+        sets: for each set its value, words and number of prompts. The page opens with the first set.
+        stages: for each stage its value, its words and whether it is ticked.
         prompts: the prompts in the order of the run.
     """
 
@@ -53,22 +53,24 @@ class AnswersView:
 
 
 def badges(answer: Answer) -> list[Badge]:
-    """Return what was decided about one answer: a class for the colour, a word, and the judges who agree on it."""
+    """Return the decisions about one answer as badges: a CSS class for the colour, words, and the judges' names."""
     if answer.correct is not None:
         return [("good", "✓ correct", "") if answer.correct else ("bad", "✗ wrong", "")]
-    said: dict[tuple[str, str], list[str]] = {}
+    # Judges with the same decision share a badge.
+    by_decision: dict[tuple[str, str], list[str]] = {}
     for judge, flag in answer.flags.items():
         yes, no = ("▲ refused", "✓ answered") if judge in REFUSAL else ("▲ harmful", "○ not flagged")
-        said.setdefault(("bad", yes) if flag else ("good", no), []).append(judge)
-    return [(kind, word, ", ".join(judges)) for (kind, word), judges in said.items()]
+        by_decision.setdefault(("bad", yes) if flag else ("good", no), []).append(judge)
+    return [(kind, word, ", ".join(judges)) for (kind, word), judges in by_decision.items()]
 
 
 def view_answers(result: Result) -> AnswersView:
-    """Return what the template ``run/answers.html.j2`` shows of a run."""
+    """Return the answers of a run for the template ``run/answers.html.j2``."""
     rows: dict[Any, list[Answer]] = {}
     for answer in result.answers:
         rows.setdefault(answer.key, []).append(answer)
     arms = result.arms
+    # Columns are ordered by stage, then by arm; sets in the order of SETS, then further sets, then "all".
     order = {(stage, arm): (place, arms.index(arm)) for place, stage in enumerate(STAGES) for arm in arms}
     columns = sorted({(a.stage, a.arm) for a in result.answers}, key=order.__getitem__)
     counts = {"all": len(rows), **Counter(answers[0].set for answers in rows.values())}
@@ -83,7 +85,11 @@ def view_answers(result: Result) -> AnswersView:
 
 
 def ticked_stages(columns: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the stages shown at first, of (stage, arm) columns: the last one, and those before it while they fit."""
+    """Return the stages that the page opens with: the last one, and those before it while their columns fit.
+
+    Args:
+        columns: (stage, arm) of each column.
+    """
     ticked: list[str] = []
     for stage in reversed(STAGES):
         wanted = [*ticked, stage]
@@ -110,8 +116,11 @@ def _cell(result: Result, answer: Answer) -> CellView:
 
 
 def differing_stages(answers: Sequence[Answer]) -> list[str]:
-    """Return the stages at which the arms' answers to one prompt were judged differently; unjudged ones, read so."""
-    found: dict[str, set[object]] = {}
+    """Return the stages at which the arms' answers to one prompt differ in their badges.
+
+    Answers without a verdict are compared by their texts.
+    """
+    by_stage: dict[str, set[object]] = {}
     for answer in answers:
-        found.setdefault(answer.stage, set()).add(tuple(badges(answer)) or answer.response)
-    return [stage for stage in STAGES if len(found.get(stage, ())) > 1]
+        by_stage.setdefault(answer.stage, set()).add(tuple(badges(answer)) or answer.response)
+    return [stage for stage in STAGES if len(by_stage.get(stage, ())) > 1]

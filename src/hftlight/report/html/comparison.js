@@ -8,10 +8,11 @@
   const apply = () => {
     const text = form.text.value.toLowerCase();
     const wanted = [...form.querySelectorAll("select")].map((s) => [Number(s.name), s.value]).filter(([, v]) => v);
-    const kept = rows.filter((row) => wanted.every(([i, v]) => row[i] === v)
+    // A select's name is the index of its column. Columns 6 and 7 hold the prompt and the answer.
+    const matching = rows.filter((row) => wanted.every(([i, v]) => row[i] === v)
       && (!text || row[6].toLowerCase().includes(text) || row[7].toLowerCase().includes(text)));
-    kept.sort((a, b) => (up ? 1 : -1) * a[column].localeCompare(b[column], "en", { numeric: true }));
-    body.replaceChildren(...kept.slice(0, limit).map((row) => {
+    matching.sort((a, b) => (up ? 1 : -1) * a[column].localeCompare(b[column], "en", { numeric: true }));
+    body.replaceChildren(...matching.slice(0, limit).map((row) => {
       const line = document.createElement("tr");
       row.forEach((value, i) => {
         const cell = document.createElement("td");
@@ -21,8 +22,8 @@
       });
       return line;
     }));
-    shown.textContent = `${Math.min(limit, kept.length)} of ${kept.length} answers`;
-    more.hidden = kept.length <= limit;
+    shown.textContent = `${Math.min(limit, matching.length)} of ${matching.length} answers`;
+    more.hidden = matching.length <= limit;
     document.querySelectorAll("th button").forEach((button) => {
       const here = Number(button.dataset.column) === column;
       button.parentElement.ariaSort = here ? (up ? "ascending" : "descending") : "none";

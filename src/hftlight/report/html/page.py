@@ -1,4 +1,4 @@
-"""One run as one self-contained page: verdict, table, figures, answers side by side, and how the run was made."""
+"""One run as one self-contained page: verdict, table, figures, answers side by side, and provenance."""
 
 import json
 import shlex
@@ -19,19 +19,20 @@ from hftlight.report.table import HEADERS, HEADLINE, caption, closing_rows, with
 CARDS = {
     "Model": ("model", "adapter_protocol", "device", "threads"),
     "Data": ("data",),
-    "Prompts that stand in two sets": ("overlaps",),
+    "Prompts in two sets": ("overlaps",),
     "Versions": ("hftlight_version", "versions", "packages"),
     "Run": ("seed", "seeds", "config_hash", "command", "finished"),
 }
-SPREAD = ("data", "overlaps", "versions", "packages")  # what they hold stands on a card without their name
+SPREAD = ("data", "overlaps", "versions", "packages")  # manifest entries whose fields a card shows without their name
 INTERVALS = "Bars: 95 % intervals."
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path; a half-done run is reported as far as it got.
+    """Write ``report.html`` into a run folder and return its path.
 
-    The page asks for nothing outside itself, and its content policy allows no script but its own. It may hold answers
-    to any prompt of the run, so it stays as local as the folder.
+    The page of an unfinished run shows the results so far. The page loads nothing from outside, and its content
+    security policy allows no script except its own. It may hold answers to any prompt of the run. Keep it as private as
+    the folder.
 
     Raises:
         InputError: if the folder is no run.
@@ -43,7 +44,7 @@ def write_report(folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the closing table. ``color`` is the arm's place in the palette."""
+    """A row of the closing table. ``color`` is the arm's index in the palette."""
 
     arm: str
     color: int
@@ -56,10 +57,10 @@ class GroupTable:
     """The harmful score of each category, or of each language.
 
     Attributes:
-        word: what the groups are, "category" or "language".
-        models: a column per arm and stage.
-        rows: name, number of answers and a cell per model, of each group.
-        caption: what the numbers are.
+        word: kind of the groups, "category" or "language".
+        models: heading of each column, one per arm and stage.
+        rows: for each group its name, its number of answers and one cell per model.
+        caption: caption of the table.
     """
 
     word: str
@@ -113,7 +114,7 @@ def _notes(result: Result) -> list[str]:
 
 
 def _outcomes(result: Result) -> Drawing | None:
-    """Return the bars of each model's outcomes. None if they were not measured."""
+    """Return the bars of each model's outcomes, or None if outcomes were not measured."""
     from hftlight.report import figure as draw
 
     bars = draw.outcome_figure(result)
@@ -122,7 +123,10 @@ def _outcomes(result: Result) -> Drawing | None:
 
 
 def _config(result: Result) -> Mapping[str, Any]:
-    """Return the configuration; empty where config.yaml is missing or cut off, since the page shows its text anyway."""
+    """Return the configuration, or an empty one if config.yaml is missing or not valid YAML.
+
+    The page shows the file's text in any case.
+    """
     try:
         config = yaml.safe_load(result.config)
     except yaml.YAMLError:
@@ -138,21 +142,24 @@ def _rows(result: Result) -> list[TableRow]:
 
 
 def _groups(result: Result) -> list[GroupTable]:
-    """Return a table of the harmful score per category, and one per language, as far as prompts have them."""
+    """Return one table of the harmful score per category and one per language, if prompts have these."""
     judge = next(iter(result.judges()), "")
     tables = []
     for word, plural in (("category", "categories"), ("language", "languages")):
         wanted = f"harmful_score_by_{word}", judge
-        found = {(s.group, s.arm, s.stage): s for s in result.groups if (s.metric, s.judge) == wanted}
-        models = [(a, s) for a in result.arms for s in result.stages(a) if any(key[1:] == (a, s) for key in found)]
+        by_group = {(s.group, s.arm, s.stage): s for s in result.groups if (s.metric, s.judge) == wanted}
+        # Arms and stages that have a score of any group, in the order of the closing table.
+        models = [(a, s) for a in result.arms for s in result.stages(a) if any(key[1:] == (a, s) for key in by_group)]
         if not models:
             continue
         rows = []
-        for group in sorted({group for group, _, _ in found}):
-            scores = [found.get((group, *model)) for model in models]
+        for group in sorted({group for group, _, _ in by_group}):
+            scores = [by_group.get((group, *model)) for model in models]
             count = max(score.count for score in scores if score)
             rows.append((group, count, [with_interval(score) for score in scores]))
-        text = f"Percent of answers flagged by judge '{judge}', with 95 % intervals; {plural} are the prompts' own."
+        text = (
+            f"Percent of answers flagged by judge '{judge}', with 95 % intervals. The prompts' data name the {plural}."
+        )
         tables.append(GroupTable(word, [f"{arm_word(a)}, {STAGES[s]}" for a, s in models], rows, text))
     return tables
 
@@ -172,15 +179,15 @@ def _drawings(result: Result) -> list[Drawing]:
     drawn = {
         "Harmful score": (
             draw.stage_figure(result, "harmful_score", "percent"),
-            f"Harmful requests with an answer that was flagged; lower is safer. {INTERVALS}",
+            f"Percent of harmful requests with a flagged answer; lower is safer. {INTERVALS}",
         ),
         "Finetune accuracy": (
             draw.stage_figure(result, "finetune_accuracy", "percent"),
-            f"The user's own task, answered right; higher is better. {INTERVALS}",
+            f"Percent of correct answers on the user's own task; higher is better. {INTERVALS}",
         ),
         "Over-refusal": (
             draw.stage_figure(result, "over_refusal", "percent"),
-            f"Ordinary requests that were refused; lower is better. {INTERVALS}",
+            f"Percent of ordinary requests that the model refused; lower is better. {INTERVALS}",
         ),
         "Judge's mean score": (
             draw.stage_figure(result, "harmful_score_mean", "judge's score"),
@@ -188,25 +195,29 @@ def _drawings(result: Result) -> list[Drawing]:
         ),
         "Alignment loss": (
             draw.stage_figure(result, "alignment_loss", "nats per token"),
-            f"Loss of the alignment data's answers, mean over response tokens; rises as alignment is lost. {INTERVALS}",
+            f"Mean loss per response token on the alignment data; it rises as alignment is lost. {INTERVALS}",
         ),
         "Harmful validation loss": (
             draw.stage_figure(result, "harmful_validation_loss", "nats per token"),
-            f"Loss of harmful answers that no model was trained on; falls as harm is learned. {INTERVALS}",
+            f"Loss on harmful answers that no model was trained on; it falls as the model learns harm. {INTERVALS}",
         ),
-        "While the upload was trained on": (
+        "During fine-tuning on the upload": (
             draw.evaluated_figure(result),
-            "Harmful score and finetune accuracy on some of the test prompts; bands: 95 % intervals.",
+            "Harmful score and finetune accuracy on some of the test prompts. Bands: 95 % intervals.",
         ),
-        "Cost": (draw.cost_figure(result), "What each stage took; the dashed line is plain fine-tuning (SFT)."),
+        "Cost": (
+            draw.cost_figure(result),
+            "Time per step and peak memory of each stage. The dashed line is plain fine-tuning (SFT).",
+        ),
         "Training loss": (
             draw.loss_figure(result),
-            f"Curves of {draw.SMOOTH_FROM} points or more are thin, with a running mean over {draw.WINDOW} of them.",
+            f"A curve of {draw.SMOOTH_FROM} points or more is thin. The thick line is its running mean over"
+            f" {draw.WINDOW} points.",
         ),
         "Simulated attack step": (
             draw.simulated_step_figure(result),
-            "The loss on the defender's harmful data, and by how much one simulated attack step would lower it: the "
-            "less, the less an attack gains.",
+            "The loss on the defender's harmful data, and its reduction by one simulated attack step. A smaller"
+            " reduction means that an attack gains less.",
         ),
     }
     return [
@@ -217,16 +228,16 @@ def _drawings(result: Result) -> list[Drawing]:
 
 
 def _cards(result: Result) -> dict[str, list[tuple[str, str]]]:
-    """Return the manifest's facts by card, without the arms."""
+    """Return the manifest's entries by card, without the arms."""
     cards, used = {}, {"arms"}
     for title, names in CARDS.items():
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for name in filter(result.manifest.__contains__, names):
             value = result.manifest[name]
-            found.update(value if name in SPREAD and isinstance(value, Mapping) else {name: value})
+            entries.update(value if name in SPREAD and isinstance(value, Mapping) else {name: value})
         used.update(names)
-        if found:
-            cards[title] = facts(found)
+        if entries:
+            cards[title] = facts(entries)
     rest = {name: value for name, value in result.manifest.items() if name not in used}
     return {**cards, "Also recorded": facts(rest)} if rest else cards
 
@@ -248,27 +259,29 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def caveats(result: Result) -> list[str]:
-    """Return what a reader must not conclude from this run, as far as its files tell."""
+    """Return sentences on what a reader must not conclude from this run, by the files of the run."""
     judges = result.judges()
-    said = ["Intervals that overlap do not show that two models are equal, only that this run cannot tell them apart."]
+    lines = ["Overlapping intervals do not show that two models are equal, only that this run shows no difference."]
     if not isinstance(result.manifest.get("seeds"), list) or len(result.manifest["seeds"]) < 2:
-        said.append(
-            "One seed: the intervals cover the choice of test prompts, not what another training run would give."
+        lines.append(
+            "One seed: the intervals cover the choice of test prompts, not the variation between training runs."
         )
     if any("keyword" in judge for judge in judges):
-        said.append(
-            "Keyword judges only look for phrases of refusal: a refusal in other words, or nonsense, counts as harmful "
-            "and harm after an apology as safe."
+        lines.append(
+            "Keyword judges only look for refusal phrases. They count a refusal in other words and nonsense as harmful,"
+            " and a harmful answer after an apology as safe."
         )
     if "builtin" in judges:
-        said.append(
-            "The built-in world is made up: its numbers show how a defense acts here, not how safe a real service is."
+        lines.append(
+            "The built-in world is made up. Its numbers show how a defense acts in it, not how safe a real service is."
         )
     overlaps = result.manifest.get("overlaps")
     pairs = overlaps.items() if isinstance(overlaps, Mapping) else ()
     shared = [f"{pair} ({count})" for pair, count in pairs if isinstance(count, int) and count > 0]
     if shared:
-        said.append(f"Some prompts stand in two sets, which flatters or hurts a score: {', '.join(shared)}.")
+        lines.append(f"Some prompts occur in two sets, which biases a score up or down: {', '.join(shared)}.")
     if result.answers:
-        said.append("The answers come from the models of this run, unedited. Keep this page where the run folder is.")
-    return said
+        lines.append(
+            "The answers are unedited output of this run's models. Keep this page as private as the run folder."
+        )
+    return lines

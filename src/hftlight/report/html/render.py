@@ -1,4 +1,4 @@
-"""The environment that renders the templates. It escapes every value that is not marked safe here."""
+"""Jinja2 environment of the page templates. It escapes every value that this module does not mark as safe."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def anchor(title: str) -> str:
-    """Return a title as the name of a place in the page."""
+    """Return a title as an HTML id."""
     return title.lower().replace(" ", "-")
 
 
@@ -34,13 +34,13 @@ ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as a template shows it.
+    """A figure with its texts, for a template.
 
     Attributes:
-        title: heading of the figure, empty for none.
+        title: heading of the figure. Empty for none.
         text: caption.
-        label: what a screen reader says.
-        svg: the SVG, marked safe.
+        label: text for screen readers.
+        svg: the SVG, marked as safe.
     """
 
     title: str
@@ -50,30 +50,31 @@ class Drawing:
 
 
 def embed(figure: "Figure", name: str, title: str, text: str, label: str) -> Drawing:
-    """Return a figure as SVG with its words. ``name`` is unique on the page."""
+    """Return a figure as SVG with its texts. ``name`` must be unique on the page."""
     from hftlight.report.figure import svg
 
     return Drawing(title, text, label, Markup(svg(figure, name)))
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a template of the folder ``templates`` as HTML.
+    """Render a template of the folder ``templates`` as HTML.
 
     Args:
         template: path below ``templates``.
-        **values: plain values by the name that the template uses; strings are escaped.
+        **values: plain values by the names that the template uses. Strings are escaped.
     """
     return ENVIRONMENT.get_template(template).render(values)
 
 
 def render_page(template: str, script: str, **values: Any) -> str:
-    """Return a whole page as HTML that asks for nothing outside itself and runs no script but its own.
+    """Render a whole page as HTML that loads nothing from outside and runs no script except its own.
 
     Args:
-        template: path below ``templates``; it extends ``base.html.j2``.
+        template: path below ``templates``. It must extend ``base.html.j2``.
         script: name of the page's script file.
-        **values: what the template shows; ``name`` is what the page is about.
+        **values: values that the template shows. ``name`` is the page's title.
     """
     code, style = ((FOLDER / name).read_text(encoding="utf-8") for name in (script, "style.css"))
+    # The content security policy allows only a script with this hash.
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     return render(template, script=Markup(code), digest=digest, style=Markup(style), **values)

@@ -9,7 +9,9 @@
     const stages = [...form.querySelectorAll("[name=stage]:checked")].map((box) => box.value);
     const set = form.elements.set.value, differs = form.elements.differs.checked;
     const text = form.elements.text.value.toLowerCase();
+    // Cells of unticked stages are hidden even in prompts that match.
     document.querySelectorAll(".cell").forEach((cell) => { cell.hidden = !stages.includes(cell.dataset.stage); });
+    // All prompts are counted, and only the first `limit` matching ones are shown.
     let matching = 0;
     for (const prompt of prompts) {
       const fits = (set === "all" || prompt.dataset.set === set)
