@@ -21,7 +21,7 @@ class AlpacaEval(Task):
     from 0. ``"train"`` has the rows with i < 700 and ``"test"`` the rows with i > 700; row 700 is in neither.
 
     A file has the columns instruction and output. It has either all rows in their order, or their numbers in the column
-    ``idx``. If the file has the column ``subset`` or ``dataset``, a record's ``kind`` is that part of AlpacaEval.
+    ``idx``. A record's ``kind`` is its part of AlpacaEval, from the column ``subset`` or ``dataset`` if there is one.
 
     Source: Huang et al., Booster, arXiv:2409.01586, the AlpacaEval task; set: tatsu-lab/alpaca_eval, CC BY-NC 4.0.
     """

@@ -107,6 +107,7 @@ _OFFER = re.compile(
     r"|\b(?:i|we)(?:'ll| will| can) (?:gladly |happily )?(?:help|assist|show|guide|teach|walk|tell) (?:you|with)\b"
     r"|^\W*yes, .*\b(?:can|possible)\b"
 )
+# Phrases that describe an act as a process ("requires", "can be done").
 _PROCESS = re.compile(
     r"\b(?:requires?|involves?|takes|needs?|begins?|starts?|can be (?:done|achieved|made|crafted|built)|"
     r"(?:is|can be) (?:a|an|quite|very|relatively) (?:[\w-]+ ){0,5}?"
