@@ -71,7 +71,7 @@ Reader = Callable[[str | Path, str], Table]  # (source, default split) -> select
 
 
 def read_table(source: str | Path, split: str = "train", take: Take | None = None) -> Table:
-    """Return the selected rows of a table: a range of rows, of these the rows that pass the filter.
+    """Return the selected rows of a table: within a range of rows, those that pass the filter.
 
     Args:
         source: as for ``read_rows``.
@@ -79,8 +79,8 @@ def read_table(source: str | Path, split: str = "train", take: Take | None = Non
         take: range, filter, count and columns; all rows by default.
 
     Raises:
-        InputError: as for ``read_rows``. Also if ``take`` names a column that the table lacks, or a split although the
-            source has no splits, or if no row is left.
+        InputError: as for ``read_rows``. Also if ``take`` names a column that the table lacks, if ``take`` names a
+            split and the source has none, or if no row is left.
     """
     take = take or Take()
     rows = read_rows(source, take.split or split)

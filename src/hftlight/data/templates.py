@@ -120,8 +120,8 @@ class ChatTemplate(Template):
     """The tokenizer's own chat template, up to the opening of the assistant's turn.
 
     Without ``system`` there is no system turn. The chat template's own system text is removed, since it would silently
-    differ between models. If the chat template has no place for a system text, the text opens the user's turn. An empty
-    line follows it.
+    differ between models. If the chat template has no place for a system text, the text opens the user's turn and an
+    empty line follows.
 
     Attributes:
         thinking: value of ``enable_thinking`` for the chat template; None leaves the choice to the template.

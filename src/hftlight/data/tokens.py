@@ -116,9 +116,9 @@ def _limited(whole: Sequence[Example], max_tokens: int, long_rows: LongRows, nam
     if long and long_rows == "refuse":
         longest = max(len(example.input_ids) for example in long)
         raise InputError(
-            f"Stream {name!r}: --long_rows refuse allows no longer row, but {len(long)} of {len(whole)} rows have more"
-            f" than {max_tokens} tokens, first row {long[0].id}. Raise --max_tokens to {longest}, or choose --long_rows"
-            " drop or truncate."
+            f"Stream {name!r}: --long_rows refuse allows no row over the limit, but {len(long)} of {len(whole)} rows"
+            f" have more than {max_tokens} tokens, first row {long[0].id}. Raise --max_tokens to {longest}, or choose"
+            " --long_rows drop or truncate."
         )
     return [
         example if len(example.input_ids) <= max_tokens else _cut(example, max_tokens, long_rows) for example in whole
