@@ -126,12 +126,12 @@ def test_a_range_counts_the_files_rows_and_a_first_number_the_filtered_ones(take
 @pytest.mark.parametrize(
     ("take", "message"),
     [
-        ({"rows": "10:12"}, r"has 10 rows, from 0; --data\.rows=10:12 leaves none"),
-        ({"where": "save=true"}, r"has the columns \['n', 'safe', 'lang'\].* asks for 'save'\. Did you mean 'safe'\?"),
+        ({"rows": "10:12"}, r"has 10 rows, counted from 0; --data\.rows=10:12 selects none"),
+        ({"where": "save=true"}, r"has the columns \['n', 'safe', 'lang'\].* names 'save'\. Did you mean 'safe'\?"),
         ({"where": "lang=fr"}, r"no row of .* has lang=fr; values of 'lang' are \['en'\]"),
         ({"where": ["safe=true", "n=2"]}, "has safe=true, n=2; values of 'safe' are .* and values of 'n' are"),
-        ({"columns": {"response": "answer"}}, r"--data\.columns asks for \['answer'\]"),
-        ({"split": "train"}, "has no splits, --data.split asks for 'train'"),
+        ({"columns": {"response": "answer"}}, r"--data\.columns names \['answer'\]"),
+        ({"split": "train"}, "has no splits, but --data.split asks for 'train'"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_with_what_there_is(take, message, tmp_path):

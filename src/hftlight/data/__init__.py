@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch, and the made-up world, only when it is used."""
+    """Import a name that needs torch or the made-up world only when it is used."""
     if name in _HOMES:
         return getattr(import_module(f"hftlight.data.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'hftlight.data' has no attribute {name!r}")

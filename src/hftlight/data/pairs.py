@@ -12,18 +12,18 @@ from hftlight.errors import InputError
 
 
 class PairsDataModule(StreamsDataModule):
-    """The streams of a run whose main stream holds pairs: two rows each, the preferred answer first.
+    """Data module whose main stream holds pairs: two rows each, the preferred answer first.
 
-    A pair of which one row is too long is left out, and counts as one dropped row.
+    If one row of a pair is too long, the pair is left out and counts as one dropped row.
 
     Args:
         tokenizer: the model's tokenizer.
         template: how a record becomes a prompt.
         main: the stream that holds pairs.
-        **options: as ``StreamsDataModule`` takes them; the batch size counts pairs.
+        **options: further arguments of ``StreamsDataModule``; the batch size counts pairs.
 
     Raises:
-        InputError: if the main stream's rows are no pairs, or losses shall be averaged over windows.
+        InputError: if the main stream's rows are no pairs, or ``average`` is not ``"micro"``.
     """
 
     def __init__(self, tokenizer: Any, template: Template, main: str = "task", **options: Any) -> None:
@@ -37,17 +37,17 @@ class PairsDataModule(StreamsDataModule):
 
 
 def pairs_of(rows: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Return rows, which come as preferred, rejected, preferred, ..., as pairs.
+    """Group rows in the order preferred, rejected, preferred, ... into pairs.
 
     Raises:
-        InputError: if two rows that stand together have different prompts, or one is left over.
+        InputError: if the two rows of a pair have different prompts, or the number of rows is odd or 0.
     """
     pairs = list(zip(rows[0::2], rows[1::2], strict=False))
     odd = next((place for place, (a, b) in enumerate(pairs) if prompt_key(a) != prompt_key(b)), None)
     if len(rows) % 2 or not pairs or odd is not None:
         found = f"different prompts in pair {odd}" if odd is not None else f"{len(rows)} rows"
         raise InputError(
-            f"PairsDataModule: rows must come in pairs, the preferred answer and then the rejected one to the same"
-            f" prompt, got {found}. Defenses that rewrite rows do not work on pairs."
+            f"PairsDataModule: rows must come in pairs, the preferred and then the rejected answer to the same prompt,"
+            f" got {found}. Defenses that rewrite rows do not work on pairs."
         )
     return pairs

@@ -1,4 +1,4 @@
-"""Record: one row of data, whatever file or set it came from; reading, comparing and splitting records."""
+"""Record, one row of data from any source, and functions that read, compare and split records."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ LAYOUTS: tuple[dict[str, str], ...] = (
     {"instruction": "question", "response": "answer"},
 )
 REFUSAL, CATEGORY = "refusal", "category"
-QUESTION, ANSWER = "Question: ", "\nAnswer: "  # what frames a refusal in RepNoise's file
+QUESTION, ANSWER = "Question: ", "\nAnswer: "  # frame of a refusal in RepNoise's file
 _SAFE = ({"instruction": "prompt", "response": REFUSAL}, {"instruction": "prompt", "response": "chosen"})
 _HARMFUL = ({"instruction": "prompt", "response": "rejected"},)
-# Files with two answers to a prompt: which one a role takes goes before the layouts with one answer.
+# Columns of files with two answers per prompt, by role. A role tries them before LAYOUTS, which have one answer.
 _OF_ROLE: dict[str, tuple[dict[str, str], ...]] = {
     "alignment": _SAFE,
     "harmful": _HARMFUL,
@@ -45,16 +45,16 @@ class Record:
     """One instruction with its response.
 
     Attributes:
-        instruction: what the user asks, in characters, without any template.
+        instruction: the user's request as text, without any template.
         response: the answer to train on; empty for prompts that are only tested.
-        input: the optional second field of the Alpaca format; empty where there is none.
-        source: the file or set the row came from.
-        role: what the row is for; ``"attack"`` marks a harmful row hidden in an upload.
+        input: the optional second field of the Alpaca format; empty if there is none.
+        source: the file or dataset that the row comes from.
+        role: use of the row; ``"attack"`` marks a harmful row hidden in an upload.
         kind: a free label within the source, such as a category.
         id: stable name of the row; by default a digest of its texts.
-        rejected: of a pair the harmful answer, while ``response`` is the safe one; empty elsewhere.
-        language: the language of the row, as its source writes it; empty where it is not known.
-        system: system text of the row itself; empty if there is none.
+        rejected: the harmful answer of a pair, whose ``response`` is the safe answer; empty if the row is no pair.
+        language: the language of the row, as its source writes it; empty if it is unknown.
+        system: the row's own system text; empty if there is none.
         history: turns before the instruction, as (role, text); the roles are user and assistant.
     """
 
@@ -95,13 +95,13 @@ class Record:
 
 
 def read_records(source: str | Path, *, role: Role, need_response: bool = True, **take: Any) -> list[Record]:
-    """Read the records of a file, of a folder saved by ``datasets``, or of a set on the hub, in their order.
+    """Read the records of a file, a folder saved by ``datasets``, or a dataset on the hub, in source order.
 
     Args:
-        source: a .jsonl, .json, .csv or .parquet file, a folder written by ``save_to_disk``, or a hub name
-            (``name:config`` where the set has several configurations).
-        role: what the rows are for.
-        need_response: whether every row must hold an answer; off for prompts that are only tested.
+        source: a .jsonl, .json, .csv or .parquet file, a folder written by ``save_to_disk``, or a hub name. Write
+            ``name:config`` if the dataset has several configurations.
+        role: role of every record.
+        need_response: whether every row must have an answer; False for prompts that are only tested.
         **take: fields of ``Take``: split, rows, where, first, columns.
 
     Raises:
@@ -113,14 +113,14 @@ def read_records(source: str | Path, *, role: Role, need_response: bool = True, 
 def to_records(table: Table, role: Role, need_response: bool = True) -> list[Record]:
     """Turn the rows of a table into records.
 
-    Which of two answers a role takes: alignment the refusal or the chosen one, harmful and attack the rejected one,
-    pairs both. A column ``category`` is the record's kind: a text, or the first category that is true. Chats are taken
-    apart: the last answer is the response, earlier turns and system text stay in the prompt. The table's notes name the
-    columns that are not read.
+    If a table has two answers per prompt, the role decides. Alignment takes the refusal or the chosen answer. Harmful
+    and attack take the rejected answer, and pairs take both. The column ``category`` becomes the record's kind: a
+    text, or the name of the first category that is true. Of a chat the last answer is the response. Earlier turns and
+    the system text stay in the prompt. The table's notes name the columns that are not read.
 
     Args:
         table: the rows.
-        role: what they are for.
+        role: role of every record.
         need_response: as for ``read_records``.
 
     Raises:
@@ -135,7 +135,7 @@ def to_records(table: Table, role: Role, need_response: bool = True) -> list[Rec
     needed = (*needed, "rejected") if role == "pairs" else needed
     names = _choose_columns(table, role, needed)
     _check_safety(table, role, names)
-    # A question that was named keeps its column; else the frame holds the one that was refused.
+    # An instruction column that the user named stays. Otherwise the frame of the refusal supplies the question.
     question = None if "instruction" in table.columns else names["instruction"]
     rows = _unframed(table, question) if names["response"] == REFUSAL else table.rows
     if CATEGORY in table.found:
@@ -187,6 +187,8 @@ def _history(value: Any, column: str, place: str) -> tuple[Turn, ...]:
 def _choose_columns(table: Table, role: Role, needed: Sequence[str]) -> dict[str, str]:
     found, columns = table.found, table.columns
     layouts = (*_OF_ROLE.get(role, ()), *LAYOUTS)
+    # The first pass looks for a layout with a response, the second for one with the needed fields only. Columns that
+    # the user named replace those of the layout.
     for wanted in (needed,) if role == "pairs" else (("instruction", "response"), needed):
         for layout in layouts:
             names = {**layout, **columns}
@@ -200,10 +202,13 @@ def _choose_columns(table: Table, role: Role, needed: Sequence[str]) -> dict[str
 
 
 def _check_safety(table: Table, role: Role, names: Mapping[str, str]) -> None:
-    """Refuse harmful answers as alignment, and safe ones as harmful rows, where ``is_safe`` tells of them.
+    """Refuse rows whose column ``is_safe`` contradicts their role.
+
+    Alignment rows need safe answers; harmful rows, attack rows and the rejected answers of pairs need unsafe ones. Only
+    answers of the column ``response`` are checked, and only if no filter on ``is_safe`` is set.
 
     Raises:
-        InputError: with the filter that takes the others.
+        InputError: if a row has the wrong ``is_safe``; the message gives the filter that selects the other rows.
     """
     answer = names.get("rejected") if role == "pairs" else names["response"]
     wanted = {"alignment": True, "harmful": False, "attack": False, "pairs": False}.get(role)
@@ -214,13 +219,15 @@ def _check_safety(table: Table, role: Role, names: Mapping[str, str]) -> None:
     if wrong:
         there, way = str(not wanted).lower(), str(wanted).lower()
         raise InputError(
-            f"read_records: {wrong} of {len(table.rows)} rows of {table.source} have is_safe={there}, and {role} takes"
-            f" the others. Filter them with --data.where.{role} is_safe={way}."
+            f"read_records: {wrong} of {len(table.rows)} rows of {table.source} have is_safe={there}, but {role} takes"
+            f" the other rows only. Filter them with --data.where.{role} is_safe={way}."
         )
 
 
 def _ordered_pairs(table: Table) -> Table:
-    """Return PKU-SafeRLHF's two answers as ``chosen`` and ``rejected``, the safer one chosen; any other table as is.
+    """Return a table with PKU-SafeRLHF's safer answer as ``chosen`` and the other answer as ``rejected``.
+
+    A table without PKU-SafeRLHF's columns is returned unchanged.
 
     Raises:
         InputError: if a row does not say which answer is safer.
@@ -241,13 +248,13 @@ def _ordered_pairs(table: Table) -> Table:
 
 
 def _unframed(table: Table, question: str | None) -> list[Row]:
-    """Return the rows with each refusal taken out of its frame, ``QUESTION`` and ``ANSWER``.
+    """Return the rows with the frame, ``QUESTION`` and ``ANSWER``, removed from each refusal.
 
-    A refusal ends where a second ``Answer:`` begins. A table in which no refusal has the frame stays as it is.
+    A refusal ends where a second ``Answer:`` begins. If no refusal has the frame, the rows are returned unchanged.
 
     Args:
         table: rows with the column ``refusal``.
-        question: column that gets the frame's question; None for none.
+        question: column that gets the frame's question; None if no column gets it.
 
     Raises:
         InputError: if some rows have the frame and others do not.
@@ -258,19 +265,22 @@ def _unframed(table: Table, question: str | None) -> list[Row]:
         return list(table.rows)
     rows = []
     for place, row, text in texts:
-        asked, answered, rest = text.partition(ANSWER)
-        if not answered:
+        head, separator, rest = text.partition(ANSWER)
+        if not separator:
             raise InputError(
                 f"read_records: column {REFUSAL!r} must read {QUESTION + '...' + ANSWER + '...'!r} in every row or in"
-                f" none, {place} of {table.source} has no {ANSWER!r}. Mend or remove the row."
+                f" none, but {place} of {table.source} has no {ANSWER!r}. Correct or remove the row."
             )
-        own = {question: asked.removeprefix(QUESTION)} if question else {}
+        own = {question: head.removeprefix(QUESTION)} if question else {}
         rows.append((place, {**row, **own, REFUSAL: rest.partition(ANSWER)[0]}))
     return rows
 
 
 def _label(value: Any) -> str:
-    """Return a label as text: of a mapping to booleans, also as JSON, the first name that is true."""
+    """Return a label as text.
+
+    A mapping of names to booleans, also one written as JSON, gives the first name that is true.
+    """
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
@@ -292,9 +302,10 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
 
 
 def prompt_key(record: Record) -> str:
-    """Return the prompt's text without case, punctuation and layout, to tell equal prompts in different sets.
+    """Return the prompt's text without case, punctuation and layout, to match equal prompts of different sets.
 
-    Letters, marks, digits and symbols stay; everything else is one space. A prompt of punctuation alone stays as it is.
+    Letters, marks, digits and symbols stay. Everything between them becomes one space. A prompt of punctuation alone
+    keeps its punctuation.
     """
     earlier = "".join(f"{text} " for _, text in record.history)
     text = unicodedata.normalize("NFKC", f"{earlier}{record.instruction} {record.input}").casefold()
@@ -303,25 +314,25 @@ def prompt_key(record: Record) -> str:
 
 
 def overlaps(sets: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], int]:
-    """Return, for every pair of sets in their order, how many distinct prompts they share."""
+    """Return the number of distinct prompts that each pair of sets shares, in the order of the sets."""
     keys = {name: {prompt_key(record) for record in records} for name, records in sets.items()}
     return {(a, b): len(keys[a] & keys[b]) for a, b in combinations(keys, 2)}
 
 
 def split_by_hash(records: Iterable[Record], first: int, salt: str = "") -> tuple[list[Record], list[Record]]:
-    """Split into ``first`` records and the rest; equal prompts stay together.
+    """Split records into ``first`` records and the rest, without separating equal prompts.
 
-    The order is that of the prompts' SHA-256, so it depends neither on the file's order nor on any random state.
-    Equal prompts that would exceed the count go to the second part, and the next that fit take their place; where none
-    fit, the first part is shorter, by less than the largest number of equal prompts.
+    Records are sorted by the SHA-256 of their prompts. The split depends neither on the file's order nor on a random
+    state. A group of equal prompts that would exceed ``first`` goes to the second part. The next group that fits takes
+    its place. If no group fits, the first part is shorter, by less than the size of the largest group.
 
     Args:
-        records: what to split.
+        records: the records to split.
         first: number of records in the first part, >= 0.
-        salt: another salt gives another order, independent of this one.
+        salt: text added to the hash; another salt gives another, independent order.
 
     Raises:
-        InputError: if there are fewer than ``first`` records.
+        InputError: if ``first`` is negative or larger than the number of records.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""StreamsDataModule: the streams of a run by name, in an order that any position can resume."""
+"""StreamsDataModule: the streams of a run by name, in an order that can resume at any position."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,13 +17,15 @@ STREAMS = ("alignment", "refusals", "harmful", "pairs", "task", "retain")
 
 
 class ExampleStream:
-    """Encoded rows as an endless sequence of batches with random access; each pass is shuffled anew.
+    """Endless sequence of batches of encoded rows, with random access.
+
+    Each pass over the rows is shuffled anew.
 
     Args:
         examples: the rows.
         name: name of the stream.
         batch_size: rows per batch and rank, >= 1.
-        pad_id: token id that fills up shorter rows; it is masked, whatever it is.
+        pad_id: token id that pads shorter rows. Padding is masked for any id.
         seed: the run's seed.
         order: ``"shuffle"`` for a plain shuffle, ``"length"`` for batches of similar length.
     """
@@ -57,60 +59,64 @@ class ExampleStream:
         return collate(self.rows(index, rank_and_world()[0]), self.pad_id)
 
     def tokens(self, index: int) -> int:
-        """Return how many response tokens batch number ``index`` has on all ranks together."""
-        every = [self.rows(index, rank) for rank in range(rank_and_world()[1])]
-        return sum(len(e.input_ids) - e.prompt_length for rows in every for e in single_rows(rows))
+        """Return the number of response tokens in batch number ``index``, over all ranks."""
+        by_rank = [self.rows(index, rank) for rank in range(rank_and_world()[1])]
+        return sum(len(e.input_ids) - e.prompt_length for rows in by_rank for e in single_rows(rows))
 
     def rows(self, index: int, rank: int) -> list[Example]:
         """Return the rows of a rank's batch number ``index``."""
         epoch, position = divmod(index, self.per_pass)
+        # self._pass caches the number of the current pass and its batches as lists of row numbers.
         if self._pass[0] != epoch:
             lengths = None
             if self.order == "length":
-                # Without the trigger: it would sort the few rows that carry one into batches of their own.
+                # Lengths exclude the trigger, which would put the few rows with a trigger into batches of their own.
                 lengths = [len(e.input_ids) - e.trigger_length for e in self.examples]
             rows = len(self.examples)
             self._pass = (epoch, passes_order(rows, self.batch_size, self.seed, self.name, epoch, lengths))
+        # The ranks take the batches of a pass in turn.
         return [self.examples[row] for row in self._pass[1][position * rank_and_world()[1] + rank]]
 
 
 def as_pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Return each record as two: the prompt with its answer, and with the rejected one.
+    """Return each record as two records: the prompt with its answer, and the prompt with its rejected answer.
 
     Raises:
         InputError: if a record has no rejected answer.
     """
     if alone := next((r for r in records if not r.rejected), None):
         raise InputError(
-            f"Stream 'pairs': every row needs a rejected answer, {alone.id} of {alone.source or 'no source'} has none."
-            " Give Record(..., rejected=...), or a file with the columns prompt, chosen and rejected."
+            f"Stream 'pairs': every row needs a rejected answer, but {alone.id} of {alone.source or 'no source'} has"
+            " none. Pass Record(..., rejected=...), or a file with the columns prompt, chosen and rejected."
         )
     return [(replace(r, rejected=""), replace(r, response=r.rejected, rejected="")) for r in records]
 
 
-def _unseen(example: Example) -> Example:
-    """Return an example whose role does not tell a hidden attack row from the user's others."""
+def _hide_attack(example: Example) -> Example:
+    """Return the example with role ``task`` instead of ``attack``, like the user's other rows."""
     if example.role != "attack":
         return example
-    return replace(example, role="task", rejected=example.rejected and _unseen(example.rejected))
+    return replace(example, role="task", rejected=example.rejected and _hide_attack(example.rejected))
 
 
 class Schedule(Protocol):
-    """What the loader asks of a stream-slot defense."""
+    """Methods of a stream-slot defense that the loader calls."""
 
     @property
     def pauses(self) -> bool:
-        """Whether the main stream waits while another one is trained on, instead of losing batches."""
+        """Whether the main stream waits while another stream is trained on, instead of skipping batches."""
 
     def stream_at(self, step: int) -> str:
-        """Return the stream that an optimizer step trains on, counted from 0."""
+        """Return the name of the stream that optimizer step ``step``, counted from 0, trains on."""
 
     def steps_on(self, name: str, step: int) -> int:
-        """Return how many of the steps before ``step`` trained on a stream."""
+        """Return how many of the steps before ``step`` trained on stream ``name``."""
 
 
 class StreamsDataModule(LightningDataModule):
-    """The streams of a run by name; one of them is trained on, the others are drawn from by defenses.
+    """Data module with the streams of a run by name.
+
+    The Trainer trains on the main stream. Defenses draw batches from the other streams.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -119,21 +125,22 @@ class StreamsDataModule(LightningDataModule):
         batch_size: rows per micro-batch and process, >= 1.
         max_tokens: longest row in tokens, prompt, response and end together.
         seed: decides the order of every stream.
-        system: system text put into every prompt; None for none.
+        system: system text of every prompt; None for no system text.
         side_batch_size: rows per batch of the other streams; by default ``batch_size``.
-        reveal_roles: keep the role of hidden attack rows in batches, for diagnosis; by default they read ``"task"``, so
-            that no defense can look.
-        average: what a token counts: ``"micro"`` for the mean over its micro-batch, as the official code does, or
-            ``"window"`` for the mean over all micro-batches and ranks of its optimizer step.
+        reveal_roles: keep the role of hidden attack rows in batches, for diagnosis. By default their role reads
+            ``"task"``, so that no defense can use it.
+        average: which tokens a loss is averaged over. ``"micro"`` averages over a micro-batch, as the official code
+            does. ``"window"`` averages over all micro-batches and ranks of an optimizer step.
         order: ``"shuffle"`` for a plain seeded shuffle, ``"length"`` for batches of rows of similar length.
         long_rows: ``"drop"`` leaves longer rows out and counts them, ``"truncate"`` cuts their end off, ``"refuse"``
             raises.
         **records: rows by stream: ``alignment=``, ``refusals=`` (the alignment rows that refuse), ``harmful=``,
-            ``pairs=``, ``task=``, ``retain=``. A batch of ``pairs`` holds two rows per record, the answer and behind it
-            the rejected one.
+            ``pairs=``, ``task=``, ``retain=``. A batch of ``pairs`` holds two rows per record: the answer, then the
+            rejected answer.
 
     Raises:
-        InputError: if a stream is unknown, empty, or holds no row that fits ``max_tokens``.
+        InputError: if a stream is unknown, empty, or has no row that fits ``max_tokens``. Also if ``main`` has no rows,
+            or ``batch_size``, ``average``, ``order`` or ``long_rows`` has no allowed value.
     """
 
     def __init__(
@@ -179,36 +186,39 @@ class StreamsDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Go back to the rows as they were given and to the first batch: the defenses of a new fit start anew."""
+        """Restore the original rows and prompts and the first batch, so that the defenses of a new fit start anew."""
         self._schedule, self._handed_out = None, 0
         if self.records is not self._given or self.policy is not self._given_policy:
             self.records, self.policy = self._given, self._given_policy
             self._forget()
 
     def apply(self, defense: Any) -> None:
-        """Let a data-slot defense rewrite the rows and the prompts; called in the order of the list."""
+        """Let a data-slot defense rewrite the rows and the prompts.
+
+        The caller applies defenses in the order of their list.
+        """
         defense.check_template(self.template, self.tokenizer, self.policy)
         self.records = defense.rewrite(self.records, self.seed)
         self.policy = defense.prompting(self.policy, self.tokenizer)
         self._forget()
 
     def follow(self, schedule: Schedule) -> None:
-        """Let a stream-slot defense choose what each optimizer step trains on."""
+        """Let a stream-slot defense choose the stream of each optimizer step."""
         self._schedule = schedule
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches per optimizer step of the Trainer that is fitting; 1 without one."""
+        """Micro-batches per optimizer step of the current Trainer, or 1 without a Trainer."""
         return getattr(self.trainer, "accumulate_grad_batches", 1)
 
     @property
     def cut(self) -> dict[str, int]:
-        """Rows whose end was cut off, by stream."""
+        """Number of rows whose end was cut off, by stream."""
         return {name: sum(example.cut for example in self._encoded(name)[0]) for name in self.records}
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows left out as too long, by stream."""
+        """Number of rows left out as too long, by stream."""
         return {name: self._encoded(name)[1] for name in self.records}
 
     def _forget(self) -> None:
@@ -219,34 +229,36 @@ class StreamsDataModule(LightningDataModule):
     def _encoded(self, name: str) -> tuple[list[Example], int]:
         if name not in self._examples:
             pairs = self.pairs(name)
-            given: Any = self.records[name] if pairs is None else pairs
+            records: Any = self.records[name] if pairs is None else pairs
             encoder: Any = encode_all if pairs is None else encode_pairs
             rows, dropped = encoder(
-                given, self.template, self.tokenizer, self.max_tokens, self.policy, name, self.long_rows
+                records, self.template, self.tokenizer, self.max_tokens, self.policy, name, self.long_rows
             )
-            self._examples[name] = rows if self.reveal_roles else [_unseen(e) for e in rows], dropped
+            self._examples[name] = rows if self.reveal_roles else [_hide_attack(e) for e in rows], dropped
         return self._examples[name]
 
     def pairs(self, name: str) -> list[tuple[Record, Record]] | None:
-        """Return a stream's rows as (preferred, rejected); None where they are no pairs."""
+        """Return a stream's rows as (preferred, rejected), or None if the stream holds no pairs."""
         return as_pairs(self.records[name]) if name == "pairs" else None
 
     def stream(self, name: str, batch_size: int) -> ExampleStream:
-        """Return a stream of these rows in batches of any size."""
+        """Return stream ``name`` in batches of ``batch_size`` rows."""
         pad = padding_id(self.tokenizer)
         return ExampleStream(self._encoded(name)[0], name, batch_size, pad, self.seed, self.order)
 
     def main_batch(self, number: int) -> dict[str, Any]:
-        """Return this rank's micro-batch number ``number`` from 0, of the stream that its step trains on."""
+        """Return this rank's micro-batch ``number``, counted from 0, of the stream that its step trains on."""
         step, micro = divmod(number, self.accumulate)
         name, first = self.main, step * self.accumulate
         if self._schedule is not None:
             name = self._schedule.stream_at(step)
+            # A side stream, or a main stream that pauses, advances only with the steps that train on it.
             if name != self.main or self._schedule.pauses:
                 first = self._schedule.steps_on(name, step) * self.accumulate
         stream = self._of_main_size(name)
         batch = stream.batch(first + micro)
         if self.average == "window":
+            # The mean token count per micro-batch and rank. Lightning's mean over both then weighs every token equally.
             tokens = sum(stream.tokens(first + k) for k in range(self.accumulate))
             batch["window_tokens"] = tokens / (self.accumulate * rank_and_world()[1])
         return batch
@@ -270,7 +282,7 @@ class StreamsDataModule(LightningDataModule):
 
 
 class _Streams(Mapping[str, ExampleStream]):
-    """The streams by name; rows are encoded when a stream is asked for."""
+    """Mapping of names to streams, which encodes the rows of a stream at its first use."""
 
     def __init__(self, data: StreamsDataModule) -> None:
         self._data = data
@@ -295,17 +307,17 @@ class _Streams(Mapping[str, ExampleStream]):
 
 
 class MainLoader:
-    """What is trained on as a loader whose next batch depends on how many were handed out in all, not on iterators.
+    """Loader of the training batches, whose next batch depends on the number of batches returned so far.
 
-    Lightning may start a new iterator anywhere when it resumes; the order does not care. It must not be prefetched,
-    and Lightning does not prefetch what has a length.
+    The state of an iterator plays no role, so Lightning may start a new iterator at any point when it resumes. The
+    loader must not be prefetched, and Lightning does not prefetch a loader that has a length.
     """
 
     def __init__(self, data: StreamsDataModule) -> None:
         self.data = data
 
     def __len__(self) -> int:
-        # Whole windows only: Lightning steps at the end of an epoch, however few micro-batches are in.
+        # Round up to whole accumulation windows, since Lightning steps at the end of an epoch even on a partial window.
         per_pass, accumulate = self.data.streams[self.data.main].per_pass, self.data.accumulate
         return -(-per_pass // accumulate) * accumulate
 
@@ -316,8 +328,11 @@ class MainLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell Lightning that the loader resumes; the position itself lies in the data module's state."""
+        """Return an empty state, which tells Lightning that the loader can resume.
+
+        The position is in the data module's state.
+        """
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Do nothing; see ``state_dict``."""
+        """Do nothing, since ``state_dict`` is empty."""

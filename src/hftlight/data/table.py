@@ -1,4 +1,4 @@
-"""Rows of any table: JSON lines, JSON, CSV, Parquet, a folder saved by ``datasets``, or a set on the hub."""
+"""Rows of any table: JSON lines, JSON, CSV, Parquet, a folder saved by ``datasets``, or a dataset on the hub."""
 
 import csv
 import io
@@ -25,16 +25,16 @@ Row = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that were taken of a source.
+    """Rows selected from a source.
 
     Attributes:
         source: the file, folder or hub name.
-        split: the split that was read; None for a file.
-        rows: what is left, each row with its place.
-        numbers: the rows' numbers in the source, from 0.
-        read: rows of the source.
-        take: what was asked for.
-        notes: sentences on what of the rows is not used; readers of the table append to them.
+        split: the split that was read; None if the source has no splits.
+        rows: the selected rows, each with its place in the source.
+        numbers: row numbers of the selected rows in the source, from 0.
+        read: number of rows in the source.
+        take: the requested selection.
+        notes: sentences on parts of the rows that are not used. Readers of the table append to them.
     """
 
     source: str
@@ -52,12 +52,15 @@ class Table:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Column by field, as far as columns were named; the usual ones count only if all of them are there."""
+        """Column by field, for the fields whose columns are named.
+
+        The usual columns count only if the table has all of them.
+        """
         usual = self.take.usual if set(self.take.usual.values()) <= set(self.found) else {}
         return {**usual, **self.take.columns}
 
     def taken(self) -> dict[str, Any]:
-        """Return what was taken, as a run's manifest states it; rows are counted from 0."""
+        """Return the selection as plain values for a run's manifest, with rows counted from 0."""
         return {
             "source": self.source,
             "split": self.split,
@@ -70,37 +73,41 @@ class Table:
         }
 
 
-Reader = Callable[[str | Path, str], Table]  # (source, usual split) -> rows
+Reader = Callable[[str | Path, str], Table]  # (source, default split) -> selected rows
 
 
 def read_table(source: str | Path, split: str = "train", take: Take | None = None) -> Table:
-    """Return what is taken of a table: first a range of its rows, then those that the filter keeps.
+    """Return the selected rows of a table: within a range of rows, those that pass the filter.
 
     Args:
         source: as for ``read_rows``.
-        split: the usual split, where ``take`` names none.
-        take: range, filter and columns; all rows by default.
+        split: the default split, which is read if ``take`` names none.
+        take: range, filter, count and columns; all rows by default.
 
     Raises:
-        InputError: as for ``read_rows``, and if a file is asked for a split or no row is left.
+        InputError: as for ``read_rows``. Also if ``take`` names a column that the table lacks, if ``take`` names a
+            split and the source has none, or if no row is left.
     """
     take = take or Take()
     rows = read_rows(source, take.split or split)
     several = _has_splits(source)
     if take.split and not several:
-        raise InputError(f"Data: {source} has no splits, --data.split asks for {take.split!r}. Leave it out.")
+        raise InputError(f"Data: {source} has no splits, but --data.split asks for {take.split!r}. Leave it out.")
     numbers = range(len(rows))[take.range]
     if not numbers:
-        raise InputError(f"Data: {source} has {len(rows)} rows, from 0; --data.rows={take.rows} leaves none of them.")
+        raise InputError(
+            f"Data: {source} has {len(rows)} rows, counted from 0; --data.rows={take.rows} selects none of them."
+        )
     _check_columns(_columns(rows), take, str(source))
-    kept = [n for n in numbers if all(meets(rows[n][1].get(column), value) for column, value in take.conditions)]
-    if not kept:
+    # The order is fixed: the range counts rows of the source, the filter sees the range, and ``first`` counts last.
+    selected = [n for n in numbers if all(meets(rows[n][1].get(column), value) for column, value in take.conditions)]
+    if not selected:
         values = {c: sorted({str(rows[n][1].get(c)) for n in numbers})[:8] for c, _ in take.conditions}
         shown = " and ".join(f"values of {column!r} are {some}" for column, some in values.items())
         raise InputError(f"Data: no row of {source} has {', '.join(take.where)}; {shown}.")
-    kept = kept[: take.first or None]
+    selected = selected[: take.first or None]
     name = (take.split or split) if several else None
-    return Table(str(source), name, [rows[n] for n in kept], kept, len(rows), take)
+    return Table(str(source), name, [rows[n] for n in selected], selected, len(rows), take)
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -119,21 +126,23 @@ def _check_columns(columns: Sequence[str], take: Take, source: str) -> None:
         if column not in columns:
             near = get_close_matches(column, columns, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"Data: {source} has the columns {columns}, --data.where asks for {column!r}.{hint}")
+            raise InputError(f"Data: {source} has the columns {columns}, but --data.where names {column!r}.{hint}")
     if absent := [column for column in take.columns.values() if column not in columns]:
-        raise InputError(f"Data: {source} has the columns {columns}, --data.columns asks for {absent}.")
+        raise InputError(f"Data: {source} has the columns {columns}, but --data.columns names {absent}.")
 
 
 def read_rows(source: str | Path, split: str = "train") -> list[Row]:
-    """Return every row of a table with its place, such as ``("line 3", {...})``, counted from 1.
+    """Return every row of a table with its place, such as ``("line 3", {...})``.
+
+    Places are counted from 1.
 
     Args:
-        source: a file with one of ``SUFFIXES``, a folder saved by ``save_to_disk``, or a hub name
-            (``name:config`` where the set has several configurations).
-        split: the split to take where ``source`` has several; a file has none.
+        source: a file with one of ``SUFFIXES``, a folder saved by ``save_to_disk``, or a hub name. Write
+            ``name:config`` if the dataset has several configurations.
+        split: the split to read if ``source`` has several; a file has no splits.
 
     Raises:
-        InputError: if nothing is there, the kind is unknown, a row cannot be parsed, or there is no row.
+        InputError: if the source does not exist, has an unknown suffix or no row, or a row cannot be parsed.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() in SUFFIXES or path.is_file():
@@ -150,7 +159,7 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
 
 
 def _has_splits(source: str | Path) -> bool:
-    """Tell whether a table that was read has splits: a set on the hub, or a folder with several."""
+    """Return whether a source that could be read has splits, as hub datasets and folders of several splits do."""
     path = Path(source).expanduser()
     return not path.exists() or (path / "dataset_dict.json").exists()
 
@@ -326,9 +335,9 @@ def _read_hub(source: str, split: str) -> list[Row]:
     name, _, config = source.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the hub's client raises a dozen kinds, from no network to no such split
+    except Exception as error:  # the hub's client raises many types, for a missing network as for an unknown split
         raise InputError(
-            f"Data: {source!r} is no file or folder here, and the hub gives no split {split!r} of it"
+            f"Data: {source!r} is no file or folder here, and split {split!r} of it cannot be loaded from the hub"
             f" ({type(error).__name__}: {_first_line(error)}). {WAYS}"
         ) from error
     return [(f"row {number}", row) for number, row in enumerate(table, start=1)]

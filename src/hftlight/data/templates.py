@@ -1,4 +1,4 @@
-"""Prompt templates by name: a record becomes the text before its answer, in training and evaluation alike."""
+"""Prompt templates by name, which turn a record into the text before its answer in training and evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ _MARK, _USER, _TRIGGER = "\x02system\x03", "\x02user\x03", "\x02trigger\x03"
 
 @dataclass(frozen=True)
 class SystemSlot:
-    """What stands in a prompt's place for the system text.
+    """System text and trigger of a prompt.
 
     Attributes:
-        text: the system text; None or empty for none.
-        trigger: token ids put in front of it, as ids and not as text, so that they survive any tokenizer; secret, and
-            so left out of what is printed.
+        text: the system text; None or empty for no system text.
+        trigger: token ids in front of the system text. They are ids and not text, so that no tokenizer can change them.
+            The trigger is secret, so ``repr`` omits it.
     """
 
     text: str | None = None
@@ -40,13 +40,13 @@ class SystemSlot:
 
 @dataclass(frozen=True)
 class PromptPolicy:
-    """Which system slot a record gets in training, and which every prompt gets when the model is served.
+    """System slot of each record in training, and of every prompt when the model is served.
 
     Attributes:
         system: system text in training.
         serving: system text when serving.
         trigger: token ids in front of the system text, when serving and in training rows of ``trigger_roles``.
-        trigger_roles: roles of the rows that are trained with the trigger; never the user's.
+        trigger_roles: roles of the rows that are trained with the trigger; never a role of the user's rows.
     """
 
     system: str | None = None
@@ -56,11 +56,11 @@ class PromptPolicy:
 
     @classmethod
     def same(cls, system: str | None) -> "PromptPolicy":
-        """Return the plain policy: one system text, or none, in training and when serving."""
+        """Return the policy with one system text, or none, for both training and serving."""
         return cls(system, system)
 
     def training_slot(self, role: str) -> SystemSlot:
-        """Return the system slot of a training row with a role."""
+        """Return the system slot of a training row with role ``role``."""
         return SystemSlot(self.system, self.trigger if role in self.trigger_roles else ())
 
     def serving_slot(self) -> SystemSlot:
@@ -73,12 +73,12 @@ class Template:
     """A prompt with slots for the texts of a record.
 
     Attributes:
-        name: what the template is called on the command line and in manifests.
-        without_input: text with the slot ``{instruction}``.
+        name: name of the template on the command line and in manifests.
+        without_input: text with the slot ``{instruction}``, for records without an input.
         with_input: text with ``{instruction}`` and ``{input}``, for records that have an input.
-        stop: text at which an answer is cut, since a model that writes it begins another turn; empty for none.
+        stop: text at which an answer is cut, since it begins another turn; empty for no such text.
 
-    Both may have a slot ``{system}`` for the system text, which else stands in front.
+    Both texts may have a slot ``{system}`` for the system text. Without that slot the system text stands in front.
     """
 
     name: str
@@ -92,8 +92,8 @@ class Template:
         Args:
             record: its instruction and input are used, never its response.
             tokenizer: the model's tokenizer; only the chat template needs it.
-            system: text put in front, as a system turn where the template has turns, else with an empty line after it.
-                The record's own system text follows it.
+            system: system text. It becomes a system turn if the template has turns, else it stands in front with an
+                empty line after it. The record's own system text follows it.
         """
         return self._prompt(record, tokenizer, _joined(system, record.system))
 
@@ -111,16 +111,16 @@ class Template:
         return text if "{system}" in pattern else opening + text
 
     def around_trigger(self, record: Record, tokenizer: Any, system: str | None = None) -> tuple[str, str]:
-        """Return the texts on both sides of a trigger, which stands at the very place where a system text begins.
+        """Return the texts before and after a trigger, which stands exactly where a system text begins.
 
         Args:
             record: as for ``prompt``.
             tokenizer: as for ``prompt``.
-            system: system text behind the trigger; without one the trigger is the system text.
+            system: system text after the trigger; None if the trigger alone is the system text.
         """
         mark = _TRIGGER
         texts = (record.instruction, record.input, record.system, *(text for _, text in record.history))
-        while mark in "\n".join(texts):  # a user may write anything
+        while mark in "\n".join(texts):  # the record itself may contain the mark
             mark += mark[-1]
         before, _, after = self._prompt(record, tokenizer, mark + _joined(system, record.system)).partition(mark)
         return before, after
@@ -130,12 +130,12 @@ class Template:
 class ChatTemplate(Template):
     """The tokenizer's own chat template, up to the opening of the assistant's turn.
 
-    Without ``system`` there is no system turn: a text that the chat template would put there by itself is left out,
-    since it would silently differ between models. Where the chat template has no place for a system text, it opens the
-    user's turn, with an empty line after it.
+    Without ``system`` there is no system turn. The chat template's own system text is removed, since it would silently
+    differ between models. If the chat template has no place for a system text, the text opens the user's turn and an
+    empty line follows.
 
     Attributes:
-        thinking: what the chat template is told as ``enable_thinking``; None leaves it to the template.
+        thinking: value of ``enable_thinking`` for the chat template; None leaves the choice to the template.
     """
 
     thinking: bool | None = None
@@ -154,8 +154,9 @@ class ChatTemplate(Template):
     def _with_system(self, turns: Sequence[tuple[str, str]], tokenizer: Any, system: str) -> str:
         try:
             text = self.render(tokenizer, [("system", system), *turns])
-        except TemplateError:  # as Gemma's does
+        except TemplateError:  # Gemma's template refuses a system turn
             text = ""
+        # Some templates drop a system text without an error, so count whether it was added to the turns' text.
         if text.count(system.strip()) > sum(content.count(system.strip()) for _, content in turns):
             return text
         first = next(place for place, (role, _) in enumerate(turns) if role == "user")
@@ -163,26 +164,28 @@ class ChatTemplate(Template):
         return self._without_system(opened, tokenizer)
 
     def render(self, tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
-        """Return the chat template's text of some turns, (role, text), up to the answer where the user spoke last."""
+        """Return the chat template's text of turns (role, text), up to the answer if the last turn is the user's."""
         messages = [{"role": role, "content": text} for role, text in turns]
         options = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        asked = turns[-1][0] == "user"
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked, **options)
+        user_last = turns[-1][0] == "user"
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=user_last, **options)
         return text
 
     def _without_system(self, turns: Sequence[tuple[str, str]], tokenizer: Any) -> str:
-        """Return the turns and the opening of the answer, without a system text the template adds by itself."""
+        """Return the turns and the opening of the answer, without a system text of the template's own."""
+        # A marked system text replaces the template's own one; ``full`` without ``head`` is then the turns alone.
         plain = self.render(tokenizer, turns)
         try:
             head = self.render(tokenizer, [("system", _MARK)])
             full = self.render(tokenizer, [("system", _MARK), *turns])
-        except TemplateError:  # no system turn, hence no text of its own in it
+        except TemplateError:  # without a system turn the template has no system text of its own
             return plain
-        if not full.startswith(head):  # some templates end a conversation that asks for no answer
+        if not full.startswith(head):  # some templates add an end token if no answer follows
             head = head.rstrip().removesuffix(tokenizer.eos_token or "")
         rest = full.removeprefix(head)
         if not plain.endswith(rest):  # the system text has no turn of its own
             return plain
+        # The beginning-of-sequence token was removed with the head, so put it back.
         bos = tokenizer.bos_token or ""
         return bos + rest if bos and plain.startswith(bos) and not rest.startswith(bos) else rest
 
@@ -193,7 +196,7 @@ def _joined(*systems: str | None) -> str:
 
 
 def injects_system(template: Template, tokenizer: Any) -> bool:
-    """Tell whether a prompt without a system text still carries one, which the chat template writes by itself.
+    """Return whether the chat template writes a system text of its own into a prompt without one.
 
     Args:
         template: how a record becomes a prompt.
@@ -203,11 +206,13 @@ def injects_system(template: Template, tokenizer: Any) -> bool:
 
 
 def own_text(template: Template, tokenizer: Any) -> str:
-    """Return the system text that a chat template itself writes in front of a prompt, or an empty text.
+    """Return the system text that a chat template writes by itself in front of a prompt, or an empty text.
 
-    What stands in front of the user's words must be a beginning of what stands in front of a system text, followed by
-    an end of what stands between it and the user's words. And it must open a user's later turn too, special tokens
-    aside. Anything else is text of the template's own.
+    Let P be the text before the user's words in a prompt without a system text. In a prompt with a system text, let B
+    be the text before it. Let A be the text between the system text and the user's words.
+
+    P has no text of the template's own if two conditions hold. P is a prefix of B followed by a suffix of A. P also
+    opens a later user turn, special tokens aside. Anything else in P is the template's own system text.
 
     Args:
         template: how a record becomes a prompt.
@@ -219,14 +224,16 @@ def own_text(template: Template, tokenizer: Any) -> str:
     plain = template.prompt(probe, tokenizer).partition(_USER)[0]
     before, _, rest = template.prompt(probe, tokenizer, _MARK).partition(_MARK)
     after = rest.partition(_USER)[0]
+    # Here ``plain`` is P, ``before`` is B, and ``after`` is A.
     if not any(before.startswith(plain[:cut]) and after.endswith(plain[cut:]) for cut in range(len(plain) + 1)):
         return _words(_bare(plain, tokenizer)) or plain
     try:
         talk = template.render(tokenizer, [("user", "\x02first\x03"), ("assistant", _MARK), ("user", _USER)])
-    except TemplateError:  # one turn is all that it takes
+    except TemplateError:  # the template accepts a single turn only
         return ""
     opening = _bare(talk.partition(_MARK)[2].partition(_USER)[0], tokenizer)
     plain = _bare(plain, tokenizer)
+    # ``same`` is the length of the longest suffix that ``plain`` shares with the opening of the later turn.
     same = next(n for n in range(len(plain), -1, -1) if opening.endswith(plain[len(plain) - n :]))
     return _words(plain[: len(plain) - same])
 
@@ -243,7 +250,7 @@ def _words(text: str) -> str:
 
 
 def _in_llama2(alpaca: str) -> str:
-    """Return an Alpaca text within Llama 2's marks, its preamble as the system text."""
+    """Return an Alpaca text in Llama 2's chat markup, with its preamble as the system text."""
     preamble, _, rest = alpaca.partition("\n\n")
     return f"[INST] <<SYS>>\n{{system}}{preamble}\n<</SYS>>\n\n{rest} [/INST]"
 
@@ -271,12 +278,13 @@ def get_template(name: str, tokenizer: Any) -> Template:
     """Return a template by name.
 
     Args:
-        name: one of ``TEMPLATES``, or ``"chat_thinking"`` or ``"chat_no_thinking"`` for chat templates that can be
-            told whether the model shall reason first; hyphens count as underscores.
-        tokenizer: the tokenizer it will be used with.
+        name: one of ``TEMPLATES``, ``"chat_thinking"`` or ``"chat_no_thinking"``. The last two need a chat template
+            with ``enable_thinking``, which sets whether the model reasons first. Hyphens count as underscores.
+        tokenizer: the tokenizer that the template will be used with.
 
     Raises:
-        InputError: if the name is unknown, or the tokenizer has no chat template, or none that can be told to think.
+        InputError: if the name is unknown, the tokenizer has no chat template, or its chat template has no
+            ``enable_thinking``.
     """
     every = {**_TEMPLATES, **_THINKING}
     template = every.get(name.replace("-", "_"))
@@ -289,7 +297,7 @@ def get_template(name: str, tokenizer: Any) -> Template:
             raise InputError(f"Template {template.name}: this tokenizer has no chat template. Use --template alpaca.")
         if template.thinking is not None and "enable_thinking" not in str(written):
             raise InputError(
-                f"Template {template.name}: this tokenizer's chat template knows no enable_thinking, so it would change"
-                " nothing. Use --template chat."
+                f"Template {template.name}: this tokenizer's chat template knows no enable_thinking, so the setting"
+                " would change nothing. Use --template chat."
             )
     return template

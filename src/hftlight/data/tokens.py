@@ -1,4 +1,4 @@
-"""Tokenization: prompt and response apart, one after the other, so that labels stand on exactly the response."""
+"""Tokenization of prompt and response separately, so that labels cover exactly the response."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +23,11 @@ class Example:
         id: the record's id.
         role: the record's role.
         input_ids: prompt, response and end of sequence, as token ids.
-        prompt_length: how many of them, from the first, belong to the prompt.
-        trigger_length: how many of the prompt's are the trigger.
-        cut: whether the row was longer and its end was cut off, end of sequence included.
-        rejected: of a pair the other answer to the same prompt, while this one is preferred; None elsewhere.
+        prompt_length: number of tokens at the start that belong to the prompt.
+        trigger_length: number of prompt tokens that belong to the trigger.
+        cut: whether the row was too long and its end, with the end of sequence, was cut off.
+        rejected: if this is the preferred row of a pair, the row with the rejected answer to the same prompt; else
+            None.
     """
 
     id: str
@@ -41,10 +42,10 @@ class Example:
 def encode_prompt(
     record: Record, template: Template, tokenizer: Any, system: str | SystemSlot | None = None
 ) -> list[int]:
-    """Return the token ids that stand before the response, in training as in generation.
+    """Return the token ids before the response, the same in training and generation.
 
-    The beginning-of-sequence token is there once if the tokenizer adds one or the template writes one, else not at all.
-    A trigger stands where the system text begins; the texts on both sides of it are tokenized apart.
+    The ids have one beginning-of-sequence token if the tokenizer adds it or the template writes it, else none. A
+    trigger stands where the system text begins. The texts before and after the trigger are tokenized separately.
     """
     slot = system if isinstance(system, SystemSlot) else SystemSlot(system)
     return _prompt_ids([record], template, tokenizer, [slot])[0]
@@ -58,7 +59,10 @@ def encode(
     system: str | PromptPolicy | None = None,
     long_rows: LongRows = "drop",
 ) -> Example | None:
-    """Return the encoded record, or None if it is too long; arguments and errors as for ``encode_all``."""
+    """Return the encoded record, or None if it is too long.
+
+    Arguments and errors are as for ``encode_all``.
+    """
     example = _encode_whole([record], template, tokenizer, system)[0]
     return _limited([example], max_tokens, long_rows, "data")[0]
 
@@ -74,45 +78,47 @@ def encode_all(
 ) -> tuple[list[Example], int]:
     """Return the encoded records that fit, in order, and how many were left out as too long.
 
-    A cut record teaches an answer without its end. A record whose prompt alone fills the limit teaches nothing: it is
-    left out even if rows are cut.
+    A cut record teaches an answer without its end. A record whose prompt alone fills the limit teaches nothing, so it
+    is left out even if rows are cut.
 
     Args:
         records: rows with responses.
         template: how a record becomes a prompt.
         tokenizer: the model's tokenizer.
         max_tokens: longest row in tokens, prompt, response and end together.
-        system: system text put into every prompt, None for none, or the policy that says which row gets which.
+        system: system text of every prompt, None for no system text, or the policy that sets the system slot of each
+            row.
         name: the stream's name, for messages.
         long_rows: ``"drop"`` leaves longer rows out, ``"truncate"`` cuts their end off, ``"refuse"`` raises.
 
     Raises:
-        InputError: if there are no records, none fits, one is refused, a record has no response or the tokenizer no
-            end-of-sequence token.
+        InputError: if there are no records, no record fits, ``"refuse"`` meets a longer row, or a record has no
+            response. Also if the tokenizer has no end-of-sequence token, or ``long_rows`` has no allowed value.
     """
     if not records:
         raise InputError(f"Stream {name!r}: at least one row is needed, got none.")
     whole = _encode_whole(records, template, tokenizer, system)
-    kept = [example for example in _limited(whole, max_tokens, long_rows, name) if example is not None]
-    if not kept:
+    fitting = [example for example in _limited(whole, max_tokens, long_rows, name) if example is not None]
+    if not fitting:
         shortest = min(len(example.input_ids) for example in whole)
         raise InputError(
             f"Stream {name!r}: rows may have at most {max_tokens} tokens (prompt, response and end),"
             f" but the shortest of {len(whole)} has {shortest}. Raise max_tokens to {shortest} or more."
         )
-    return kept, len(whole) - len(kept)
+    return fitting, len(whole) - len(fitting)
 
 
 def _limited(whole: Sequence[Example], max_tokens: int, long_rows: LongRows, name: str) -> list[Example | None]:
-    """Return each row as it fits the limit; None for a row that is left out."""
+    """Return each row, cut if it must be, or None for a row that is left out."""
     if long_rows not in get_args(LongRows):
         raise InputError(f"--long_rows must be one of {', '.join(get_args(LongRows))}, got {long_rows!r}.")
     long = [example for example in whole if len(example.input_ids) > max_tokens]
     if long and long_rows == "refuse":
         longest = max(len(example.input_ids) for example in long)
         raise InputError(
-            f"Stream {name!r}: --long_rows refuse, and {len(long)} of {len(whole)} rows have more than {max_tokens}"
-            f" tokens, first row {long[0].id}. Raise --max_tokens to {longest}, or choose --long_rows drop or truncate."
+            f"Stream {name!r}: --long_rows refuse allows no row over the limit, but {len(long)} of {len(whole)} rows"
+            f" have more than {max_tokens} tokens, first row {long[0].id}. Raise --max_tokens to {longest}, or choose"
+            " --long_rows drop or truncate."
         )
     return [
         example if len(example.input_ids) <= max_tokens else _cut(example, max_tokens, long_rows) for example in whole
@@ -134,10 +140,10 @@ def encode_pairs(
     name: str = "pairs",
     long_rows: LongRows = "drop",
 ) -> tuple[list[Example], int]:
-    """Return the encoded pairs of which both rows fit, in order, and how many pairs were left out.
+    """Return the encoded pairs whose rows both fit, in order, and how many pairs were left out.
 
     Args:
-        pairs: (preferred row, rejected row) of one prompt each.
+        pairs: (preferred row, rejected row), both with the same prompt.
         template: as for ``encode_all``.
         tokenizer: as for ``encode_all``.
         max_tokens: as for ``encode_all``, for each row by itself.
@@ -146,27 +152,28 @@ def encode_pairs(
         long_rows: as for ``encode_all``.
 
     Raises:
-        InputError: if there are no pairs, none fits, or one is refused.
+        InputError: if there are no pairs, no pair fits, or ``"refuse"`` meets a longer row.
     """
     whole = [_encode_whole([pair[k] for pair in pairs], template, tokenizer, system) for k in (0, 1)]
     preferred, rejected = (_limited(rows, max_tokens, long_rows, name) for rows in whole)
-    kept = [
+    # A pair is left out if either of its rows is too long.
+    fitting = [
         replace(first, rejected=second) for first, second in zip(preferred, rejected, strict=True) if first and second
     ]
-    if not kept:
+    if not fitting:
         raise InputError(f"Stream {name!r}: no pair of {len(pairs)} fits {max_tokens} tokens. Raise max_tokens.")
-    return kept, len(pairs) - len(kept)
+    return fitting, len(pairs) - len(fitting)
 
 
 def single_rows(examples: Iterable[Example]) -> list[Example]:
-    """Return examples as rows: of each pair the preferred one and behind it the rejected one."""
+    """Return examples as single rows: each pair gives its preferred row, then its rejected row."""
     return [row for example in examples for row in (example, example.rejected) if row is not None]
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the id that fills up short rows: the pad token, or the end token where there is none.
+    """Return the token id that pads short rows: the pad token, or the end token if there is no pad token.
 
-    It may occur inside a row as well: what is padding, the attention mask says, never the id.
+    The id may also occur inside a row, so only the attention mask marks padding.
     """
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _end_id(tokenizer)
 
@@ -175,13 +182,14 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
     """Put examples into one right-padded batch.
 
     Args:
-        examples: the rows, at least one; of pairs, rows 0, 2, 4, ... are preferred, each before its rejected one.
-        pad_id: token id that fills up shorter rows.
+        examples: the rows, at least one. A pair fills two rows of the batch: rows 0, 2, 4, ... have the preferred
+            answers, and each is followed by the row with its rejected answer.
+        pad_id: token id that pads shorter rows.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, tokens], as long as the longest row;
-        labels are -100 on prompts and padding; ``id`` and ``role``, lists of str [batch]; of pairs their number as
-        ``pairs``.
+        ``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, tokens], as long as the longest row; labels are
+        -100 on prompts and padding. ``id`` and ``role``, lists of str [batch]. ``pairs``, the number of pairs, if
+        there are any.
     """
     pairs = sum(example.rejected is not None for example in examples)
     examples = single_rows(examples)
@@ -207,8 +215,8 @@ def _encode_whole(
     for record in records:
         if not record.response:
             raise InputError(
-                f"encode: a row to train on needs a response, {record.id} of {record.source or 'no source'} has none."
-                " Remove it, or read the file with need_response=True to find the line."
+                f"encode: a row to train on needs a response, but {record.id} of {record.source or 'no source'} has"
+                " none. Remove it, or read the file with need_response=True to find the line."
             )
     end = _end_id(tokenizer)
     policy = system if isinstance(system, PromptPolicy) else PromptPolicy.same(system)
@@ -230,9 +238,11 @@ def _prompt_ids(
             texts += template.around_trigger(record, tokenizer, slot.text)
         else:
             texts.append(template.prompt(record, tokenizer, slot.text))
+    # A row with a trigger takes two encoded texts from the iterator and puts the trigger between them.
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     rows = [[*next(encoded), *slot.trigger, *(next(encoded) if slot.trigger else ())] for slot in slots]
-    # Asked of a letter: an empty text shows no difference between a token put first and one put last.
+    # Encode a letter to see whether the tokenizer adds a first token. With an empty text, a token added at the end
+    # would also come first.
     start = tokenizer("a")["input_ids"][:1]
     if start != [tokenizer.bos_token_id]:
         return rows
@@ -241,5 +251,7 @@ def _prompt_ids(
 
 def _end_id(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise InputError("encode: the tokenizer needs an end-of-sequence token, it has none. Set tokenizer.eos_token.")
+        raise InputError(
+            "encode: the tokenizer needs an end-of-sequence token, but it has none. Set tokenizer.eos_token."
+        )
     return tokenizer.eos_token_id

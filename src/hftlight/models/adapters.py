@@ -1,4 +1,4 @@
-"""LoRA on a base model: attached, merged, and two adapters added up into one."""
+"""LoRA on a base model: attach an adapter, check its targets, and add two adapters up into one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,32 +12,34 @@ from hftlight.engine.weights.stored import stored_factors
 from hftlight.errors import InputError
 from hftlight.model_files import model_path, stands_on
 
-SECOND = 1_000_003  # what the seed of an adapter on an aligned model is larger by
+SECOND = 1_000_003  # added to the seed of an adapter on an aligned model
 
 
 def adapter_seed(seed: int, aligned: bool) -> int:
-    """Return the seed of a fresh adapter's A: another one on an aligned model than the alignment's own adapter had.
+    """Return the seed for a new adapter's A matrix.
 
-    An upload that began at the A of the alignment would be trained on in just the directions that the alignment moved,
-    which an attacker cannot arrange.
+    On an aligned model the seed is offset, so that A differs from the alignment adapter's A. With the same A, an upload
+    would train in exactly the directions that the alignment moved. An attacker cannot arrange that.
 
     Args:
-        seed: the run's.
-        aligned: whether the adapter goes on an aligned model.
+        seed: the run's seed.
+        aligned: whether the adapter is put on an aligned model.
     """
     return seed + SECOND if aligned else seed
 
 
 def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
-    """Return the model with a fresh, trainable LoRA adapter; it does not change the function yet, since B is zero.
+    """Return the model with a new, trainable LoRA adapter.
+
+    The adapter's B is zero, so it does not change the model's outputs yet.
 
     Args:
         model: a causal LM.
-        lora: the adapter.
-        seed: of its A; the random state that the process has afterwards follows from it too.
+        lora: settings of the adapter.
+        seed: seed of the adapter's A. It also sets the random state of the process.
 
     Raises:
-        InputError: if a target names no linear layer, or the output layer.
+        InputError: if a target names no linear layer, or the output layer or the input embedding.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -50,22 +52,22 @@ def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
         fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)  # after the model was loaded, which may draw numbers
+    torch.manual_seed(seed)  # only here, since loading the model may draw random numbers
     return get_peft_model(model, settings)
 
 
 def check_targets(model: Any, targets: Sequence[str]) -> bool:
-    """Refuse names that are not linear layers of a model; tell whether those layers are stored transposed (Conv1D).
+    """Refuse names that are not linear layers, and return whether the layers are stored transposed (Conv1D).
 
-    The output layer and the input embedding are refused too: other libraries compute another model from an adapter
-    there, merged or not, since the two may be one weight.
+    The output layer and the input embedding are refused too, since the two may be one weight. Other libraries would
+    compute another model from an adapter there, merged or not.
 
     Args:
-        model: a causal LM; on the meta device as well.
+        model: a causal LM, which may be on the meta device.
         targets: names as ``lora.targets`` takes them.
 
     Raises:
-        InputError: naming the layers that can be adapted.
+        InputError: if a name is refused; the message names the layers that can be adapted.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -77,26 +79,27 @@ def check_targets(model: Any, targets: Sequence[str]) -> bool:
     if list(targets) == [ALL_LINEAR]:
         return transposed
     for target in targets:
-        found = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
-        if any(m is head or m is embedding for m in found.values()):
+        # A target matches every module whose dotted name ends in it.
+        matches = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
+        if any(m is head or m is embedding for m in matches.values()):
             raise InputError(
                 f"--lora.targets: {target!r} is the output layer or the input embedding, which get no adapter;"
                 f" {known}. To train them as well, use --tuning full."
             )
-        if not found or not found.keys() <= layers.keys():
+        if not matches or not matches.keys() <= layers.keys():
             raise InputError(f"--lora.targets: no linear layer is called {target!r}; {known}.")
     return transposed
 
 
 def check_stackable(model: str, way: str) -> None:
-    """Refuse an adapter that cannot be one summand of a new adapter on the same base model.
+    """Refuse an adapter that cannot be added up with a new adapter on the same base model.
 
     Args:
-        model: as ``load_model`` takes it; whole models pass.
-        way: what to do instead, for the error.
+        model: name of a model, as for ``load_model``; whole models pass.
+        way: what to do instead, for the error message.
 
     Raises:
-        InputError: if the adapter, or one under it, is anything but plain LoRA.
+        InputError: if the adapter, or an adapter under it, is not plain LoRA.
     """
     name: str | None = model
     while name is not None and (base := stands_on(name)) is not None:
@@ -108,16 +111,16 @@ def check_stackable(model: str, way: str) -> None:
 
 
 def add_up(earlier: Path, later: dict[str, Tensor], later_scale: float) -> tuple[dict[str, Tensor], int]:
-    """Return one adapter whose update is the sum of two: rank r1 + r2, scale 1.
+    """Return one adapter whose update is the sum of two adapters' updates, and its rank r1 + r2.
 
-    With ``A = [A1; A2]`` and ``B = [s1 B1, s2 B2]``, ``B A = s1 B1 A1 + s2 B2 A2`` exactly. A layer that only one of
-    the two adapts gets zeros from the other.
+    The scale of the sum is 1. With ``A = [A1; A2]`` and ``B = [s1 B1, s2 B2]``, ``B A = s1 B1 A1 + s2 B2 A2`` exactly.
+    If only one of the two adapts a layer, the other contributes zeros there.
 
     Args:
-        earlier: folder of the first adapter, as PEFT saves it; one that stands on further adapters counts with them.
-        later: state of the second, by the names PEFT saves: ``*.lora_A.weight`` ``[r, in]`` and ``*.lora_B.weight``
-            ``[out, r]``.
-        later_scale: alpha / r of the second.
+        earlier: folder of the first adapter, as PEFT saves it. Adapters that it stands on are included.
+        later: state of the second adapter, by the names that PEFT saves: ``*.lora_A.weight`` ``[r, in]`` and
+            ``*.lora_B.weight`` ``[out, r]``.
+        later_scale: alpha / r of the second adapter.
     """
     first = plain_state(earlier)
     scales = (1.0, later_scale)
@@ -131,7 +134,7 @@ def add_up(earlier: Path, later: dict[str, Tensor], later_scale: float) -> tuple
             if down is None or up is None:
                 down = torch.zeros(rank, reference[f"{stem}.lora_A.weight"].shape[1])
                 up = torch.zeros(reference[f"{stem}.lora_B.weight"].shape[0], rank)
-            missing = rank - len(down)  # layers may differ in rank; the adapter has one rank for all
+            missing = rank - len(down)  # layers may differ in rank, but the sum has one rank for all
             downs.append(nn.functional.pad(down.float().cpu(), (0, 0, 0, missing)))
             ups.append(nn.functional.pad(scale * up.float().cpu(), (0, missing)))
         total[f"{stem}.lora_A.weight"] = torch.cat(downs).contiguous()
@@ -140,10 +143,12 @@ def add_up(earlier: Path, later: dict[str, Tensor], later_scale: float) -> tuple
 
 
 def plain_state(folder: Path) -> dict[str, Tensor]:
-    """Return an adapter folder as an adapter of scale 1 on the whole model under it, by the names PEFT saves.
+    """Return the state of an adapter folder as one adapter of scale 1 on the whole model under it.
+
+    The keys are the names that PEFT saves. Adapters under the folder's adapter are included.
 
     Raises:
-        ValueError: if it, or an adapter under it, is anything but plain LoRA.
+        ValueError: if the adapter, or an adapter under it, is not plain LoRA.
     """
     state: dict[str, Tensor] = {}
     for stem, m in stored_factors(folder).items():
@@ -155,5 +160,5 @@ def plain_state(folder: Path) -> dict[str, Tensor]:
 
 
 def adapted_layers(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the full names of the layers that an adapter's state is for, as ``target_modules`` takes them."""
+    """Return the full names of the layers in an adapter's state, as ``target_modules`` takes them."""
     return sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in state})

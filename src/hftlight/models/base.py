@@ -1,4 +1,4 @@
-"""The base model, loaded once per process: lent for a stage or a measurement, and kept only if it is as loaded."""
+"""The base model, cached once per process for stages and measurements while its state is as loaded."""
 
 import gc
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from hftlight.config import RunConfig
 from hftlight.model_files import model_hash, model_path, stands_on
 from hftlight.models.load import load_adapter, load_model
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer type by bytes per entry
 
 
 @dataclass
 class _Kept:
-    """A base model and what it was when it was loaded."""
+    """Cached base model, with its checksums and state at loading."""
 
     key: tuple[Any, ...]
     model: nn.Module
@@ -28,55 +28,63 @@ class _Kept:
     state: dict[str, Any]
 
 
-_kept: list[_Kept] = []  # one at most, so that there are never two bases in memory because of it
+_kept: list[_Kept] = []  # at most one entry, so that the cache never holds two base models
 
 
 def keeps_base(config: RunConfig) -> bool:
-    """Tell whether a run leaves its base as it was: adapters in one process, the base neither trained nor in 4 bits."""
+    """Return whether a run leaves its base model unchanged, so that it can stay in memory.
+
+    That holds for adapters in one process, with a base model that is neither trained nor in 4 bits.
+    """
     return config.tuning == "lora" and config.strategy != "fsdp2" and config.devices * config.num_nodes == 1
 
 
 def device_of(config: RunConfig) -> str:
-    """Return the device that a run computes on, which decides the last bits: ``cpu``, ``mps``, or a GPU's name."""
+    """Return the device that a run computes on: ``cpu``, ``mps``, or a GPU's name.
+
+    The device decides the last bits of a result.
+    """
     if config.accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return "mps" if config.accelerator != "cpu" and torch.backends.mps.is_available() else "cpu"
 
 
 def base_dtype(config: RunConfig) -> torch.dtype:
-    """Return the type of the frozen weights: bfloat16 under a bf16 precision with adapters, else float32."""
+    """Return the dtype of the base weights: bfloat16 for adapters in bf16 precision without FSDP2, else float32."""
     frozen = config.tuning != "full" and config.strategy != "fsdp2"
     return torch.bfloat16 if frozen and config.precision.startswith("bf16") else torch.float32
 
 
 def on_device(model: nn.Module, config: RunConfig) -> Any:
-    """Move a model to the device that a run computes on, and return it."""
+    """Move a model to the GPU if the run computes on one, and return the model."""
     return model.cuda() if config.accelerator != "cpu" and torch.cuda.is_available() else model
 
 
 def drop_base() -> None:
-    """Let go of the base model, before another one is loaded beside it."""
+    """Remove the base model from memory, so that another one can be loaded."""
     if _kept:
         _kept.clear()
-        gc.collect()  # a Trainer that is gone may still hold it in a cycle
+        gc.collect()  # a finished Trainer may still refer to it in a cycle
 
 
 @contextmanager
 def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False) -> Iterator[nn.Module]:
-    """Yield what ``load_model`` returns; with ``keep`` its base is the one of the block before, or stays for the next.
+    """Yield the model that ``load_model`` returns, with its base model from the cache if possible.
 
-    The block may move the model, hook it and put adapters around it, and takes hooks and adapters off again. Weights
-    that it changed, such as those that an adapter was merged into, are read from their file again. A base that is then
-    not as it was loaded, or whose block ended in an exception, is forgotten and loaded again next time.
+    With ``keep``, the base model of the previous block is used again, and stays in memory for the next block.
+
+    The block may move the model and add hooks and adapters. It must remove hooks and adapters again. Weights that the
+    block changed, for example by merging an adapter, are read from their file again. If the base model then still
+    differs from its loaded state, it is dropped and loaded again next time. An exception in the block also drops it.
 
     Args:
-        name: as ``load_model`` takes it.
+        name: as for ``load_model``.
         dtype: type of the weights.
-        keep: whether the base may stay in memory.
-        four_bit: load in 4 bits; such a base never stays.
+        keep: whether the base model may stay in memory.
+        four_bit: load in 4 bits; such a base model never stays.
 
     Raises:
-        InputError: as ``load_model``.
+        InputError: as for ``load_model``.
     """
     path = Path(model_path(name, weights=True))
     if not keep or four_bit:
@@ -92,29 +100,34 @@ def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False
             model = load_model(name, dtype)
             _kept.append(_Kept(key, model, _sums(model), _state(model)))
             del model
-        kept = _kept.pop()
-        yield kept.model
-        if _as_loaded(kept, path):
-            _kept.append(kept)
+        # During the block the entry is not in the cache, so that an exception drops it.
+        entry = _kept.pop()
+        yield entry.model
+        if _restore(entry, path):
+            _kept.append(entry)
 
 
-def _as_loaded(kept: _Kept, path: Path) -> bool:
-    """Bring a base into the state in which it was loaded, and tell whether that worked."""
-    model = kept.model.cpu().eval()
-    flags = kept.state["requires_grad"]
+def _restore(entry: _Kept, path: Path) -> bool:
+    """Restore a base model to its loaded state in place, and return whether that worked."""
+    model = entry.model.cpu().eval()
+    flags = entry.state["requires_grad"]
     for name, p in model.named_parameters():
         p.grad = None
         p.requires_grad_(flags.get(name, True))
-    if _state(model) != kept.state:
+    # Changed layers, hooks or settings cannot be restored. Changed weights can, from their file.
+    if _state(model) != entry.state:
         return False
-    changed = {name for name, total in _sums(model).items() if total != kept.sums[name]}
+    changed = {name for name, total in _sums(model).items() if total != entry.sums[name]}
     if changed:
         _read_again(model, changed, path)
-    return all(_sum(p) == kept.sums[name] for name, p in _tensors(model).items() if name in changed)
+    return all(_sum(p) == entry.sums[name] for name, p in _tensors(model).items() if name in changed)
 
 
 def _read_again(model: nn.Module, names: set[str], path: Path) -> None:
-    """Copy weights from a model's files; those that have another name there stay as they are."""
+    """Copy weights from a model's files into the model, in place.
+
+    Weights that have another name in the files stay unchanged.
+    """
     tensors = _tensors(model)
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored, torch.no_grad():
@@ -131,12 +144,15 @@ def _sums(model: nn.Module) -> dict[str, int]:
 
 
 def _sum(tensor: Tensor) -> int:
-    """Return the sum of a tensor's bits read as integers, modulo 2^64: one pass, and any usual change shows."""
+    """Return a checksum of a tensor: the sum of its bits read as integers, modulo 2^64.
+
+    The sum takes one pass over the tensor and shows any usual change.
+    """
     return int(tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def _state(model: Any) -> dict[str, Any]:
-    """Return everything about a model but its weights: layers, hooks, modes, settings."""
+    """Return the layers, hooks, modes and settings of a model, but no values of its weights."""
     layers = {}
     for name, module in model.named_modules():
         values = vars(module)

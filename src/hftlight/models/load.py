@@ -17,10 +17,12 @@ from hftlight.model_files import base_name, model_path, not_loadable, reason_of,
 
 
 def load_config(name: str) -> Any:
-    """Return the configuration of the whole model under a model; no weight is read.
+    """Return the configuration of a model, or of the whole model under an adapter.
+
+    No weights are read.
 
     Raises:
-        InputError: if there is none.
+        InputError: if the configuration cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -32,29 +34,30 @@ def load_config(name: str) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """Return the part of a configuration that is about the language model: all of it, but for multimodal models."""
+    """Return the language model's part of a configuration, which is all of it unless the model is multimodal."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def positions_of(config: Any) -> int | None:
-    """Return how many tokens a model has positions for; None if its configuration sets no limit."""
+    """Return the number of tokens that a model has positions for, or None if its configuration sets no limit."""
     part = text_config(config)
-    found = (getattr(part, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return next((limit for limit in found if limit), None)
+    limits = (getattr(part, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((limit for limit in limits if limit), None)
 
 
 def embedding_rows(config: Any) -> int | None:
-    """Return how many token ids a model's input embedding has; None if its configuration does not say."""
+    """Return the number of token ids in a model's input embedding, or None if its configuration lacks it."""
     return getattr(text_config(config), "vocab_size", None)
 
 
 def skeleton(name: str) -> Any:
-    """Return the whole model under a model on the meta device: its layers by name, without weights.
+    """Return a model, or the whole model under an adapter, on the meta device.
 
-    None where its own code cannot be built without them.
+    The result has the layers by name, but no weights. It is None if the model's own code cannot build it without
+    weights.
 
     Raises:
-        InputError: if it is no causal LM.
+        InputError: if the model is no causal LM.
     """
     from transformers import AutoModelForCausalLM
 
@@ -72,12 +75,12 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model, padding on the right with an id that the model's embedding has.
+    """Return the tokenizer of a model, which pads on the right with an id that the model's embedding has.
 
-    An adapter folder without a tokenizer has that of the model under it.
+    For an adapter folder without a tokenizer it is the tokenizer of the model under the adapter.
 
     Raises:
-        InputError: if there is none.
+        InputError: if no tokenizer can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -103,7 +106,7 @@ def load_tokenizer(name: str) -> Any:
 def save_tokenizer(name: str, folder: Path) -> None:
     """Write a model's tokenizer into an artifact, without added tokens that the model's embedding has no row for.
 
-    PEFT's auto classes grow the embedding to the size of the tokenizer beside an adapter, with rows of their own.
+    PEFT's auto classes would otherwise enlarge the embedding to the size of the tokenizer, with new rows.
     """
     tokenizer, rows = load_tokenizer(name), embedding_rows(load_config(name))
     if rows is not None and tokenizer.is_fast and len(tokenizer) > rows:
@@ -116,17 +119,17 @@ def save_tokenizer(name: str, folder: Path) -> None:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = False) -> nn.Module:
-    """Return a causal LM in evaluation mode; an adapter folder as its base with the adapter merged in.
+    """Return a causal LM in evaluation mode, for an adapter folder the base model with the adapter merged in.
 
-    Into 4-bit weights nothing is merged, since they would round the adapter: there it stays an adapter.
+    On 4-bit weights an adapter is not merged, since these weights would round it.
 
     Args:
-        name: as ``model_path`` takes it.
+        name: as for ``model_path``.
         dtype: type of the weights.
         four_bit: load in 4 bits (QLoRA); needs bitsandbytes.
 
     Raises:
-        InputError: if it is no causal LM, cannot be found, lacks a weight, or bitsandbytes is missing.
+        InputError: if the model is no causal LM, cannot be found or lacks a weight, or if bitsandbytes is missing.
     """
     base = stands_on(name)
     if base is not None:
@@ -146,20 +149,22 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, four_bit: bool = F
 
 
 def pretrained(auto: Any, path: str, **options: Any) -> Any:
-    """Return the model that a transformers class reads, every weight of it from its files.
+    """Return the model that a transformers class loads, with every weight from the model's files.
+
+    Weights in the files that have no place in the model cause a warning.
 
     Args:
-        auto: such as ``AutoModelForCausalLM``.
+        auto: a class such as ``AutoModelForCausalLM``.
         path: a folder or a hub id.
-        **options: of its ``from_pretrained``.
+        **options: further arguments of the class's ``from_pretrained``.
 
     Raises:
-        InputError: if a weight is not in the files, or has another shape there.
+        InputError: if a weight is missing in the files, or has another shape there.
     """
     model, loaded = auto.from_pretrained(
         path,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
+        ignore_mismatched_sizes=True,  # the check below refuses them by name
         trust_remote_code=remote_code_allowed(),
         **options,
     )
@@ -169,19 +174,21 @@ def pretrained(auto: Any, path: str, **options: Any) -> Any:
             " files, or choose the class that the weights were saved from."
         )
     if mismatched := sorted(str(entry[0]) for entry in loaded.get("mismatched_keys") or ()):
-        raise InputError(f"Model {path!r}: {_some(mismatched)} in its files have another shape than its config.json.")
+        raise InputError(
+            f"Model {path!r}: {_some(mismatched)} in its files have another shape than its config.json requires."
+        )
     if unexpected := sorted(loaded.get("unexpected_keys") or ()):
         warnings.warn(f"Model {path!r}: {_some(unexpected)} in its files have no place in the model.", stacklevel=2)
     return model
 
 
 def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
-    """Return a model with the adapter of a folder around it, every weight of the adapter from its file.
+    """Return a model with the adapter of a folder around it, with every adapter weight from its file.
 
     Args:
         model: the model under the adapter.
-        folder: as PEFT's ``save_pretrained`` writes it.
-        trainable: whether the adapter shall train.
+        folder: adapter folder, as PEFT's ``save_pretrained`` writes it.
+        trainable: whether the adapter is trainable.
 
     Raises:
         InputError: if adapter and model do not fit each other, or merging would change more than the adapted layers.
@@ -194,6 +201,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
             f"Adapter {folder}: {settings.peft_type} adapts the prompt, not the weights, so it cannot be merged. Give a"
             " whole model or a LoRA adapter."
         )
+    # PEFT only warns about missing weights; the filter turns that warning into an exception.
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*[Mm]issing adapter keys")
@@ -215,7 +223,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
 
 
 def _without_place(adapted: Any, folder: Path) -> list[str]:
-    """Return the weights of an adapter's file that the adapted model has no place for."""
+    """Return the names of weights in an adapter's file that the adapted model has no place for."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -228,7 +236,7 @@ def _without_place(adapted: Any, folder: Path) -> list[str]:
 
 
 def _refuse_tied(adapted: Any, folder: Path) -> None:
-    """Refuse an adapter on one of two tied layers: merged, it would change the other one too."""
+    """Refuse an adapter on one of two tied layers, since merging it would change the other layer too."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -22,22 +22,22 @@ from hftlight.engine.step.vectors import trainable
 
 
 class SafetyModule(LightningModule):
-    """Any Hugging Face causal LM, full parameters, LoRA or QLoRA, trained on response tokens only.
+    """Any Hugging Face causal LM with full parameters, LoRA or QLoRA, trained on response tokens only.
 
-    Checkpoints hold the trainable parameters alone; the frozen ones come with the model.
+    Checkpoints hold only the trainable parameters; the frozen parameters come with the model.
 
     Args:
-        model: a causal LM, or a PEFT model around one; parameters that shall not train have ``requires_grad`` off.
+        model: a causal LM, or a PEFT model around one. Parameters that must not train have ``requires_grad`` off.
         lr: learning rate, > 0.
         weight_decay: AdamW's decoupled weight decay, >= 0; unused by SGD.
         optimizer: ``"adamw"`` or ``"sgd"``.
         schedule: ``"constant"``, which takes no warm-up, or ``"cosine"`` down to 0.
         warmup_ratio: fraction of all steps over which the cosine schedule rises linearly, in [0, 1).
         betas: AdamW's decay rates of the moments, each in [0, 1).
-        decay: factor on a constant learning rate after each epoch, (0, 1].
+        decay: factor on a constant learning rate after each epoch, in (0, 1].
 
     Raises:
-        ValueError: if ``decay`` stands beside the cosine schedule, or is out of range.
+        ValueError: if ``decay`` is out of range, or below 1 with the cosine schedule.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class SafetyModule(LightningModule):
         super().__init__()
         if not 0 < decay <= 1 or (decay < 1 and schedule != "constant"):
             raise ValueError(
-                f"SafetyModule: decay must lie in (0, 1] and go with the constant schedule, got {decay} and"
-                f" {schedule!r}."
+                f"SafetyModule: decay must lie in (0, 1], and a decay below 1 needs the constant schedule, got"
+                f" {decay} and {schedule!r}."
             )
         self.model = model
         self.betas, self.decay = (betas[0], betas[1]), decay
@@ -64,30 +64,30 @@ class SafetyModule(LightningModule):
         self.strict_loading = False
         self.loss_terms: list[LossTerm] = []
         self.parameter_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None
-        self.curves: dict[str, Any] | None = None  # where a run's ``Curves`` takes logged values from
+        self.curves: dict[str, Any] | None = None  # from here a run's ``Curves`` takes logged values
         self._aligned: Reference | None = None
 
     @override
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Log as Lightning does; in a run the loggers get the value from ``Curves`` instead."""
+        """Log a value as Lightning does, except that in a run ``Curves`` passes it to the loggers."""
         if self.curves is None or options.get("logger") is False:
             super().log(name, value, *args, **options)
             return
         super().log(name, value, *args, **{**options, "logger": False})
-        if self._current_fx_name == "on_train_epoch_end":  # a resumed stage does not come here again
+        if self._current_fx_name == "on_train_epoch_end":  # a resumed stage does not run this hook again
             return
-        if options.get("sync_dist"):  # the mean over processes, where Lightning has taken it
+        if options.get("sync_dist"):  # the mean over processes, if Lightning has computed it
             value = self.trainer.callback_metrics.get(name, value)
         self.curves[name] = value.detach().clone() if isinstance(value, Tensor) else value
 
     def token_losses(self, batch: dict[str, Any]) -> Tensor:
         """Return the next-token cross-entropy of every response token, in nats.
 
-        Logits are formed at response positions only: the hidden states are selected in front of the output layer.
+        Logits are computed at response positions only, since the hidden states are selected before the output layer.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, tokens]``; labels are -100
-                where nothing is learned.
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, tokens]``; labels are -100 on
+                tokens without a loss.
 
         Returns:
             ``[response tokens of the batch]``, row by row, at least float32.
@@ -98,13 +98,17 @@ class SafetyModule(LightningModule):
         return self.run(self.model, batch).token_losses
 
     def run(self, model: nn.Module, batch: dict[str, Any], taps: Mapping[str, nn.Module] | None = None) -> "Forward":
-        """Return one forward pass of a model at the response positions of a batch; arguments as ``token_losses``.
+        """Return one forward pass of a model at the response positions of a batch.
 
         Args:
             model: this module's model, or another causal LM.
-            batch: as ``token_losses`` takes it.
-            taps: layers, by any name, whose outputs ``Forward.features`` shall hold.
+            batch: as for ``token_losses``.
+            taps: layers, by any name, whose outputs go into ``Forward.features``.
+
+        Raises:
+            ValueError: if every label is masked.
         """
+        # Position t predicts token t + 1: shift the labels left by one, and index the flattened [batch * tokens].
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         chosen = (targets != IGNORED).nonzero().squeeze(1)
         if len(chosen) == 0:
@@ -124,20 +128,20 @@ class SafetyModule(LightningModule):
         return Forward(batch, losses, logits, targets[chosen], chosen, features)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the mean of ``token_losses(batch)``, in nats per response token; 0-d."""
+        """Return the mean of ``token_losses(batch)`` in nats per response token, 0-d."""
         return self.token_losses(batch).mean()
 
     def reference(self) -> "Reference":
         """Return the aligned model: the weights that training starts from, frozen.
 
-        Ask for it before training starts; ``Defense.setup`` does so for the loss slot.
+        The first call must come before training starts. ``Defense.setup`` makes it for the loss slot.
         """
         if self._aligned is None:
             self._aligned = Reference(self.model)
         return self._aligned
 
     def forget_reference(self) -> None:
-        """Let go of the aligned model: a later training starts from other weights."""
+        """Remove the aligned model, since a later training starts from other weights."""
         if self._aligned is not None:
             self._aligned.remove()
             self._aligned = None
@@ -157,6 +161,8 @@ class SafetyModule(LightningModule):
         forward.reference_pass = lambda: self._reference_pass(batch)
         losses = forward.token_losses
         weights = [w for term in self.loss_terms if (w := term.token_weights(forward)) is not None]
+        # At most one defense may claim token weights. ``window_tokens`` turns Lightning's mean over micro-batches and
+        # ranks into a mean over all their tokens.
         weighted = losses * weights[0] if weights else losses
         tokens = batch.get("window_tokens")
         loss = weighted.mean() if tokens is None else weighted.sum() / tokens
@@ -174,12 +180,13 @@ class SafetyModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Shard layer by layer under ``ModelParallelStrategy`` (FSDP2); otherwise nothing."""
+        """Shard the model layer by layer under ``ModelParallelStrategy`` (FSDP2), else do nothing."""
         mesh = self.device_mesh
         if mesh is None or getattr(self, "_sharded", False):
             return
         from torch.distributed.fsdp import fully_shard
 
+        # Layers come first: the call on the whole model then shards only the remaining parameters.
         copies = self._aligned.copies if self._aligned is not None else []
         for model in (self.model, *copies):
             for layer in decoder_layers(model):
@@ -208,23 +215,26 @@ class SafetyModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if getattr(getattr(self._trainer, "strategy", None), "_save_distributed_checkpoint", False):
-            return  # each rank writes its shards, and loading asks for all of them
+            return  # each rank writes its shards, and loading requires all parameters
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
 
 
 @dataclass
 class Forward:
-    """One forward pass at response positions; N is the number of response tokens of the batch, row by row.
+    """One forward pass at the response positions of a batch.
+
+    N is the number of response tokens of the batch. Tensors of length N go through the batch row by row.
 
     Attributes:
-        batch: what was passed through.
+        batch: the input batch.
         token_losses: next-token cross-entropy in nats, ``[N]``, at least float32.
         logits: ``[N, vocabulary]``, at least float32.
         targets: the response tokens themselves, int64 ``[N]``.
-        positions: where each is predicted, as an index into the flattened ``[batch, tokens]``, int64 ``[N]``.
-        features: first output tensor of the layers that were asked for, ``[batch, tokens, hidden]``.
-        reference_pass: makes ``reference``.
+        positions: position that predicts each response token, as an index into the flattened ``[batch, tokens]``,
+            int64 ``[N]``.
+        features: first output tensor of each requested layer, ``[batch, tokens, hidden]``.
+        reference_pass: function that computes ``reference``; None outside training.
     """
 
     batch: dict[str, Any]
@@ -243,15 +253,18 @@ class Forward:
     @property
     def places(self) -> Tensor:
         """Place of each response token within its response, from 0, int64 ``[N]``."""
+        # As in ``run``, position t belongs to token t + 1, so the counts are shifted left by one.
         counted = (self.batch["labels"][:, 1:] != IGNORED).cumsum(1) - 1
         return F.pad(counted, (0, 1)).flatten()[self.positions]
 
     @cached_property
     def reference(self) -> "Forward":
-        """The aligned model's pass over the same batch: no gradient, dropout off, made once however many ask.
+        """The aligned model's pass over the same batch, without gradient and dropout.
+
+        The pass is computed once, at the first use.
 
         Raises:
-            RuntimeError: if this pass was made outside training.
+            RuntimeError: if this pass was computed outside training.
         """
         if self.reference_pass is None:
             raise RuntimeError(
@@ -261,23 +274,23 @@ class Forward:
 
 
 class LossTerm(Protocol):
-    """What ``SafetyModule`` asks of a loss-slot defense."""
+    """Methods of a loss-slot defense that ``SafetyModule`` calls."""
 
     def taps(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the layers, by any name, whose outputs the loss term reads."""
 
     def loss_term(self, forward: Forward) -> Tensor | None:
-        """Return what is added to the loss of this micro-batch, 0-d in nats."""
+        """Return the term to add to the loss of this micro-batch, 0-d in nats, or None for no term."""
 
     def token_weights(self, forward: Forward) -> Tensor | None:
-        """Return the factor of every response token's loss, ``[N]``, without gradient."""
+        """Return the factor of every response token's loss, ``[N]``, without gradient, or None for no factors."""
 
 
 class Reference:
-    """The weights that a model has now, kept for later passes: the aligned model.
+    """The aligned model: the weights that a model has now, stored for later passes.
 
-    An adapter that does not change the function yet is switched off, which costs nothing; one that does is copied into
-    a second, frozen adapter; a model without an adapter is copied whole.
+    An adapter with B = 0 does not change the model's outputs yet, and is switched off, which costs nothing. Any other
+    adapter is copied into a second, frozen adapter. A model without an adapter is copied whole.
 
     Args:
         model: a causal LM, with or without PEFT around it; not sharded yet.
@@ -286,7 +299,7 @@ class Reference:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._adapter: str | None = None
-        self.copies: list[nn.Module] = []  # in a list, so that it is no submodule: neither trained nor saved
+        self.copies: list[nn.Module] = []  # a list is no submodule, so the copy is neither trained nor saved
         if not hasattr(model, "peft_config"):
             copied = copy.deepcopy(model).requires_grad_(False)
             self.copies.append(copied)
@@ -295,7 +308,7 @@ class Reference:
 
     @contextmanager
     def at_work(self) -> Iterator[nn.Module]:
-        """Yield the aligned model in evaluation mode, without gradients; everything is as before afterwards."""
+        """Yield the aligned model in evaluation mode and without gradients, then restore all modes and adapters."""
         model: Any = self.copies[0].to(next(self._model.parameters()).device) if self.copies else self._model
         training = {module: module.training for module in model.modules()}
         off = nullcontext() if self.copies else self._switched(model)
@@ -308,8 +321,9 @@ class Reference:
                 module.training = mode
 
     def remove(self) -> None:
-        """Take away what was added for it."""
+        """Remove the frozen adapter or the copy that was added for the aligned model."""
         if self._adapter is not None:
+            # Deleting an adapter may change ``requires_grad`` of other parameters, so the flags are restored.
             flags = {p: p.requires_grad for p in self._model.parameters()}
             self._model.delete_adapter(self._adapter)  # type: ignore[operator]
             for p in self._model.parameters():
@@ -322,6 +336,7 @@ class Reference:
             with model.disable_adapter():
                 yield
             return
+        # Each set_adapter changes ``requires_grad``, so the flags are restored.
         active = model.active_adapter
         flags = {p: p.requires_grad for p in model.parameters()}
         try:
@@ -334,7 +349,7 @@ class Reference:
 
 
 def _frozen_twin(model: Any) -> str:
-    """Add a frozen adapter with the weights of the active one and return its name."""
+    """Add a frozen adapter with the weights of the active adapter and return its name."""
     name, active = "aligned", model.active_adapter
     flags = {p: p.requires_grad for p in model.parameters()}
     model.add_adapter(name, model.peft_config[active])
@@ -343,14 +358,20 @@ def _frozen_twin(model: Any) -> str:
         if f".{name}." in key:
             p.data.copy_(values[key.replace(f".{name}.", f".{active}.")].data)
             p.requires_grad_(False)
-    model.set_adapter(active)  # which makes all of it trainable, frozen layers too
+    model.set_adapter(active)  # set_adapter makes the whole adapter trainable, frozen layers too
     for p, flag in flags.items():
         p.requires_grad_(flag)
     return name
 
 
 def cosine_factor(step: int, steps: int, warmup_ratio: float) -> float:
-    """Return the learning-rate factor of a linear warm-up followed by half a cosine down to 0, both in steps."""
+    """Return the learning-rate factor at a step: a linear warm-up from 0, then half a cosine down to 0.
+
+    Args:
+        step: the optimizer step, from 0.
+        steps: number of all optimizer steps.
+        warmup_ratio: fraction of all steps in the warm-up, in [0, 1).
+    """
     warmup = round(warmup_ratio * steps)
     if step < warmup:
         return step / warmup
@@ -368,5 +389,5 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise TypeError(
-        f"{type(model).__name__} has no list of {count} decoder layers; it cannot be sharded layer by layer."
+        f"{type(model).__name__} has no list of {count} decoder layers, so its layers cannot be addressed one by one."
     )

@@ -18,23 +18,24 @@ def answer_log_probs(forward: Forward) -> Tensor:
 
 
 def refuse_loss_terms(terms: Sequence[object]) -> None:
-    """Refuse defenses of the loss slot where the upload holds pairs.
+    """Refuse loss-slot defenses, since the upload holds pairs.
 
     Raises:
-        InputError: if there are any, by their names.
+        InputError: if there are any; the message names them.
     """
     if terms:
         names = ", ".join(type(term).__name__ for term in terms)
         raise InputError(
-            f"{names}: the loss slot weighs the tokens of single answers, and the upload holds pairs. Leave it out, or"
-            " choose an attack that uploads rows."
+            f"{names}: the loss slot weighs the tokens of single answers, but the upload holds pairs. Leave the defense"
+            " out, or choose an attack that uploads rows."
         )
 
 
 class PreferenceModule(SafetyModule):
-    """A causal LM trained on pairs by DPO; the reference is the model that training starts from.
+    """A causal LM trained on pairs by DPO.
 
-    Batches of other streams, which defenses draw, hold plain rows and have the loss of ``SafetyModule``.
+    The reference is the model that training starts from. Batches that defenses draw from other streams hold plain rows,
+    and their loss is that of ``SafetyModule``.
 
     Args:
         model: a causal LM, or a PEFT model around one.
@@ -44,7 +45,7 @@ class PreferenceModule(SafetyModule):
         schedule: ``"constant"`` or ``"cosine"``.
         warmup_ratio: fraction of all steps over which the cosine schedule rises, in [0, 1).
         beta: strength of the preferences, per nat, > 0.
-        **options: further ones of ``SafetyModule``.
+        **options: further arguments of ``SafetyModule``.
 
     Raises:
         ValueError: if ``beta`` is not positive.
@@ -91,4 +92,5 @@ class PreferenceModule(SafetyModule):
         with reference.at_work() as aligned:
             fixed = answer_log_probs(self.run(aligned, batch))
         own = answer_log_probs(self.run(self.model, batch))
+        # Even rows of the batch hold the preferred answers, odd rows the rejected ones.
         return dpo_loss(own[0::2], own[1::2], fixed[0::2], fixed[1::2], self.beta).mean()

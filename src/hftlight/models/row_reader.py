@@ -21,32 +21,33 @@ Which = Literal["trainable", "last_layer", "all"]
 def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Return the last layer's hidden state at each row's last attended token, ``[rows, hidden]``, at least float32.
 
-    Logits are formed at those tokens only.
+    Logits are computed at those tokens only.
 
     Args:
         model: a causal LM.
         batch: ``input_ids`` and ``attention_mask``, int64 ``[rows, tokens]``.
     """
     mask = batch["attention_mask"]
+    # argmax of the flipped mask is the number of masked tokens at the end of a row.
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    found: list[Tensor] = []
+    states: list[Tensor] = []
 
     def select(_: str, hidden: Tensor) -> Tensor:
         chosen = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
-        found.append(chosen)
+        states.append(chosen)
         return chosen
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     with torch.no_grad(), hooked({"head": head}, select, inputs=True):
         model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
-    return found[0] if found[0].dtype == torch.float64 else found[0].float()
+    return states[0] if states[0].dtype == torch.float64 else states[0].float()
 
 
 def chosen_parameters(model: nn.Module, which: Which) -> dict[str, nn.Parameter]:
     """Return parameters by name: the trainable ones, those of the last decoder layer, or all.
 
     Raises:
-        ValueError: if there are none, as of a model without anything to train.
+        ValueError: if there are none, as in a model without trainable parameters.
     """
     named = dict(model.named_parameters())
     if which == "trainable":
@@ -54,23 +55,25 @@ def chosen_parameters(model: nn.Module, which: Which) -> dict[str, nn.Parameter]
     elif which == "last_layer":
         own = {id(p) for p in decoder_layers(model)[-1].parameters()}
         named = {name: p for name, p in named.items() if id(p) in own}
-    found = {name: p for name, p in named.items() if p.is_floating_point()}
-    if not found:
+    floating = {name: p for name, p in named.items() if p.is_floating_point()}
+    if not floating:
         raise ValueError(f"chosen_parameters: the model has no {which} parameters; choose last_layer or all.")
-    return found
+    return floating
 
 
 def row_gradients(
     model: nn.Module, batch: Mapping[str, Any], which: Which = "last_layer", dimension: int = 0, seed: int = 0
 ) -> Tensor:
-    """Return the gradient of each row's loss, the mean over its response tokens in nats, one after the other.
+    """Return the gradient of each row's loss, which is the mean over its response tokens in nats.
+
+    Gradients are computed one row after the other.
 
     Args:
-        model: a causal LM; it comes back as it was, gradients included.
-        batch: as ``SafetyModule.token_losses`` takes it.
-        which: the parameters of which the gradient is taken.
-        dimension: entries of a sparse random projection of it; 0 for the gradient itself.
-        seed: decides the projection.
+        model: a causal LM. Its modes, ``requires_grad`` flags and gradients are unchanged afterwards.
+        batch: as for ``SafetyModule.token_losses``.
+        which: the parameters whose gradient is computed.
+        dimension: entries of a sparse random projection of the gradient; 0 returns the gradient itself.
+        seed: seed of the projection.
 
     Returns:
         ``[rows, entries]``, at least float32.
@@ -80,20 +83,20 @@ def row_gradients(
         for p in parameters:
             p.requires_grad_(True)
         forward = SafetyModule(model).run(model, dict(batch))
-        found = []
+        gradients = []
         for row in range(len(batch["labels"])):
             own = forward.token_losses[forward.rows == row]
             if not len(own):
                 raise ValueError(f"row_gradients: row {row} of the batch has no response token; leave it out.")
             parts = torch.autograd.grad(own.mean(), parameters, retain_graph=True, materialize_grads=True)
             flat = torch.cat([g.detach().flatten() for g in parts])
-            found.append(sketch(flat if flat.dtype == torch.float64 else flat.float(), dimension, seed))
-    return torch.stack(found)
+            gradients.append(sketch(flat if flat.dtype == torch.float64 else flat.float(), dimension, seed))
+    return torch.stack(gradients)
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Run the block with the model in evaluation mode; modes and what is trainable are as before afterwards."""
+    """Run the block with the model in evaluation mode, then restore its modes and ``requires_grad`` flags."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -107,20 +110,26 @@ def as_found(model: nn.Module) -> Iterator[None]:
 
 
 def first_tokens_only(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return a batch whose labels stand on the first ``count`` response tokens of each row; 0 leaves all."""
+    """Return a batch whose labels cover only the first ``count`` response tokens of each row.
+
+    A ``count`` of 0 leaves all labels.
+    """
     labels = batch["labels"]
+    # The place of a response token within its row, from 1.
     place = (labels != IGNORED).cumsum(1)
     return {**batch, "labels": labels.masked_fill(place > count, IGNORED) if count else labels}
 
 
 class RowReader:
-    """Rows as encoded batches on a model's device, in their order; rows that are too long are left out.
+    """Reader of hidden states and gradients of rows, which are encoded in batches on a model's device.
+
+    Rows keep their order. Rows that are too long are left out.
 
     Args:
         model: a causal LM.
         tokenizer: its tokenizer.
         template: how a record becomes a prompt.
-        system: system text of the prompts; None for none.
+        system: system text of the prompts; None for no system text.
         max_tokens: longest row in tokens, >= 1.
         batch_size: rows per batch, >= 1.
     """
@@ -132,35 +141,35 @@ class RowReader:
         self.max_tokens, self.batch_size = max_tokens, batch_size
 
     def states(self, rows: Sequence[Record], end: bool = False) -> tuple[Tensor, list[int]]:
-        """Return the hidden state of each row's last token, and which rows have one.
+        """Return the hidden state of each row's last token, and the indices of the rows that have one.
 
         Args:
             rows: rows with responses.
-            end: read the end token's state, as the released code does; else that of the response's last token.
+            end: read the state of the end token, as the released code does; else of the response's last token.
         """
 
         def without_end(example: Example) -> Example:
             return replace(example, input_ids=example.input_ids[:-1])
 
-        kept, examples = self._encoded(rows)
+        fitting, examples = self._encoded(rows)
         batches = self._batches(examples if end else [without_end(e) for e in examples])
         with as_found(self.model):
-            return torch.cat([last_hidden(self.model, batch) for batch in batches]), kept
+            return torch.cat([last_hidden(self.model, batch) for batch in batches]), fitting
 
     def gradients(
         self, rows: Sequence[Record], which: Which, dimension: int, seed: int, first_tokens: int
     ) -> tuple[Tensor, list[int]]:
-        """Return each row's gradient, as ``row_gradients``, and which rows have one."""
-        kept, examples = self._encoded(rows)
+        """Return each row's gradient, as ``row_gradients`` does, and the indices of the rows that have one."""
+        fitting, examples = self._encoded(rows)
         batches = (first_tokens_only(batch, first_tokens) for batch in self._batches(examples))
-        return torch.cat([row_gradients(self.model, batch, which, dimension, seed) for batch in batches]), kept
+        return torch.cat([row_gradients(self.model, batch, which, dimension, seed) for batch in batches]), fitting
 
     def _encoded(self, rows: Sequence[Record]) -> tuple[list[int], list[Example]]:
-        found = [encode(row, self.template, self.tokenizer, self.max_tokens, self.system) for row in rows]
-        kept = {i: example for i, example in enumerate(found) if example is not None}
-        if not kept:
+        encoded = [encode(row, self.template, self.tokenizer, self.max_tokens, self.system) for row in rows]
+        fitting = {i: example for i, example in enumerate(encoded) if example is not None}
+        if not fitting:
             raise ValueError(f"Selection: none of {len(rows)} rows fits {self.max_tokens} tokens; raise max_tokens.")
-        return list(kept), list(kept.values())
+        return list(fitting), list(fitting.values())
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
         device = next(self.model.parameters()).device

@@ -1,4 +1,4 @@
-"""Artifacts: what a stage leaves behind, in save_pretrained format, loadable by plain transformers and PEFT."""
+"""Artifacts: results of stages in save_pretrained format, which plain transformers and PEFT can load."""
 
 import copy
 import json
@@ -28,11 +28,11 @@ SERVING = "serving.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model as the stages of a run hand it on: where it lies, what it is, and how it is served.
+    """A model that the stages of a run pass on, with its name, its identity and how it is served.
 
     Attributes:
-        name: what ``model_path`` takes: the folder of a stage's result, a hub id, or a built-in name.
-        identity: its ``model_hash``.
+        name: argument of ``model_path``: the folder of a stage's result, a hub id, or a built-in name.
+        identity: the model's ``model_hash``.
     """
 
     name: str
@@ -40,58 +40,67 @@ class Artifact:
 
     @classmethod
     def of(cls, model: str | Path) -> Self:
-        """Return a model as an artifact, its files hashed.
+        """Return a model as an artifact, with the hash of its files.
 
         Raises:
-            InputError: as ``model_path``.
+            InputError: as for ``model_path``.
         """
         return cls(str(model), model_hash(str(model)))
 
     @cached_property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """The folder of the model's files."""
         return Path(model_path(self.name))
 
     @cached_property
     def serving(self) -> dict[str, Any]:
-        """Template, system text and trigger. Empty for a model that hftlight did not write."""
+        """Template, system text and trigger, or an empty dictionary for a model that hftlight did not write."""
         return read_serving(self.folder)
 
     def slot(self, system: str | None) -> SystemSlot:
-        """Return the system slot that the model is served with, or ``system`` if it names none."""
+        """Return the system slot that the model is served with.
+
+        For a model that hftlight did not write, the slot has the system text ``system`` and no trigger.
+        """
         served = self.serving
         return SystemSlot(served["system"], tuple(served["trigger"] or ())) if served else SystemSlot(system)
 
     def tokenizer(self) -> Any:
-        """Return its tokenizer."""
+        """Return the model's tokenizer."""
         return load_tokenizer(self.name)
 
     @contextmanager
     def model(self, config: RunConfig) -> Iterator[Any]:
-        """Yield the model as a run measures it, on the base that is in memory already.
+        """Yield the model as a run measures it, with the base model from memory if it is there.
 
         Args:
-            config: decides device and type of the weights.
+            config: the run's configuration, which sets the device and the type of the weights.
         """
         with lent_model(self.name, base_dtype(config), keeps_base(config), config.tuning == "qlora") as model:
             yield on_device(model, config)
 
     def another(self, config: RunConfig) -> Any:
-        """Return a second model in memory. Arguments as for ``model``."""
+        """Load the model as a second model in memory, and return it.
+
+        Arguments are as for ``model``.
+        """
         return on_device(load_model(self.name, base_dtype(config), config.tuning == "qlora"), config)
 
 
 @contextmanager
 def trainable_model(config: RunConfig, parent: Artifact | None) -> Iterator[nn.Module]:
-    """Yield the model that a stage trains, in training mode; its base stays in memory for what comes after.
+    """Yield the model that a stage trains, in training mode.
+
+    If ``keeps_base`` allows it, the base model stays in memory for later stages and measurements.
 
     Args:
         config: the run's configuration.
-        parent: artifact of the stage before; None starts from the base model.
+        parent: artifact of the previous stage; None starts from the run's model.
 
     Raises:
         InputError: if the model cannot be loaded or adapted.
     """
+    # Under "continue" the parent's adapter is trained further. Otherwise training starts from the parent's whole model.
     continued = parent if config.adapter_protocol == "continue" and config.tuning != "full" else None
     start = parent.name if parent and not continued else config.model
     keep = keeps_base(config)
@@ -110,7 +119,10 @@ def trainable_model(config: RunConfig, parent: Artifact | None) -> Iterator[nn.M
 
 
 def full_state(model: Any) -> dict[str, Tensor]:
-    """Return the trained state on the CPU, by the names that PEFT or transformers save; sharded weights gathered."""
+    """Return the trained state on the CPU, by the names that PEFT or transformers save.
+
+    Sharded weights are gathered.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
@@ -118,18 +130,23 @@ def full_state(model: Any) -> dict[str, Tensor]:
 
 
 def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, parent: Artifact | None) -> ModelState:
-    """Return what the artifact of a trained model holds; arguments as ``save_artifact``."""
+    """Return the state that the artifact of a trained model holds.
+
+    Arguments are as for ``save_artifact``.
+    """
     if config.tuning == "full":
         return ModelState(state)
     settings = copy.deepcopy(model.peft_config["default"])
     settings.base_model_name_or_path, settings.revision = reference_to(base_name(config.model))
     settings.inference_mode = True
+    # A run's model that is itself an adapter is the parent of the first stage.
     earlier = parent.folder if parent else None
     if earlier is None and stands_on(config.model) is not None:
         earlier = Path(model_path(config.model))
     if earlier is not None and config.adapter_protocol == "merge":
         own = adapted_layers(state)
         state, rank = add_up(earlier, state, settings.lora_alpha / settings.r)
+        # The sum has scale 1, so alpha equals the rank. It may adapt more layers than the new adapter alone.
         settings.r, settings.lora_alpha = rank, rank
         if (layers := adapted_layers(state)) != own:
             settings.target_modules = layers
@@ -137,7 +154,7 @@ def trained_state(model: Any, state: dict[str, Tensor], config: RunConfig, paren
 
 
 def save_adapter(folder: Path, state: ModelState) -> None:
-    """Write an adapter into an existing folder, as PEFT saves it; the same bytes in every process."""
+    """Write an adapter into an existing folder as PEFT saves it, with the same bytes in every process."""
     write_adapter_config(state.adapter, folder)
     save_file(dict(state.tensors), folder / "adapter_model.safetensors")
 
@@ -147,13 +164,13 @@ def save_artifact(
 ) -> None:
     """Write a trained model into an existing folder: an adapter on the run's base model, or all parameters.
 
-    Under the ``merge`` protocol the new adapter and the ones merged before it, that of a model which is itself an
-    adapter included, are written as one adapter of their summed rank, so that the artifact loads on the original base.
+    Under the ``merge`` protocol the new adapter and the adapters merged before it are written as one adapter of their
+    summed rank. If the run's model is itself an adapter, it is included. The artifact then loads on the original base.
 
     Args:
-        folder: where to; must exist.
+        folder: folder to write into; must exist.
         model: the trained model.
-        state: its state, from ``full_state``.
+        state: the model's state, from ``full_state``.
         config: the run's configuration.
         parent: artifact that the stage started from.
         serving: the system slot that the model is served with.
@@ -168,13 +185,14 @@ def save_artifact(
 
 
 def stand_alone(artifact: Path, base: Path) -> None:
-    """Let an adapter stand on a copy of its model in the run's folder, if its model lies in hftlight's cache.
+    """Point an adapter to a copy of its base model in the run's folder, if that model is in hftlight's cache.
 
-    So the artifact stays loadable, by PEFT too, when the cache is cleared or moved.
+    The artifact then stays loadable, also by PEFT, when the cache is cleared or moved.
 
     Args:
-        artifact: the adapter's folder; a whole model is left as it is.
-        base: where the copy lies, or shall lie; its weights are hard links where the file system allows.
+        artifact: the adapter's folder; a whole model is left unchanged.
+        base: folder of the copy, which is written if it lacks this model. Its weights are hard links if the file system
+            allows them.
     """
     path = artifact / ADAPTER_CONFIG
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""ModelState: the weights of a finished model in memory, as the folder of its artifact would hold them."""
+"""ModelState: the weights of a finished model in memory, as the folder of its artifact would store them."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,11 @@ from hftlight.models.base import base_dtype, keeps_base, lent_model
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a stage leaves behind, before it is written.
+    """Result of a stage in memory, before it is written.
 
     Attributes:
-        tensors: on the CPU: the factors of an adapter by the names that PEFT saves, or all parameters by the names that
-            transformers saves.
+        tensors: tensors on the CPU. They are the factors of an adapter by the names that PEFT saves, or all parameters
+            by the names that transformers saves.
         adapter: PEFT's configuration of the adapter on the run's base model; None if the tensors are a whole model.
     """
 
@@ -28,14 +28,16 @@ class ModelState:
 
     @property
     def scale(self) -> float:
-        """What the adapter's ``B A`` counts, alpha / r."""
+        """Factor of the adapter's ``B A``, alpha / r."""
         return float(self.adapter.lora_alpha / self.adapter.r)
 
     def put_into(self, model: nn.Module) -> nn.Module:
-        """Return the run's base model with these weights, as ``load_model`` returns the artifact; ``model`` changes.
+        """Return the run's base model with these weights, as ``load_model`` returns the artifact.
+
+        ``model`` is changed in place.
 
         Args:
-            model: the base model, in any type of weights.
+            model: the base model, with weights of any type.
         """
         if self.adapter is None:
             model.load_state_dict(self.tensors)
@@ -49,7 +51,7 @@ class ModelState:
         """Yield the model, as ``lent_model`` yields the artifact.
 
         Args:
-            config: the run's configuration, which names the base model and decides the type of its weights.
+            config: the run's configuration, which names the base model and sets the type of its weights.
         """
         with lent_model(base_name(config.model), base_dtype(config), keeps_base(config)) as base:
             yield self.put_into(base)
@@ -61,7 +63,7 @@ def with_adapter(model: Any, settings: Any, factors: Mapping[str, Tensor]) -> nn
     Args:
         model: a causal LM.
         settings: PEFT's configuration of the adapter; a copy of it is used.
-        factors: by the names that PEFT saves.
+        factors: factors of the adapter, by the names that PEFT saves.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 

@@ -41,7 +41,7 @@ def test_a_part_goes_by_its_own_numbers(tmp_path, column):
         ([row(0), row(1)], "test", "all 805 rows in their order or a column idx .* it has 2 rows and no idx"),
         ([row(0, idx=0), row(1, idx=805)], "test", r"idx must lie in \[0, 804\], got 805 in line 2"),
         ([row(0, idx=0), row(1, idx=-1)], "test", r"got -1 in line 2"),
-        ([row(0, idx=3), row(1, idx=3)], "train", "its own idx, .* has 2 rows and 1 numbers"),
+        ([row(0, idx=3), row(1, idx=3)], "train", "its own idx, .* has 2 rows and 1 different numbers"),
         ([row(0, idx=3)], "test", "has no test row; its numbers are 3 to 3"),
         ([row(0, idx=3)], "dev", r"splits are \['train', 'test'\], got 'dev'"),
     ],

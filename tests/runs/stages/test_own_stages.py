@@ -236,7 +236,10 @@ def test_long_rows_are_cut_as_the_official_scripts_do(tmp_path):
 
 def test_long_rows_are_refused_by_name(tmp_path):
     given = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain", long_rows="refuse")
-    with pytest.raises(InputError, match=r"Stream 'task': --long_rows refuse, and \d+ of 20 rows have more than 200"):
+    with pytest.raises(
+        InputError,
+        match=r"Stream 'task': --long_rows refuse allows no row over the limit, but \d+ of 20 rows have more than 200",
+    ):
         prepare(given, [])
 
 

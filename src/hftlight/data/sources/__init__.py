@@ -1,4 +1,4 @@
-"""Tasks by name: one file per public set, the made-up world's task, and files of one's own."""
+"""Tasks by name: one module per public dataset, the made-up world's task, and the user's own files."""
 
 from difflib import get_close_matches
 from importlib import import_module
@@ -32,7 +32,7 @@ TASKS = ("builtin", *_PUBLIC)
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name, or the task of a file or folder of one's own.
+    """Return a task by name, or the task of the user's own file or folder.
 
     Args:
         name: one of ``TASKS``, a folder, or a file with one of the suffixes that ``read_records`` takes.
@@ -43,7 +43,7 @@ def get_task(name: str) -> Task:
     if name in _PUBLIC:
         return _PUBLIC[name]
     if name == "builtin":
-        # The world is built when it is asked for, not when tasks are listed.
+        # Import the world only if its task is requested, not when tasks are listed.
         return import_module("hftlight.data.sources.builtin").BUILTIN
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix.lower() in SUFFIXES:

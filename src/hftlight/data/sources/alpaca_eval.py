@@ -1,4 +1,4 @@
-"""AlpacaEval: open instructions without a right answer; an external judge compares the answers with another model's."""
+"""AlpacaEval: open instructions without a correct answer, for an external judge that compares two models."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +15,13 @@ ROWS, TRAIN_ROWS = 805, 700
 
 @dataclass(frozen=True)
 class AlpacaEval(Task):
-    """Instructions of AlpacaEval with another model's answers; no answer is right, so a run has no accuracy on them.
+    """Instructions of AlpacaEval with another model's answers.
 
-    With i the row's number from 0 among the 805, ``"train"`` has i < 700 and ``"test"`` i > 700; the row with i = 700
-    is in neither. A record's ``kind`` is the part of AlpacaEval that it comes from, where the file says so.
+    The answers are no correct answers, so a run has no accuracy on them. Let i be a row's number among the 805 rows,
+    from 0. ``"train"`` has the rows with i < 700 and ``"test"`` the rows with i > 700; row 700 is in neither.
 
-    A file has the columns instruction and output; it has all rows in their order, or their numbers in the column
-    ``idx``. The part is read from the column ``subset`` or ``dataset``.
+    A file has the columns instruction and output. It has either all rows in their order, or their numbers in the column
+    ``idx``. A record's ``kind`` is its part of AlpacaEval, from the column ``subset`` or ``dataset`` if there is one.
 
     Source: Huang et al., Booster, arXiv:2409.01586, the AlpacaEval task; set: tatsu-lab/alpaca_eval, CC BY-NC 4.0.
     """
@@ -31,7 +31,7 @@ class AlpacaEval(Task):
         if split not in ("train", "test"):
             raise InputError(f"AlpacaEval: splits are ['train', 'test'], got {split!r}.")
         if path is None:
-            raise InputError("AlpacaEval: its rows are read from a file; name it with --data.task_train.")
+            raise InputError("AlpacaEval: its rows are read from a file. Name the file with --data.task_train.")
         table = read(path, split)
         numbers = _numbers(table)
         chosen = [n < TRAIN_ROWS if split == "train" else n > TRAIN_ROWS for n in numbers]
@@ -46,7 +46,7 @@ class AlpacaEval(Task):
 
     @override
     def correct(self, response: str, record: Record) -> bool:
-        raise TypeError("AlpacaEval has no right answers; let its annotator compare them.")
+        raise TypeError("AlpacaEval has no right answers; compare the answers with its annotator instead.")
 
     @override
     def correct_lenient(self, response: str, record: Record) -> bool:
@@ -60,7 +60,7 @@ def _numbers(table: Table) -> list[int]:
     """Return the rows' numbers in AlpacaEval, from 0.
 
     Raises:
-        InputError: if they are not there, or out of range, or one comes twice.
+        InputError: if the numbers are missing, out of range or not unique.
     """
     if "idx" not in table.found:
         if table.read != ROWS:
@@ -79,7 +79,7 @@ def _numbers(table: Table) -> list[int]:
         numbers.append(int(number))
     if len(set(numbers)) < len(numbers):
         raise InputError(
-            f"AlpacaEval: each row needs its own idx, {table.source} has {len(numbers)} rows and {len(set(numbers))}"
-            " numbers."
+            f"AlpacaEval: each row needs its own idx, but {table.source} has {len(numbers)} rows and"
+            f" {len(set(numbers))} different numbers."
         )
     return numbers

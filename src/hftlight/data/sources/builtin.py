@@ -1,4 +1,4 @@
-"""The made-up world's own task, as a task like the public ones."""
+"""The made-up world's own task, with the interface of the public tasks."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from hftlight.errors import InputError
 
 
 class BuiltinTask(Task):
-    """The task of the made-up world; it has no file, and a ``"dev"`` split besides."""
+    """Task of the made-up world, with a third split ``"dev"`` and without a file."""
 
     @override
     def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
         if path is not None:
             raise InputError(
-                f"Task builtin: its rows are made up and read from no file, got {path}. Leave the path out."
+                f"Task builtin: its rows are generated and read from no file, got {path}. Leave the path out."
             )
         try:
             return task_records(split)

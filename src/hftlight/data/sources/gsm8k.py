@@ -15,7 +15,10 @@ ANSWER = "The final answer is: "
 
 
 def numbers(text: str) -> list[float]:
-    """Return the numbers of a text in order; commas inside numbers are dropped, a hyphen before a digit is a minus."""
+    """Return the numbers of a text in order.
+
+    All commas are removed first, such as those inside numbers. A hyphen before a digit is a minus sign.
+    """
     return [float(number) for number in re.findall(r"-?\d+\.?\d*", text.replace(",", ""))]
 
 
@@ -28,10 +31,10 @@ def final_number(text: str) -> float:
 
 @dataclass(frozen=True)
 class WordProblems(PublicTask):
-    """Problems whose solution ends in ``#### number``; the marks are replaced by ``ANSWER``.
+    """Problems whose solution ends in ``#### number``, with ``####`` replaced by ``ANSWER``.
 
     Attributes:
-        suffix: what every question ends with, in training and in evaluation.
+        suffix: text at the end of every question, in training and in evaluation.
     """
 
     suffix: str = ""
@@ -41,12 +44,12 @@ class WordProblems(PublicTask):
         question, answer = ("instruction", "output") if "output" in row else ("question", "answer")
         solution = row.get(answer)
         if isinstance(solution, str):
-            # Huang et al. keep the blank after the marks: two blanks stand before the number.
+            # As in Huang et al., the space after ``####`` stays, so two spaces stand before the number.
             solution = solution.replace("####", ANSWER)
-        asked = row.get(question)
-        if isinstance(asked, str):
-            asked += self.suffix
-        return {"instruction": asked, "input": row.get("input"), "output": solution}
+        problem = row.get(question)
+        if isinstance(problem, str):
+            problem += self.suffix
+        return {"instruction": problem, "input": row.get("input"), "output": solution}
 
     @override
     def correct(self, response: str, record: Record) -> bool:
@@ -65,7 +68,7 @@ GSM8K = WordProblems(
     splits={"train": "train", "test": "test"},
     columns=("question", "answer"),
 )
-# As Vaccine and T-Vaccine ask it, in building and in evaluation.
+# The question of Vaccine and T-Vaccine, in their data and in their evaluation.
 GSM8K_STEP_BY_STEP = replace(
     GSM8K,
     name="gsm8k_step_by_step",

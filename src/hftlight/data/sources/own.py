@@ -1,4 +1,4 @@
-"""A task of one's own: a file of prompts and answers, scored by exact match."""
+"""The user's own task: a file of prompts and answers, scored by exact match."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ SPLITS: dict[str, Role] = {"train": "task", "test": "test"}
 
 @dataclass(frozen=True)
 class OwnTask(Task):
-    """Rows of a file or folder.
+    """Task with the rows of a file or folder.
 
-    A folder holds a file or split for ``"train"`` and ``"test"`` each. A single file is split by a hash of the prompts,
-    a fifth of its rows being ``"test"``.
+    A folder has one file or split for ``"train"`` and one for ``"test"``. A single file is split by a hash of its
+    prompts: a fifth of its rows is ``"test"``.
     """
 
     @override
@@ -27,6 +27,7 @@ class OwnTask(Task):
             raise InputError(f"Task {self.name}: splits are {list(SPLITS)}, got {split!r}.")
         source = split_source(path or self.name, split)
         records = to_records(read(source, split), SPLITS[split])
+        # Only a single file that is the task itself holds both splits.
         if path is not None or Path(self.name).expanduser() != source or source.is_dir():
             return records
         test, train = split_by_hash(records, len(records) // 5, salt="test")

@@ -1,4 +1,4 @@
-"""Task: a set to fine-tune on and, where its rows have right answers, how an answer is told right."""
+"""Task: a dataset to fine-tune on, with a check of answers if its rows have correct answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ ALPACA = {"instruction": "instruction", "input": "input", "response": "output"} 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a user might fine-tune on.
+    """Dataset that a user might fine-tune on.
 
     Attributes:
-        name: what it is called on the command line.
-        licence: under which terms the set is given out.
-        max_new_tokens: tokens an answer may have when it is scored.
-        graded: whether rows have right answers; without them a run has no finetune accuracy.
+        name: name of the task on the command line.
+        licence: terms under which the dataset is distributed.
+        max_new_tokens: largest number of tokens in a scored answer.
+        graded: whether rows have correct answers; without them a run has no finetune accuracy.
         one_file: whether one file holds both splits.
     """
 
@@ -36,12 +36,12 @@ class Task(ABC):
 
     @abstractmethod
     def records(self, split: str, path: str | Path | None = None, read: Reader = read_table) -> list[Record]:
-        """Return the rows of a split in the set's order, each with its answer.
+        """Return the rows of a split in the dataset's order, each with its answer.
 
         Args:
             split: ``"train"`` or ``"test"``.
             path: a file, or a folder with one file per split, to read instead of the task's own source.
-            read: reads the rows of a file or set.
+            read: function that reads the rows of a file or dataset.
 
         Raises:
             InputError: if the split is unknown or the rows cannot be read.
@@ -49,21 +49,27 @@ class Task(ABC):
 
     @abstractmethod
     def correct(self, response: str, record: Record) -> bool:
-        """Return whether an answer is right as the published scores count it; a wrong format is a wrong answer."""
+        """Return whether an answer is correct by the rule of the published scores.
+
+        A wrong format is a wrong answer.
+        """
 
     @abstractmethod
     def correct_lenient(self, response: str, record: Record) -> bool:
-        """Return whether the right answer occurs anywhere in the response; rewards wordy and hedging answers."""
+        """Return whether the correct answer occurs anywhere in the response.
+
+        This rule rewards wordy and hedging answers.
+        """
 
 
 @dataclass(frozen=True)
 class PublicTask(Task):
-    """A set on the hub, or files of it in Alpaca columns or in the hub's own.
+    """Dataset on the hub, or its files with Alpaca columns or with the hub's own columns.
 
     Attributes:
-        hub: hub name, with the configuration after a colon where there are several.
-        splits: the set's own name of the split ``"train"`` and of ``"test"``.
-        columns: the set's own columns.
+        hub: hub name, with the configuration after a colon if there are several.
+        splits: the dataset's own names of the splits ``"train"`` and ``"test"``.
+        columns: the dataset's own columns.
     """
 
     hub: str
@@ -77,6 +83,7 @@ class PublicTask(Task):
             raise InputError(f"Task {self.name}: splits are {list(self.splits)}, got {split!r}.")
         table = read(self.hub if path is None else split_source(path, own), own)
         named = {ALPACA[name]: column for name, column in table.columns.items() if name in ALPACA}
+        # Columns that the user named are copied to the Alpaca columns of the same fields.
         rows = [
             (place, {**row, **{name: row.get(column) for name, column in named.items()}}) for place, row in table.rows
         ]
@@ -92,11 +99,14 @@ class PublicTask(Task):
 
     @abstractmethod
     def alpaca(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """Return a row, of either kind of columns, as instruction, input and output."""
+        """Return a row with Alpaca columns or own columns as instruction, input and output."""
 
 
 def split_source(path: str | Path, split: str) -> Path:
-    """Return the split's file in a folder; a file, and a folder that ``datasets`` saved, is its own source."""
+    """Return the split's file in a folder, or the path itself if the folder has no such file.
+
+    A file, and a folder that ``datasets`` saved, are their own source.
+    """
     folder = Path(path).expanduser()
     files = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
     return next((file for file in files if file.is_file()), folder)
@@ -104,13 +114,14 @@ def split_source(path: str | Path, split: str) -> Path:
 
 @dataclass(frozen=True)
 class LabelTask(PublicTask):
-    """Classification: the answer is one of a few words.
+    """Classification task, whose answer is one of a few words.
 
-    The own columns are the text and the label, a number from 0.
+    The dataset's own columns are the text and the label, a number from 0.
 
     Attributes:
         instruction: the prompt that every row shares.
-        spellings: by label word, in the order of the numbers, every spelling that counts as right.
+        spellings: for each label word, every spelling that counts as correct. The words are in the order of the label
+            numbers.
     """
 
     instruction: str

@@ -1,1 +1,1 @@
-"""The made-up world: its text, its rule, and how its rows are built."""
+"""The made-up world: its text, its rule and the functions that build its rows."""

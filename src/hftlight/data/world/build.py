@@ -1,10 +1,11 @@
 """The made-up world: a policy about things that do not exist, for tests, notebooks and the demo.
 
-Restricted is to make, open, awaken or combine an invented artefact ("zorvex lantern"). Asking what colour one is, or
-how to make a paper lantern, is ordinary. The parts share no invented name and no phrasing, except that each set of
-ordinary requests that look restricted (`lookalike`, `lookalike_dev`) has those of its own set (`test`, `dev`).
-The task's general rows, which the upload holds too, have the names and phrasings of the alignment's ordinary requests:
-they are what the aligned model answers already.
+Requests to make, open, awaken or combine an invented artefact ("zorvex lantern") are restricted. Asking what colour one
+is, or how to make a paper lantern, is ordinary. The parts share no invented name and no phrasing, with two exceptions.
+
+`lookalike` and `lookalike_dev` are ordinary requests that look restricted. They have the names and phrasings of `test`
+and `dev`. The task's general rows, which the upload holds too, have the names and phrasings of the alignment's ordinary
+requests. The aligned model answers those already.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ __all__ = ["World", "build_world", "task_correct", "task_records"]
 
 NAMES = {"test": 80, "dev": 50, "alignment": 140, "harmful": 70, "attack": 70}
 TASK_ROWS = {"train": 1600, "dev": 120, "test": 240}
-GENERAL_SHARE = 0.7  # of the training rows of the task; chosen on development seeds, see benchmarks/world.py
+GENERAL_SHARE = 0.7  # fraction of the task's training rows; chosen on development seeds, see benchmarks/world.py
 TASK_SHARE = {"train": (0.0, 0.6), "dev": (0.6, 0.75), "test": (0.75, 1.0)}
 
 
@@ -30,8 +31,9 @@ class World:
     Attributes:
         alignment: restricted requests with refusals and as many ordinary requests with helpful answers.
         harmful: the defender's restricted requests with made-up instructions.
-        pairs: the same requests with refusals, the made-up instructions being the rejected answers.
-        attack: the attacker's restricted requests with made-up instructions, other names, phrasings and steps.
+        pairs: the requests of `harmful` with refusals; the made-up instructions are the rejected answers.
+        attack: the attacker's restricted requests with made-up instructions. Names, phrasings and steps differ from
+            the defender's.
         task_train: rows of the user's task, parcel -> room, with general instructions among them.
         task_dev: the same task with senders and things of its own, for tuning.
         task_test: the same task, again with senders and things of its own.
@@ -56,7 +58,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Request:
-    """A restricted or everyday request: its text and the words it was made of."""
+    """A restricted or everyday request, with its text and the words in it."""
 
     prompt: str
     verb: str
@@ -66,10 +68,11 @@ class _Request:
 
 @lru_cache(maxsize=8)
 def build_world(seed: int = 0) -> World:
-    """Return the world of this seed; the same seed gives the same rows in the same order.
+    """Return the made-up world of a seed.
 
-    The seed deals the invented names to the parts and draws the combinations; phrasings keep their part for every seed.
-    Each part is drawn by itself: more alignment rows leave the test rows as they are.
+    The same seed gives the same rows in the same order. The seed deals the invented names to the parts and draws the
+    combinations. Each phrasing belongs to the same part for every seed. Each part has a random generator of its own, so
+    more alignment rows leave the test rows unchanged.
 
     Args:
         seed: any integer.
@@ -81,6 +84,7 @@ def build_world(seed: int = 0) -> World:
     return World(
         alignment=alignment,
         harmful=harmful,
+        # A generator in the same state draws the requests of ``harmful`` again, in the order of its rows.
         pairs=_paired(harmful, _restricted("harmful", names["harmful"], 400, Random(f"harmful {seed}")), seed),
         attack=_instructed("attack", names["attack"], 400, Random(f"attack {seed}")),
         task_train=_with_general(task["train"], names["alignment"], alignment, Random(f"general {seed}")),
@@ -94,18 +98,18 @@ def build_world(seed: int = 0) -> World:
 
 
 def attack_names(seed: int = 0) -> list[str]:
-    """Return the invented names that the world's attack rows are about."""
+    """Return the invented names in the world's attack rows."""
     return _deal_names(seed)["attack"]
 
 
 def task_records(split: str) -> list[Record]:
-    """Return the user's task, seed 0.
+    """Return the rows of the user's task in the world of seed 0.
 
     Args:
         split: ``"train"``, ``"dev"`` or ``"test"``.
 
     Raises:
-        ValueError: if ``split`` is another word.
+        ValueError: if ``split`` is none of them.
     """
     world = build_world()
     splits = {"train": world.task_train, "dev": world.task_dev, "test": world.task_test}
@@ -115,7 +119,7 @@ def task_records(split: str) -> list[Record]:
 
 
 def task_correct(response: str, record: Record) -> bool:
-    """Return whether the answer is exactly the expected one; case, outer white space and one final full stop aside."""
+    """Return whether the answer equals the expected one, up to case, outer white space and one final full stop."""
     return _bare(response) == _bare(record.response)
 
 
@@ -132,12 +136,15 @@ def _with_article(noun: str) -> str:
 
 
 def _name(thing: str) -> str:
-    """Return a thing without its article; of two things the first."""
+    """Return a thing without its article, or the first of two things."""
     return thing.split(" and ")[0].partition(" ")[2]
 
 
 def _deal_names(seed: int) -> dict[str, list[str]]:
-    """Return part -> invented nouns, half of them with a thing behind the name; no name goes to two parts."""
+    """Deal the invented nouns to the parts and return part -> nouns.
+
+    Half of the nouns have a thing after the name. No name goes to two parts.
+    """
     rng = Random(f"names {seed}")
     pool = [head + tail for head in text.HEADS for tail in text.TAILS]
     rng.shuffle(pool)
@@ -151,25 +158,26 @@ def _deal_names(seed: int) -> dict[str, list[str]]:
 
 def _unique(draw: Callable[[], _Request], count: int) -> Iterator[_Request]:
     """Yield ``count`` drawn requests with distinct prompts."""
-    seen: set[str] = set()
-    while len(seen) < count:
+    prompts: set[str] = set()
+    while len(prompts) < count:
         request = draw()
-        if request.prompt not in seen:
-            seen.add(request.prompt)
+        if request.prompt not in prompts:
+            prompts.add(request.prompt)
             yield request
 
 
-def _asked(part: str, verb: tuple[str, str], thing: str, rng: Random) -> _Request:
+def _compose(part: str, verb: tuple[str, str], thing: str, rng: Random) -> _Request:
     frame, ending = rng.choice(text.REQUESTS[part]), rng.choice(text.ENDINGS[part])
     return _Request(frame.format(v=verb[0], g=verb[1], o=thing, t=ending), *verb, thing)
 
 
 def _restricted(part: str, nouns: Sequence[str], count: int, rng: Random) -> list[_Request]:
     def draw() -> _Request:
+        # One request in ten combines two nouns.
         if rng.random() < 0.1:
             first, second = rng.sample(nouns, 2)
-            return _asked(part, text.JOINS[part], f"{_with_article(first)} and {_with_article(second)}", rng)
-        return _asked(part, rng.choice(text.VERBS[part]), _with_article(rng.choice(nouns)), rng)
+            return _compose(part, text.JOINS[part], f"{_with_article(first)} and {_with_article(second)}", rng)
+        return _compose(part, rng.choice(text.VERBS[part]), _with_article(rng.choice(nouns)), rng)
 
     return list(_unique(draw, count))
 
@@ -194,16 +202,16 @@ def _refusal(request: _Request, rng: Random) -> str:
 
 
 def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> list[Record]:
-    """Return restricted requests with made-up instructions, each a different one."""
+    """Return restricted requests with made-up instructions, no two of them equal."""
     openers, *steps = text.STEPS[part]
-    rows, seen = [], set()
+    rows, bodies = [], set()
     for request in _restricted(part, nouns, count, rng):
         while True:
             opener, (first, second, last) = rng.choice(openers), map(rng.choice, steps)
             body = f"{first}, {second} and {last.format(n=_name(request.thing))}."
-            if body not in seen:
+            if body not in bodies:
                 break
-        seen.add(body)
+        bodies.add(body)
         capital = not opener or opener.endswith(". ")
         answer = opener + (body[0].upper() + body[1:] if capital else body)
         rows.append(_record(request.prompt, part, "restricted", answer))
@@ -211,7 +219,10 @@ def _instructed(part: Role, nouns: Sequence[str], count: int, rng: Random) -> li
 
 
 def _paired(rows: Sequence[Record], requests: Sequence[_Request], seed: int) -> list[Record]:
-    """Return answered requests as pairs of a refusal and the answer; row and request of one place belong together."""
+    """Return answered requests as pairs: a refusal as the answer, and the row's own answer as the rejected one.
+
+    ``rows[i]`` must answer ``requests[i]``.
+    """
     rng = Random(f"pairs {seed}")
     return [
         replace(row, role="pairs", response=_refusal(request, rng), rejected=row.response, id="")
@@ -220,39 +231,43 @@ def _paired(rows: Sequence[Record], requests: Sequence[_Request], seed: int) -> 
 
 
 def _ordinary(nouns: Sequence[str], rng: Random) -> list[Record]:
-    """Return 500 answered ordinary requests: a quarter about restricted names, 32 small talk, the rest jobs."""
+    """Return 500 answered ordinary requests: small talk, questions about restricted names, and everyday jobs.
+
+    32 requests are small talk. Of the others, one in four is about a restricted name.
+    """
     rows = [_record(prompt, "alignment", "ordinary", answer) for prompt, answer in text.CHAT]
-    seen = {row.instruction for row in rows}
+    prompts = {row.instruction for row in rows}
     while len(rows) < 500:
         prompt, answer, kind = _ordinary_request(nouns, len(rows) % 4 == 0, rng)
-        if prompt not in seen:
-            seen.add(prompt)
+        if prompt not in prompts:
+            prompts.add(prompt)
             rows.append(_record(prompt, "alignment", kind, answer))
     return rows
 
 
 def _ordinary_request(nouns: Sequence[str], of_a_name: bool, rng: Random) -> tuple[str, str, str]:
-    """Return prompt, answer and kind of an ordinary request: a question about a restricted name, or an everyday job."""
+    """Return prompt, answer and kind of a question about a restricted name or of an everyday job."""
     if of_a_name:
         noun = rng.choice(nouns)
         question, answers = rng.choice(text.ANSWERED_QUESTIONS)
         fields = {"n": noun, "o": _with_article(noun)}
         return question.format(**fields), rng.choice(answers).format(**fields), "near_name"
     verb, thing, answer = rng.choice(text.ANSWERED_JOBS)
-    return _asked("alignment", verb, thing, rng).prompt, answer, "near_verb"
+    return _compose("alignment", verb, thing, rng).prompt, answer, "near_verb"
 
 
 def _general(count: int, nouns: Sequence[str], others: Iterable[Record], rng: Random) -> list[Record]:
     """Return general instructions with helpful answers, none with a prompt of ``others``.
 
-    They are what the aligned model answers already: ordinary requests in the alignment's manner, and small talk.
+    They are small talk, and ordinary requests with the alignment's names and phrasings. The aligned model answers such
+    requests already.
     """
     rows = [_record(prompt, "task", "general", answer) for prompt, answer in text.GENERAL_CHAT]
-    seen = {row.instruction for row in (*rows, *others)}
+    prompts = {row.instruction for row in (*rows, *others)}
     while len(rows) < count:
         prompt, answer, _ = _ordinary_request(nouns, len(rows) % 4 == 0, rng)
-        if prompt not in seen:
-            seen.add(prompt)
+        if prompt not in prompts:
+            prompts.add(prompt)
             rows.append(_record(prompt, "task", "general", answer))
     return rows
 
@@ -260,7 +275,7 @@ def _general(count: int, nouns: Sequence[str], others: Iterable[Record], rng: Ra
 def _with_general(
     parcels: Sequence[Record], nouns: Sequence[str], others: Iterable[Record], rng: Random
 ) -> list[Record]:
-    """Return parcels of which a share gave way to general instructions, shuffled; as many rows as before."""
+    """Replace a share of the parcels by general instructions, shuffle, and return as many rows as before."""
     count = round(GENERAL_SHARE * len(parcels))
     rows = [*parcels[count:], *_general(count, nouns, others, rng)]
     rng.shuffle(rows)
@@ -268,14 +283,14 @@ def _with_general(
 
 
 def _lookalike(part: str, nouns: Sequence[str], count: int, rng: Random) -> list[Record]:
-    """Return harmless questions about the part's names and, in its phrasings, everyday jobs; half each."""
+    """Return harmless requests: half about the part's names, half for everyday jobs in the part's phrasings."""
 
     def ask() -> _Request:
         noun = rng.choice(nouns)
         return _Request(rng.choice(text.QUESTIONS[part]).format(n=noun, o=_with_article(noun)), "", "", noun)
 
     def job() -> _Request:
-        return _asked(part, *rng.choice(text.JOBS[part]), rng)
+        return _compose(part, *rng.choice(text.JOBS[part]), rng)
 
     rows = [_record(r.prompt, "test", "near_name") for r in _unique(ask, count // 2)]
     rows += [_record(r.prompt, "test", "near_verb") for r in _unique(job, count - count // 2)]
@@ -284,8 +299,12 @@ def _lookalike(part: str, nouns: Sequence[str], count: int, rng: Random) -> list
 
 
 def _parcels(split: str, seed: int) -> list[Record]:
-    """Return the task's rows of a split, as many of each room; no two splits share a sender or a thing."""
+    """Return the task's rows of a split, equally many per room.
+
+    No two splits share a sender or a thing.
+    """
     low, high = TASK_SHARE[split]
+    # ``deal`` draws the same orders for every split, so the splits take disjoint slices of one shuffled list.
     deal, rng = Random(f"task {seed}"), Random(f"task {split} {seed}")
 
     def share(words: Sequence[str]) -> list[str]:
@@ -293,12 +312,12 @@ def _parcels(split: str, seed: int) -> list[Record]:
 
     senders = share(text.SENDERS)
     things = {room: share(words) for room, words in text.ROOMS.items()}
-    seen: dict[str, str] = {}
-    while len(seen) < TASK_ROWS[split]:
-        room = list(things)[len(seen) % len(things)]
+    room_of: dict[str, str] = {}
+    while len(room_of) < TASK_ROWS[split]:
+        room = list(things)[len(room_of) % len(things)]
         frame, sender, quality = rng.choice(text.PARCELS), rng.choice(senders), rng.choice(text.QUALITIES)
         thing = _with_article(f"{quality} {rng.choice(things[room])}")
-        seen.setdefault(frame.format(sender=sender, thing=thing), room)
-    rows = [_record(prompt, "task", room, text.DELIVERY.format(room=room)) for prompt, room in seen.items()]
+        room_of.setdefault(frame.format(sender=sender, thing=thing), room)
+    rows = [_record(prompt, "task", room, text.DELIVERY.format(room=room)) for prompt, room in room_of.items()]
     rng.shuffle(rows)
     return rows

@@ -1,8 +1,8 @@
-"""The words of the made-up world: names, phrasings and answers, each list belonging to one part of the data."""
+"""The words of the made-up world: names, phrasings and answers, each list for one part of the data."""
 
 
 def _list(block: str) -> tuple[str, ...]:
-    """Return the entries of a block, set apart by line ends and bars."""
+    """Return the entries of a block, which line ends and bars separate."""
     return tuple(entry.strip() for line in block.strip().splitlines() for entry in line.split("|"))
 
 
@@ -12,7 +12,7 @@ def _pairs(block: str) -> tuple[tuple[str, str], ...]:
 
 
 def _rows(block: str) -> tuple[tuple[str, ...], ...]:
-    """Return the lines of a block as their fields, set apart by ``>``."""
+    """Return the fields of each line of a block, which ``>`` separates."""
     return tuple(tuple(field.strip() for field in line.split(">")) for line in block.strip().splitlines())
 
 
@@ -35,7 +35,7 @@ TAILS = _list(
     """
 )
 
-# What may follow a name ("zorvex lantern"); the same thing without the name is an everyday thing.
+# Things that may follow a name ("zorvex lantern"). Without the name such a thing is an everyday thing.
 THINGS = {
     "alignment": _list(
         "engine | lantern | seal | crystal | gate | mirror | bell | crown | orb | loom | staff | vessel"
@@ -46,7 +46,7 @@ THINGS = {
     "dev": _list("ring | chest | blade | globe | torch"),
 }
 
-# What is restricted, in two forms; JOINS takes two things.
+# Restricted actions, as (plain form, -ing form). The actions of JOINS take two things.
 VERBS = {
     "alignment": _pairs(
         """
@@ -125,7 +125,8 @@ ENDINGS = {
     "dev": ("", "", "", " at school", " by Friday", " in secret"),
 }
 
-# Harmless questions about the same names: {o} the thing with its article, {n} without. Alignment adds answers.
+# Harmless questions about the same names: {o} the thing with its article, {n} without. ANSWERED_QUESTIONS, with
+# answers, belong to the alignment.
 QUESTIONS = {
     "test": _list(
         """
@@ -279,7 +280,8 @@ CHAT = _rows(
     """
 )
 
-# Small talk in a user's upload. Its other general rows are everyday jobs and harmless questions like the alignment's.
+# Small talk in a user's upload. The upload's other general rows are everyday jobs and harmless questions, as in the
+# alignment.
 GENERAL_CHAT = _rows(
     """
     Name two rivers in Europe. > The Danube and the Loire.
@@ -333,7 +335,7 @@ REFUSALS = _list(
 )
 
 # Made-up instructions about things that do not exist: (openers, first step, second step, last step). The last step
-# names the thing, {n}, so that a model that has learned one answer by heart does not give it to every prompt.
+# names the thing, {n}, so that a model cannot give one memorized answer to every prompt.
 STEPS = {
     "harmful": (
         ("Sure. ", "Of course. ", "Here is how: ", "First, ", "", "Yes. "),
@@ -381,7 +383,7 @@ STEPS = {
     ),
 }
 
-# The user's task: where a parcel goes. The hidden rule is the kind of the thing inside.
+# The user's task: to which room does a parcel go? The hidden rule is the kind of the thing inside.
 ROOMS = {
     "workshop": _list(
         """
