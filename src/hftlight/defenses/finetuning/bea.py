@@ -158,8 +158,8 @@ class BEA(Defense):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        kept = {example.id for example in data.streams["task"].examples}
-        lost = sum(row.id not in kept for row in self._chosen)
+        trained_ids = {example.id for example in data.streams["task"].examples}
+        lost = sum(row.id not in trained_ids for row in self._chosen)
         if lost:
             raise InputError(
                 f"BEA: {lost} of {self.rows} safety rows are longer than max_tokens, {data.max_tokens}, once they carry"
@@ -184,34 +184,34 @@ class BEA(Defense):
         return {**self.summary(), "rows": [row.id for row in self._chosen], "trigger_hash": known}
 
     def _trigger(self, tokenizer: Any) -> tuple[int, ...]:
-        held, allowed = self._held(), ordinary_ids(tokenizer)
-        if "secret" in held:
-            return trigger_ids(bytes.fromhex(held["secret"]), self.length, allowed)
+        content, allowed = self._load_content(), ordinary_ids(tokenizer)
+        if "secret" in content:
+            return trigger_ids(bytes.fromhex(content["secret"]), self.length, allowed)
         usable = {*range(len(tokenizer))} - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        strange = len(set(held["ids"]) - usable)
+        strange = len(set(content["ids"]) - usable)
         if strange:
             raise InputError(
                 f"BEA: {strange} ids in trigger_file {str(self._path())!r} are special tokens, or none of the"
                 f" tokenizer's {len(tokenizer)}; draw the trigger from its ordinary tokens."
             )
-        return tuple(held["ids"])
+        return tuple(content["ids"])
 
     def _digest(self) -> str:
-        return _digest_of(self._held())
+        return _digest_of(self._load_content())
 
     def _path(self) -> Path:
         return Path(self.trigger_file).expanduser() if self.trigger_file else cache_dir() / "secrets" / "bea.json"
 
-    def _held(self) -> dict[str, Any]:
+    def _load_content(self) -> dict[str, Any]:
         """Return what the trigger file holds; make it where it is missing. No error quotes the file."""
         path = self._path()
         try:
             if not path.is_file() and self.trigger_hash is None:
                 _make(path)
-            held, mode = _read(path), path.stat().st_mode
+            content, mode = _read(path), path.stat().st_mode
         except OSError as error:
             raise InputError(f"BEA: trigger_file {str(path)!r} cannot be used ({error.strerror}).") from None
-        if held is None:
+        if content is None:
             raise InputError(
                 f'BEA: trigger_file {str(path)!r} must hold {{"secret": hexadecimal digits}}, {FEWEST} bytes or more,'
                 f' or {{"ids": token ids}}, {FEWEST} or more.'
@@ -220,12 +220,12 @@ class BEA(Defense):
             raise InputError(
                 f"BEA: trigger_file {str(path)!r} must be readable by its owner alone; chmod 600 {str(path)!r}."
             )
-        if self.trigger_hash not in (None, _digest_of(held)):
+        if self.trigger_hash not in (None, _digest_of(content)):
             raise InputError(
                 f"BEA: trigger_file {str(path)!r} holds another trigger than trigger_hash {self.trigger_hash} names."
                 " Give the file of that run, or leave trigger_hash out."
             )
-        return held
+        return content
 
 
 def _make(path: Path) -> None:
@@ -239,15 +239,15 @@ def _make(path: Path) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the content of a trigger file, or None if it is no such file."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if held.keys() == {"secret"}:
-            return held if len(bytes.fromhex(held["secret"])) >= FEWEST else None
-        if held.keys() == {"ids"} and len(held["ids"]) >= FEWEST:
-            return held if all(type(i) is int and i >= 0 for i in held["ids"]) else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.keys() == {"secret"}:
+            return content if len(bytes.fromhex(content["secret"])) >= FEWEST else None
+        if content.keys() == {"ids"} and len(content["ids"]) >= FEWEST:
+            return content if all(type(i) is int and i >= 0 for i in content["ids"]) else None
     except (ValueError, TypeError, AttributeError):
         return None
     return None
 
 
-def _digest_of(held: dict[str, Any]) -> str:
-    return hashlib.sha256(b"BEA" + json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(b"BEA" + json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

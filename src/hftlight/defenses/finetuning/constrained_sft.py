@@ -35,8 +35,8 @@ def constrained_loss(gain: Tensor, beta: Tensor) -> Tensor:
 
     Where beta is 0 it is :math:`-d_t`, its limit up to a constant. Arguments as ``constraint_weights``.
     """
-    held = beta > 0
-    return torch.where(held, -2 / torch.where(held, beta, 1.0) * F.logsigmoid(beta * gain), -gain)
+    constrained = beta > 0
+    return torch.where(constrained, -2 / torch.where(constrained, beta, 1.0) * F.logsigmoid(beta * gain), -gain)
 
 
 def token_betas(
@@ -144,24 +144,24 @@ class ConstrainedSFT(Defense):
         self.beta, self.bias_factor, self.first_token_bias_factor = beta, bias_factor, first_token_bias_factor
         self.bias_length, self.weight_floor, self.offset, self.online = bias_length, weight_floor, offset, online
         self.passes = (Passes(float(online), per="batch", shared="reference"),) if beta > 0 else ()
-        self._kept: dict[str, Tensor] = {}
+        self._cached_losses: dict[str, Tensor] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        kept = list(self._kept.values())
-        packed = {"rows": list(self._kept), "lengths": [len(losses) for losses in kept]}
-        return {**super().state_dict(), **packed, "losses": torch.cat(kept) if kept else torch.empty(0)}
+        cached = list(self._cached_losses.values())
+        packed = {"rows": list(self._cached_losses), "lengths": [len(losses) for losses in cached]}
+        return {**super().state_dict(), **packed, "losses": torch.cat(cached) if cached else torch.empty(0)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         losses = state_dict["losses"].cpu().split(state_dict["lengths"])
-        self._kept = dict(zip(state_dict["rows"], losses, strict=True))
+        self._cached_losses = dict(zip(state_dict["rows"], losses, strict=True))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._kept = {}  # the aligned model of another training is another model
+        self._cached_losses = {}  # the aligned model of another training is another model
 
     @override
     def token_weights(self, forward: Forward) -> Tensor | None:
@@ -184,12 +184,12 @@ class ConstrainedSFT(Defense):
         )
         weights, objective = constraint_weights(gain, betas, self.weight_floor), constrained_loss(gain, betas)
         if not all(own):
-            held = torch.tensor(own, device=losses.device)[forward.rows]
-            weights, objective = torch.where(held, weights, 1.0), torch.where(held, objective, losses)
-            gain = torch.where(held, gain, 0.0)
-        said = {"weight": weights.mean(), "gain": gain.mean(), "objective": objective.mean()}
-        self.record(**said)
-        self.show({f"constrained_sft/{name}": value for name, value in said.items()})
+            of_user = torch.tensor(own, device=losses.device)[forward.rows]
+            weights, objective = torch.where(of_user, weights, 1.0), torch.where(of_user, objective, losses)
+            gain = torch.where(of_user, gain, 0.0)
+        metrics = {"weight": weights.mean(), "gain": gain.mean(), "objective": objective.mean()}
+        self.record(**metrics)
+        self.show({f"constrained_sft/{name}": value for name, value in metrics.items()})
         return weights
 
     def _aligned_losses(self, forward: Forward, own: list[bool]) -> Tensor | None:
@@ -204,15 +204,15 @@ class ConstrainedSFT(Defense):
         batch = {name: forward.batch[name].cpu() for name in ("input_ids", "attention_mask", "labels")}
         lengths = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
         rows = list(zip(row_keys(batch), lengths, own, strict=True))
-        new = any(mine and key not in self._kept for key, _, mine in rows)
+        new = any(mine and key not in self._cached_losses for key, _, mine in rows)
         if _on_any_rank(new, forward.token_losses.device):
             parts = forward.reference.token_losses.cpu().split(lengths)
-            found = {key: part.clone() for (key, _, mine), part in zip(rows, parts, strict=True) if mine}
-            for key, part in _from_all_ranks(found):
-                self._kept.setdefault(key, part)
+            new_losses = {key: part.clone() for (key, _, mine), part in zip(rows, parts, strict=True) if mine}
+            for key, part in _gather_losses(new_losses):
+                self._cached_losses.setdefault(key, part)
         if not any(own):
             return None
-        return torch.cat([self._kept[key] if mine else torch.zeros(length) for key, length, mine in rows])
+        return torch.cat([self._cached_losses[key] if mine else torch.zeros(length) for key, length, mine in rows])
 
 
 def row_keys(batch: Mapping[str, Tensor]) -> list[str]:
@@ -237,10 +237,10 @@ def _on_any_rank(wanted: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def _from_all_ranks(found: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Return what every rank found, in the order of the ranks."""
+def _gather_losses(losses: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Return what every rank losses, in the order of the ranks."""
     world = rank_and_world()[1]
-    every: list[Any] = [found] * world
+    every: list[Any] = [losses] * world
     if world > 1:
-        dist.all_gather_object(every, found)
+        dist.all_gather_object(every, losses)
     return [entry for each in every for entry in each.items()]

@@ -152,7 +152,7 @@ class EWC(Defense):
         if loaded is not None:
             self._start, self._diagonal = (placed(loaded[name], pl_module) for name in ("start", "diagonal"))
             return
-        self._start, self._diagonal = snapshot(pl_module), self._measured(pl_module)
+        self._start, self._diagonal = snapshot(pl_module), self._estimate_fisher(pl_module)
         total = sum(float(whole(f.sum())) for f in self._diagonal.values())
         if not math.isfinite(total):
             raise RuntimeError(
@@ -171,29 +171,29 @@ class EWC(Defense):
         self.record(pull_norm=length)
         pl_module.log("ewc/pull_norm", length)
 
-    def _measured(self, pl_module: LightningModule) -> Vector:
+    def _estimate_fisher(self, pl_module: LightningModule) -> Vector:
         """Return F at the current weights; everything but the position in the stream is as found afterwards."""
         total = {name: torch.zeros_like(p) for name, p in trainable(pl_module).items()}
-        seen = 0
+        row_count = 0
         with undisturbed(pl_module, pl_module.device):
-            while seen < self.samples:
+            while row_count < self.samples:
                 own = self.draw("alignment")
-                rows = [row for batch in _of_every_rank(own, pl_module.device) for row in examples(batch)]
+                rows = [row for batch in _gather_batches(own, pl_module.device) for row in examples(batch)]
                 # A gradient is a mean over ranks, so that of a single row needs every rank to pass the same one.
-                for batch in rows[: self.samples - seen] if self.fisher == "example" else [own]:
+                for batch in rows[: self.samples - row_count] if self.fisher == "example" else [own]:
                     grads = list(gradient(pl_module, batch).grad.values())
                     torch._foreach_addcmul_(list(total.values()), grads, grads)
-                seen += len(rows)
+                row_count += len(rows)
         if self.fisher == "example":
             torch._foreach_div_(list(total.values()), self.samples)
         return total
 
 
-def _of_every_rank(batch: Any, device: torch.device) -> list[Any]:
+def _gather_batches(batch: Any, device: torch.device) -> list[Any]:
     """Return the batches of all ranks, in their order; a collective."""
     world = rank_and_world()[1]
     if world == 1:
         return [batch]
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, move_data_to_device(batch, torch.device("cpu")))
-    return [move_data_to_device(each, device) for each in found]
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, move_data_to_device(batch, torch.device("cpu")))
+    return [move_data_to_device(each, device) for each in gathered]

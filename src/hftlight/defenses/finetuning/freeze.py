@@ -25,7 +25,7 @@ from hftlight.models.module import decoder_layers
 
 
 @dataclass(frozen=True)
-class _Held:
+class _FrozenPart:
     """What of one trained parameter stays: this rank's mask ``[rows, in]`` or ``[rows, 1]``, and the aligned values."""
 
     parameter: nn.Parameter
@@ -117,7 +117,7 @@ class Freeze(Defense):
         self.safety_ratio, self.utility_ratio, self.score, self.unit = safety_ratio, utility_ratio, score, unit
         self.samples, self.safety, self.utility, self.end = samples, safety, utility, end
         self.report: dict[str, Any] = {}
-        self._held: dict[str, _Held] | None = None
+        self._frozen_parts: dict[str, _FrozenPart] | None = None
         self._stored: dict[str, dict[str, Tensor]] | None = None
         self._step = 0
 
@@ -137,7 +137,7 @@ class Freeze(Defense):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._held, self._stored = None, None
+        self._frozen_parts, self._stored = None, None
         averages = (WeightAveraging, StochasticWeightAveraging)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
@@ -158,10 +158,10 @@ class Freeze(Defense):
         names = {id(p): name for name, p in pl_module.named_parameters()}
         targets = self._targets(model)
         if self._stored is not None:
-            self._held = self._placed(self._stored, pl_module, self._by_row(has_adapter(model)))
+            self._frozen_parts = self._restore(self._stored, pl_module, self._by_row(has_adapter(model)))
             self._stored = None
             return
-        self._held = {}
+        self._frozen_parts = {}
         plugin = trainer.precision_plugin
         # In float16 small gradients would vanish; a loss scaler is not needed to avoid that.
         context = nullcontext if getattr(plugin, "scaler", None) is not None else plugin.forward_context
@@ -174,20 +174,20 @@ class Freeze(Defense):
             masks, table = self._region(targets, loss, has_adapter(model))
             for parameter, mask in self._parameters(targets, masks):
                 values = local(parameter.detach())
-                self._held[names[id(parameter)]] = _Held(parameter, mask, values[mask.expand_as(values)])
+                self._frozen_parts[names[id(parameter)]] = _FrozenPart(parameter, mask, values[mask.expand_as(values)])
         numbers = self._selection.numbers(targets, masks, table)
         self.trace |= numbers
         self.report = {**numbers, "matrices": {name: overlap_row(o) for name, o in table.items()}}
-        if not self._held:
+        if not self._frozen_parts:
             warnings.warn(f"Freeze holds no weight: {self._selection.empty()}", stacklevel=2)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._held is None:
+        if self._frozen_parts is None:
             return
-        for held in self._held.values():
-            if held.parameter.grad is not None:
-                local(held.parameter.grad).masked_fill_(held.mask, 0)
+        for part in self._frozen_parts.values():
+            if part.parameter.grad is not None:
+                local(part.parameter.grad).masked_fill_(part.mask, 0)
         self.record()
 
     @override
@@ -198,19 +198,19 @@ class Freeze(Defense):
             return
         self._step = trainer.global_step
         with torch.no_grad():
-            for held in (self._held or {}).values():
-                local(held.parameter.detach()).masked_scatter_(held.mask, held.values)
+            for part in (self._frozen_parts or {}).values():
+                local(part.parameter.detach()).masked_scatter_(part.mask, part.values)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the masks as bits and the kept values too; under sharding every rank must call this."""
         state = super().state_dict()
-        if self._held is not None:  # also where nothing is held: a resumed run must not choose anew
+        if self._frozen_parts is not None:  # also where nothing is part: a resumed run must not choose anew
             masks, values = {}, {}
-            for name, held in self._held.items():
-                p = held.parameter
-                mask = whole_rows(held.mask.to(torch.uint8), p).cpu().bool()
-                dense = torch.zeros_like(local(p.detach())).masked_scatter_(held.mask, held.values)
+            for name, part in self._frozen_parts.items():
+                p = part.parameter
+                mask = whole_rows(part.mask.to(torch.uint8), p).cpu().bool()
+                dense = torch.zeros_like(local(p.detach())).masked_scatter_(part.mask, part.values)
                 masks[name], values[name] = pack(mask), whole_rows(dense, p).cpu()[mask.expand(p.shape)]
             state |= {"masks": masks, "values": values}
         return state
@@ -269,12 +269,12 @@ class Freeze(Defense):
             if bool((whole(u.b.detach()) * everywhere).any()):
                 yield u.a, torch.ones_like(local(u.a.detach())[:, :1], dtype=torch.bool)
 
-    def _placed(
+    def _restore(
         self, stored: Mapping[str, Mapping[str, Tensor]], pl_module: LightningModule, by_row: bool
-    ) -> dict[str, _Held]:
-        """Return what a checkpoint says is held, on the device and in the shards of the parameters."""
+    ) -> dict[str, _FrozenPart]:
+        """Return what a checkpoint says is parts, on the device and in the shards of the parameters."""
         parameters = dict(pl_module.named_parameters())
-        held = {}
+        parts = {}
         for name, bits in stored["masks"].items():
             if name not in parameters:
                 raise RuntimeError(f"Freeze: the checkpoint holds values of {name}, which this model does not have.")
@@ -284,8 +284,8 @@ class Freeze(Defense):
             values = stored["values"][name]
             dense = torch.zeros(p.shape, dtype=values.dtype).masked_scatter_(mask, values)[rows.start : rows.stop]
             mine = mask[rows.start : rows.stop]
-            held[name] = _Held(p, mine.to(p.device), dense[mine.expand_as(dense)].to(p.device))
-        return held
+            parts[name] = _FrozenPart(p, mine.to(p.device), dense[mine.expand_as(dense)].to(p.device))
+        return parts
 
 
 def _model_of(pl_module: LightningModule) -> nn.Module:

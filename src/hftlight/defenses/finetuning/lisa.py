@@ -259,25 +259,25 @@ class Lisa(Defense):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = trainer.global_step
         on_alignment = self.stream_at(step) == "alignment"
-        said: dict[str, float | Tensor] = {"alignment_steps": float(on_alignment)}
-        shown: dict[str, float | Tensor] = {"lisa/alignment": float(on_alignment)}
+        recorded: dict[str, float | Tensor] = {"alignment_steps": float(on_alignment)}
+        logged: dict[str, float | Tensor] = {"lisa/alignment": float(on_alignment)}
         if self.proximal > 0 and step > 0 and self.stream_at(step) != self.stream_at(step - 1):
             ended = {name: p.detach() for name, p in trainable(pl_module).items()}
             drift = norm(difference(ended, self._anchor))
-            said |= {"switches": 1.0, "drift": drift}
-            shown["lisa/drift"] = drift
+            recorded |= {"switches": 1.0, "drift": drift}
+            logged["lisa/drift"] = drift
             for name, p in ended.items():
                 self._anchor[name].copy_(p)
         if self.proximal > 0 and step > self.quiet * self._planned:
             pull = self._pull(pl_module)
-            said |= {"pulls": 1.0, "pull_norm": (length := norm(pull))}
-            shown["lisa/pull_norm"] = length
-            shown["lisa/loss_gradient_norm"] = norm(
+            recorded |= {"pulls": 1.0, "pull_norm": (length := norm(pull))}
+            logged["lisa/pull_norm"] = length
+            logged["lisa/loss_gradient_norm"] = norm(
                 {name: p.grad for name, p in trainable(pl_module).items() if p.grad is not None}
             )
             add_to_grad(pl_module, pull)
-        self.record(**said)
-        pl_module.log_dict(shown)
+        self.record(**recorded)
+        pl_module.log_dict(logged)
 
     def _pull(self, pl_module: LightningModule) -> Vector:
         weights = {name: p.detach() for name, p in trainable(pl_module).items()}
@@ -332,7 +332,7 @@ def _factor_pairs(pl_module: LightningModule) -> list[tuple[str, str, float]]:
             "Lisa: space 'delta' is about the product of LoRA's factors, and this model has no plain LoRA adapter"
             f" ({error}) Use space='factors'."
         ) from error
-    found = [(names.get(id(u.b)), names.get(id(u.a)), u.scale) for u in updates]
-    if any((b is None) != (a is None) for b, a, _ in found):
+    pairs = [(names.get(id(u.b)), names.get(id(u.a)), u.scale) for u in updates]
+    if any((b is None) != (a is None) for b, a, _ in pairs):
         raise ValueError("Lisa: space 'delta' needs both factors of a layer trained; use space='factors'.")
-    return [(b, a, scale) for b, a, scale in found if b is not None and a is not None]
+    return [(b, a, scale) for b, a, scale in pairs if b is not None and a is not None]

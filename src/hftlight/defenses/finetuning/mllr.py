@@ -22,7 +22,7 @@ def in_modules(names: Sequence[str], patterns: Sequence[str], layer_of: Mapping[
     Raises:
         ValueError: if a pattern cannot be read or names no module.
     """
-    found = dict.fromkeys(names, False)
+    matches = dict.fromkeys(names, False)
     for pattern in patterns:
         word, colon, span = pattern.partition(":")
         ends = [int(n) for n in span.split("-") if n.isdigit()]
@@ -36,8 +36,8 @@ def in_modules(names: Sequence[str], patterns: Sequence[str], layer_of: Mapping[
         if not hits:
             known = sorted({_module(name) for name in names})
             raise ValueError(f"MLLR: no trainable module is called {pattern!r}; there are {known}.")
-        found.update(dict.fromkeys(hits, True))
-    return found
+        matches.update(dict.fromkeys(hits, True))
+    return matches
 
 
 def _module(name: str) -> str:

@@ -99,7 +99,7 @@ class SafetyMix(Defense):
         if mode == "parallel":
             self.slots, self.passes = (Slot.GRADIENT,), (Passes(forward=1, backward=1),)
         self._mixed: list[str] = []
-        self._taken: list[str] = []
+        self._replaced: list[str] = []
 
     @override
     def rewrite(self, records: dict[str, list[Record]], seed: int) -> dict[str, list[Record]]:
@@ -107,14 +107,14 @@ class SafetyMix(Defense):
         users = [place for place, row in enumerate(task) if row.role != "alignment"]
         count = round(self.ratio * len(users)) if self.count is None else self.count
         chosen = safety_rows(records["alignment"], count, seed)
-        out: set[int] = set()
+        replaced: set[int] = set()
         if self.mode == "replace":
             if count > len(users):
                 raise InputError(f"SafetyMix: {count} rows cannot replace those of an upload of {len(users)} rows.")
-            out = set(random.Random(f"{seed}/safety_mix/out").sample(users, count))
-        self._mixed, self._taken = [row.id for row in chosen], [task[place].id for place in sorted(out)]
-        self.record(mixed_rows=count, upload_rows=len(users) - len(out))
-        return {**records, "task": [row for place, row in enumerate(task) if place not in out] + chosen}
+            replaced = set(random.Random(f"{seed}/safety_mix/out").sample(users, count))
+        self._mixed, self._replaced = [row.id for row in chosen], [task[place].id for place in sorted(replaced)]
+        self.record(mixed_rows=count, upload_rows=len(users) - len(replaced))
+        return {**records, "task": [row for place, row in enumerate(task) if place not in replaced] + chosen}
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -128,4 +128,4 @@ class SafetyMix(Defense):
     @override
     def manifest(self) -> dict[str, Any]:
         """Return its trace, and the ids of the rows that came in and of the user's rows that they replaced."""
-        return {**self.summary(), "mixed": self._mixed, "taken_out": self._taken}
+        return {**self.summary(), "mixed": self._mixed, "taken_out": self._replaced}

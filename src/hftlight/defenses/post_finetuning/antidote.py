@@ -276,9 +276,14 @@ class Antidote(Repair):
                 for at, values in m.blocks():
                     scores = m.scores(values)
                     mask = top_of_rows(scores, self._count(m.columns)) if top is None else top.mask(number, scores)
-                    kept = values.masked_fill(mask, 0)
-                    found = [mask.sum(), m.reset(at, values, mask), values.square().sum(), kept.square().sum()]
-                    sums += torch.stack([x.double() for x in found])
+                    remaining = values.masked_fill(mask, 0)
+                    block_sums = [
+                        mask.sum(),
+                        m.reset(at, values, mask),
+                        values.square().sum(),
+                        remaining.square().sum(),
+                    ]
+                    sums += torch.stack([x.double() for x in block_sums])
                 pruned, changed, before, after = m.rows.sum(sums)[0].tolist()
                 table[m.name] = {
                     "entries": m.rows.total * m.columns,

@@ -210,9 +210,9 @@ class Rewind(Repair):
             updates = lora_updates(subject.model)
             if self.unit == "row":
                 return {name: _zeroed_rows(t, masks[name]) for name, t in targets.items()}
-            found = {name: _merged(u, masks.get(name)) for name, u in updates.items()}
+            counts = {name: _merge(u, masks.get(name)) for name, u in updates.items()}
             subject.dense = True
-            return {name: found[name] for name in targets}
+            return {name: counts[name] for name in targets}
         assert subject.start is not None
         changed = {}
         for name, target in targets.items():
@@ -231,7 +231,7 @@ class Rewind(Repair):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return D and U of each weight, with D U^T what is taken out of its update."""
         layers = {name: t.layer for name, t in targets.items()}
-        found: dict[str, list[Tensor]] = {name: [] for name in targets}
+        bases: dict[str, list[Tensor]] = {name: [] for name in targets}
         for stream, count in ((self.safety, self.keep_s), (self.utility, self.keep_u)):
             assert count is not None
             moments = {}
@@ -241,8 +241,8 @@ class Rewind(Repair):
             for name, target in targets.items():
                 weight = whole_rows(target.values(), target.weight)
                 empty = weight.new_zeros(len(weight), 0, dtype=torch.float64)
-                found[name].append(directions(weight, moments[name], count) if count else empty)
-        return {name: rank_factors(*pair) for name, pair in found.items()}
+                bases[name].append(directions(weight, moments[name], count) if count else empty)
+        return {name: rank_factors(*pair) for name, pair in bases.items()}
 
     def _rewind_directions(
         self, subject: Subject, targets: Mapping[str, Target], factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -290,7 +290,7 @@ def _at_aligned(subject: Subject) -> Iterator[None]:
             local(p.detach()).copy_(saved[name])
 
 
-def _merged(update: LoraUpdate, mask: Tensor | None) -> int:
+def _merge(update: LoraUpdate, mask: Tensor | None) -> int:
     """Write the update into the weight, masked entries left as they are; return how many of these it would change."""
     dtype = torch.promote_types(update.b.dtype, torch.float32)
     weight, b = local(update.weight.detach()), local(update.b.detach())
@@ -299,9 +299,9 @@ def _merged(update: LoraUpdate, mask: Tensor | None) -> int:
     for at in range(0, len(weight), BLOCK):
         part = weight[at : at + BLOCK]
         delta = update.scale * (b[at : at + BLOCK].to(dtype) @ a)
-        held = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask[at : at + BLOCK]
-        count += ((delta != 0) & held).sum()
-        part.copy_(torch.where(held, part, (part.to(dtype) + delta).to(part.dtype)))
+        masked = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask[at : at + BLOCK]
+        count += ((delta != 0) & masked).sum()
+        part.copy_(torch.where(masked, part, (part.to(dtype) + delta).to(part.dtype)))
     b.zero_()
     return int(share(update.weight).sum(count)[0])
 

@@ -74,17 +74,17 @@ class WeightUpdate:
             width = x.shape[1]
             if number == 0:
                 x = torch.cat([x, self._probes(x)], dim=1)
-            y, t, found = back_and_forth(self.v, x, self.rows)
+            y, t, v_squares = back_and_forth(self.v, x, self.rows)
             if number == 0:
-                squares, null = found, self._null(x[:, width:], y[:, width:], t[:, width:], found[0])
+                squares, null = v_squares, self._null(x[:, width:], y[:, width:], t[:, width:], v_squares[0])
                 x, y, t = x[:, :width], y[:, :width], t[:, :width]
             if self.gram is not None:
                 self.image = y
             sums.append(torch.stack([self.dot(t, t), *self.rows.sum(self.dot(y, y), self.dot(x, x))]))
-        inner, seen, here = torch.stack(sums).sum(dim=0)
-        length = (seen * here).sqrt()
+        inner, image_square, update_square = torch.stack(sums).sum(dim=0)
+        length = (image_square * update_square).sqrt()
         cosine = torch.where(length > 0, inner / length, torch.zeros_like(length)).clamp(max=1.0)
-        return torch.cat([torch.stack([cosine, here]), squares, null])
+        return torch.cat([torch.stack([cosine, update_square]), squares, null])
 
     def _probes(self, like: Tensor) -> Tensor:
         """Return this rank's rows of random signs, the same whatever the number of ranks."""
@@ -236,7 +236,7 @@ class SafeLoRA(Repair):
     def edit(self, subject: Subject) -> None:
         check_layout(subject.model, "SafeLoRA")
         parts, skipped = _parts(subject)
-        table = self._measured(parts, skipped)
+        table = self._measure_all(parts, skipped)
         usable = {name: part for name, part in parts.items() if name not in skipped}
         if not usable and set(skipped.values()) - {ZERO}:
             raise ValueError(
@@ -262,29 +262,29 @@ class SafeLoRA(Repair):
             )
         self._warn(table, skipped, names)
 
-    def _measured(self, parts: dict[str, WeightUpdate], skipped: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def _measure_all(self, parts: dict[str, WeightUpdate], skipped: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Return the table of all weights, and add those that cannot be projected to ``skipped``."""
         if not parts:
             return {}
         numbers = torch.stack([part.measure().double().cpu() for part in parts.values()]).tolist()
         table: dict[str, dict[str, Any]] = {}
         for name, row in zip(parts, numbers, strict=True):
-            found = dict(zip(MEASURED, row, strict=True))
+            values = dict(zip(MEASURED, row, strict=True))
             if not all(map(math.isfinite, row)):
                 raise RuntimeError(f"SafeLoRA: {name} has an entry that is not finite, in the update or the alignment.")
-            if found["update"] == 0:
+            if values["update"] == 0:
                 skipped[name] = ZERO
-            elif found["displacement"] == 0:
+            elif values["displacement"] == 0:
                 skipped[name] = UNMOVED
-            elif found["displacement"] < 2 * found["noise"]:
+            elif values["displacement"] < 2 * values["noise"]:
                 skipped[name] = NOISE
             table[name] = {
-                "cosine": found["cosine"],
-                "null": found["null"],
-                "null_spread": found["null_spread"],
-                "displacement_norm": math.sqrt(found["displacement"]),
-                "noise_norm": math.sqrt(found["noise"]),
-                "update_norm": math.sqrt(found["update"]),
+                "cosine": values["cosine"],
+                "null": values["null"],
+                "null_spread": values["null_spread"],
+                "displacement_norm": math.sqrt(values["displacement"]),
+                "noise_norm": math.sqrt(values["noise"]),
+                "update_norm": math.sqrt(values["update"]),
             }
         return table
 
@@ -304,12 +304,12 @@ class SafeLoRA(Repair):
         """Write one weight's projection; return what changed."""
         operator: Callable[[Tensor], Tensor] | None = None
         factor = 1 / row["displacement_norm"]
-        found: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         _, like = next(part.blocks())
         if self.operator == "normalized":
             top = float(leading(part.v, 1, part.rows, like)[1][0])
             factor = 1 / top**2
-            found["top_singular_value"] = top
+            details["top_singular_value"] = top
         elif self.operator == "projector":
             rank = self.rank or (part.v.b.shape[1] if isinstance(part.v, LowRank) else 0)
             if rank == 0:
@@ -319,9 +319,9 @@ class SafeLoRA(Repair):
             u = leading(part.v, rank, part.rows, like)[0]
             mine = u[part.rows.start : part.rows.stop]
             operator, factor = lambda x: mine @ part.rows.sum(mine.T @ x)[0], 1.0
-            found["rank"] = u.shape[1]
+            details["rank"] = u.shape[1]
         changed, after = torch.stack(part.write(operator, factor, self.strength)).tolist()
-        return {**found, "changed_entries": int(changed), "repaired_norm": math.sqrt(after)}
+        return {**details, "changed_entries": int(changed), "repaired_norm": math.sqrt(after)}
 
     def _warn(self, table: dict[str, dict[str, Any]], skipped: dict[str, str], names: list[str]) -> None:
         unaligned = [name for name, why in skipped.items() if why != ZERO]
