@@ -192,10 +192,10 @@ class SafeLoRA(Repair):
         the official code. It divides by the first power of the Frobenius norm.
     Differs: the default projects 15 % of the weights (paper: threshold 0.35 for Llama-2; official code: the 10 lowest).
         Weights are paired by name and chosen by the type of their layer. Never more weights are projected than
-        requested. The cosine is not rounded to five decimals. A zero update is skipped. A weight that the
-        alignment did not move is skipped with a warning. A move below the rounding of the stored weights counts as
-        none. The paper's "exact" operator :math:`V (V^T V)^{-1} V^T` is the identity wherever V has full row rank. It is
-        not offered; ``"projector"`` is.
+        requested. The cosine is not rounded to five decimals. A zero update is skipped. A weight that the alignment did
+        not move is skipped with a warning. A move below the rounding of the stored weights counts as none. The paper's
+        "exact" operator :math:`V (V^T V)^{-1} V^T` is the identity wherever V has full row rank. It is not offered;
+        ``"projector"`` is.
     """
 
     needs = ("aligned", "base")
