@@ -51,7 +51,7 @@ class Freeze(Defense):
 
     with the mean loss :math:`\ell_n` of example n in nats per response token, and inputs x at response tokens. While
     the user's data trains the model, the gradient of M is set to zero. Weight decay and momentum move even a weight
-    whose gradient is zero, so every step ends by restoring the values of M bit for bit. The other weights adapt to M.
+    whose gradient is zero. Every step therefore restores the values of M bit for bit. The other weights adapt to M.
 
     Under LoRA single entries of B A cannot be frozen by freezing entries of B and A. Instead whole rows of a weight,
     chosen by the sum of their scores, are frozen through B's rows. If these rows of B are not zero at the start (an
@@ -269,7 +269,7 @@ class Freeze(Defense):
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each trained parameter with frozen entries, and this rank's mask of it.
 
-        The collectives in the loop run for every target on every rank, so that no rank waits for another.
+        The loop contains collectives, so every rank takes the same branches: they depend on sums over all ranks.
         """
         for name, target in targets.items():
             mask, u = masks[name], target.update

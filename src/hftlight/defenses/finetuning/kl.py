@@ -73,8 +73,8 @@ def _some_rows(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class KL(Defense):
     r"""Add the divergence from the aligned model's predictions to the user's loss.
 
-    Let f be the user's loss, :math:`p_t` the model's next-token distribution and :math:`q_t` that of the aligned model,
-    at the T response tokens of a micro-batch. Training minimizes
+    Let f be the user's loss. At the T response tokens of a micro-batch, let :math:`p_t` be the model's next-token
+    distribution and :math:`q_t` that of the aligned model. Training minimizes
 
     .. math:: f(w) + \lambda \frac{1}{T} \sum_t \mathrm{KL}(q_t \| p_t)
 
@@ -95,10 +95,10 @@ class KL(Defense):
     logits at all positions.
     Source: the KL baseline of Huang et al., "Vaccine", NeurIPS 2024, arXiv:2402.01109: lambda 1e-3 in the paper, 0.1 in
     its script. The preset "repo" repeats the script with the axis of its code.
-    Differs: the divergence is a mean over response tokens and sums over the vocabulary, not over the sequence axis.
+    Differs: the divergence is taken over the vocabulary, not over the sequence axis, and averaged over response tokens.
     Under StreamsDataModule(average="window") the mean runs over the tokens of an optimizer step. The official teacher
-    runs in training mode, with dropout; here it does not. Weights are not swapped in and out. Instead the adapter is
-    switched off to give the aligned model, wherever that is exact.
+    runs in training mode, with dropout; here it does not. Weights are not swapped in and out. Instead the aligned model
+    is the model with its adapter switched off, wherever that is exact.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.LOSS,)
@@ -146,7 +146,7 @@ class KL(Defense):
         """Return the divergence that the official code adds: softmax over positions, mean over rows."""
         if self._trainer is None:
             raise RuntimeError(
-                "KL: axis='sequence' needs the model's output layer, which is available only while a Trainer is fitting."
+                "KL: axis='sequence' needs the model's output layer, which is available only while a Trainer fits."
             )
         # The taps give hidden states at all positions; forward.logits has response positions only.
         module: Any = self._trainer.lightning_module

@@ -44,7 +44,7 @@ def summed_distance(features: Tensor, reference: Tensor, mask: Tensor) -> Tensor
 
 
 def _counted(features: Tensor, reference: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in float32 or wider, with zeros where the mask is 0, since padding may hold NaN."""
+    """Return both in float32 or wider, with zeros where the mask is 0, since padding may hold any value."""
     dtype, out = torch.promote_types(features.dtype, torch.float32), ~mask.bool().unsqueeze(-1)
     return features.to(dtype).masked_fill(out, 0.0), reference.to(dtype).masked_fill(out, 0.0)
 
@@ -57,8 +57,8 @@ def quarters(depth: int) -> list[int]:
 class LDIFS(Defense):
     r"""Penalize how far hidden features move from the aligned model's, on the user's own inputs.
 
-    Let f be the user's loss, :math:`h_{l,t}` the features at chosen layers l of the real tokens t of a micro-batch, and
-    :math:`h^0` the aligned model's features. The tokens include prompts, and exclude rows that a defense added. With
+    Let f be the user's loss. Let :math:`h_{l,t}` be the features of real token t at a chosen layer l, and :math:`h^0`
+    those of the aligned model. The tokens of a micro-batch include prompts, and exclude rows that a defense added. With
     :math:`n(h) = h / \|h\|_2`, training minimizes
 
     .. math:: f(w) + \lambda\, \mathrm{mean}_{l}\, \mathrm{mean}_{t, d} \big(n(h_{l,t}) - n(h^0_{l,t})\big)^2_d

@@ -82,7 +82,7 @@ class MLLR(Defense):
 
     @override
     def build(self, module: SafetyModule) -> None:
-        # Names in the module may carry a wrapper's prefix, so layers are matched by the parameter object.
+        # Layers are matched by the parameter object, since names within a layer lack the module's prefix.
         of_tensor = {id(p): i for i, layer in enumerate(decoder_layers(module.model)) for p in layer.parameters()}
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         layer_of = {name: of_tensor[id(p)] for name, p in named.items() if id(p) in of_tensor}
