@@ -250,7 +250,7 @@ class SafeLoRA(Repair):
         self.check_model(model)
         if self.aligned is None and not all(u.weight.is_floating_point() for u in updates.values()):
             raise ValueError(
-                "SafeLoRA: the weights under the adapter are quantized; set aligned=... to the folder of the aligned"
+                "SafeLoRA: the weights under the adapter are quantized; give aligned=..., the folder of the aligned"
                 " model that they were loaded from."
             )
 
