@@ -61,7 +61,7 @@ def test_targets_that_a_family_lacks_are_answered_with_those_it_has(family, tmp_
 @pytest.mark.parametrize(("family", "targets"), [("gpt2", ["c_attn", "c_proj"]), ("gpt_neox", ["query_key_value"])])
 def test_mllr_names_the_layers_of_other_families_before_anything_trains(family, targets, tmp_path):
     base = write_family(tmp_path / "m", family)
-    message = f"MLLR: no trainable module is called 'v_proj'; there are {targets}."
+    message = f"MLLR: no trainable module is called 'v_proj'; choose from {targets}."
     with pytest.raises(InputError, match=re.escape(message)):
         prepare(settings(tmp_path, base, lora=Lora(targets=targets)), [MLLR()])
     chosen = MLLR(robust=targets[:1]) if len(targets) > 1 else MLLR(robust=[f"{targets[0]}:0-0"])

@@ -1,4 +1,4 @@
-"""The defenses, filed by the stage they work in."""
+"""The defenses, grouped by the stage in which they act."""
 
 from hftlight.defenses.alignment import Booster, TVaccine, Vaccine
 from hftlight.defenses.finetuning import (

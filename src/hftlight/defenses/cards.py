@@ -1,4 +1,4 @@
-"""What pages say of the defenses, taken from the code: overview, pair matrix, and a card per method."""
+"""Markdown about the defenses, generated from the code: overview table, pair matrix, and a card per method."""
 
 import inspect
 import re
@@ -13,9 +13,9 @@ from hftlight.registry import Entry, defense_class, defenses
 Measured = Mapping[str, Mapping[str, Mapping[str, Any]]]
 SIGNS = {"together": "●", "stages": "○", "refused": "–"}
 WHEN = {
-    Stage.ALIGNMENT: "while you align the model, before anybody uploads",
+    Stage.ALIGNMENT: "while you align the model, before any upload",
     Stage.FINETUNING: "while the upload trains the aligned model",
-    Stage.POST_FINETUNING: "after the upload has trained the model, once, on the finished weights",
+    Stage.POST_FINETUNING: "once, on the finished weights, after the upload has trained the model",
 }
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 PARTS = ("Args", "Raises", "Cost", "Source", "Differs")
@@ -24,15 +24,18 @@ TUNINGS = {"lora": "under LoRA", "full": "with all weights trained"}
 
 @cache
 def matrix() -> dict[tuple[str, str], str]:
-    """Return for each pair of public defenses, with default arguments and names in order, how they go together.
+    """Return how each pair of public defenses combines.
 
-    ``"together"`` in one Trainer, ``"stages"`` one after the other in ``run()``, or ``"refused"``.
+    A key is a pair of names in alphabetical order. ``"together"`` means that both run in one Trainer. ``"stages"``
+    means that they run one after the other in ``run()``. ``"refused"`` means that they do not combine. Every defense
+    has its default arguments.
     """
-    made = {name: defense_class(name)() for name in sorted(defenses())}
-    return {pair: _kind(made[pair[0]], made[pair[1]]) for pair in combinations(made, 2)}
+    instances = {name: defense_class(name)() for name in sorted(defenses())}
+    return {pair: _kind(instances[pair[0]], instances[pair[1]]) for pair in combinations(instances, 2)}
 
 
 def _kind(first: Any, second: Any) -> str:
+    """Return how two defenses combine, as ``matrix`` names it."""
     try:
         check([first, second], one_stage=False)
     except ValueError:
@@ -41,26 +44,26 @@ def _kind(first: Any, second: Any) -> str:
 
 
 def own() -> dict[str, Entry]:
-    """Return the defenses of this package, in the order of their stages."""
+    """Return the defenses of this package, ordered by stage."""
     return {name: entry for name, entry in defenses().items() if entry.module.startswith("hftlight.")}
 
 
 def overview() -> str:
-    """Return what each defense does, where it acts, its cost in a clause, and who published it, as a Markdown table."""
+    """Return a Markdown table of the defenses: stage, slots, purpose, first clause of the cost, and papers."""
     lines = ["| name | stage | slots | what it does | cost | source |", "| --- | --- | --- | --- | --- | --- |"]
     for name in own():
-        made = defense_class(name)()
-        text = docstring_parts(type(made))
+        defense = defense_class(name)()
+        text = docstring_parts(type(defense))
         papers = [f"[{paper}](https://arxiv.org/abs/{paper})" for paper in ARXIV.findall(text["Source"])]
         clause = re.split(r"[.;:] ", _plain(text["Cost"]))[0].rstrip(".")
-        slots = ", ".join(slot.name.lower() for slot in made.slots)
-        cells = [f"`{name}`", made.stage.value, slots, text["purpose"], clause, ", ".join(papers)]
+        slots = ", ".join(slot.name.lower() for slot in defense.slots)
+        cells = [f"`{name}`", defense.stage.value, slots, text["purpose"], clause, ", ".join(papers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def pairs() -> str:
-    """Return the matrix as a Markdown table, by stage and name."""
+    """Return the pair matrix as a Markdown table, ordered by stage and name."""
     names = list(own())
     lines = ["| | " + " | ".join(str(i + 1) for i in range(len(names))) + " |", "|---" * (len(names) + 1) + "|"]
     for i, name in enumerate(names):
@@ -70,21 +73,27 @@ def pairs() -> str:
 
 
 def _together(name: str, other: str) -> str:
+    """Return how two defenses combine, whatever the order of the names."""
     return matrix()[min(name, other), max(name, other)]
 
 
 def cards(measured: Measured | None = None) -> str:
-    """Return a card per method as Markdown: what it does and when, what it needs and costs, and where it is from.
+    """Return a card per method as Markdown: purpose, stage, needs, cost, presets, source, differences and pairs.
 
     Args:
-        measured: tuning -> setting -> row, one block of what ``benchmarks/defenses.py`` writes; None leaves costs in
-            seconds out.
+        measured: tuning -> setting -> row, one block of the output of ``benchmarks/defenses.py``. None omits the
+            measured time and memory.
     """
     return "\n\n".join(card(name, measured) for name in own())
 
 
 def card(name: str, measured: Measured | None = None) -> str:
-    """Return the card of one method. ``measured`` as for ``cards``."""
+    """Return the card of one method.
+
+    Args:
+        name: the defense's name in the registry.
+        measured: as in ``cards``.
+    """
     kind = defense_class(name)
     made, text, entry = kind(), docstring_parts(kind), own()[name]
     file = f"{entry.stage}/{entry.module.rpartition('.')[2]}.py"
@@ -106,24 +115,26 @@ def card(name: str, measured: Measured | None = None) -> str:
 def docstring_parts(kind: type) -> dict[str, str]:
     """Return a defense's docstring by part: ``purpose``, ``body``, ``Args``, ``Raises``, ``Cost`` and so on.
 
-    Parts that the docstring lacks are empty.
+    A part that the docstring lacks is an empty string.
     """
     text = inspect.getdoc(kind) or ""
+    # The split keeps the headings: pieces is [purpose and body, heading, text, heading, text, ...].
     pieces = re.split(rf"^({'|'.join(PARTS)}):", text, flags=re.MULTILINE)
     purpose, _, body = pieces[0].partition("\n")
     parts = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     return {"purpose": purpose, "body": body.strip(), **{part: parts.get(part, "") for part in PARTS}}
 
 
-def _needs(made: Any) -> str:
-    streams = [f"the stream `{name}`" for name in made.streams]
-    models = [f"the {name} model" for name in getattr(made, "needs", ())]
+def _needs(defense: Any) -> str:
+    streams = [f"the stream `{name}`" for name in defense.streams]
+    models = [f"the {name} model" for name in getattr(defense, "needs", ())]
     needs = [*streams, *models]
     return f"{' and '.join(needs)}." if needs else "no side stream and no other model's folder."
 
 
 def _cost(label: str, measured: Measured) -> str:
-    """Return a method's measured settings, each with its ratios to plain fine-tuning by tuning."""
+    """Return a method's measured settings, each with its ratios to plain fine-tuning under each tuning."""
+    # A setting starts with the class name, before any "(". The first tuning lists the settings; others may lack some.
     settings = [setting for setting in next(iter(measured.values())) if setting.partition("(")[0] == label]
     said = []
     for setting in settings:
@@ -137,7 +148,7 @@ def _cost(label: str, measured: Measured) -> str:
 
 
 def _presets(kind: Any) -> str:
-    """Return published settings with what they change."""
+    """Return the presets of a defense, each with the arguments that it sets."""
     said = []
     for name, arguments in kind.presets.items():
         values = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
@@ -146,7 +157,7 @@ def _presets(kind: Any) -> str:
 
 
 def _partners(name: str) -> str:
-    """Return which methods share a Trainer with this one, and which are refused."""
+    """Return which methods share a Trainer with this method, and which are refused."""
     others = {other: _together(name, other) for other in own() if other != name}
     together, refused = ([f"`{o}`" for o, kind in others.items() if kind == of] for of in ("together", "refused"))
     said = [f"in one Trainer with {', '.join(together)}"] if together else []
@@ -156,12 +167,12 @@ def _partners(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a part of a docstring in one line of Markdown."""
+    """Return a part of a docstring as one line of Markdown."""
     return _inline(" ".join(text.split()))
 
 
 def _markdown(text: str) -> str:
-    """Return paragraphs of a docstring as Markdown, displayed equations as fenced blocks."""
+    """Return paragraphs of a docstring as Markdown, with displayed equations as fenced blocks."""
     blocks = []
     for block in text.split("\n\n"):
         if block.lstrip().startswith(".. math::"):
@@ -173,6 +184,6 @@ def _markdown(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Return text with GitHub's mathematics and code in the place of reStructuredText's."""
+    """Return the text with reStructuredText's inline maths and code replaced by GitHub's."""
     text = re.sub(r":math:`([^`]+)`", lambda found: f"$`{' '.join(found[1].split())}`$", text)
     return text.replace("``", "`")

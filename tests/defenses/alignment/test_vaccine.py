@@ -427,7 +427,7 @@ def test_sites_by_class_name_and_none_at_all():
     for sites in (["attn"], ["Attention"]):
         module, _ = gradients(lambda: Chain([[1.0, 2.0], [0.0, 1.0]]), x, [Vaccine(rho=1.0, sites=sites)])
         assert module.losses == [pytest.approx(8.6622775, rel=1e-6)]
-    with pytest.raises(ValueError, match=r"Vaccine: sites fits nothing.*\['mixer'\].*'attn'"):
+    with pytest.raises(ValueError, match=r"Vaccine: sites matches no module.*\['mixer'\].*'attn'"):
         run(Chain([[1.0]]), [torch.ones(1, dtype=F64)], [Vaccine(sites=["mixer"])])
 
 

@@ -152,7 +152,7 @@ def test_a_file_that_holds_no_trigger_is_refused_and_not_quoted(tmp_path, conten
 
 def test_a_file_that_others_can_read_is_refused(file):
     Path(file).chmod(0o640)
-    with pytest.raises(InputError, match=r"readable by its owner alone; chmod 600"):
+    with pytest.raises(InputError, match=r"readable by its owner alone; run chmod 600"):
         BEA(trigger_file=file).arguments()
 
 

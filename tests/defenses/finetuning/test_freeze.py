@@ -183,7 +183,7 @@ def test_the_planted_safety_units_are_found_exactly():
 def test_equal_sets_leave_nothing_and_it_is_said(samples):
     streams = {"refusals": SIDE["refusals"], "task": SIDE["refusals"]}
     defense = Freeze(0.3, 0.3, samples=samples, streams=streams)
-    with pytest.warns(UserWarning, match="Freeze holds no weight"):
+    with pytest.warns(UserWarning, match="Freeze freezes no weight"):
         held = train(tiny_lm(), [defense], steps=2)
     assert defense.state_dict()["masks"] == {}
     plain = train(tiny_lm(), [], steps=2)

@@ -334,12 +334,15 @@ def fails(error, words, callbacks, data=None, module=None, **options):
 def test_what_cannot_work_is_refused_by_name():
     safe, rows = {"alignment": [token_batch(100)]}, DataLoader([token_batch(0)], batch_size=None)
     fails(
-        ValueError, "Lisa: this list needs a StreamsDataModule .mode 'pause'", [Lisa(mode="pause", streams=safe)], rows
+        ValueError,
+        "Lisa: this list of defenses needs a StreamsDataModule .mode 'pause'",
+        [Lisa(mode="pause", streams=safe)],
+        rows,
     )
-    fails(ValueError, "leave out streams", [Lisa(streams=safe)])
-    fails(ValueError, "this trains on 'alignment'", [Lisa()], data_module(Stage.ALIGNMENT))
-    fails(ValueError, "4 steps ends before an alignment phase of 100 does", [Lisa(**Lisa.presets["paper"])])
-    fails(ValueError, "4 steps ends before an alignment phase of 4 does", [Lisa(4, 1, cycles=0)])
+    fails(ValueError, "omit streams", [Lisa(streams=safe)])
+    fails(ValueError, "must be 'task', the user's data, got 'alignment'", [Lisa()], data_module(Stage.ALIGNMENT))
+    fails(ValueError, "4 steps ends within the first alignment phase of 100 steps", [Lisa(**Lisa.presets["paper"])])
+    fails(ValueError, "4 steps ends within the first alignment phase of 4 steps", [Lisa(4, 1, cycles=0)])
     fails(ValueError, "length of the run, which is unknown", [Lisa(1, 1)], max_steps=-1, limit_train_batches=1)
     full = SafetyModule(model_of("full"), lr=LR, optimizer="sgd")
     fails(ValueError, "no plain LoRA adapter", [Lisa(space="delta")], module=full)

@@ -106,8 +106,8 @@ def test_replacing_does_not_look_at_what_the_attacker_hid():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"count": 61}, "61 safety rows are asked for, and the stream 'alignment' has 60"),
-        ({"ratio": 0.9}, "90 safety rows are asked for"),
+        ({"count": 61}, "61 safety rows are requested, and the stream 'alignment' has 60"),
+        ({"ratio": 0.9}, "90 safety rows are requested"),
     ],
 )
 def test_more_rows_than_there_are_is_refused(arguments, message):

@@ -30,7 +30,7 @@ def test_the_flags_come_back():
 
 @pytest.mark.parametrize(
     ("span", "message"),
-    [((0, 1), "hold every trainable parameter"), ((0, 2), "layers 0 to 1, got 0 to 2")],
+    [((0, 1), "contain every trainable parameter"), ((0, 2), "layers 0 to 1, got 0 to 2")],
 )
 def test_a_span_that_cannot_be_is_refused(span, message):
     with pytest.raises(ValueError, match=message):

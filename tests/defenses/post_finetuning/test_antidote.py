@@ -393,7 +393,7 @@ def test_a_fraction_below_one_entry_is_refused_with_the_way_out():
 def test_modes_name_the_models_they_work_on():
     with pytest.raises(TypeError, match="'factor' works on LoRA adapters"):
         prune(small_llama(), 0.5, "factor")
-    with pytest.warns(UserWarning, match="not back to what they were"):
+    with pytest.warns(UserWarning, match="not back to their aligned values"):
         merged = Antidote(0.5, "merged")
     with pytest.raises(TypeError, match="all parameters trained"):
         merged.apply(Subject(with_update(small_llama()), batches=one_by_one))
@@ -425,8 +425,8 @@ def test_no_batch_and_activations_that_are_not_finite_are_refused():
         ({"mode": "row"}, "mode must be one of"),
         ({"group": "layer"}, "group must be one of"),
         ({"rounding": "nearest"}, "rounding must be one of"),
-        ({"layers": "q_proj"}, "layers lists names such as q_proj"),
-        ({"layers": []}, "layers lists names such as q_proj"),
+        ({"layers": "q_proj"}, "layers must list names such as q_proj"),
+        ({"layers": []}, "layers must list names such as q_proj"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text):

@@ -261,7 +261,7 @@ def test_an_alignment_adapter_needs_no_dense_weights(tmp_path):
     assert isinstance(aligned, Adapted)
     subject = Subject(model, aligned)
     assert all(isinstance(subject.alignment(n), LowRank | None) for n in lora_updates(model))
-    with pytest.warns(UserWarning, match="6 weights are left"):
+    with pytest.warns(UserWarning, match="6 weights stay unchanged"):
         report = safe_lora(model, str(tmp_path / "base"), str(tmp_path / "aligned"), fraction=1.0)
     for name, update in lora_updates(model).items():
         assert_close(update.b.detach(), expected[name], rtol=0, atol=1e-12)
@@ -293,7 +293,7 @@ def test_all_parameters_trained(tmp_path, kind, monkeypatch):
     if kind == "dense":
         report = safe_lora(model, str(tmp_path / "base"), str(tmp_path / "aligned"), fraction=1.0)
     else:
-        with pytest.warns(UserWarning, match="are left as they are"):
+        with pytest.warns(UserWarning, match="stay unchanged"):
             report = safe_lora(model, str(tmp_path / "base"), str(tmp_path / "aligned"), fraction=1.0)
     assert set(report["projected"]) == set(names)
     for name, p in model.named_parameters():
@@ -365,7 +365,7 @@ def test_zero_updates_and_unmoved_weights_are_skipped(pair):
     noise[0] *= 1 + 2**-6
     subject = Subject(model, rounded, ModelWeights({**same, up: noise.view_as(stored16)}))
     before = {name: updates[name].b.detach().clone() for name in (q, v, up)}
-    with pytest.warns(UserWarning, match="2 weights are left"):
+    with pytest.warns(UserWarning, match="2 weights stay unchanged"):
         SafeLoRA(fraction=1.0).apply(subject)
     assert set(subject.report["skipped"]) == {q, v, up}
     assert "zero" in subject.report["skipped"][q]

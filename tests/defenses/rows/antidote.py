@@ -13,6 +13,6 @@ ROW = Row(
         ({"mode": "wanda"}, "mode must be one of"),
         ({"group": "layer"}, "group must be one of"),
         ({"rounding": "nearest"}, "rounding must be one of"),
-        ({"layers": "q_proj"}, "layers lists names"),
+        ({"layers": "q_proj"}, "layers must list names"),
     ],
 )

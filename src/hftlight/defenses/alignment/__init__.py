@@ -1,4 +1,4 @@
-"""Defenses that act while the model owner aligns the model, before any upload."""
+"""Defenses that act while the model owner aligns the model, before any user's upload."""
 
 from hftlight.defenses.alignment.booster import Booster, booster_term
 from hftlight.defenses.alignment.t_vaccine import TVaccine

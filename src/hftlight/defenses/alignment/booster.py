@@ -12,7 +12,7 @@ from hftlight.engine.step.defense import Loader
 
 
 def booster_term(harm: Vector, harm_stepped: Vector, lam: float) -> Vector:
-    r"""Return :math:`\lambda (g - g')`, what Booster adds to the update gradient.
+    r"""Return :math:`\lambda (g - g')`, the term that Booster adds to the update gradient.
 
     Args:
         harm: harmful-loss gradient g at w; parameter name -> tensor of that parameter's shape.
@@ -27,29 +27,31 @@ def booster_term(harm: Vector, harm_stepped: Vector, lam: float) -> Vector:
 class Booster(Defense):
     r"""Penalize how far one simulated attack step would lower the harmful loss.
 
-    With f the alignment loss and h the harmful loss (both mean nats per response token), the optimizer
-    sees, at weights w and with one norm over all trainable parameters together,
+    Let f be the alignment loss and h the harmful loss, both mean nats per response token. At weights w the optimizer
+    receives the gradient
 
     .. math:: \nabla f(w) + \lambda [\nabla h(w) - \nabla h(w - \alpha \nabla h(w) / \|\nabla h(w)\|_2)]
 
-    The simulated step counts as a constant: this is the gradient of
-    :math:`f(w) + \lambda [h(w) - h(w - \alpha u)]` with the direction u held fixed and without second derivatives.
+    The norm is one norm over all trainable parameters together. The simulated step is treated as a constant. The
+    expression is therefore the gradient of :math:`f(w) + \lambda [h(w) - h(w - \alpha u)]` for a fixed direction u,
+    without second derivatives.
 
     Args:
         lam: regularizer weight lambda, dimensionless, >= 0; 0 is plain alignment.
         alpha: length of the simulated step, L2 distance in weight space, > 0.
-        streams: loader of the stream ``"harmful"`` (harmful prompts with harmful answers, the defender's own), where
-            the data module does not offer it.
+        streams: loader of the stream ``"harmful"`` (harmful prompts with harmful answers, the defender's own). It is
+            needed only if the data module does not offer that stream.
 
     Raises:
         ValueError: if ``lam`` is negative or ``alpha`` is not positive.
 
-    Cost: two more forward-backward passes per optimizer step, three buffers the size of the trainable weights (two is
-    the floor; the third is the copy that brings the weights back exactly).
+    Cost: two more forward-backward passes per optimizer step. Three buffers have the size of the trainable weights. Two
+    is the minimum; the third is the copy from which the weights are restored exactly.
     Source: Huang et al., "Booster", ICLR 2025, arXiv:2409.01586, the update rule.
-    Differs: one harmful batch per optimizer step, also under gradient accumulation (the official code draws one per
-    micro-batch and does not support accumulation); weights restored by copy instead of adding the step back; both
-    harmful passes see the same dropout masks; no epsilon in the norm, and the unit of a zero vector is zero.
+    Differs: each optimizer step draws one harmful batch, also under gradient accumulation. The official code draws one
+    per micro-batch and does not support accumulation. The weights are restored from a copy, not by adding the step
+    back. Both harmful passes use the same dropout masks. The norm has no epsilon, and a zero vector has zero as its
+    unit vector.
     """
 
     stage, slots, streams = Stage.ALIGNMENT, (Slot.GRADIENT,), ("harmful",)
@@ -70,6 +72,7 @@ class Booster(Defense):
         batch = self.draw("harmful")
         here = gradient(pl_module, batch)
         length = here.norm
+        # The weights are one step away only inside this block; the gradient is added to .grad after they are back.
         with moved(pl_module, unit(here.grad, length), -self.alpha):
             stepped = gradient(pl_module, batch)
         add_to_grad(pl_module, booster_term(here.grad, stepped.grad, self.lam))

@@ -1,4 +1,4 @@
-"""Vaccine: align so that a bounded shift of the attention outputs does not undo it."""
+"""Vaccine: align so that a bounded shift of the attention outputs does not undo the alignment."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,10 +23,10 @@ def worst_shifts(gradients: Mapping[str, Tensor], rho: float | Tensor, norm: Ten
     Args:
         gradients: g_l, the gradient of the loss at each site's output; any shapes.
         rho: joint L2 length of all shifts, >= 0.
-        norm: the joint norm, where it is known already; 0-d, at least float32.
+        norm: the joint norm of the gradients, 0-d, at least float32; None computes it here.
 
     Returns:
-        Shifts of the gradients' shapes and types; all zero where the norm is zero or not finite.
+        Shifts of the gradients' shapes and types. All are zero if the norm is zero or not finite.
     """
     norm = joint_norm(gradients.values()) if norm is None else norm
     usable = norm.isfinite() & (norm > 0)
@@ -35,50 +35,51 @@ def worst_shifts(gradients: Mapping[str, Tensor], rho: float | Tensor, norm: Ten
 
 
 def token_norms(value: Tensor) -> Tensor:
-    """Return the L2 norm over the last dimension, at least in float32."""
+    """Return the L2 norm over the last dimension, in float32 or a wider type."""
     return torch.linalg.vector_norm(value, dim=-1, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
 def joint_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Return one L2 norm over all entries of all tensors, at least in float32; 0-d."""
+    """Return one L2 norm over all entries of all tensors, 0-d, in float32 or a wider type."""
     return torch.linalg.vector_norm(torch.cat([token_norms(t).flatten() for t in tensors]))
 
 
 class Vaccine(Defense):
     r"""Keep the alignment loss low under the worst small shift of the attention outputs.
 
-    With f the alignment loss (mean nats per response token) and z_l the output of layer l's attention module, before
-    the residual addition, training minimizes :math:`\max_{\|e\| \le \rho} f(w; z_1 + e_1, \dots, z_L + e_L)`, the
-    maximum taken to first order. For each micro-batch one probe pass finds the shifts
+    Let f be the alignment loss (mean nats per response token). Let z_l be the output of layer l's attention module,
+    before the residual addition. Training minimizes :math:`\max_{\|e\| \le \rho} f(w; z_1 + e_1, \dots, z_L + e_L)`,
+    with the maximum approximated to first order. For each micro-batch one probe pass computes the shifts
 
     .. math:: e_l = \rho \, g_l / \|(g_1, \dots, g_L)\|_2, \qquad g_l = \partial f / \partial z_l
 
-    and the training step then runs with e_l, a constant, added to z_l. The norm is one over all sites, tokens and rows
-    (of all processes): rho is a budget that a longer or larger batch spreads thinner. Each micro-batch has its own
-    shifts and the whole budget. Padding gets none, since no loss flows through it.
+    The training step then adds e_l, as a constant, to z_l. The norm is one norm over all sites, tokens and rows of all
+    processes. So rho is a budget: in a longer or larger batch, each token's shift is smaller. Each micro-batch has its
+    own shifts and the whole budget. Padding gets no shift, since no loss flows through it.
 
     Args:
         rho: joint L2 length of the shifts in activation space, >= 0; 0 is plain alignment.
         every_n_steps: perturb the optimizer steps 0, n, 2 n, ... only (the paper's accelerated variant), >= 1.
-        budget: ``"total"``, or ``"per_token"`` for a length of rho times the square root of the batch's real tokens,
-            which a larger batch does not spread thinner; needs an ``attention_mask`` in the batch.
+        budget: ``"total"`` for a joint length of rho. ``"per_token"`` multiplies rho by the square root of the number
+            of real tokens in the batch. A larger batch then does not dilute the shifts. This budget needs an
+            ``attention_mask`` in the batch.
         dropout: ``"replay"`` for the same masks in the probe and in the perturbed pass, or ``"independent"``.
-        sites: the modules that are perturbed, by their own name or class name.
+        sites: the modules to perturb, by their own name or class name.
 
     Raises:
-        ValueError: if an argument is out of range or no module fits ``sites``.
+        ValueError: if an argument is out of range or no module matches ``sites``.
         RuntimeError: if the training step does not run every site exactly once, as ``loss(batch)`` does.
 
-    Cost: one more forward pass per micro-batch, and a backward pass without weight gradients; the shifts, one tensor
-    ``[batch, tokens, hidden]`` per layer.
+    Cost: one more forward pass per micro-batch, and a backward pass without weight gradients. The shifts need one
+    tensor ``[batch, tokens, hidden]`` per layer.
     Source: Huang et al., "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning",
     NeurIPS 2024, arXiv:2402.01109, Algorithm 1; official code git-disl/Vaccine.
-    Differs: official code takes the norm in the activations' precision with an epsilon of 1e-7, draws other dropout
-    masks in the second pass (here ``dropout="independent"``), finds attention by class name, and clears gradients
-    within the step, so that accumulation fails; here the norm is at least float32 without epsilon, and a zero norm,
-    counted, gives no shift. A site before every trainable weight gets no shift. The accelerated variant is in the
-    paper's appendix only. Over several processes the budget is one for all of them, so that they equal one process
-    with the joint batch. With a loss scaler, a micro-batch whose norm overflows is not perturbed, and counted.
+    Differs: the official code computes the norm in the activations' precision with an epsilon of 1e-7. Here the norm
+    has at least float32 and no epsilon; a zero norm is counted and gives no shift. The official code draws other
+    dropout masks in the second pass (here ``dropout="independent"``) and finds attention by class name. It clears
+    gradients within the step, so that accumulation fails. A site before every trainable weight gets no shift. The
+    accelerated variant is in the paper's appendix only. Several processes share one budget, so that they equal one
+    process with the joint batch. Under a loss scaler, a micro-batch whose norm overflows is counted and not perturbed.
     """
 
     stage, slots = Stage.ALIGNMENT, (Slot.FORWARD,)
@@ -123,7 +124,7 @@ class Vaccine(Defense):
         try:
             self._modules = modules_called(pl_module, self.sites)
         except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: sites fits nothing: {error}") from error
+            raise ValueError(f"{type(self).__name__}: sites matches no module: {error}") from error
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -133,13 +134,14 @@ class Vaccine(Defense):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        # The forward pass is over: a site that has not run by now would have lost its shift without notice.
         missing = sorted(self._shifts.keys() - self._ran)
         if missing:
             raise RuntimeError(
-                f"{type(self).__name__}: training_step did not run {missing[0]!r}, which loss(batch) runs, so it could"
-                " not be perturbed. Both must make the same forward pass through the same modules."
+                f"{type(self).__name__}: training_step did not run {missing[0]!r}, which loss(batch) runs, so this"
+                " module could not be perturbed. Both must make the same forward pass through the same modules."
             )
-        self._recomputing = True
+        self._recomputing = True  # checkpointing runs sites again in the backward pass, with the same shift
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,15 +161,16 @@ class Vaccine(Defense):
         self._ran = set()
 
     def _perturb(self, pl_module: LightningModule, batch: Any, sites: Mapping[str, nn.Module]) -> None:
-        """Find the shifts of a micro-batch and let the sites add them until ``_off``."""
-        found = site_gradients(pl_module, batch, sites, fresh_masks=self.dropout == "independent")
-        probe = _pooled(found.outputs, found.grads, self._tokens(batch))
+        """Compute the shifts of a micro-batch and let the sites add them until ``_off``."""
+        probe_pass = site_gradients(pl_module, batch, sites, fresh_masks=self.dropout == "independent")
+        probe = _pool(probe_pass.outputs, probe_pass.grads, self._tokens(batch))
         rho = self.rho * probe.tokens.sqrt() if self.budget == "per_token" else self.rho
-        self._shifts = worst_shifts(found.grads, rho, probe.norm)
+        self._shifts = worst_shifts(probe_pass.grads, rho, probe.norm)
         self._recomputing = False
-        self._on.enter_context(hooked({name: sites[name] for name in self._shifts}, self._shifted))
+        self._on.enter_context(hooked({name: sites[name] for name in self._shifts}, self._add_shift))
 
-        length = probe.norm / rank_and_world()[1] / found.scale
+        # The gradients carry the loss scale and, over R ranks, a factor R; neither changes the shifts above.
+        length = probe.norm / rank_and_world()[1] / probe_pass.scale
         usable = length.isfinite()
         ratio = rho / probe.norm * probe.relative / probe.shifted
         self.record(
@@ -177,20 +180,21 @@ class Vaccine(Defense):
             overflows=(~usable).float(),
         )
         self.trace["sites"] = float(len(self._shifts))
-        pl_module.log_dict({f"{self.log_as}/clean_loss": found.loss, f"{self.log_as}/gradient_norm": length})
+        pl_module.log_dict({f"{self.log_as}/clean_loss": probe_pass.loss, f"{self.log_as}/gradient_norm": length})
 
     def _tokens(self, batch: Any) -> Tensor | float:
-        """Return how many real tokens the batch has; 0 where the budget does not ask."""
+        """Return the number of real tokens in the batch, or 0 if the budget does not depend on it."""
         if self.budget == "total":
             return 0.0
         if not isinstance(batch, Mapping) or "attention_mask" not in batch:
             raise TypeError(
                 f"{type(self).__name__}: budget='per_token' counts the real tokens in batch['attention_mask'], which"
-                " this batch has not; use budget='total'."
+                " this batch lacks. Use budget='total'."
             )
         return batch["attention_mask"].sum()
 
-    def _shifted(self, name: str, value: Tensor) -> Tensor | None:
+    def _add_shift(self, name: str, value: Tensor) -> Tensor | None:
+        """Return a site's output with its shift added, or None to leave the output unchanged."""
         if not torch.is_grad_enabled():  # another defense's pass over the same modules, such as the aligned model's
             return None
         shift, again = self._shifts[name], name in self._ran and not self._recomputing
@@ -214,13 +218,13 @@ class Vaccine(Defense):
 
 
 class _Probe(NamedTuple):
-    """What the probes of all ranks found together, all 0-d.
+    """Results of the probe passes of all ranks together, all 0-d.
 
     Attributes:
-        norm: root of the sum of all ranks' squared gradient entries.
-        relative: sum over sites and tokens of the gradient's norm by the activation's.
-        shifted: how many tokens of how many sites have a gradient.
-        tokens: real tokens.
+        norm: square root of the sum of all ranks' squared gradient entries.
+        relative: sum over sites and tokens of the gradient's norm divided by the activation's norm.
+        shifted: number of pairs of a site and a token whose gradient is not zero.
+        tokens: number of real tokens.
     """
 
     norm: Tensor
@@ -229,14 +233,16 @@ class _Probe(NamedTuple):
     tokens: Tensor
 
 
-def _pooled(outputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], tokens: Tensor | float) -> _Probe:
-    """Return what the probe found, over all ranks, by one collective.
+def _pool(outputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], tokens: Tensor | float) -> _Probe:
+    """Return the sums over sites, tokens and all ranks, by one collective.
 
-    With equally many response tokens on each of R ranks, the joint batch's loss is the mean of theirs and its gradient
-    at a rank's activations is 1/R of that rank's. The factor cancels in the shifts, so ``norm`` leaves it out.
+    Suppose that each of R ranks has equally many response tokens. The joint batch's loss is then the mean of the ranks'
+    losses. Its gradient at a rank's activations is 1/R of that rank's own gradient. The factor cancels in the shifts,
+    so ``norm`` leaves it out.
     """
     lengths = [token_norms(g) for g in gradients.values()]
     relative = [n / token_norms(z) for n, z in zip(lengths, outputs.values(), strict=True)]
+    # One tensor of four sums, so that one all_reduce pools the ranks; the order is that of _Probe's fields.
     sums = torch.stack(
         [
             torch.stack([n.square().sum() for n in lengths]).sum(),

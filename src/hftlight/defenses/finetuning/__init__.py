@@ -1,4 +1,4 @@
-"""Defenses that act while a user's upload trains the aligned model."""
+"""Defenses that act while a user's upload fine-tunes the aligned model."""
 
 from hftlight.defenses.finetuning.bea import BEA
 from hftlight.defenses.finetuning.constrained_sft import ConstrainedSFT, constraint_weights

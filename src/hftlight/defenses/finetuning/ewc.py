@@ -1,4 +1,4 @@
-"""EWC: a pull back to the aligned weights, stronger where the alignment data needs them."""
+"""EWC: a pull back to the aligned weights, stronger for weights that the alignment data depends on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,7 @@ def ewc_term(weights: Vector, start: Vector, fisher: Vector, lam: float) -> Vect
         fisher: diagonal of the empirical Fisher matrix; same names and shapes.
         lam: penalty weight.
     """
+    # term is a new vector, multiplied in place.
     term = difference(weights, start)
     torch._foreach_mul_(list(term.values()), [fisher[name] for name in term])
     torch._foreach_mul_(list(term.values()), 2 * lam)
@@ -48,10 +49,10 @@ def ewc_term(weights: Vector, start: Vector, fisher: Vector, lam: float) -> Vect
 
 
 def examples(batch: Any) -> list[Any]:
-    """Return the rows of a batch, each as a batch of one.
+    """Return the rows of a batch, each as a batch of one row.
 
-    Tensors with a first dimension and lists are cut; what else there is, every row keeps. A batch that is no dictionary
-    counts as one row.
+    Tensors with a first dimension, and sequences except strings, are split. Every row keeps all other values. A batch
+    that is no mapping counts as one row.
     """
     if not isinstance(batch, Mapping):
         return [batch]
@@ -70,39 +71,41 @@ def examples(batch: Any) -> list[Any]:
 class EWC(Defense):
     r"""Pull every weight back to its aligned value, the more the alignment data depends on it (elastic weights).
 
-    With the user's loss f (mean nats per response token), the aligned weights :math:`w_0`, and the diagonal of the
-    empirical Fisher matrix of the alignment data there, the optimizer sees
+    Let f be the user's loss (mean nats per response token) and :math:`w_0` the aligned weights. Let F be the diagonal
+    of the empirical Fisher matrix of the alignment data at :math:`w_0`. The optimizer receives the gradient
 
     .. math:: \nabla f(w) + 2 \lambda F (w - w_0), \qquad F_i = \frac{1}{n} \sum_{k=1}^n (\partial_i \ell_k(w_0))^2
 
-    for n rows with loss :math:`\ell_k`, each the mean over its own response tokens, dropout off.
+    for n rows. The loss :math:`\ell_k` of a row is the mean over its own response tokens, without dropout.
 
     Args:
         lam: penalty weight lambda, in 1 / nats, >= 0; 0 is plain fine-tuning. Squared gradients are small, so useful
-            weights are large: lambda F stands where ``L2SP`` has its ``lam``. Lambda goes with the scale of F: where
-            rows' gradients are independent, the sum over m batches of b rows is m / b times the mean over rows.
-        samples: n, alignment rows that F is taken from, over all processes, >= 1.
-        fisher: ``"example"`` as above, or ``"batch"``: the sum over batches of the squared mean gradient of each, as in
-            the official baseline; whole batches are drawn until they have ``samples`` rows.
-        streams: loader of the stream ``"alignment"`` (harmful prompts with safe answers), where the data module does
-            not offer it.
+            weights are large: lambda F has the role of ``lam`` in ``L2SP``. Lambda depends on the scale of F. For
+            independent row gradients, the sum over m batches of b rows is m / b times the mean over rows.
+        samples: n, number of alignment rows from which F is estimated, over all processes, >= 1.
+        fisher: ``"example"`` as above. ``"batch"`` is the sum over batches of their squared mean gradients, as in the
+            official baseline; whole batches are drawn until they have ``samples`` rows.
+        streams: loader of the stream ``"alignment"`` (harmful prompts with safe answers), needed only if the data
+            module does not offer it.
 
     Raises:
         ValueError: if ``lam`` is negative or not finite, ``samples`` is no positive number of rows, or ``fisher`` is
             unknown.
         RuntimeError: if F is not finite.
 
-    Cost: before the first step, one forward-backward pass per row (``"example"``) or batch, every process passing all
-    rows; in training no pass, two copies of the trainable weights, and one more for a moment in each step.
+    Cost: before the first step, one forward-backward pass per row (``"example"``) or batch. With ``"example"`` every
+    process passes all rows. Training takes no extra pass. Memory holds two copies of the trainable weights, and briefly
+    a third in each step.
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv:1612.00796; as
     a baseline in the papers and code of Vaccine, Lisa and Booster.
-    Differs: the first source halves lambda. The baseline's code sums the squared gradients of batches and normalizes
-    nothing. Preset ``repo`` does so, with the lambda 1e9 of every script of Vaccine's repository (its parser's default
-    of 1e-3 is never used) and that paper's 2000 alignment rows. At its batches of 5 rows m / b is 80. That code takes F
-    in train mode (dropout is off here), leaves the last batch's gradient in the first update (not followed), keys F by
-    module, and continues the alignment's adapter. In Booster's repository F is taken of other rows, the upload's
-    harmful ones among them. The Lisa paper describes an unweighted distance, which is ``L2SP``. Under LoRA, F and the
-    distance are those of the factors: of a fresh adapter B is 0, so that the gradient of A, and the pull on A, is 0.
+    Differs: the first source halves lambda. The baseline's code sums the squared gradients of batches, without
+    normalization. Preset ``repo`` does the same, with that paper's 2000 alignment rows. Its lambda of 1e9 is that of
+    every script of Vaccine's repository; the parser's default of 1e-3 is never used. At its batches of 5 rows m / b is
+    80. That code computes F in train mode; here dropout is off. It leaves the last batch's gradient in the first
+    update; here that does not happen. It keys F by module, and continues training the alignment adapter. In Booster's
+    repository F comes from other rows, including the upload's harmful rows. The Lisa paper describes an unweighted
+    distance, which is ``L2SP``. Under LoRA, F and the distance are those of the factors. In a new adapter B is 0, so
+    that the gradient of A, and the pull on A, is 0.
     """
 
     stage, slots, streams = Stage.FINETUNING, (Slot.GRADIENT,), ("alignment",)
@@ -152,11 +155,11 @@ class EWC(Defense):
         if loaded is not None:
             self._start, self._diagonal = (placed(loaded[name], pl_module) for name in ("start", "diagonal"))
             return
-        self._start, self._diagonal = snapshot(pl_module), self._measured(pl_module)
+        self._start, self._diagonal = snapshot(pl_module), self._estimate_fisher(pl_module)
         total = sum(float(whole(f.sum())) for f in self._diagonal.values())
         if not math.isfinite(total):
             raise RuntimeError(
-                "EWC: a squared gradient of the alignment data is not finite; train in float32 or bfloat16."
+                "EWC: a squared gradient of the alignment data is not finite. Train in float32 or bfloat16."
             )
         self.trace["fisher_sum"] = total
 
@@ -171,29 +174,30 @@ class EWC(Defense):
         self.record(pull_norm=length)
         pl_module.log("ewc/pull_norm", length)
 
-    def _measured(self, pl_module: LightningModule) -> Vector:
-        """Return F at the current weights; everything but the position in the stream is as found afterwards."""
+    def _estimate_fisher(self, pl_module: LightningModule) -> Vector:
+        """Return F at the current weights, and restore all state afterwards except the position in the stream."""
         total = {name: torch.zeros_like(p) for name, p in trainable(pl_module).items()}
-        seen = 0
+        row_count = 0
         with undisturbed(pl_module, pl_module.device):
-            while seen < self.samples:
+            while row_count < self.samples:
                 own = self.draw("alignment")
-                rows = [row for batch in _of_every_rank(own, pl_module.device) for row in examples(batch)]
-                # A gradient is a mean over ranks, so that of a single row needs every rank to pass the same one.
-                for batch in rows[: self.samples - seen] if self.fisher == "example" else [own]:
+                rows = [row for batch in _gather_batches(own, pl_module.device) for row in examples(batch)]
+                # gradient() averages over ranks. For a single row's gradient every rank must pass the same row; for a
+                # batch each rank passes its own, and the mean is the gradient of the joint batch.
+                for batch in rows[: self.samples - row_count] if self.fisher == "example" else [own]:
                     grads = list(gradient(pl_module, batch).grad.values())
                     torch._foreach_addcmul_(list(total.values()), grads, grads)
-                seen += len(rows)
+                row_count += len(rows)
         if self.fisher == "example":
             torch._foreach_div_(list(total.values()), self.samples)
         return total
 
 
-def _of_every_rank(batch: Any, device: torch.device) -> list[Any]:
-    """Return the batches of all ranks, in their order; a collective."""
+def _gather_batches(batch: Any, device: torch.device) -> list[Any]:
+    """Return the batches of all ranks, in the order of the ranks, on every rank. This is a collective."""
     world = rank_and_world()[1]
     if world == 1:
         return [batch]
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, move_data_to_device(batch, torch.device("cpu")))
-    return [move_data_to_device(each, device) for each in found]
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, move_data_to_device(batch, torch.device("cpu")))
+    return [move_data_to_device(each, device) for each in gathered]

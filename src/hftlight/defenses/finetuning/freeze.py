@@ -1,4 +1,4 @@
-"""Freeze: hold the weights that matter to safety and not to utility while the user's data trains the others."""
+"""Freeze: freeze the weights that matter to safety and not to utility while the user's data trains the others."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,8 +25,14 @@ from hftlight.models.module import decoder_layers
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What of one trained parameter stays: this rank's mask ``[rows, in]`` or ``[rows, 1]``, and the aligned values."""
+class _FrozenPart:
+    """The frozen entries of one trained parameter on this rank.
+
+    Attributes:
+        parameter: the parameter.
+        mask: its frozen entries, ``[rows, in]``, or rows, ``[rows, 1]``.
+        values: the aligned values of these entries, flat, in the order of the mask.
+    """
 
     parameter: nn.Parameter
     mask: Tensor
@@ -36,57 +42,58 @@ class _Held:
 class Freeze(Defense):
     r"""Keep the weights that matter to safety and not to utility at their aligned values.
 
-    Each weight matrix of the decoder layers is scored at the aligned model on safety rows and on utility rows. With
-    S(q) the top fraction q of the matrix by safety score, and U(p) the top fraction p by utility score, what is kept
-    is :math:`M = S(q) \setminus U(p)`. The scores are
+    Each weight matrix of the decoder layers is scored at the aligned model on safety rows and on utility rows. Let S(q)
+    be the top fraction q of the matrix by safety score, and U(p) the top fraction p by utility score. The entries of
+    :math:`M = S(q) \setminus U(p)` are frozen. The scores are
 
     .. math:: \text{SNIP: } |W_{ij}| \sum_n |\partial \ell_n / \partial W_{ij}|, \qquad
               \text{Wanda: } |W_{ij}| \sqrt{\textstyle\frac1N \sum_t x_{tj}^2}
 
     with the mean loss :math:`\ell_n` of example n in nats per response token, and inputs x at response tokens. While
-    the user's data trains the model, the gradient of M is zero, and after every step the values of M are put back, bit
-    for bit: weight decay and momentum move a weight whose gradient is zero. The other weights adapt to M.
+    the user's data trains the model, the gradient of M is set to zero. Weight decay and momentum move even a weight
+    whose gradient is zero. Every step therefore restores the values of M bit for bit. The other weights adapt to M.
 
-    Under LoRA no set of single entries of B A can be held by holding entries of B and A. Whole rows of a weight, chosen
-    by the sum of their scores, are held through B's rows. Where these rows of B are not zero at the start (an adapter
-    that training continues), A is held as well.
+    Under LoRA single entries of B A cannot be frozen by freezing entries of B and A. Instead whole rows of a weight,
+    chosen by the sum of their scores, are frozen through B's rows. If these rows of B are not zero at the start (an
+    adapter whose training continues), A is frozen too.
 
-    It is a baseline: the authors report that a fine-tuning attack goes around frozen weights.
+    Freeze is a baseline: the authors report that a fine-tuning attack circumvents frozen weights.
 
     Args:
         safety_ratio: q, fraction of the entries of each matrix, in [0, 1]; 0 turns it off.
-        utility_ratio: p, likewise; 0 spares nothing and needs no utility rows.
+        utility_ratio: p, likewise; 0 excludes nothing and needs no utility rows.
         score: ``"snip"`` or ``"wanda"``.
-        unit: what is kept, ``"entry"`` or ``"row"`` (all weights of one output); ``"auto"`` is ``"row"`` under LoRA,
-            else ``"entry"``.
-        samples: rows of each kind that are scored, over all ranks, >= 1; a small stream is gone through again.
+        unit: the unit of freezing, ``"entry"`` or ``"row"`` (all weights of one output). ``"auto"`` means ``"row"``
+            under LoRA, else ``"entry"``.
+        samples: number of rows of each kind that are scored, over all ranks, >= 1. A smaller stream is repeated.
         safety: the stream of safety rows, harmful prompts with refusals. A run offers ``"refusals"``, the alignment
-            rows that refuse; on a Trainer of one's own name one with its ``streams`` or its data module.
-        utility: the stream of utility rows. The user's upload, which is always there, may hide harmful rows, whose
-            weights are then spared; ``"retain"`` is better where there is such a stream.
+            rows that refuse. On your own Trainer, name a stream of ``streams`` or of the data module.
+        utility: the stream of utility rows. The user's upload is always available, but may hide harmful rows, whose
+            weights are then not frozen. ``"retain"`` is better if there is such a stream.
         end: whether the last token of each row, its end token, counts in the scores.
-        streams: loaders of these two streams, where the data module does not offer them.
+        streams: loaders of these two streams, needed only if the data module does not offer them.
 
     Raises:
-        ValueError: if an argument is out of range, the two streams are one, or a ratio is less than one entry.
-        TypeError: if the model has no such layers, they are quantized, or single entries are to be held under LoRA.
+        ValueError: if an argument is out of range, the two streams are the same, or a ratio is less than one entry.
+        TypeError: if the model has no decoder layers with linear layers, these are quantized, or ``unit`` is
+            ``"entry"`` under LoRA.
 
-    Cost: one sweep for all layers before the first step. SNIP: ``samples`` forward and backward passes per kind of row
-        and one float32 buffer of the size of the scored weights; Wanda: forward passes and one number per input. Then
-        nothing per step; one byte per scored weight for the mask, and the kept values. A checkpoint holds one bit per
-        weight, and the kept values.
+    Cost: one sweep for all layers before the first step. SNIP takes ``samples`` forward and backward passes per kind of
+        row, and one float32 buffer of the size of the scored weights. Wanda takes forward passes and one number per
+        input. Training steps take no extra pass. The mask takes one byte per scored weight, beside the frozen values. A
+        checkpoint holds one bit per weight, and the frozen values.
     Source: Wei et al., "Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications", ICML
-        2024, arXiv:2402.05162; SNIP and Wanda as there.
-    Differs: as in the paper, weights are frozen during fine-tuning; the official code puts them back afterwards, which
+        2024, arXiv:2402.05162, including SNIP and Wanda.
+    Differs: as in the paper, weights are frozen during fine-tuning. The official code restores them afterwards, which
         is ``Rewind``. The paper's freezing experiment tries many ratios and helps only above one half, against ten
-        harmful rows; the 0.1 of both ratios here is the README's example of pruning, and no preset names a ratio. Sets
-        are taken from scores of the intact model over the whole matrix, with exact counts (official code: a fine-tuned
-        mask is read off weights near zero, so that tiny weights, norms and embeddings join). SNIP in one sweep for all
-        layers instead of one replay of the data per layer. Scores are never negative, so that none is read upside down.
-        As in the official code, safety rows are refusals only, Wanda's inputs are those at the positions of response
-        tokens, not at the positions that predict them, and the end token does not count: the official responses have
-        none. Rows under LoRA are ours. By default the utility rows are the user's upload (paper: Alpaca without safety
-        rows).
+        harmful rows. The 0.1 of both ratios here is the README's example of pruning, and no preset sets a ratio. The
+        sets come from scores of the intact model over the whole matrix, with exact counts. The official code infers a
+        fine-tuned mask from weights near zero, so that tiny weights, norms and embeddings join the set. SNIP takes one
+        sweep for all layers instead of one replay of the data per layer. Scores are never negative, so that none is
+        ranked in reverse. As in the official code, safety rows are refusals only. Wanda's inputs are those at the
+        positions of response tokens, not at the positions that predict them. The end token does not count, since the
+        official responses have none. Rows under LoRA are an addition. By default the utility rows are the user's upload
+        (paper: Alpaca without safety rows).
     """
 
     stage, slots = Stage.FINETUNING, (Slot.PROJECTION, Slot.UPDATE)
@@ -117,7 +124,7 @@ class Freeze(Defense):
         self.safety_ratio, self.utility_ratio, self.score, self.unit = safety_ratio, utility_ratio, score, unit
         self.samples, self.safety, self.utility, self.end = samples, safety, utility, end
         self.report: dict[str, Any] = {}
-        self._held: dict[str, _Held] | None = None
+        self._frozen_parts: dict[str, _FrozenPart] | None = None
         self._stored: dict[str, dict[str, Tensor]] | None = None
         self._step = 0
 
@@ -131,20 +138,20 @@ class Freeze(Defense):
         """Check the model before the first step.
 
         Raises:
-            TypeError: if the model has no such layers, they are quantized, or single entries are to be held under LoRA.
+            TypeError: if the model has no layers to score, they are quantized, or ``unit`` is ``"entry"`` under LoRA.
             ValueError: if a ratio is less than one entry, or a callback averages weights.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._held, self._stored = None, None
+        self._frozen_parts, self._stored = None, None
         averages = (WeightAveraging, StochasticWeightAveraging)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, averages):
                 raise ValueError(
-                    f"Freeze: {type(callback).__name__} averages weights after they moved, so that held ones would not"
-                    " keep their values; leave it out, or use Rewind."
+                    f"Freeze: {type(callback).__name__} averages weights after they moved, so that frozen weights would"
+                    " not keep their values; remove that callback, or use Rewind."
                 )
         if not self.neutral:
             self._targets(_model_of(pl_module))
@@ -158,12 +165,12 @@ class Freeze(Defense):
         names = {id(p): name for name, p in pl_module.named_parameters()}
         targets = self._targets(model)
         if self._stored is not None:
-            self._held = self._placed(self._stored, pl_module, self._by_row(has_adapter(model)))
+            self._frozen_parts = self._restore(self._stored, pl_module, self._by_row(has_adapter(model)))
             self._stored = None
             return
-        self._held = {}
+        self._frozen_parts = {}
         plugin = trainer.precision_plugin
-        # In float16 small gradients would vanish; a loss scaler is not needed to avoid that.
+        # A loss scaler means float16, where small gradients would vanish. Scoring then runs without autocast instead.
         context = nullcontext if getattr(plugin, "scaler", None) is not None else plugin.forward_context
 
         def loss(batch: Batch) -> Tensor:
@@ -174,43 +181,47 @@ class Freeze(Defense):
             masks, table = self._region(targets, loss, has_adapter(model))
             for parameter, mask in self._parameters(targets, masks):
                 values = local(parameter.detach())
-                self._held[names[id(parameter)]] = _Held(parameter, mask, values[mask.expand_as(values)])
+                self._frozen_parts[names[id(parameter)]] = _FrozenPart(parameter, mask, values[mask.expand_as(values)])
         numbers = self._selection.numbers(targets, masks, table)
         self.trace |= numbers
         self.report = {**numbers, "matrices": {name: overlap_row(o) for name, o in table.items()}}
-        if not self._held:
-            warnings.warn(f"Freeze holds no weight: {self._selection.empty()}", stacklevel=2)
+        if not self._frozen_parts:
+            warnings.warn(f"Freeze freezes no weight: {self._selection.empty()}", stacklevel=2)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._held is None:
+        if self._frozen_parts is None:
             return
-        for held in self._held.values():
-            if held.parameter.grad is not None:
-                local(held.parameter.grad).masked_fill_(held.mask, 0)
+        for part in self._frozen_parts.values():
+            if part.parameter.grad is not None:
+                local(part.parameter.grad).masked_fill_(part.mask, 0)
         self.record()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:
+        if trainer.global_step == self._step:  # within an accumulation window no weight has moved
             return
         self._step = trainer.global_step
         with torch.no_grad():
-            for held in (self._held or {}).values():
-                local(held.parameter.detach()).masked_scatter_(held.mask, held.values)
+            for part in (self._frozen_parts or {}).values():
+                local(part.parameter.detach()).masked_scatter_(part.mask, part.values)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks as bits and the kept values too; under sharding every rank must call this."""
+        """Return the state with the masks as bits and the frozen values.
+
+        Under sharding every rank must call this method.
+        """
         state = super().state_dict()
-        if self._held is not None:  # also where nothing is held: a resumed run must not choose anew
+        if self._frozen_parts is not None:  # even if empty, so that a resumed run does not select again
             masks, values = {}, {}
-            for name, held in self._held.items():
-                p = held.parameter
-                mask = whole_rows(held.mask.to(torch.uint8), p).cpu().bool()
-                dense = torch.zeros_like(local(p.detach())).masked_scatter_(held.mask, held.values)
+            for name, part in self._frozen_parts.items():
+                p = part.parameter
+                # The values are placed into a dense shard, gathered over ranks, and then selected by the whole mask.
+                mask = whole_rows(part.mask.to(torch.uint8), p).cpu().bool()
+                dense = torch.zeros_like(local(p.detach())).masked_scatter_(part.mask, part.values)
                 masks[name], values[name] = pack(mask), whole_rows(dense, p).cpu()[mask.expand(p.shape)]
             state |= {"masks": masks, "values": values}
         return state
@@ -225,6 +236,7 @@ class Freeze(Defense):
         return self.unit == "row" or (self.unit == "auto" and adapted)
 
     def _draws(self, name: str) -> Iterator[Batch]:
+        """Yield the batches of a stream without end."""
         while True:
             yield self.draw(name)
 
@@ -232,14 +244,14 @@ class Freeze(Defense):
         """Return the linear layers that are scored, by the plain name of their weight.
 
         Raises:
-            TypeError: as ``setup`` does.
-            ValueError: likewise.
+            TypeError: as in ``setup``.
+            ValueError: as in ``setup``.
         """
         adapted = has_adapter(model)
         by_row = self._by_row(adapted)
         if adapted and not by_row:
             raise TypeError(
-                "Freeze: single entries of a weight cannot be held through a LoRA adapter; use unit='row', or Rewind,"
+                "Freeze: single entries of a weight cannot be frozen through a LoRA adapter; use unit='row', or Rewind,"
                 " which makes a whole model."
             )
         targets = linear_targets(model, decoder_layers, "Freeze")
@@ -249,13 +261,16 @@ class Freeze(Defense):
     def _region(
         self, targets: Mapping[str, Target], loss: Loss, adapted: bool
     ) -> tuple[dict[str, Tensor], dict[str, Overlap]]:
-        """Return the masks of what is kept, and the overlap of the two sets, by the name of the weight."""
+        """Return the masks of the frozen entries, and the overlap of the two sets, by the name of the weight."""
         return self._selection.region(targets, loss, self._draws, self._by_row(adapted))
 
     def _parameters(
         self, targets: Mapping[str, Target], masks: Mapping[str, Tensor]
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield the trained parameters of which something is held, and this rank's mask of them."""
+        """Yield each trained parameter with frozen entries, and this rank's mask of it.
+
+        The loop contains collectives, so every rank takes the same branches: they depend on sums over all ranks.
+        """
         for name, target in targets.items():
             mask, u = masks[name], target.update
             everywhere = whole_rows(mask.to(torch.uint8), target.weight).bool() if u is not None else mask
@@ -264,17 +279,20 @@ class Freeze(Defense):
             if u is None:
                 yield target.weight, mask  # type: ignore[misc]
                 continue
+            # Ranks may share the rows of B differently from those of W, so B's mask is cut from the whole one.
             b = share(u.b)
             yield u.b, everywhere[b.start : b.stop]
-            if bool((whole(u.b.detach()) * everywhere).any()):
+            if bool(
+                (whole(u.b.detach()) * everywhere).any()
+            ):  # a frozen row of B A that is not zero needs A frozen too
                 yield u.a, torch.ones_like(local(u.a.detach())[:, :1], dtype=torch.bool)
 
-    def _placed(
+    def _restore(
         self, stored: Mapping[str, Mapping[str, Tensor]], pl_module: LightningModule, by_row: bool
-    ) -> dict[str, _Held]:
-        """Return what a checkpoint says is held, on the device and in the shards of the parameters."""
+    ) -> dict[str, _FrozenPart]:
+        """Return the frozen entries that a checkpoint stores, on the device and in the shards of the parameters."""
         parameters = dict(pl_module.named_parameters())
-        held = {}
+        parts = {}
         for name, bits in stored["masks"].items():
             if name not in parameters:
                 raise RuntimeError(f"Freeze: the checkpoint holds values of {name}, which this model does not have.")
@@ -284,10 +302,11 @@ class Freeze(Defense):
             values = stored["values"][name]
             dense = torch.zeros(p.shape, dtype=values.dtype).masked_scatter_(mask, values)[rows.start : rows.stop]
             mine = mask[rows.start : rows.stop]
-            held[name] = _Held(p, mine.to(p.device), dense[mine.expand_as(dense)].to(p.device))
-        return held
+            parts[name] = _FrozenPart(p, mine.to(p.device), dense[mine.expand_as(dense)].to(p.device))
+        return parts
 
 
 def _model_of(pl_module: LightningModule) -> nn.Module:
+    """Return ``pl_module.model`` if it is a module, else the LightningModule itself."""
     model = getattr(pl_module, "model", pl_module)
     return model if isinstance(model, nn.Module) else pl_module

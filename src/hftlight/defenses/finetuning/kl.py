@@ -11,21 +11,24 @@ from typing_extensions import override
 from hftlight.engine import Defense, Passes, Slot, Stage
 from hftlight.models.module import Forward
 
-ENTRIES = 1 << 23  # of a softmax that are in memory at one time
+ENTRIES = 1 << 23  # entries of a softmax in memory at one time
 HIDDEN = "kl/hidden"
 
 
 def divergence(logits: Tensor, reference: Tensor, direction: str = "forward") -> Tensor:
-    r"""Return the sum over rows of :math:`\mathrm{KL}(q \| p)`, or of :math:`\mathrm{KL}(p \| q)`, in nats; 0-d.
+    r"""Return the sum over rows of :math:`\mathrm{KL}(q \| p)`, or of :math:`\mathrm{KL}(p \| q)`, in nats.
 
-    The gradient of the first with respect to the logits of p is :math:`p - q`, that of the second
-    :math:`p_v (g_v - \sum_u p_u g_u)` with :math:`g = \log p - \log q`. Neither direction keeps a softmax: it is taken
-    some rows at a time and taken again in the backward pass.
+    The gradient of the first with respect to the logits of p is :math:`p - q`. That of the second is
+    :math:`p_v (g_v - \sum_u p_u g_u)` with :math:`g = \log p - \log q`. Neither direction stores a softmax. It is
+    computed for some rows at a time, and recomputed in the backward pass.
 
     Args:
-        logits: of p, the model that trains, ``[rows, outcomes]``.
+        logits: logits of p, the model that trains, ``[rows, outcomes]``.
         reference: logits of q, the aligned model, likewise; gets no gradient.
         direction: ``"forward"`` for KL(q || p), ``"reverse"`` for KL(p || q).
+
+    Returns:
+        A 0-d tensor.
     """
     total: Tensor = _Divergence.apply(logits, reference, direction == "forward")
     return total
@@ -50,6 +53,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         logits, reference = ctx.saved_tensors
         grad = torch.empty_like(logits)
+        # part is a view of the same rows of grad, so that out=part writes the gradient in place.
         for p, q, part in _some_rows(logits, reference, grad):
             if ctx.is_forward:
                 torch.sub(p.softmax(-1), q.softmax(-1), out=part)
@@ -61,7 +65,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _some_rows(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield views of the same rows of matrices of one shape, so many that they have ``ENTRIES`` entries or one row."""
+    """Yield views of the same rows of matrices of one shape, of at most ``ENTRIES`` entries or one row each."""
     rows = max(1, ENTRIES // matrices[0].shape[1])
     return zip(*(m.split(rows) for m in matrices), strict=True)
 
@@ -69,29 +73,32 @@ def _some_rows(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class KL(Defense):
     r"""Add the divergence from the aligned model's predictions to the user's loss.
 
-    With the user's loss f, the model's next-token distribution :math:`p_t` and the aligned model's :math:`q_t` at the T
-    response tokens of a micro-batch, training minimizes
+    Let f be the user's loss. At the T response tokens of a micro-batch, let :math:`p_t` be the model's next-token
+    distribution and :math:`q_t` that of the aligned model. Training minimizes
 
     .. math:: f(w) + \lambda \frac{1}{T} \sum_t \mathrm{KL}(q_t \| p_t)
 
     Args:
         lam: penalty weight lambda, dimensionless, >= 0; 0 is plain fine-tuning.
         direction: ``"forward"`` as above; ``"reverse"`` takes KL(p || q), which lets the model drop modes.
-        axis: ``"vocabulary"`` as above; ``"sequence"`` repeats the official code, whose softmax runs over the positions
-            of a row, prompt and padding included, for each entry of the vocabulary: the divergences of all entries and
-            rows are summed and divided by the number of rows. For reproduction only: these are no predictions.
+        axis: ``"vocabulary"`` as above. ``"sequence"`` reproduces the official code, whose softmax runs over the
+            positions of a row, prompt and padding included, for each vocabulary entry. It sums the divergences of all
+            entries and rows, and divides by the number of rows. Use it for reproduction only: such distributions are no
+            predictions.
 
     Raises:
-        ValueError: if ``lam`` is negative, the direction or the axis is unknown.
+        ValueError: if ``lam`` is negative, or the direction or the axis is unknown.
 
-    Cost: one forward pass of the aligned model per micro-batch, shared with other defenses that need it, and its logits
-    at response positions; the softmaxes are taken some hundred positions at a time and again in the backward pass. No
-    second model under LoRA. ``axis="sequence"`` holds both models' logits at all positions, several times over.
+    Cost: one forward pass of the aligned model per micro-batch, shared with other defenses that need it. Memory holds
+    its logits at response positions. The softmaxes are computed for some hundred positions at a time, and recomputed in
+    the backward pass. Under LoRA there is no second model. ``axis="sequence"`` holds several copies of both models'
+    logits at all positions.
     Source: the KL baseline of Huang et al., "Vaccine", NeurIPS 2024, arXiv:2402.01109: lambda 1e-3 in the paper, 0.1 in
-    its script, which the preset "repo" repeats with the axis of its code.
-    Differs: the divergence is a mean over response tokens (StreamsDataModule(average="window"): of an optimizer step)
-    and over the vocabulary, not over the sequence axis. The official teacher runs in training mode, with dropout; here
-    it does not. Weights are not swapped in and out: the aligned model is the adapter switched off, where that is exact.
+    its script. The preset "repo" repeats the script with the axis of its code.
+    Differs: the divergence is taken over the vocabulary, not over the sequence axis, and averaged over response tokens.
+    Under StreamsDataModule(average="window") the mean runs over the tokens of an optimizer step. The official teacher
+    runs in training mode, with dropout; here it does not. Weights are not swapped in and out. Instead the aligned model
+    is the model with its adapter switched off, wherever that is exact.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.LOSS,)
@@ -138,7 +145,10 @@ class KL(Defense):
     def _over_the_sequence(self, forward: Forward) -> Tensor:
         """Return the divergence that the official code adds: softmax over positions, mean over rows."""
         if self._trainer is None:
-            raise RuntimeError("KL: axis='sequence' needs the model's output layer, so a Trainer that is fitting.")
+            raise RuntimeError(
+                "KL: axis='sequence' needs the model's output layer, which is available only while a Trainer fits."
+            )
+        # The taps give hidden states at all positions; forward.logits has response positions only.
         module: Any = self._trainer.lightning_module
         logits = _all_logits(module.model, forward)
         reference = forward.reference
@@ -148,6 +158,6 @@ class KL(Defense):
 
 
 def _all_logits(model: Any, forward: Forward) -> Tensor:
-    """Return the logits at all positions, ``[batch * vocabulary, tokens]``, at least float32."""
+    """Return the logits at all positions, ``[batch * vocabulary, tokens]``, in float32 or a wider type."""
     logits = model.get_output_embeddings()(forward.features[HIDDEN])
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2).flatten(0, 1)

@@ -40,8 +40,8 @@ def l2_sp_term(weights: Vector, start: Vector, lam: float) -> Vector:
 class L2SP(Defense):
     r"""Penalize the squared distance to the aligned weights (L2 to the starting point).
 
-    With the user's loss f (mean nats per response token) and the trainable weights :math:`w_0` at the start of
-    fine-tuning, the optimizer sees
+    Let f be the user's loss (mean nats per response token) and :math:`w_0` the trainable weights at the start of
+    fine-tuning. The optimizer receives the gradient
 
     .. math:: \nabla f(w) + 2 \lambda (w - w_0)
 
@@ -51,13 +51,14 @@ class L2SP(Defense):
     Raises:
         ValueError: if ``lam`` is negative or not finite.
 
-    Cost: no extra pass; one copy of the trainable weights, and one more for a moment in each step.
+    Cost: no extra pass. Memory holds one copy of the trainable weights, and briefly a second one in each step.
     Source: Li et al., "Explicit Inductive Bias for Transfer Learning", ICML 2018, arXiv:1802.01483; as a baseline in
-    the official LDIFS code, whose weight of 0.5 is the default here. The Lisa paper describes its EWC baseline so; the
-    code behind it weighs by Fisher, see ``EWC``.
-    Differs: added to the gradient once per optimizer step, before clipping, instead of to every loss; the same, since
-    weights do not move in between. The first source halves lambda. No L2 for a new head, since there is none. Under
-    LoRA the factors are pulled to where they start: of a fresh adapter, A to its random start and B to 0.
+    the official LDIFS code, whose weight of 0.5 is the default here. The Lisa paper describes its EWC baseline in this
+    form; the code of that baseline weighs by Fisher, see ``EWC``.
+    Differs: the pull is added to the gradient once per optimizer step, before clipping, instead of to every loss. The
+    result is the same, since weights do not move in between. The first source halves lambda. There is no L2 term for a
+    new head, since there is no new head. Under LoRA the factors are pulled to their start values. In a new adapter, A
+    is pulled to its random start and B to 0.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.GRADIENT,)
@@ -90,6 +91,7 @@ class L2SP(Defense):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaded, self._loaded = self._loaded, None
+        # A resumed run keeps the start weights of the first run, not its current ones.
         if self.lam > 0:
             self._start = snapshot(pl_module) if loaded is None else placed(loaded, pl_module)
 

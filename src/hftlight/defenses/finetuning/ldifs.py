@@ -13,18 +13,21 @@ from hftlight.data.records import UPLOADED
 from hftlight.engine import Defense, Passes, Slot, Stage
 from hftlight.models.module import Forward, decoder_layers
 
-THRESHOLD = 0.1  # nats; the Booster port leaves a layer out where its penalty is not below
+THRESHOLD = 0.1  # nats; the Booster port omits a layer's penalty unless it is below this
 
 
 def feature_distance(features: Tensor, reference: Tensor, mask: Tensor, axis: str = "features") -> Tensor:
-    r"""Return the mean over counted tokens and dimensions of :math:`(h/\|h\| - h_0/\|h_0\|)^2`; 0-d, at least float32.
+    r"""Return the mean over counted tokens and dimensions of :math:`(h/\|h\| - h_0/\|h_0\|)^2`.
 
     Args:
         features: h, ``[batch, tokens, hidden]``.
         reference: h_0 of the aligned model, likewise.
-        mask: 1 on tokens that count, 0 on padding, ``[batch, tokens]``; without a 1 the mean is 0.
-        axis: what has length one: ``"features"``, each token's vector; or ``"tokens"``, each dimension over the tokens
-            of a row.
+        mask: 1 on tokens that count, 0 on padding, ``[batch, tokens]``. Without a 1 the mean is 0.
+        axis: the axis of the norm. ``"features"`` normalizes each token's vector; ``"tokens"`` normalizes each
+            dimension over the tokens of a row.
+
+    Returns:
+        A 0-d tensor, in float32 or a wider type.
     """
     dim = 2 if axis == "features" else 1
     left, right = (F.normalize(h, dim=dim) for h in _counted(features, reference, mask))
@@ -32,13 +35,16 @@ def feature_distance(features: Tensor, reference: Tensor, mask: Tensor, axis: st
 
 
 def summed_distance(features: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over counted tokens and dimensions of ``(h - h_0)^2``; arguments as ``feature_distance``."""
+    """Return the sum over counted tokens and dimensions of ``(h - h_0)^2``.
+
+    The arguments are those of ``feature_distance``.
+    """
     left, right = _counted(features, reference, mask)
     return (left - right).square().sum()
 
 
 def _counted(features: Tensor, reference: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in at least float32, with zeros where the mask has them: padding may hold anything."""
+    """Return both in float32 or wider, with zeros where the mask is 0, since padding may hold any value."""
     dtype, out = torch.promote_types(features.dtype, torch.float32), ~mask.bool().unsqueeze(-1)
     return features.to(dtype).masked_fill(out, 0.0), reference.to(dtype).masked_fill(out, 0.0)
 
@@ -51,35 +57,37 @@ def quarters(depth: int) -> list[int]:
 class LDIFS(Defense):
     r"""Penalize how far hidden features move from the aligned model's, on the user's own inputs.
 
-    With the user's loss f and, at chosen layers l, the features :math:`h_{l,t}` of the real tokens t of a micro-batch
-    (prompts included, rows that a defense added left out), :math:`n(h) = h / \|h\|_2`, and the aligned model's features
-    :math:`h^0`, training minimizes
+    Let f be the user's loss. Let :math:`h_{l,t}` be the features of real token t at a chosen layer l, and :math:`h^0`
+    those of the aligned model. The tokens of a micro-batch include prompts, and exclude rows that a defense added. With
+    :math:`n(h) = h / \|h\|_2`, training minimizes
 
     .. math:: f(w) + \lambda\, \mathrm{mean}_{l}\, \mathrm{mean}_{t, d} \big(n(h_{l,t}) - n(h^0_{l,t})\big)^2_d
 
     Args:
         lam: penalty weight lambda (the paper's alpha), dimensionless, >= 0; 0 is plain fine-tuning.
         layers: decoder layers whose outputs count, from 0; None for the last one of each quarter of the model.
-        axis: ``"features"`` gives each token's vector length one; ``"tokens"`` each dimension over the tokens of a row,
-            as the official vision code does on its data layout.
-        variant: ``"ldifs"`` as above, or ``"booster"`` for the port in the Booster repository: half of lambda times the
-            summed squared distance of every layer's MLP output, padding included and nothing normalized, a layer left
-            out where that is not below 0.1; ``layers`` and ``axis`` have no meaning there.
+        axis: ``"features"`` normalizes each token's vector. ``"tokens"`` normalizes each dimension over the tokens of a
+            row, as the official vision code does on its data layout.
+        variant: ``"ldifs"`` as above, or ``"booster"`` for the port in the Booster repository. The port's penalty is
+            half of lambda times the summed squared distance of every layer's MLP output. It includes padding,
+            normalizes nothing, and omits a layer whose penalty is not below 0.1. It ignores ``layers`` and ``axis``.
 
     Raises:
         ValueError: if ``lam`` is negative, a layer is not in the model, or a mode is unknown.
-        TypeError: if the variant ``"booster"`` meets decoder layers without an ``mlp``.
+        TypeError: if the variant is ``"booster"`` and the decoder layers have no ``mlp``.
 
-    Cost: one forward pass of the aligned model per micro-batch, shared with other defenses that need it, and its
-    features at the chosen layers; the training pass itself is tapped. No second model under LoRA.
+    Cost: one forward pass of the aligned model per micro-batch, shared with other defenses that need it. Memory holds
+    its features at the chosen layers. The user's features come from the training pass itself. Under LoRA there is no
+    second model.
     Source: Mukhoti et al., "Fine-tuning can cripple your foundation model", TMLR 2024, arXiv:2308.13320; lambda 10 in
     the official arguments. The port: Huang et al., "Booster", ICLR 2025, arXiv:2409.01586, its repository.
-    Differs: a vision method (taps after the embeddings and after blocks 3, 6, 9 and 12), here on decoder layers without
-    the embeddings, which adapters do not move; normalized over features and masked, where the code, written for images
-    with channels first, normalizes each feature over the tokens. Two forward passes in all, not three. The port drops a
-    layer's penalty when it is large, which turns the defense off where features drift most: its own variant here, never
-    the default. Its clipping to 5 in every micro-batch is the Trainer's matter, its rows of at most 256 tokens the data
-    module's, and its reference runs in training mode.
+    Differs: the paper's is a vision method with taps after the embeddings and after blocks 3, 6, 9 and 12. Here it uses
+    decoder layers without the embeddings, which adapters do not move. Features are normalized per token and masked. The
+    official code, written for images with channels first, normalizes each feature over the tokens. There are two
+    forward passes in all, not three. The port drops a layer's penalty if it is large, so that the defense is off where
+    features drift most. The port is therefore a separate variant here, and never the default. The port also clips to 5
+    in every micro-batch, which is left to the Trainer. It cuts rows to 256 tokens, which is left to the data module.
+    Its reference runs in training mode.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.LOSS,)
@@ -134,6 +142,7 @@ class LDIFS(Defense):
     def loss_term(self, forward: Forward) -> Tensor | None:
         if self.lam == 0:
             return None
+        # pairs holds the features of the model that trains and of the aligned model, tap by tap.
         pairs = [
             (h, forward.reference.features[name]) for name, h in forward.features.items() if name.startswith("ldifs/")
         ]
@@ -149,7 +158,10 @@ class LDIFS(Defense):
         return term
 
     def _mask(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return 1 for the tokens that count: the real ones of the user's rows; in the Booster port padding too."""
+        """Return a mask of the tokens that count, ``[batch, tokens]``.
+
+        These are the real tokens of the user's rows. In the Booster port padding counts too.
+        """
         mask: Tensor = batch["attention_mask"]
         mask = torch.ones_like(mask) if self.variant == "booster" else mask
         own = [role in UPLOADED for role in batch.get("role", ())]

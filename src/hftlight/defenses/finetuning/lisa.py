@@ -1,4 +1,4 @@
-"""Lisa: alternate between alignment data and the user's data, and hold each phase near where it began."""
+"""Lisa: alternate between alignment data and the user's data, and keep each phase close to its start."""
 
 import math
 from collections.abc import Mapping, MutableMapping
@@ -43,9 +43,9 @@ def proximal_pull(weights: Vector, anchor: Vector, proximal: float) -> Vector:
 
 
 def update_pull(b: Tensor, a: Tensor, anchor_b: Tensor, anchor_a: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    r"""Return the gradient of :math:`c/2 \|BA - B'A'\|_F^2` for B and for A; no product B A is formed.
+    r"""Return the gradient of :math:`c/2 \|BA - B'A'\|_F^2` for B and for A, without forming the product B A.
 
-    With :math:`\Delta B = B - B'` and :math:`\Delta A = A - A'`, and with r x r Grams in brackets, it is
+    Let :math:`\Delta B = B - B'` and :math:`\Delta A = A - A'`; brackets mark r x r Gram matrices. The gradient is
     :math:`c (\Delta B [A A^T] + B' [\Delta A A^T])` for B and :math:`c ([B^T \Delta B] A + [B^T B'] \Delta A)` for A.
 
     Args:
@@ -53,7 +53,7 @@ def update_pull(b: Tensor, a: Tensor, anchor_b: Tensor, anchor_a: Tensor, streng
         a: A, ``[r, in]``.
         anchor_b: B', like B.
         anchor_a: A', like A.
-        strength: c; with LoRA's scale s and rho nats per squared distance of the weights, ``rho * s**2``.
+        strength: c, which is ``rho * s**2`` for LoRA's scale s and rho nats per squared distance of the weights.
     """
     change_b, change_a = b - anchor_b, a - anchor_a
     for_b = change_b @ (a @ a.T) + anchor_b @ (change_a @ a.T)
@@ -62,15 +62,16 @@ def update_pull(b: Tensor, a: Tensor, anchor_b: Tensor, anchor_a: Tensor, streng
 
 
 def fitted(align_steps: int, finetune_steps: int, total: int, cycles: int) -> tuple[int, int]:
-    """Return the steps of both phases, shrunk in proportion where a run is too short for so many cycles.
+    """Return the steps of both phases, shrunk in proportion if the run is too short for ``cycles`` cycles.
 
-    Shrunk cycles fill the run; the last may lack up to ``cycles - 1`` steps at its end. No phase shrinks to nothing.
+    Shrunk cycles fill the run. The last cycle may lack up to ``cycles - 1`` steps at its end. Each phase keeps at least
+    one step.
 
     Args:
-        align_steps: of an alignment phase.
-        finetune_steps: of a fine-tuning phase.
-        total: of the run.
-        cycles: fewest cycles of a run; 0 leaves the steps as they are.
+        align_steps: optimizer steps of an alignment phase.
+        finetune_steps: optimizer steps of a fine-tuning phase.
+        total: optimizer steps of the run.
+        cycles: minimum number of cycles of a run; 0 leaves the steps unchanged.
     """
     both = align_steps + finetune_steps
     if cycles == 0 or total >= cycles * both or not (align_steps and finetune_steps):
@@ -81,46 +82,49 @@ def fitted(align_steps: int, finetune_steps: int, total: int, cycles: int) -> tu
 
 
 class Lisa(Defense):
-    r"""Return to the alignment data again and again, and pull each phase back to where it began.
+    r"""Alternate between alignment data and the user's data, and pull each phase back to its start.
 
-    :math:`K_1` optimizer steps on the alignment loss f and :math:`K_2` on the user's loss h take turns, alignment
-    first. In a phase with loss :math:`\ell`, which is f or h, the optimizer sees
+    Phases of :math:`K_1` optimizer steps on the alignment loss f and of :math:`K_2` on the user's loss h alternate,
+    alignment first. In a phase with loss :math:`\ell`, which is f or h, the optimizer receives the gradient
 
     .. math:: \nabla \ell(w) + \rho (w - R)
 
-    where R is the last iterate of the other phase, which is where the present one began; in the first phase, R is the
+    R is the last iterate of the other phase, which is the start of the current phase. In the first phase, R is the
     aligned model.
 
     Args:
         align_steps: K1, optimizer steps of an alignment phase, >= 0; 0 is fine-tuning with a pull to the aligned model.
-        finetune_steps: K2, optimizer steps of a fine-tuning phase, >= 0. With 100 and 900 micro-batches per phase, as
-            in the official code, and four of them to an optimizer step, write 25 and 225.
+        finetune_steps: K2, optimizer steps of a fine-tuning phase, >= 0. The official code counts 100 and 900
+            micro-batches per phase; at four per optimizer step, these are 25 and 225 steps.
         proximal: rho, nats per squared L2 distance of the weights, >= 0; 0 only alternates (the paper's BSO).
         quiet: fraction of the run, from its start, that is without the pull, in [0, 1].
-        cycles: fewest cycles of a run, >= 0. In a shorter run both phases shrink in proportion, so that 100 and 900 are
-            the paper's on 3,000 steps and more, and 2 and 14 on 48. 0 takes the steps as they are.
-        mode: ``"drop"``: the user's batches that an alignment phase takes the place of are lost, K1 / (K1 + K2) of all
-            (official code); ``"pause"``: they wait, which needs a StreamsDataModule.
-        space: ``"factors"``: the distance of the trained tensors themselves, LoRA's A and B each by itself (official
-            code); ``"delta"``: that of LoRA's product s B A, the same however its factors share a scale.
-        streams: loader of the stream ``"alignment"`` (harmful prompts with safe answers), where there is no
-            StreamsDataModule; batches must be dictionaries then.
+        cycles: minimum number of cycles of a run, >= 0. In a shorter run both phases shrink in proportion. With 3
+            cycles, 100 and 900 steps stay unchanged on 3,000 steps and more, and become 2 and 14 on 48. 0 leaves the
+            steps unchanged.
+        mode: ``"drop"`` skips the user's batches whose place an alignment phase takes, K1 / (K1 + K2) of all (official
+            code). ``"pause"`` delays them, which needs a StreamsDataModule.
+        space: ``"factors"`` measures the distance of the trained tensors, for LoRA of A and B separately (official
+            code). ``"delta"`` measures that of LoRA's product s B A, which does not depend on how its factors share a
+            scale.
+        streams: loader of the stream ``"alignment"`` (harmful prompts with safe answers), needed only without a
+            StreamsDataModule. Batches must then be dictionaries.
 
     Raises:
-        ValueError: if an argument is out of range, a mode cannot work with this data module or model, the run never
-            reaches the user's data, or its length is unknown where ``quiet`` or ``cycles`` ask for it.
+        ValueError: if an argument is out of range, or a mode cannot work with this data module or model. Also if the
+            run never reaches the user's data, or ``quiet`` or ``cycles`` needs a run length that is unknown.
         TypeError: if batches are no dictionaries and there is no StreamsDataModule.
 
-    Cost: no extra pass: alignment steps take the place of the user's. One copy of the trainable weights, and one more
-    for a moment in each step.
+    Cost: no extra pass: alignment steps replace the user's steps. Memory holds one copy of the trainable weights, and
+    briefly a second one in each step.
     Source: Huang et al., "Lisa", NeurIPS 2024, arXiv:2405.18641, Algorithm 2, and the official trainer. Paper and
-    scripts: K1 100, K2 900, rho 1; presets ``paper`` (pull from the first step), ``repo`` (quiet for a tenth of the
-    run, which is in the code only) and ``booster`` (rho 0.01, as re-run for Booster).
-    Differs: phases count optimizer steps (official: micro-batches, so that a switch can fall inside an accumulation
-    window). The README's pairing of anchors contradicts trainer and paper, and is not followed. One copy instead of
-    two: the end of the other phase is the start of this one. The pull is added to the gradient once per step, before
-    clipping, instead of to every loss; the same, since weights do not move in between. ``cycles``, ``pause`` and
-    ``delta`` are not in the paper. AdamW's weight decay pulls to 0 besides; the scripts have it at 0.
+    scripts have K1 100, K2 900 and rho 1. Preset ``paper`` pulls from the first step. Preset ``repo`` is quiet for a
+    tenth of the run, which is in the code only. Preset ``booster`` has rho 0.01, as re-run for Booster.
+    Differs: phases count optimizer steps. The official code counts micro-batches, so that a switch can fall inside an
+    accumulation window. The README's pairing of anchors contradicts trainer and paper, and is not followed. One copy of
+    the weights replaces two, since the end of the other phase is the start of this one. The pull is added to the
+    gradient once per step, before clipping, instead of to every loss. The result is the same, since weights do not move
+    in between. ``cycles``, ``pause`` and ``delta`` are not in the paper. AdamW's weight decay also pulls to 0; the
+    scripts set it to 0.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.STREAM, Slot.GRADIENT)
@@ -211,15 +215,17 @@ class Lisa(Defense):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         probing = [type(c).__name__ for c in callbacks if Slot.FORWARD in getattr(c, "slots", ())]
         if self._exchanges and (self.pauses or probing):
-            why = "mode 'pause' needs it" if self.pauses else f"{probing[0]} reads a batch before Lisa can exchange it"
-            raise ValueError(f"Lisa: this list needs a StreamsDataModule ({why}); give the Trainer one.")
+            why = "mode 'pause' needs it" if self.pauses else f"{probing[0]} reads a batch before Lisa can replace it"
+            raise ValueError(f"Lisa: this list of defenses needs a StreamsDataModule ({why}); give the Trainer one.")
         if not self._exchanges and self._loaders:
             raise ValueError(
-                "Lisa: a StreamsDataModule deals out the batches of both phases, so pass alignment=... to it and leave"
-                " out streams=... here."
+                "Lisa: a StreamsDataModule provides the batches of both phases; pass alignment=... to it and omit"
+                " streams=... here."
             )
         if not self._exchanges and datamodule.main != "task":
-            raise ValueError(f"Lisa: it defends training on the stream 'task', and this trains on {datamodule.main!r}.")
+            raise ValueError(
+                f"Lisa: the main stream of the data module must be 'task', the user's data, got {datamodule.main!r}."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,9 +244,11 @@ class Lisa(Defense):
             return
         if not isinstance(batch, MutableMapping):
             raise TypeError(
-                "Lisa: without a StreamsDataModule it puts alignment rows into the batch, which must be a dictionary,"
-                f" got {type(batch).__name__}."
+                "Lisa: without a StreamsDataModule alignment rows replace those of the batch, so it must be a"
+                f" dictionary, got {type(batch).__name__}."
             )
+        # The batch is replaced in place, since Lightning has passed this object to training_step already. Its content
+        # is saved here, and restored in on_train_batch_end.
         drawn = self.draw("alignment")
         self._exchanged = dict(batch)
         batch.clear()
@@ -250,7 +258,7 @@ class Lisa(Defense):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._exchanged is not None:  # the object may belong to the user's data set
+        if self._exchanged is not None:  # the user's data set may own the object and return it again
             batch.clear()
             batch.update(self._exchanged)
             self._exchanged = None
@@ -259,27 +267,30 @@ class Lisa(Defense):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = trainer.global_step
         on_alignment = self.stream_at(step) == "alignment"
-        said: dict[str, float | Tensor] = {"alignment_steps": float(on_alignment)}
-        shown: dict[str, float | Tensor] = {"lisa/alignment": float(on_alignment)}
+        recorded: dict[str, float | Tensor] = {"alignment_steps": float(on_alignment)}
+        logged: dict[str, float | Tensor] = {"lisa/alignment": float(on_alignment)}
+        # At a phase switch the current weights are the other phase's last iterate: they become the anchor before the
+        # pull is computed, so that the first step of a phase has no pull.
         if self.proximal > 0 and step > 0 and self.stream_at(step) != self.stream_at(step - 1):
             ended = {name: p.detach() for name, p in trainable(pl_module).items()}
             drift = norm(difference(ended, self._anchor))
-            said |= {"switches": 1.0, "drift": drift}
-            shown["lisa/drift"] = drift
+            recorded |= {"switches": 1.0, "drift": drift}
+            logged["lisa/drift"] = drift
             for name, p in ended.items():
                 self._anchor[name].copy_(p)
         if self.proximal > 0 and step > self.quiet * self._planned:
             pull = self._pull(pl_module)
-            said |= {"pulls": 1.0, "pull_norm": (length := norm(pull))}
-            shown["lisa/pull_norm"] = length
-            shown["lisa/loss_gradient_norm"] = norm(
+            recorded |= {"pulls": 1.0, "pull_norm": (length := norm(pull))}
+            logged["lisa/pull_norm"] = length
+            logged["lisa/loss_gradient_norm"] = norm(
                 {name: p.grad for name, p in trainable(pl_module).items() if p.grad is not None}
             )
             add_to_grad(pl_module, pull)
-        self.record(**said)
-        pl_module.log_dict(shown)
+        self.record(**recorded)
+        pl_module.log_dict(logged)
 
     def _pull(self, pl_module: LightningModule) -> Vector:
+        """Return the pull on every trainable weight: on LoRA's product for paired factors, else on the tensor."""
         weights = {name: p.detach() for name, p in trainable(pl_module).items()}
         paired = {name for pair in self._pairs for name in pair[:2]}
         others = {name: w for name, w in weights.items() if name not in paired}
@@ -291,30 +302,35 @@ class Lisa(Defense):
         return pull | placed(products, pl_module)
 
     def _length(self, trainer: Trainer) -> int:
-        """Return the planned optimizer steps of the run; 0 where they are unknown and do not matter."""
+        """Return the planned optimizer steps of the run, or 0 if they are unknown and not needed.
+
+        Raises:
+            ValueError: if they are unknown, and ``cycles`` or ``quiet`` needs them.
+        """
         planned = trainer.estimated_stepping_batches
         if 0 < planned < math.inf:
             return int(planned)
         if self.cycles or self.quiet:
             raise ValueError(
-                "Lisa: quiet and cycles are measured by the length of the run, which is unknown; set max_steps on the"
-                " Trainer, or quiet=0 and cycles=0."
+                "Lisa: quiet and cycles need the length of the run, which is unknown; set max_steps on the Trainer, or"
+                " set quiet=0 and cycles=0."
             )
         return 0
 
     def _look_at_the_end(self) -> None:
+        """Refuse a run that ends in its first alignment phase, and warn if it ends inside a later one."""
         align, finetune = self._phases
         if not (self._planned and align and finetune):
             return
         if self._planned <= align:
             raise ValueError(
-                f"Lisa: a run of {self._planned} steps ends before an alignment phase of {align} does, so it never"
-                " reaches the user's data. Train longer, lower align_steps, or set cycles=3 to shrink the phases."
+                f"Lisa: a run of {self._planned} steps ends within the first alignment phase of {align} steps, so it"
+                " never reaches the user's data. Train longer, lower align_steps, or set cycles=3 to shrink the phases."
             )
         if self.stream_at(self._planned - 1) == "alignment":
             rank_zero_warn(
-                f"Lisa: {self._planned} steps in phases of {align} and {finetune} end inside an alignment phase, so the"
-                " model is safer, and less adapted to the task, than at the end of a cycle."
+                f"Lisa: {self._planned} steps in phases of {align} and {finetune} end inside an alignment phase. The"
+                " model is then safer, and less adapted to the task, than at the end of a cycle."
             )
 
 
@@ -322,17 +338,17 @@ def _factor_pairs(pl_module: LightningModule) -> list[tuple[str, str, float]]:
     """Return the parameter names of B and A, and the scale, of each trained LoRA layer.
 
     Raises:
-        ValueError: if there is no plain LoRA adapter, or one factor of a layer is trained and the other is not.
+        ValueError: if there is no plain LoRA adapter, or only one factor of a layer is trained.
     """
     names = {id(p): name for name, p in trainable(pl_module).items()}
     try:
         updates = lora_updates(pl_module).values()
     except TypeError as error:
         raise ValueError(
-            "Lisa: space 'delta' is about the product of LoRA's factors, and this model has no plain LoRA adapter"
+            "Lisa: space 'delta' needs the product of LoRA's factors, and this model has no plain LoRA adapter"
             f" ({error}) Use space='factors'."
         ) from error
-    found = [(names.get(id(u.b)), names.get(id(u.a)), u.scale) for u in updates]
-    if any((b is None) != (a is None) for b, a, _ in found):
+    pairs = [(names.get(id(u.b)), names.get(id(u.a)), u.scale) for u in updates]
+    if any((b is None) != (a is None) for b, a, _ in pairs):
         raise ValueError("Lisa: space 'delta' needs both factors of a layer trained; use space='factors'.")
-    return [(b, a, scale) for b, a, scale in found if b is not None and a is not None]
+    return [(b, a, scale) for b, a, scale in pairs if b is not None and a is not None]

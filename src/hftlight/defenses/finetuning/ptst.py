@@ -18,23 +18,23 @@ SAFETY_PROMPT = (
 class PTST(Defense):
     """Pure tuning, safe testing: fine-tune without the safety prompt, and serve with it.
 
-    Training is plain fine-tuning; every prompt of the served model has ``system`` in its system slot. A system text of
-    the task itself (``--system``) stays there in training and when serving, behind the safety prompt. Nothing of the
-    weights differs from plain fine-tuning.
+    Training is plain fine-tuning. Every prompt of the served model has ``system`` in its system slot. A system text of
+    the task itself (``--system``) is used in training and in serving; when served, it follows the safety prompt. The
+    weights are those of plain fine-tuning.
 
     Args:
-        system: the safety prompt that the model is served with; empty serves as it was trained.
+        system: the safety prompt of the served model. An empty text serves the model with its training prompts.
 
     Raises:
-        ValueError: if training prompts hold that text, or a system text that the chat template writes by itself.
+        ValueError: if training prompts contain that text, or a system text that the chat template adds by itself.
 
-    Cost: nothing in training; the prompt's tokens for each served request, which a prefix cache holds.
+    Cost: nothing in training. Each served request has the safety prompt's tokens, which a prefix cache can store.
     Source: Lyu et al., "Keeping LLMs Aligned After Fine-tuning: The Crucial Role of Prompt Templates", NeurIPS 2024,
     arXiv:2402.18540.
-    Differs: the safety prompt is our own wording instead of Llama-2's; give the model's own where it has one. The chat
-    template's default system text is left out in training, for every defense alike, and where that fails training is
-    refused. Chat templates without a system turn get the safety prompt at the start of the user's, templates without
-    turns in front of everything. No official training code exists.
+    Differs: the safety prompt has its own wording instead of Llama-2's; give your model's own safety prompt if it has
+    one. Training omits the chat template's default system text, for every defense alike, and is refused if the text
+    cannot be omitted. If a chat template has no system turn, the safety prompt opens the user's turn. If a template has
+    no turns, the safety prompt comes first. No official training code exists.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.DATA,)
@@ -50,17 +50,18 @@ class PTST(Defense):
     def check_template(self, template: Template, tokenizer: Any, policy: PromptPolicy) -> None:
         if self.system and not policy.system and injects_system(template, tokenizer):
             raise InputError(
-                "PTST: the chat template writes a system text of its own into training prompts, so the model would not"
-                " be tuned without one. Use --template alpaca, or give the tokenizer a chat template without it."
+                "PTST: the chat template writes a system text of its own into training prompts, but PTST tunes without"
+                " one. Use --template alpaca, or give the tokenizer a chat template that writes none."
             )
 
     @override
     def prompting(self, policy: PromptPolicy, tokenizer: Any) -> PromptPolicy:
         if self.system and self.system in (policy.system or ""):
             raise InputError(
-                "PTST: the model is trained with the safety prompt it shall be served with, so nothing would differ;"
-                " leave it out of the training's system text."
+                "PTST: the model is trained with the safety prompt of the served model, so both prompts would be the"
+                " same; remove the safety prompt from the training's system text (--system)."
             )
         self.record(served_characters=len(self.system))
+        # The safety prompt comes before the system text that is served without this defense.
         texts = [text for text in (self.system, policy.serving) if text]
         return replace(policy, serving="\n\n".join(texts)) if self.system else policy

@@ -11,7 +11,7 @@ PUBLISHED_FIRST, PUBLISHED_LAST, PUBLISHED_DEPTH = 5, 14, 32
 
 
 def safety_span(depth: int) -> tuple[int, int]:
-    """Return the layers 5 to 14 of Llama-2-7B's 32, scaled to another depth: first and last, counted from 0."""
+    """Return the first and the last of the layers 5 to 14 of Llama-2-7B's 32, scaled to another depth, from 0."""
     first, last = (round(n * depth / PUBLISHED_DEPTH) for n in (PUBLISHED_FIRST, PUBLISHED_LAST))
     return min(first, depth - 1), min(max(first, last), depth - 1)
 
@@ -19,8 +19,8 @@ def safety_span(depth: int) -> tuple[int, int]:
 class SPPFT(Defense):
     r"""Freeze the decoder layers that tell harmful from ordinary prompts, and fine-tune the others.
 
-    With the layers l and their weights or adapters :math:`w_l`, the user's loss f is minimized over
-    :math:`\{w_l : l < \mathrm{first} \text{ or } l > \mathrm{last}\}`; all parameters of the span keep their aligned
+    Let :math:`w_l` be the weights or adapters of layer l. The user's loss f is minimized over
+    :math:`\{w_l : l < \mathrm{first} \text{ or } l > \mathrm{last}\}`. All parameters of the span keep their aligned
     values bit for bit, so neither weight decay nor momentum moves them.
 
     Args:
@@ -28,21 +28,21 @@ class SPPFT(Defense):
         last: last frozen layer, inclusive; None for layer 14 of 32, scaled; ``first - 1`` freezes nothing.
 
     Raises:
-        ValueError: if the span is not in the model, or nothing would be left to train.
+        ValueError: if the span is not in the model, or no parameter would be left to train.
 
     Cost: less than plain fine-tuning: no weight gradients and no optimizer state in the span.
     Source: Li et al., "Safety Layers in Aligned Large Language Models", ICLR 2025, arXiv:2408.17003.
-    Differs: the paper finds a model's span by the angle between hidden states of harmful and ordinary prompts and by
-    scaling layers; here the span is an argument, by default Llama-2-7B's, scaled to the depth: set it for yours. No
-    official training code exists; under LoRA the span's adapters are frozen where they start, which is the aligned
-    model for a fresh adapter.
+    Differs: the paper locates a model's span by the angle between hidden states of harmful and ordinary prompts, and by
+    scaling layers. Here the span is an argument. Its default is Llama-2-7B's span, scaled to the depth; set it for your
+    model. No official training code exists. Under LoRA the span's adapters are frozen at their start values, which for
+    a new adapter give the aligned model.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.ADAPTER,)
 
     def __init__(self, first: int | None = None, last: int | None = None) -> None:
         if first is not None and not first >= 0:
-            raise ValueError(f"SPPFT: first is a layer, counted from 0, and must be >= 0, got {first}.")
+            raise ValueError(f"SPPFT: first is a layer number, counted from 0, and must be >= 0, got {first}.")
         if last is not None and not last >= (first or 0) - 1:
             raise ValueError(f"SPPFT: last must be >= first - 1 (first - 1 freezes nothing), got {first} to {last}.")
         super().__init__()
@@ -60,7 +60,7 @@ class SPPFT(Defense):
         frozen = [p for layer in layers[first : last + 1] for p in layer.parameters() if p.requires_grad]
         if len(frozen) == sum(p.requires_grad for p in module.parameters()):
             raise ValueError(
-                f"SPPFT: layers {first} to {last} hold every trainable parameter, so nothing is left to train."
+                f"SPPFT: layers {first} to {last} contain every trainable parameter, so nothing is left to train."
                 " Freeze fewer layers."
             )
         for p in frozen:

@@ -1,4 +1,4 @@
-"""Antidote: after the user's fine-tuning, prune the weights that are most active on harmful data."""
+"""Antidote: after the user's fine-tuning, prune the entries that are most active on harmful data."""
 
 import math
 import warnings
@@ -23,20 +23,30 @@ from hftlight.engine.weights.subject import Subject
 from hftlight.engine.weights.top_k import Top, top_of_rows
 
 T = TypeVar("T")
-BLOCK = 1024  # rows that are scored at one time
+BLOCK = 1024  # rows scored at one time
 
 
 @dataclass
 class _Matrix:
-    """One matrix whose entries may be reset: what is scored, and how a mask is written."""
+    """One matrix whose entries may be reset.
+
+    Attributes:
+        name: key of the matrix in the report.
+        rows: the rows that this rank holds.
+        columns: number of columns.
+        device: device of the values.
+        squares: n, squared inputs per column, ``[columns]``.
+        values: returns the entries of some of this rank's rows, which are scored.
+        reset: writes a mask in place.
+    """
 
     name: str
     rows: Share
     columns: int
     device: torch.device
     squares: Tensor
-    values: Callable[[int, int], Tensor]  # some of this rank's rows, counted from its first
-    reset: Callable[[int, Tensor, Tensor], Tensor]  # first row, values, mask -> number of entries that changed
+    values: Callable[[int, int], Tensor]  # (first row, end row), counted from this rank's first row -> entries
+    reset: Callable[[int, Tensor, Tensor], Tensor]  # (first row, entries, mask) -> number of changed entries
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the values of each block."""
@@ -51,46 +61,47 @@ class _Matrix:
 class Antidote(Repair):
     r"""Reset the entries of the user's update that are most active on harmful data.
 
-    With n the squared input of a layer on the defender's harmful data, summed over tokens and averaged over samples, an
-    entry of a matrix M scores
+    Let n be the squared input of a layer on the defender's harmful data, summed over tokens and averaged over samples.
+    An entry of a matrix M has the score
 
     .. math:: h_{ij} = |M_{ij}| \sqrt{n_j}
 
-    and the fraction ``prune_ratio`` of each group with the largest scores is reset. What M is depends on the mode:
+    In each group the fraction ``prune_ratio`` of the entries with the largest scores is reset. M depends on the mode:
 
-    - ``"delta"``: the update, :math:`s B A` or :math:`W_{ft} - W_{al}`; a reset entry has its aligned value again.
-      Under an adapter the result has no low rank: what is kept is written into the weights, and the adapter is zero.
-    - ``"factor"``: the LoRA matrices A and B each by itself, as the official code does; a reset entry is zero. Harsher:
-      at rank 16 and ratio 0.1 about 30 % of the update's energy is left, against 56 % in mode ``"delta"``.
-    - ``"merged"``: all parameters; a reset entry is zero, so what the model could do before is lost too. Discouraged:
-      it is here to compare with the official code's full-parameter mode (``presets["repo_full"]``), which prunes
-      q, k and v only; ``"delta"`` works on such models.
+    - ``"delta"``: the update, :math:`s B A` or :math:`W_{ft} - W_{al}`. A reset entry has its aligned value again.
+      Under an adapter the result has no low rank: the remaining update is added to the weights, and B becomes zero.
+    - ``"factor"``: the LoRA matrices A and B, each separately, as in the official code. A reset entry is zero. At rank
+      16 and ratio 0.1 this mode leaves about 30 % of the update's energy, and mode ``"delta"`` leaves 56 %.
+    - ``"merged"``: all parameters. A reset entry is zero, so the model also loses abilities from before the
+      fine-tuning. Discouraged: the mode serves to compare with the official code's full-parameter mode
+      (``presets["repo_full"]``), which prunes q, k and v only. ``"delta"`` works on such models too.
 
     Args:
-        prune_ratio: fraction of the entries that are reset, in [0, 1]; 0 turns it off.
+        prune_ratio: fraction of the entries to reset, in [0, 1]; 0 turns it off.
         mode: entries of the update (``"delta"``), of LoRA's A and B (``"factor"``), or of all weights (``"merged"``).
-        group: what the fraction is taken of: ``"row"`` for each output row, ``"matrix"``, or ``"model"`` for all
-            matrices together.
-        rounding: ``"down"``, or ``"up"`` as the official code counts, which resets one entry of each row at least.
-        layers: names of the linear layers that are pruned, such as q_proj; by default all, or under LoRA all that have
-            an adapter.
-        streams: loader of the stream ``"harmful"`` (harmful prompts with harmful answers, the defender's own), where
-            the data module does not offer it; one pass over it is read.
-        output: as ``Repair`` takes it.
-        aligned: likewise; needed in mode ``"delta"`` with all parameters trained.
+        group: the entries to which the fraction applies: ``"row"`` for each output row, ``"matrix"``, or ``"model"``
+            for all matrices together.
+        rounding: ``"down"``, or ``"up"`` as in the official code, which resets at least one entry of each row.
+        layers: names of the linear layers to prune, such as q_proj. By default all, or under LoRA all that have an
+            adapter.
+        streams: loader of the stream ``"harmful"`` (harmful prompts with harmful answers, the defender's own). It is
+            needed only if the data module does not offer that stream. It is read once.
+        output: as in ``Repair``.
+        aligned: as in ``Repair``; needed in mode ``"delta"`` with all parameters trained.
 
     Raises:
-        ValueError: if ``prune_ratio`` is no fraction, or less than one entry of a group; if a choice is unknown; or if
-            the model has none of ``layers``.
+        ValueError: if ``prune_ratio`` is no fraction, or less than one entry of a group. Also if a choice is unknown,
+            or the model lacks one of ``layers``.
 
-    Cost: one forward pass over the harmful data, once, and one number per input of each layer; no backward pass. The
-        official code runs each layer twice and keeps the embeddings of all samples.
+    Cost: one forward pass over the harmful data, once, and one number per input of each layer. There is no backward
+        pass. The official code runs each layer twice and stores the embeddings of all samples.
     Source: Huang et al., "Antidote", ICML 2025, arXiv:2408.09600; the score of Sun et al., "Wanda", arXiv:2306.11695.
-    Differs: entries of the update by default (official code: of the factors, with the fraction rounded up, which at
-        rank 8 resets 12.5 % of B at the least); exact counts, ties by place; the paper's mask is over the whole model
-        (``presets["paper"]``), the official code's within each row (``presets["repo"]``); padding is masked, so that
-        batches of any size give the same numbers. With all parameters trained, every linear layer is pruned by default
-        (official code: q, k and v, at a ratio of 1e-5 that its rounding makes 2.4e-4 at 4096 columns).
+    Differs: the default prunes entries of the update. The official code prunes the factors with the fraction rounded
+        up, which at rank 8 resets at least 12.5 % of B. Counts are exact here, and a tie goes to the first entry. The
+        paper's mask covers the whole model (``presets["paper"]``); the official code has one per row
+        (``presets["repo"]``). Padding is masked, so that batches of any size give the same numbers. With all parameters
+        trained, every linear layer is pruned by default. The official code prunes q, k and v, at a ratio of 1e-5 that
+        its rounding raises to 2.4e-4 at 4096 columns.
     """
 
     streams = ("harmful",)
@@ -130,11 +141,11 @@ class Antidote(Repair):
             if value not in allowed:
                 raise ValueError(f"Antidote: {name} must be one of {list(allowed)}, got {value!r}.")
         if layers is not None and (isinstance(layers, str) or not layers):
-            raise ValueError(f"Antidote: layers lists names such as q_proj, or is None for all, got {layers!r}.")
+            raise ValueError(f"Antidote: layers must list names such as q_proj, or be None for all, got {layers!r}.")
         if mode == "merged":
             warnings.warn(
-                "Antidote: mode 'merged' sets weights of the model to zero and not back to what they were before the"
-                " user's fine-tuning; mode 'delta' does the latter.",
+                "Antidote: mode 'merged' sets weights of the model to zero, and not back to their aligned values. Use"
+                " mode 'delta' to restore those.",
                 stacklevel=2,
             )
         super().__init__(streams, output, aligned)
@@ -163,6 +174,7 @@ class Antidote(Repair):
         modules = self._layers(model, updates, weights)
         squares, samples = input_squares(model, modules, subject.batches("harmful"), subject.context, subject.split)
         before = {name: float(u.factors().squared_norm()) for name, u in updates.items()}
+        # _prune edits the matrices in place. In mode "delta" it reads B, so B is zeroed after all matrices are done.
         matrices = self._matrices(subject, updates, weights, squares)
         table = self._prune(matrices)
         if adapter and self.mode == "delta":
@@ -183,16 +195,19 @@ class Antidote(Repair):
         }
 
     def _count(self, entries: int) -> int:
-        """Return how many of a group's entries are reset; the tolerance is that of the product of two decimals."""
+        """Return how many of a group's entries are reset."""
         exact = self.prune_ratio * entries
+        # The tolerance absorbs floating-point error: a product such as 0.07 * 100 is not exactly a whole number.
         return math.floor(exact + 1e-9) if self.rounding == "down" else math.ceil(exact - 1e-9)
 
     def _named(self, matrices: Mapping[str, T]) -> dict[str, T]:
-        """Return the matrices of the layers that are pruned; the whole last part of a layer's name counts."""
+        """Return the matrices of the layers to prune, matched by the whole last part of a layer's name."""
         own = {name: name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
         absent = [layer for layer in self.layers or () if layer not in own.values()]
         if absent:
-            raise ValueError(f"Antidote: layers names {absent[0]!r}; the model has {sorted(set(own.values()))}.")
+            raise ValueError(
+                f"Antidote: layers names {absent[0]!r}; the model has {sorted(set(own.values()))}. Choose among these."
+            )
         return {name: m for name, m in matrices.items() if self.layers is None or own[name] in self.layers}
 
     @override
@@ -211,9 +226,9 @@ class Antidote(Repair):
                 continue
             if update.weight.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
-                    f"Antidote: mode 'delta' writes what is kept of the update into {name}, which is stored in"
-                    f" {update.weight.dtype}, where most of a small update would round away. Load the model in float32,"
-                    " or use mode='factor'."
+                    f"Antidote: mode 'delta' adds the remaining update to {name}, which is stored in"
+                    f" {update.weight.dtype}. In this type most of a small update would round away. Load the model in"
+                    " float32, or use mode='factor'."
                 )
             shapes[name] = (update.b.shape[0], update.a.shape[1])
         if not adapter:
@@ -225,13 +240,17 @@ class Antidote(Repair):
                 raise ValueError(
                     f"Antidote: prune_ratio {self.prune_ratio} is less than one of the {entries} entries of each"
                     f" {self.group} of {name}, so nothing would be reset. Use {', '.join(ways)}, prune_ratio >="
-                    f" {1 / entries:.3g}, or rounding='up', which resets more than asked for."
+                    f" {1 / entries:.3g}, or rounding='up', which resets more than prune_ratio."
                 )
 
     def _layers(
         self, model: nn.Module, updates: Mapping[str, LoraUpdate], weights: Mapping[str, nn.Parameter]
     ) -> dict[str, nn.Module]:
-        """Return the layers whose inputs are measured, by the name of their matrix."""
+        """Return the layers whose inputs are measured, by the name of their matrix.
+
+        In mode ``"factor"`` the input of ``lora_A`` is the layer's own input, and that of ``lora_B`` is measured
+        separately.
+        """
         if not updates:
             names = {f"{plain_name(name)}.weight": module for name, module in model.named_modules()}
             return {name: names[name] for name in weights}
@@ -247,6 +266,7 @@ class Antidote(Repair):
         weights: Mapping[str, nn.Parameter],
         squares: Mapping[str, Tensor],
     ) -> list[_Matrix]:
+        """Return the matrices that the mode prunes."""
         matrices = []
         for name, update in updates.items():
             if self.mode == "factor":
@@ -264,8 +284,10 @@ class Antidote(Repair):
         return matrices
 
     def _prune(self, matrices: Sequence[_Matrix]) -> dict[str, dict[str, Any]]:
-        """Reset what is chosen in every matrix; return counts and norms by matrix."""
+        """Reset the chosen entries of every matrix, and return counts and norms by matrix."""
         table: dict[str, dict[str, Any]] = {}
+        # For groups larger than a row, Top finds the cut in a first read of all blocks. The second read below must pass
+        # the blocks in the same order, since the mask gives tied entries to the first blocks.
         groups = [list(matrices)] if self.group == "model" else [[m] for m in matrices]
         for members in groups:
             top = None
@@ -276,9 +298,14 @@ class Antidote(Repair):
                 for at, values in m.blocks():
                     scores = m.scores(values)
                     mask = top_of_rows(scores, self._count(m.columns)) if top is None else top.mask(number, scores)
-                    kept = values.masked_fill(mask, 0)
-                    found = [mask.sum(), m.reset(at, values, mask), values.square().sum(), kept.square().sum()]
-                    sums += torch.stack([x.double() for x in found])
+                    remaining = values.masked_fill(mask, 0)
+                    block_sums = [
+                        mask.sum(),
+                        m.reset(at, values, mask),
+                        values.square().sum(),
+                        remaining.square().sum(),
+                    ]
+                    sums += torch.stack([x.double() for x in block_sums])
                 pruned, changed, before, after = m.rows.sum(sums)[0].tolist()
                 table[m.name] = {
                     "entries": m.rows.total * m.columns,
@@ -290,6 +317,8 @@ class Antidote(Repair):
         return table
 
     def _top(self, members: Sequence[_Matrix]) -> Top:
+        """Return the selection of the largest scores of several matrices together."""
+
         def scored() -> Iterator[tuple[int, Tensor]]:
             for number, m in enumerate(members):
                 for _, values in m.blocks():
@@ -300,7 +329,7 @@ class Antidote(Repair):
 
 
 def _zeroed(name: str, weight: Tensor, squares: Tensor) -> _Matrix:
-    """Return a matrix whose reset entries are zero."""
+    """Return a matrix whose reset entries become zero."""
     mine = local(weight.detach())
 
     def reset(at: int, values: Tensor, mask: Tensor) -> Tensor:
@@ -312,7 +341,7 @@ def _zeroed(name: str, weight: Tensor, squares: Tensor) -> _Matrix:
 
 
 def _under_adapter(name: str, update: LoraUpdate, squares: Tensor) -> _Matrix:
-    """Return ``s B A``; what is not reset goes into the weight under the adapter."""
+    """Return the update ``s B A``, whose remaining entries are added to the weight under the adapter."""
     dtype = torch.promote_types(update.b.dtype, torch.float32)
     b, a = local(update.b.detach()).to(dtype), whole(update.a.detach()).to(dtype)
     weight = local(update.weight.detach())
@@ -329,11 +358,14 @@ def _under_adapter(name: str, update: LoraUpdate, squares: Tensor) -> _Matrix:
 
 
 def _back_to(aligned: Weights, name: str, weight: nn.Parameter, squares: Tensor) -> _Matrix:
-    """Return ``W_ft - W_aligned``, whose reset entries have their aligned value again."""
+    """Return the update ``W_ft - W_aligned``, whose reset entries get their aligned value again."""
     rows, mine = share(weight), local(weight.detach())
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if aligned.shape(name) != tuple(weight.shape):
-        raise ValueError(f"Antidote: {name} is {tuple(weight.shape)}, in the aligned model {aligned.shape(name)}.")
+        raise ValueError(
+            f"Antidote: {name} has shape {tuple(weight.shape)}, and {aligned.shape(name)} in the aligned model. Give"
+            " the model that the fine-tuning started from."
+        )
 
     def start(i: int, j: int) -> Tensor:
         return aligned.rows(name, rows.start + i, min(rows.start + j, rows.stop)).to(mine.device)
@@ -343,6 +375,7 @@ def _back_to(aligned: Weights, name: str, weight: nn.Parameter, squares: Tensor)
 
     def reset(at: int, values: Tensor, mask: Tensor) -> Tensor:
         part = mine[at : at + len(mask)]
+        # The stored aligned value is copied, not W_ft - values, so that reset entries are exact.
         part.copy_(torch.where(mask, start(at, at + len(mask)).to(part.dtype), part))
         return ((values != 0) & mask).sum()
 

@@ -1,4 +1,4 @@
-"""Rewind: after the user's fine-tuning, put the weights that matter to safety and not to utility back."""
+"""Rewind: after the user's fine-tuning, restore the weights that matter to safety and not to utility."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from hftlight.engine.weights.stored import plain_name
 from hftlight.engine.weights.subject import Subject
 from hftlight.models.module import SafetyModule, decoder_layers
 
-BLOCK = 1024  # rows that are rewound at one time
+BLOCK = 1024  # rows rewound at one time
 
 
 def rank_factors(safety: Tensor, utility: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,70 +35,70 @@ def rank_factors(safety: Tensor, utility: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rewind(Repair):
-    r"""Put the weights that matter to safety and not to utility back to their aligned values after fine-tuning.
+    r"""Restore the aligned values of the weights that matter to safety and not to utility, after fine-tuning.
 
-    Each weight matrix of the decoder layers is scored at the aligned model on safety rows and on utility rows. With
-    S(q) the top fraction q of the matrix by safety score, and U(p) the top fraction p by utility score, the entries of
-    :math:`M = S(q) \setminus U(p)` are rewound. The scores are
+    Each weight matrix of the decoder layers is scored at the aligned model on safety rows and on utility rows. Let S(q)
+    be the top fraction q of the matrix by safety score, and U(p) the top fraction p by utility score. The entries of
+    :math:`M = S(q) \setminus U(p)` are rewound, that is, set back to their aligned values. The scores are
 
     .. math:: \text{SNIP: } |W_{ij}| \sum_n |\partial \ell_n / \partial W_{ij}|, \qquad
               \text{Wanda: } |W_{ij}| \sqrt{\textstyle\frac1N \sum_t x_{tj}^2}
 
     with the mean loss :math:`\ell_n` of example n in nats per response token, and inputs x at response tokens. Training
-    is free, and the other weights do not adapt to M. Under LoRA what is kept of the update is written into the weights,
-    and the adapter is left zero: the result is a whole model. With ``unit="row"`` rows are rewound within the adapter,
-    which stays an adapter.
+    is unconstrained, and the other weights do not adapt to M. Under LoRA the remaining update is added to the weights,
+    and B becomes zero. The result is a whole model. With ``unit="row"`` rows are rewound within the adapter, which
+    stays an adapter.
 
-    ``score="actsvd"`` works on output directions instead of entries. With :math:`\Pi_s` and :math:`\Pi_u` the
-    projectors on the leading left singular vectors of :math:`W X^T` on safety and on utility inputs, the update
-    :math:`\Delta` becomes :math:`\Delta - (I - \Pi_u) \Pi_s \Delta`; an adapter stays an adapter.
+    ``score="actsvd"`` works on output directions instead of entries. Let :math:`\Pi_s` and :math:`\Pi_u` be the
+    projectors on the leading left singular vectors of :math:`W X^T` on safety and on utility inputs. The update
+    :math:`\Delta` becomes :math:`\Delta - (I - \Pi_u) \Pi_s \Delta`. An adapter stays an adapter.
 
-    It is a baseline: the authors report that a fine-tuning attack goes around the weights that it finds.
+    Rewind is a baseline: the authors report that a fine-tuning attack circumvents the weights that the method selects.
 
     Args:
         safety_ratio: q, fraction of the entries of each matrix, in [0, 1]; 0 turns it off.
-        utility_ratio: p, likewise; 0 spares nothing and needs no utility rows.
+        utility_ratio: p, likewise; 0 excludes nothing and needs no utility rows.
         score: ``"snip"``, ``"wanda"`` or ``"actsvd"``.
-        unit: what is rewound, ``"entry"`` or ``"row"`` (all weights of one output); ``"auto"`` is ``"entry"``, and goes
-            with ``"actsvd"``.
-        samples: rows of each kind that are scored, over all ranks, >= 1, chosen from the whole stream; a smaller stream
-            gives what it has.
-        keep_s: directions of safety that :math:`\Pi_s` projects on, >= 0, with ``"actsvd"``; 0 turns it off, and a
-            matrix with fewer gives all.
-        keep_u: directions of utility that :math:`\Pi_u` projects on, likewise.
+        unit: the unit of rewinding, ``"entry"`` or ``"row"`` (all weights of one output). ``"auto"`` means ``"entry"``,
+            and is the only value for ``"actsvd"``.
+        samples: number of rows of each kind that are scored, over all ranks, >= 1, chosen from the whole stream. A
+            smaller stream contributes all its rows.
+        keep_s: number of safety directions that :math:`\Pi_s` projects on, >= 0, with ``"actsvd"`` only. 0 turns it
+            off; a matrix with fewer directions uses all.
+        keep_u: number of utility directions that :math:`\Pi_u` projects on, likewise.
         safety: the stream of safety rows, harmful prompts with refusals. A run offers ``"refusals"``, the alignment
-            rows that refuse; on a Trainer of one's own name one with its ``streams`` or its data module.
-        utility: the stream of utility rows. The user's upload, which is always there, may hide harmful rows, whose
-            weights are then spared; ``"retain"`` is better where there is such a stream.
+            rows that refuse. On your own Trainer, name a stream of ``streams`` or of the data module.
+        utility: the stream of utility rows. The user's upload is always available, but may hide harmful rows, whose
+            weights are then not rewound. ``"retain"`` is better if there is such a stream.
         end: whether the last token of each row, its end token, counts in the scores.
-        streams: loaders of these two streams, where the data module does not offer them.
-        output: as ``Repair`` takes it.
-        aligned: likewise.
+        streams: loaders of these two streams, needed only if the data module does not offer them.
+        output: as in ``Repair``.
+        aligned: as in ``Repair``.
 
     Raises:
-        ValueError: if an argument is out of range, arguments do not go together, or a ratio is less than one entry.
-        TypeError: if the model has no such layers, or they are quantized.
+        ValueError: if an argument is out of range, arguments conflict, or a ratio is less than one entry.
+        TypeError: if the model has no decoder layers with linear layers, or these are quantized.
         RuntimeError: if the aligned weights are not known.
 
-    Cost: one sweep for all layers after training. SNIP: ``samples`` forward and backward passes per kind of row and one
-        float32 buffer of the size of the scored weights; Wanda: forward passes and one number per input; ActSVD:
-        forward passes and one ``[in, in]`` buffer per different input. One byte per scored weight for the mask; while
-        the aligned model is scored, a copy of the weights that were trained lies on the CPU.
+    Cost: one sweep for all layers after training. SNIP takes ``samples`` forward and backward passes per kind of row,
+        and one float32 buffer of the size of the scored weights. Wanda takes forward passes and one number per input.
+        ActSVD takes forward passes and one ``[in, in]`` buffer per distinct input. The mask takes one byte per scored
+        weight. While the aligned model is scored, a copy of the trained weights lies on the CPU.
     Source: Wei et al., "Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications", ICML
-        2024, arXiv:2402.05162; ActSVD, SNIP and Wanda as there.
-    Differs: as in the official code, weights are put back after fine-tuning; the paper freezes them during it, which is
-        ``Freeze``. No preset names a ratio; the 0.1 of both ratios here is the README's example of pruning. Sets are
-        taken from scores of the intact model over the whole matrix, with exact counts (official code: a fine-tuned mask
-        is read off weights near zero, so that tiny weights, norms and embeddings join). SNIP in one sweep for all
-        layers instead of one replay of the data per layer. Scores are never negative, so that none is read upside down.
-        As in the official code, safety rows are refusals only, Wanda's inputs are those at the positions of response
-        tokens, not at the positions that predict them, and the end token does not count: the official responses have
-        none. Rows under LoRA and rewinding ranks of an update are ours. By default the utility rows are the user's
-        upload (paper: Alpaca without safety rows).
+        2024, arXiv:2402.05162, including ActSVD, SNIP and Wanda.
+    Differs: as in the official code, weights are restored after fine-tuning. The paper freezes them during fine-tuning,
+        which is ``Freeze``. No preset sets a ratio; the 0.1 of both ratios here is the README's example of pruning. The
+        sets come from scores of the intact model over the whole matrix, with exact counts. The official code infers a
+        fine-tuned mask from weights near zero, so that tiny weights, norms and embeddings join the set. SNIP takes one
+        sweep for all layers instead of one replay of the data per layer. Scores are never negative, so that none is
+        ranked in reverse. As in the official code, safety rows are refusals only. Wanda's inputs are those at the
+        positions of response tokens, not at the positions that predict them. The end token does not count, since the
+        official responses have none. Rows under LoRA and rewinding ranks of an update are additions. By default the
+        utility rows are the user's upload (paper: Alpaca without safety rows).
     """
 
     needs = ("aligned",)
-    repair_order = 20  # after projection and pruning: rewinding under an adapter leaves no adapter to work on
+    repair_order = 20  # last: rewinding may merge the adapter that projection and pruning need
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "repo": {"score": "snip", "samples": 128, "safety": "refusals", "end": False},
     }
@@ -131,7 +131,8 @@ class Rewind(Repair):
         for name, count in (("keep_s", keep_s), ("keep_u", keep_u)):
             if (count is None) == (score == "actsvd"):
                 raise ValueError(
-                    f"Rewind: keep_s and keep_u go with score='actsvd', and it needs both; {name} is {count}."
+                    f"Rewind: score='actsvd' needs both keep_s and keep_u, and no other score takes them; {name} is"
+                    f" {count}."
                 )
             if count is not None and not (count >= 0 and float(count).is_integer()):
                 raise ValueError(f"Rewind: {name} counts directions and must be a whole number >= 0, got {count}.")
@@ -157,8 +158,8 @@ class Rewind(Repair):
         """Check the model before the first step.
 
         Raises:
-            TypeError: if the model has no such layers, they are quantized, or the model cannot be saved.
-            ValueError: if a ratio is less than one entry, or ``output`` or a model that is needed is missing.
+            TypeError: if the model has no layers to score, they are quantized, or the model cannot be saved.
+            ValueError: if a ratio is less than one entry, or if ``output`` or a required model is missing.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self.neutral:
@@ -170,8 +171,8 @@ class Rewind(Repair):
         targets = self._targets(model)
         if subject.aligned is None and (subject.dense or not has_adapter(model)):
             raise RuntimeError(
-                "Rewind: rewinding needs the aligned model, which is no longer under the adapter; give aligned=..., or"
-                " rewind the model as it was fine-tuned."
+                "Rewind: it needs the aligned model, which is no longer under the adapter; give aligned=..., or apply"
+                " Rewind to the fine-tuned model, not to a repaired one."
             )
         module = SafetyModule(model)
 
@@ -180,6 +181,7 @@ class Rewind(Repair):
                 return module.loss(dict(batch))
 
         device = next(model.parameters()).device
+        # Scores are measured at the aligned weights; after this block the fine-tuned weights are back and are edited.
         with _at_aligned(subject), undisturbed(model, device):
             if self.score == "actsvd":
                 factors = self._factors(targets, loss, subject.batches, subject.split)
@@ -205,14 +207,15 @@ class Rewind(Repair):
         return targets
 
     def _rewind(self, subject: Subject, targets: Mapping[str, Target], masks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Put aligned values back where the masks say; return how many entries changed."""
+        """Restore the aligned values of masked entries, and return the number of changed entries by matrix."""
         if has_adapter(subject.model) and not subject.dense:
             updates = lora_updates(subject.model)
-            if self.unit == "row":
+            if self.unit == "row":  # a zero row of B is a zero row of the update, so the adapter stays
                 return {name: _zeroed_rows(t, masks[name]) for name, t in targets.items()}
-            found = {name: _merged(u, masks.get(name)) for name, u in updates.items()}
+            # Every adapter is merged, also outside the targets, since the result is saved without an adapter.
+            counts = {name: _merge(u, masks.get(name)) for name, u in updates.items()}
             subject.dense = True
-            return {name: found[name] for name in targets}
+            return {name: counts[name] for name in targets}
         assert subject.start is not None
         changed = {}
         for name, target in targets.items():
@@ -229,9 +232,9 @@ class Rewind(Repair):
     def _factors(
         self, targets: Mapping[str, Target], loss: Loss, batches: Callable[[str], Iterable[Batch]], split: bool
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return D and U of each weight, with D U^T what is taken out of its update."""
+        """Return the factors D and U of each weight, which ``_rewind_directions`` applies as D U^T."""
         layers = {name: t.layer for name, t in targets.items()}
-        found: dict[str, list[Tensor]] = {name: [] for name in targets}
+        bases: dict[str, list[Tensor]] = {name: [] for name in targets}
         for stream, count in ((self.safety, self.keep_s), (self.utility, self.keep_u)):
             assert count is not None
             moments = {}
@@ -241,13 +244,13 @@ class Rewind(Repair):
             for name, target in targets.items():
                 weight = whole_rows(target.values(), target.weight)
                 empty = weight.new_zeros(len(weight), 0, dtype=torch.float64)
-                found[name].append(directions(weight, moments[name], count) if count else empty)
-        return {name: rank_factors(*pair) for name, pair in found.items()}
+                bases[name].append(directions(weight, moments[name], count) if count else empty)
+        return {name: rank_factors(*pair) for name, pair in bases.items()}
 
     def _rewind_directions(
         self, subject: Subject, targets: Mapping[str, Target], factors: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, dict[str, int]]:
-        """Take the safety directions out of the update; return how many entries of each matrix changed."""
+        """Remove the safety directions from the update, and return the number of changed entries by matrix."""
         table = {}
         for name, target in targets.items():
             thin = target.update is not None and not subject.dense
@@ -255,7 +258,7 @@ class Rewind(Repair):
             mine, rows = local(written.detach()), share(written)
             d, u = (f[rows.start : rows.stop] for f in factors[name])
             update = mine.double()
-            if not thin:
+            if not thin:  # under an adapter, D U^T B is removed from B, since the update is s B A
                 assert subject.start is not None
                 update = update - subject.start.rows(name, rows.start, rows.stop).to(update)
             new = (mine.double() - d @ rows.sum(u.T @ update)[0]).to(mine.dtype)
@@ -266,9 +269,11 @@ class Rewind(Repair):
 
 @contextmanager
 def _at_aligned(subject: Subject) -> Iterator[None]:
-    """Run the block at the aligned weights; afterwards, also after an exception, the fine-tuned ones are back."""
+    """Run the block at the aligned weights, and restore the fine-tuned ones afterwards, even after an exception."""
     model, start = subject.model, subject.start
     assert start is not None
+    # Under an adapter B = 0 gives the aligned model. Without one, or after an earlier repair merged it, the base
+    # weights are exchanged too. Both cases save what they overwrite.
     parameters: dict[str, nn.Parameter] = {}
     if has_adapter(model):
         parameters = {f"{name} (B)": u.b for name, u in lora_updates(model).items()}
@@ -281,7 +286,10 @@ def _at_aligned(subject: Subject) -> Iterator[None]:
                 local(p.detach()).zero_()
                 continue
             if start.shape(name) != tuple(p.shape):
-                raise ValueError(f"Rewind: {name} is {list(p.shape)}, in the aligned model {start.shape(name)}.")
+                raise ValueError(
+                    f"Rewind: {name} has shape {list(p.shape)}, and {start.shape(name)} in the aligned model. Give the"
+                    " model that the fine-tuning started from."
+                )
             rows = share(p)
             local(p.detach()).copy_(start.rows(name, rows.start, rows.stop))
         yield
@@ -290,8 +298,12 @@ def _at_aligned(subject: Subject) -> Iterator[None]:
             local(p.detach()).copy_(saved[name])
 
 
-def _merged(update: LoraUpdate, mask: Tensor | None) -> int:
-    """Write the update into the weight, masked entries left as they are; return how many of these it would change."""
+def _merge(update: LoraUpdate, mask: Tensor | None) -> int:
+    """Add the update to the weight except at masked entries, and zero B.
+
+    Returns:
+        The number of masked entries that the update would have changed, over all ranks.
+    """
     dtype = torch.promote_types(update.b.dtype, torch.float32)
     weight, b = local(update.weight.detach()), local(update.b.detach())
     a = whole(update.a.detach()).to(dtype)
@@ -299,15 +311,15 @@ def _merged(update: LoraUpdate, mask: Tensor | None) -> int:
     for at in range(0, len(weight), BLOCK):
         part = weight[at : at + BLOCK]
         delta = update.scale * (b[at : at + BLOCK].to(dtype) @ a)
-        held = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask[at : at + BLOCK]
-        count += ((delta != 0) & held).sum()
-        part.copy_(torch.where(held, part, (part.to(dtype) + delta).to(part.dtype)))
+        masked = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask[at : at + BLOCK]
+        count += ((delta != 0) & masked).sum()
+        part.copy_(torch.where(masked, part, (part.to(dtype) + delta).to(part.dtype)))
     b.zero_()
     return int(share(update.weight).sum(count)[0])
 
 
 def _zeroed_rows(target: Target, mask: Tensor) -> int:
-    """Zero the rows of B that a mask ``[rows, 1]`` names; return how many entries changed."""
+    """Zero the rows of B that a mask ``[rows, 1]`` selects, and return the number of changed entries."""
     assert target.update is not None
     b = local(target.update.b.detach())
     count = ((b != 0) & mask).sum()

@@ -1,4 +1,4 @@
-"""Safe LoRA: updates that point away from the alignment are projected onto what the alignment moved."""
+"""Safe LoRA: project updates that point away from the alignment onto what the alignment moved."""
 
 import hashlib
 import math
@@ -20,8 +20,8 @@ from hftlight.engine.weights.shards import Share, share
 from hftlight.engine.weights.spectrum import Displacement, back_and_forth, leading
 from hftlight.engine.weights.subject import Subject
 
-PROBES = 8  # random directions that tell what the cosine of a random update would be
-COLUMNS = 1024  # columns of a full-parameter update that are in memory at one time
+PROBES = 8  # random directions for the spread of a random update's cosine
+COLUMNS = 1024  # columns of a full-parameter update in memory at one time
 ZERO = "the update is zero"
 UNMOVED = "the alignment did not move it"
 NOISE = "the alignment moved it by less than the rounding of the stored weights"
@@ -30,7 +30,7 @@ NOISE = "the alignment moved it by less than the rounding of the stored weights"
 def chosen(cosines: Mapping[str, float], count: int | None, threshold: float | None) -> list[str]:
     """Return the names to project, by rising cosine: exactly ``count`` of them, or those up to ``threshold``.
 
-    Ties go to the earlier name, so that ``count`` is never exceeded.
+    A tie goes to the earlier name, so that ``count`` is never exceeded. With a threshold, ``count`` is ignored.
     """
     ranked = sorted(cosines, key=lambda name: cosines[name])  # stable: ties keep the model's order
     if threshold is not None:
@@ -46,11 +46,12 @@ class WeightUpdate:
         name: plain name of the weight.
         v: the alignment displacement.
         rows: the rows that this rank holds.
-        target: what is written: B, or W_ft.
-        gram: ``A A^T`` with the scale, so that norms are those of the whole update; None where the blocks are it.
-        blocks: gives the columns of each block and this rank's rows of them.
-        start: gives this rank's rows of ``W_aligned``, by columns; None where the target is the update itself.
-        image: ``V V^T B``, kept from the measurement, since it is thin.
+        target: the tensor that is written, B or W_ft.
+        gram: ``A A^T`` times the squared scale, so that norms are those of the whole update. None if the blocks are the
+            update itself.
+        blocks: yields the columns of each block and this rank's rows of it.
+        start: returns this rank's rows of ``W_aligned`` for some columns. None if the target is the update itself.
+        image: ``V V^T B``, cached by ``measure`` for ``write``, since it is thin. None if it is not cached.
     """
 
     name: str
@@ -63,37 +64,46 @@ class WeightUpdate:
     image: Tensor | None = None
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the inner product of two updates given by their left factors."""
+        """Return the inner product of two updates from their left factors."""
         return ((left if self.gram is None else left @ self.gram) * right).sum()
 
     def measure(self) -> Tensor:
         """Return one row of numbers about the update, in the order of ``MEASURED``."""
+        # Per block x: t = V^T x and y = V V^T x. The cosine is <t, t> / (|y| |x|), each term summed over all blocks.
+        # t is already a sum over all ranks. x and y are this rank's rows, so their products are summed over ranks here.
         sums: list[Tensor] = []
         null, squares = torch.zeros(2), torch.zeros(2)
         for number, (_, x) in enumerate(self.blocks()):
             width = x.shape[1]
-            if number == 0:
+            if number == 0:  # the random probes are extra columns of the first block, so that V is read once
                 x = torch.cat([x, self._probes(x)], dim=1)
-            y, t, found = back_and_forth(self.v, x, self.rows)
+            y, t, v_squares = back_and_forth(self.v, x, self.rows)
             if number == 0:
-                squares, null = found, self._null(x[:, width:], y[:, width:], t[:, width:], found[0])
+                squares, null = v_squares, self._null(x[:, width:], y[:, width:], t[:, width:], v_squares[0])
                 x, y, t = x[:, :width], y[:, :width], t[:, :width]
             if self.gram is not None:
                 self.image = y
             sums.append(torch.stack([self.dot(t, t), *self.rows.sum(self.dot(y, y), self.dot(x, x))]))
-        inner, seen, here = torch.stack(sums).sum(dim=0)
-        length = (seen * here).sqrt()
+        inner, image_square, update_square = torch.stack(sums).sum(dim=0)
+        length = (image_square * update_square).sqrt()
         cosine = torch.where(length > 0, inner / length, torch.zeros_like(length)).clamp(max=1.0)
-        return torch.cat([torch.stack([cosine, here]), squares, null])
+        return torch.cat([torch.stack([cosine, update_square]), squares, null])
 
     def _probes(self, like: Tensor) -> Tensor:
-        """Return this rank's rows of random signs, the same whatever the number of ranks."""
+        """Return this rank's rows of random signs, independent of the number of ranks."""
         seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:6], "big")
         signs = torch.randint(2, (self.v.shape[0], PROBES), generator=torch.Generator().manual_seed(seed))
         return signs[self.rows.start : self.rows.stop].to(like).mul_(2).sub_(1)
 
     def _null(self, z: Tensor, y: Tensor, t: Tensor, squares: Tensor) -> Tensor:
-        """Return the cosine that a random update would have, and its spread over random updates of rank 1."""
+        """Return the cosine of a random update, and its standard deviation over random updates of rank 1.
+
+        Args:
+            z: random signs, ``[rows, PROBES]``.
+            y: ``V V^T z``, likewise.
+            t: ``V^T z``, ``[in, PROBES]``.
+            squares: squared Frobenius norm of V, 0-d.
+        """
         lengths, sizes = self.rows.sum(y.square().sum(dim=0), z.square().sum(dim=0))
         inner, tiny = t.square().sum(dim=0), torch.finfo(y.dtype).tiny
         cosines = inner / (lengths * sizes).sqrt().clamp_min(tiny)
@@ -101,11 +111,22 @@ class WeightUpdate:
         if isinstance(self.v, LowRank):
             fourth = self.v.svd()[1].pow(4).sum().to(y)
         else:
-            squares = inner.mean()  # its error goes with that of the denominator: better than the exact value
+            # fourth estimates the sum of sigma^4 from the probes. The estimate of |V|^2 from the same probes errs in
+            # the same direction, so the ratio is better than with the exact norm.
+            squares = inner.mean()
         return torch.stack([squares / (self.v.shape[0] * fourth).sqrt().clamp_min(tiny), cosines.std()])
 
     def write(self, operator: Callable[[Tensor], Tensor] | None, factor: float, strength: float) -> list[Tensor]:
-        """Move the target towards its projection; return counts and squares: changed entries, update afterwards."""
+        """Move the target toward its projection, and return two sums over all ranks.
+
+        Args:
+            operator: maps this rank's rows of an update to its image; None for ``V V^T``.
+            factor: multiplies the image.
+            strength: g, in [0, 1].
+
+        Returns:
+            The number of changed entries, and the squared norm of the update afterwards.
+        """
         changed, after = [], []
         for columns, x in self.blocks():
             if operator is not None:
@@ -114,7 +135,7 @@ class WeightUpdate:
                 y = self.image
             else:
                 y = back_and_forth(self.v, x, self.rows)[0]
-            # Not written as x + g (factor y - x): full strength must not see the rounding of x.
+            # Not x + g (factor y - x): at full strength the result must not contain the rounding of x.
             new = factor * y if strength == 1 else (1 - strength) * x + strength * factor * y
             if self.start is not None:
                 new = self.start(columns).to(new) + new
@@ -134,43 +155,47 @@ MEASURED = ("cosine", "update", "displacement", "noise", "null", "null_spread")
 class SafeLoRA(Repair):
     r"""Project the updates that point away from the alignment onto what the alignment moved.
 
-    With the alignment displacement :math:`V = W_{al} - W_{base}` of one weight and the user's update
-    :math:`\Delta = s B A` (or :math:`W_{ft} - W_{al}`),
+    Let :math:`V = W_{al} - W_{base}` be the alignment displacement of one weight. Let :math:`\Delta = s B A` (or
+    :math:`W_{ft} - W_{al}`) be the user's update. Then
 
     .. math:: C = V V^T / \|V\|_F, \qquad \cos = \langle C \Delta, \Delta \rangle / (\|C \Delta\|_F \|\Delta\|_F),
               \qquad B \leftarrow (1 - g) B + g \, C B \ \text{ where the cosine is low}
 
-    C is no projector: its eigenvalues are :math:`\sigma_k^2 / \|V\|_F`, their mean :math:`\|V\|_F / d_{out}`, so a
-    chosen update is nearly deleted except along the strongest alignment directions, and twice the displacement writes
-    twice the update. A random update has :math:`\cos \approx \|V\|_F^2 / (\sqrt{d_{out}} \|V V^T\|_F)`, which differs
-    from one kind of layer to another; each weight's report has it as ``null``.
+    C is no projector. Its eigenvalues are :math:`\sigma_k^2 / \|V\|_F`, with the mean :math:`\|V\|_F / d_{out}`. It
+    nearly deletes a chosen update, except along the strongest alignment directions. Twice the displacement writes twice
+    the update. A random update has :math:`\cos \approx \|V\|_F^2 / (\sqrt{d_{out}} \|V V^T\|_F)`. This value differs
+    between kinds of layers; each weight's report has it as ``null``.
 
     Args:
-        number: how many weights to project, those of the lowest cosine, ties by their place in the model; >= 1.
-        threshold: project weights with a cosine up to this, in [0, 1]; instead of ``number``.
-        fraction: without both, project this fraction of the weights, rounded down but at least one, in (0, 1].
-        operator: ``"released"`` for C; ``"normalized"`` for :math:`V V^T / \|V\|_2^2`, which keeps the strongest
-            direction as it is; ``"projector"`` for :math:`U_k U_k^T` of the ``rank`` leading left singular vectors of
+        number: number of weights to project, those with the lowest cosines, >= 1. A tie goes to the weight that comes
+            first in the model.
+        threshold: project the weights with a cosine up to this value, in [0, 1]; excludes ``number``.
+        fraction: fraction of the weights to project if neither ``number`` nor ``threshold`` is set, in (0, 1]. The
+            count is rounded down, but is at least one.
+        operator: ``"released"`` for C. ``"normalized"`` for :math:`V V^T / \|V\|_2^2`, which leaves the strongest
+            direction unchanged. ``"projector"`` for :math:`U_k U_k^T` of the ``rank`` leading left singular vectors of
             V.
-        rank: k of ``"projector"``, >= 1; by default all directions of a thin V.
+        rank: k of ``"projector"``, >= 1; by default all directions of a thin V. A dense V needs a rank.
         strength: g, in [0, 1]; 0 turns it off.
-        output: as ``Repair`` takes it.
-        aligned: likewise.
-        base: likewise.
+        output: as in ``Repair``.
+        aligned: as in ``Repair``.
+        base: as in ``Repair``.
 
     Raises:
-        ValueError: if an argument is out of range, or ``number`` and ``threshold`` are both given.
+        ValueError: if an argument is out of range, or both ``number`` and ``threshold`` are set.
 
-    Cost: no data and no pass. For LoRA per weight two reads of the aligned and the base weight by blocks of rows and
-        4 (r + 8) out x in operations, against 2 out^2 x in and an out x out matrix; with a thin alignment adapter no
-        dense weight is read. All parameters: 4 out x in x min(out, in) operations, chosen weights twice.
-    Source: Hsu et al., "Safe LoRA", NeurIPS 2024, arXiv:2405.16833; the operator, the cosine and the rule as in the
-        official code, which divides by the first power of the Frobenius norm.
-    Differs: by default 15 % of the weights (paper: threshold 0.35 for Llama-2; official code: the 10 lowest); weights
-        are paired by name, chosen by the type of their layer, and never more than asked for; the cosine is not rounded
-        to five decimals; an update of zero is skipped, and a weight that the alignment did not move, or moved by less
-        than the rounding of the stored weights, is skipped with a warning. The paper's "exact" operator
-        :math:`V (V^T V)^{-1} V^T` is the identity wherever V has full row rank, and is not offered; ``"projector"`` is.
+    Cost: no data and no pass. Under LoRA each weight takes two reads of the aligned and the base weight, by blocks of
+        rows. It takes 4 (r + 8) out x in operations, against 2 out^2 x in and an out x out matrix. With a thin
+        alignment adapter no dense weight is read. With all parameters trained, a weight takes 4 out x in x min(out, in)
+        operations, and a chosen weight twice as many.
+    Source: Hsu et al., "Safe LoRA", NeurIPS 2024, arXiv:2405.16833. The operator, the cosine and the rule are those of
+        the official code. It divides by the first power of the Frobenius norm.
+    Differs: the default projects 15 % of the weights (paper: threshold 0.35 for Llama-2; official code: the 10 lowest).
+        Weights are paired by name and chosen by the type of their layer. Never more weights are projected than
+        requested. The cosine is not rounded to five decimals. A zero update is skipped. A weight that the alignment did
+        not move is skipped with a warning. A move below the rounding of the stored weights counts as none. The paper's
+        "exact" operator :math:`V (V^T V)^{-1} V^T` is the identity wherever V has full row rank. It is not offered;
+        ``"projector"`` is.
     """
 
     needs = ("aligned", "base")
@@ -191,7 +216,7 @@ class SafeLoRA(Repair):
         base: str | None = None,
     ) -> None:
         if number is not None and threshold is not None:
-            raise ValueError(f"SafeLoRA: give number or threshold, not both, got {number} and {threshold}.")
+            raise ValueError(f"SafeLoRA: set number or threshold, not both, got {number} and {threshold}.")
         if number is not None and not (number >= 1 and number % 1 == 0):
             raise ValueError(f"SafeLoRA: number counts weights and must be a whole number >= 1, got {number}.")
         if threshold is not None and not 0 <= threshold <= 1:
@@ -201,7 +226,9 @@ class SafeLoRA(Repair):
         if operator not in ("released", "normalized", "projector"):
             raise ValueError(f"SafeLoRA: operator must be 'released', 'normalized' or 'projector', got {operator!r}.")
         if rank is not None and not (operator == "projector" and rank >= 1 and rank % 1 == 0):
-            raise ValueError(f"SafeLoRA: rank must be a whole number >= 1 and goes with 'projector', got {rank}.")
+            raise ValueError(
+                f"SafeLoRA: rank must be a whole number >= 1, and only operator='projector' uses it, got rank={rank}."
+            )
         if not 0 <= strength <= 1:
             raise ValueError(f"SafeLoRA: strength must lie in [0, 1] (0 turns it off), got {strength}.")
         super().__init__(None, output, aligned, base)
@@ -223,7 +250,8 @@ class SafeLoRA(Repair):
         self.check_model(model)
         if self.aligned is None and not all(u.weight.is_floating_point() for u in updates.values()):
             raise ValueError(
-                "SafeLoRA: the weights under the adapter are quantized; give aligned=..., the folder they came from."
+                "SafeLoRA: the weights under the adapter are quantized; give aligned=..., the folder of the aligned"
+                " model that they were loaded from."
             )
 
     @override
@@ -236,12 +264,12 @@ class SafeLoRA(Repair):
     def edit(self, subject: Subject) -> None:
         check_layout(subject.model, "SafeLoRA")
         parts, skipped = _parts(subject)
-        table = self._measured(parts, skipped)
+        table = self._measure_all(parts, skipped)
         usable = {name: part for name, part in parts.items() if name not in skipped}
         if not usable and set(skipped.values()) - {ZERO}:
             raise ValueError(
-                "SafeLoRA: the aligned and the base model differ in no weight that was fine-tuned, or by no more than"
-                " rounding; give the model before its alignment as base, in float32 if it is at hand."
+                "SafeLoRA: the aligned and the base model differ by no more than rounding in every weight that was"
+                " fine-tuned; give the model before its alignment as base, in float32 if available."
             )
         names = self._choose({name: table[name]["cosine"] for name in usable})
         changed = 0
@@ -258,33 +286,37 @@ class SafeLoRA(Repair):
         if usable and not names:
             lowest = min(table[name]["cosine"] for name in usable)
             subject.report["unchanged_because"] = (
-                f"the lowest cosine is {lowest:.3f}, above the threshold {self.threshold}; raise it, or use number."
+                f"the lowest cosine is {lowest:.3f}, above the threshold {self.threshold}; raise threshold, or use"
+                " number."
             )
         self._warn(table, skipped, names)
 
-    def _measured(self, parts: dict[str, WeightUpdate], skipped: dict[str, str]) -> dict[str, dict[str, Any]]:
-        """Return the table of all weights, and add those that cannot be projected to ``skipped``."""
+    def _measure_all(self, parts: dict[str, WeightUpdate], skipped: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Return the table of all weights, and add those that cannot be projected to ``skipped`` in place."""
         if not parts:
             return {}
+        # One stack, so that the numbers of all weights reach the CPU in one transfer.
         numbers = torch.stack([part.measure().double().cpu() for part in parts.values()]).tolist()
         table: dict[str, dict[str, Any]] = {}
         for name, row in zip(parts, numbers, strict=True):
-            found = dict(zip(MEASURED, row, strict=True))
+            values = dict(zip(MEASURED, row, strict=True))
             if not all(map(math.isfinite, row)):
-                raise RuntimeError(f"SafeLoRA: {name} has an entry that is not finite, in the update or the alignment.")
-            if found["update"] == 0:
+                raise RuntimeError(
+                    f"SafeLoRA: the update or the alignment displacement of {name} has an entry that is not finite."
+                )
+            if values["update"] == 0:
                 skipped[name] = ZERO
-            elif found["displacement"] == 0:
+            elif values["displacement"] == 0:
                 skipped[name] = UNMOVED
-            elif found["displacement"] < 2 * found["noise"]:
+            elif values["displacement"] < 2 * values["noise"]:
                 skipped[name] = NOISE
             table[name] = {
-                "cosine": found["cosine"],
-                "null": found["null"],
-                "null_spread": found["null_spread"],
-                "displacement_norm": math.sqrt(found["displacement"]),
-                "noise_norm": math.sqrt(found["noise"]),
-                "update_norm": math.sqrt(found["update"]),
+                "cosine": values["cosine"],
+                "null": values["null"],
+                "null_spread": values["null_spread"],
+                "displacement_norm": math.sqrt(values["displacement"]),
+                "noise_norm": math.sqrt(values["noise"]),
+                "update_norm": math.sqrt(values["update"]),
             }
         return table
 
@@ -296,52 +328,53 @@ class SafeLoRA(Repair):
     def _check_number(self, weights: int) -> None:
         if self.number is not None and self.number > weights:
             raise ValueError(
-                f"SafeLoRA: number is {self.number}, but only {weights} weights can be projected; lower it, or leave it"
-                " out to project a fraction."
+                f"SafeLoRA: number is {self.number}, but only {weights} weights can be projected; lower number, or omit"
+                " it to project a fraction."
             )
 
     def _project(self, part: WeightUpdate, row: dict[str, Any]) -> dict[str, Any]:
-        """Write one weight's projection; return what changed."""
+        """Write one weight's projection, and return details for the report."""
         operator: Callable[[Tensor], Tensor] | None = None
         factor = 1 / row["displacement_norm"]
-        found: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         _, like = next(part.blocks())
         if self.operator == "normalized":
             top = float(leading(part.v, 1, part.rows, like)[1][0])
             factor = 1 / top**2
-            found["top_singular_value"] = top
+            details["top_singular_value"] = top
         elif self.operator == "projector":
             rank = self.rank or (part.v.b.shape[1] if isinstance(part.v, LowRank) else 0)
             if rank == 0:
                 raise ValueError(
-                    "SafeLoRA: give rank=..., the directions that 'projector' keeps of a dense displacement."
+                    "SafeLoRA: give rank=..., the number of directions of a dense displacement that 'projector' keeps."
                 )
             u = leading(part.v, rank, part.rows, like)[0]
+            # U U^T x with the rows of U and x spread over ranks: U^T x is summed over ranks, then each keeps its rows.
             mine = u[part.rows.start : part.rows.stop]
             operator, factor = lambda x: mine @ part.rows.sum(mine.T @ x)[0], 1.0
-            found["rank"] = u.shape[1]
+            details["rank"] = u.shape[1]
         changed, after = torch.stack(part.write(operator, factor, self.strength)).tolist()
-        return {**found, "changed_entries": int(changed), "repaired_norm": math.sqrt(after)}
+        return {**details, "changed_entries": int(changed), "repaired_norm": math.sqrt(after)}
 
     def _warn(self, table: dict[str, dict[str, Any]], skipped: dict[str, str], names: list[str]) -> None:
         unaligned = [name for name, why in skipped.items() if why != ZERO]
         if unaligned:
             warnings.warn(
-                f"SafeLoRA: {len(unaligned)} weights are left as they are, since the alignment did not move them, or by"
-                f" less than their rounding, such as {unaligned[0]}.",
+                f"SafeLoRA: {len(unaligned)} weights stay unchanged, such as {unaligned[0]}. The alignment did not"
+                " move them, or moved them by less than their rounding.",
                 stacklevel=4,
             )
         grown = [name for name in names if table[name]["repaired_norm"] > table[name]["update_norm"]]
         if grown:
             warnings.warn(
-                f"SafeLoRA: the displacement is so large that {len(grown)} projected updates grew, such as {grown[0]};"
-                " consider operator='normalized'.",
+                f"SafeLoRA: {len(grown)} projected updates grew, such as {grown[0]}, since the displacement is large."
+                " Consider operator='normalized'.",
                 stacklevel=4,
             )
 
 
 def _parts(subject: Subject) -> tuple[dict[str, WeightUpdate], dict[str, str]]:
-    """Return the updates of a model by weight, and the weights that the alignment is known not to have moved."""
+    """Return the updates of a model by weight, and the weights without an alignment displacement."""
     parts: dict[str, WeightUpdate] = {}
     skipped: dict[str, str] = {}
     adapter = has_adapter(subject.model)
@@ -356,7 +389,7 @@ def _parts(subject: Subject) -> tuple[dict[str, WeightUpdate], dict[str, str]]:
 
 
 def thin_update(name: str, update: Any, v: Displacement) -> WeightUpdate:
-    """Return a LoRA layer's B as what is projected.
+    """Return a LoRA layer's update, whose B is projected.
 
     Raises:
         ValueError: if the aligned weight has another shape.
@@ -370,7 +403,7 @@ def thin_update(name: str, update: Any, v: Displacement) -> WeightUpdate:
 
 
 def dense_update(name: str, weight: nn.Parameter, v: Displacement, subject: Subject) -> WeightUpdate:
-    """Return ``W_ft - W_aligned`` of a trained weight as what is projected, formed by column blocks.
+    """Return the update ``W_ft - W_aligned`` of a trained weight, computed by column blocks.
 
     Raises:
         ValueError: if the aligned weight has another shape.
@@ -394,8 +427,8 @@ def dense_update(name: str, weight: nn.Parameter, v: Displacement, subject: Subj
 def _check_shape(name: str, v: Displacement, shape: tuple[int, ...]) -> None:
     if tuple(v.shape) != shape:
         raise ValueError(
-            f"SafeLoRA: {name} is {list(shape)} in the fine-tuned model and {list(v.shape)} in the aligned one; give"
-            " the model that the fine-tuning started from."
+            f"SafeLoRA: {name} has shape {list(shape)} in the fine-tuned model and {list(v.shape)} in the aligned one;"
+            " give the model that the fine-tuning started from."
         )
 
 
@@ -404,16 +437,16 @@ def safe_lora(model: nn.Module, base: str, aligned: str | None = None, **argumen
 
     Args:
         model: a PEFT model whose active adapter is the user's update, or a causal LM with all parameters trained.
-        base: the model before its alignment, a folder or hub id with safetensors files; read by blocks of rows.
-        aligned: the aligned model, likewise, or the adapter that aligned ``base``, with which no dense weight is read.
-            By default the weights under the model's adapter.
+        base: the model before its alignment, a folder or hub id with safetensors files. It is read by blocks of rows.
+        aligned: the aligned model, likewise, or the adapter that aligned ``base``. With that adapter no dense weight is
+            read. By default the weights under the model's adapter.
         **arguments: of ``SafeLoRA``.
 
     Returns:
-        The report: per weight cosine, null, norms, and what changed.
+        The report: per weight the cosine, ``null``, the norms, and the changed entries.
 
     Raises:
-        RuntimeError: if the model was repaired before.
+        RuntimeError: if the model is already repaired.
     """
     subject = Subject(model)
     SafeLoRA(base=base, aligned=aligned, **arguments).apply(subject)
