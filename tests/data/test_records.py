@@ -83,7 +83,7 @@ def test_a_missing_column_names_what_is_there_and_the_option(tmp_path):
     ("columns", "message"),
     [
         ({"prompt": "goal"}, r"fields \['instruction'.*got \['prompt'\]"),
-        ({"response": "reply"}, r"asks for \['reply'\]"),
+        ({"response": "reply"}, r"names \['reply'\]"),
     ],
 )
 def test_a_wrong_columns_argument_is_refused(tmp_path, columns, message):

@@ -99,5 +99,5 @@ def test_a_pair_of_which_one_answer_is_too_long_is_left_out():
 
 def test_a_row_of_pairs_needs_a_rejected_answer():
     rows = [*paired(1), Record("ask", "no", id="alone", source="mine.jsonl")]
-    with pytest.raises(InputError, match=r"a rejected answer, alone of mine\.jsonl has none"):
+    with pytest.raises(InputError, match=r"needs a rejected answer, but alone of mine\.jsonl has none"):
         stream_of_pairs(rows)
