@@ -118,7 +118,7 @@ class Data:
     the source may be part of the option: --data.rows.alignment 5001:10000.
 
     Args:
-        alignment: harmful prompts with safe answers, and ordinary ones with helpful answers.
+        alignment: harmful prompts with safe answers, and ordinary prompts with helpful answers.
         harmful: the defender's harmful prompts with harmful answers. They are read only if a defense needs them.
         pairs: the defender's prompts with a safe and a harmful answer each. They are read only if a defense needs them.
         attack: the harmful rows hidden in the upload. If --data.harmful or --data.pairs takes the same rows, a hash of
@@ -230,8 +230,8 @@ class Evaluation:
         at: optimizer steps of the fine-tuning, from 1, after which the model is evaluated for a curve; none by default.
         at_prompts: number of harmful test prompts for a curve, >= 1; 0 means all. The curve takes the first prompts and
             as many test rows of the task.
-        stop_above: percent, 0-100; stop fine-tuning once a curve's 95 % interval of the harmful score lies above it.
-        stop_below: percent, 0-100; stop fine-tuning once that interval lies below it. Both thresholds are checked on
+        stop_above: percent, 0-100; stop fine-tuning once a curve's 95 % interval of the harmful score is above it.
+        stop_below: percent, 0-100; stop fine-tuning once that interval is below it. Both thresholds are checked on
             test prompts, so scores after an early stop are biased.
     """
 
@@ -318,8 +318,8 @@ class RunConfig:
         trust_remote_code: let a model run the code that comes with it. Without this option such a model is refused.
         tuning: what is trained: lora (float32 adapter), full (all parameters) or qlora (4-bit base). qlora needs
             bitsandbytes.
-        adapter_protocol: merge or continue. merge merges the aligned adapter, and the upload trains a new one. continue
-            trains the aligned adapter further.
+        adapter_protocol: use of the aligned adapter: merge or continue. merge puts it into the weights, and the upload
+            trains a new adapter. continue lets the upload train it further.
         adapter_protocols: adapter protocol per arm, such as {booster: continue}. An arm of several defenses takes the
             protocol of its first defense that is listed. Every arm that is not listed takes --adapter_protocol.
         attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, multilingual,
@@ -339,6 +339,7 @@ class RunConfig:
             the limit.
         long_rows: treatment of longer rows: drop, truncate or refuse. drop leaves them out before the upload is drawn,
             and the run reports their number. truncate cuts them at the end, as the official scripts do.
+            refuse stops with an error.
         order: grouping of rows into batches: shuffle or length. shuffle is a plain seeded shuffle. length groups rows
             of similar length. It needs less padding, but long harmful rows then meet in few batches.
         seed: seed of the adapters, the row order, dropout and the choice of rows for the upload.
