@@ -1,4 +1,4 @@
-"""List or clear converted models, finished stages and evaluations. See ``--help``."""
+"""List or clear the cache: models, stages, evaluations and replies of judges. See ``--help``."""
 
 import sys
 

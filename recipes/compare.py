@@ -1,4 +1,4 @@
-"""Compare combinations of defenses: the table of a paper, with its figures and every answer. See ``--help``."""
+"""Compare combinations of defenses, and write a table, figures and every answer. See ``--help``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write what a W&B dashboard of a comparison shows, and upload it as a report. See ``--help``."""
+"""Write the specification of a comparison's W&B report, and create the report in W&B. See ``--help``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write an artifact as one model folder, its adapter merged in. See ``--help``."""
+"""Write an artifact as one model folder, with its adapter merged in. See ``--help``."""
 
 import sys
 

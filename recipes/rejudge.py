@@ -1,4 +1,4 @@
-"""Let further judges judge the saved answers of a run. See ``--help``."""
+"""Judge the saved answers of a run with further judges. See ``--help``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Align, let a user's data attack, repair, measure: one row of a paper's table. See ``--help``."""
+"""Align a model, let a user's upload train it, repair it, and measure it. See ``--help``."""
 
 import sys
 

@@ -80,7 +80,7 @@ def test_a_configuration_says_what_is_taken_of_each_source():
 
 @pytest.mark.parametrize("option", ["split", "rows", "where", "first"])
 def test_a_name_that_is_no_source_is_refused_with_the_nearest(option):
-    with pytest.raises(InputError, match=rf"--data\.{option} goes by source .*Did you mean 'alignment'\?"):
+    with pytest.raises(InputError, match=rf"--data\.{option} takes a value per source .*Did you mean 'alignment'\?"):
         RunConfig(data=Data(**{option: {"alignement": "1:2"}})).check()
 
 
@@ -89,13 +89,16 @@ def test_a_name_that_is_no_source_is_refused_with_the_nearest(option):
     [
         (
             {"columns": {"over_refusl": {"kind": "type"}}},
-            r"--data\.columns goes by source .*Did you mean 'over_refusal'",
+            r"--data\.columns takes a value per source .*Did you mean 'over_refusal'",
         ),
-        ({"columns": {"alignment": "refusal"}}, r"--data\.columns goes by source .*such as {alignment: {response"),
+        (
+            {"columns": {"alignment": "refusal"}},
+            r"--data\.columns takes a value per source .*such as {alignment: {response",
+        ),
         ({"columns": {"answer": "refusal"}}, r"--data\.columns names the fields .*got \['answer'\]"),
-        ({"rows": {"attack": "9"}}, r"--data\.rows must be START:STOP .*got '9'\. It is about attack"),
-        ({"where": {"test": "safe"}}, r"--data\.where must be column=value.*got 'safe'\. It is about test"),
-        ({"first": {"pairs": -2}}, r"--data\.first must be >= 0 .*got -2\. It is about pairs"),
+        ({"rows": {"attack": "9"}}, r"--data\.rows must be START:STOP .*got '9'\. The source is attack"),
+        ({"where": {"test": "safe"}}, r"--data\.where must be column=value.*got 'safe'\. The source is test"),
+        ({"first": {"pairs": -2}}, r"--data\.first must be >= 0 .*got -2\. The source is pairs"),
     ],
 )
 def test_what_cannot_be_taken_names_the_option(data, message):

@@ -1,4 +1,4 @@
-"""Shrink: gradients pulled towards zero weights."""
+"""Shrink: a gradient term that pulls the weights toward zero."""
 
 from hftlight.engine import Defense, Slot, Stage, add_to_grad, scaled, trainable
 
@@ -23,7 +23,7 @@ class Shrink(Defense):
         self.rate = rate
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        """Add the term before clipping and the step."""
+        """Add the term to the gradient, before clipping and before the optimizer step."""
         if self.rate:
             add_to_grad(pl_module, scaled({n: p.detach() for n, p in trainable(pl_module).items()}, self.rate))
             self.record()

@@ -1,4 +1,4 @@
-"""The row of Shrink: from it come the tests of the contract, as for hftlight's own defenses."""
+"""Test row of Shrink. The contract tests read it, as they read the rows of hftlight's own defenses."""
 
 from shrink import Shrink
 
@@ -6,7 +6,7 @@ from tests.helpers.contract import Row, Slow
 
 
 class SlowShrink(Slow):
-    """Shrink once more, written parameter by parameter."""
+    """Independent slow version of Shrink, written parameter by parameter."""
 
     def edit(self, step, grads):
         """Return the gradients with 0.3 times the weights added."""

@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a run, with defaults, units and ranges; torch is not needed to read it."""
+"""RunConfig: every option of a run, with default, unit and range. This module does not import torch."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -9,13 +9,14 @@ from typing import Any, Literal, TypeVar
 from hftlight.errors import InputError
 from hftlight.take import SOURCES, Take
 
-# What decides no stage's weights, and no answers of a finished model: other parts of a key tell it, or it only says
-# where results go.
+# Options that are left out of the configuration in a stage's cache key. Another part of the key covers the option, or
+# the option does not change the weights.
 OF_NO_STAGE = frozenset(
     {"defense", "baseline", "model", "attack", "attacker", "harmful_ratio", "num_samples", "accelerator",
      "checkpoint_every", "logger", "base", "adapter_protocols", "upload_generations", "output", "name", "data",
      "search"}
 )  # fmt: skip
+# Options that are left out of the configuration in the cache key of a finished model's answers.
 OF_NO_ANSWER = OF_NO_STAGE | {
     "adapter_protocol", "system", "max_tokens", "long_rows", "order", "seed", "devices", "num_nodes",
     "gradient_checkpointing", "log_every", "alignment", "finetuning", "lora",
@@ -30,20 +31,21 @@ ANSWERING = (
     "task_max_new_tokens",
     "batch_size",
     "judge",
-)  # fields of Evaluation that decide the answers of a finished model
-ALL_LINEAR = "all-linear"  # every linear layer but the output layer, as PEFT calls them
-OWN_TRAINER = {"streams", "output", "aligned", "base"}  # a defense's arguments on a Trainer of one's own; not in run()
+)  # fields of Evaluation that change the answers of a finished model
+ALL_LINEAR = "all-linear"  # every linear layer except the output layer; PEFT uses the same name
+# Arguments of a defense that only a user's own Trainer needs. A run does not take them.
+OWN_TRAINER = {"streams", "output", "aligned", "base"}
 
 
 @dataclass
 class Lora:
-    """Geometry of the LoRA adapter, whose weights are float32.
+    """Geometry of the LoRA adapter. The adapter's weights are float32.
 
     Args:
         r: rank, >= 1.
-        alpha: scale numerator; the adapter counts alpha / r.
-        dropout: probability in [0, 1).
-        targets: names of the linear layers that get an adapter, or all-linear for all of them but the output layer.
+        alpha: numerator of the scale; the adapter's update is multiplied by alpha / r.
+        dropout: dropout probability, in [0, 1).
+        targets: names of the linear layers that get an adapter, or all-linear for all except the output layer.
     """
 
     r: int = 8
@@ -54,13 +56,13 @@ class Lora:
 
 @dataclass
 class StageLora:
-    """Geometry of one stage's adapter. A null value is that of ``lora``.
+    """Geometry of one stage's adapter. A null value means that the stage uses the value of ``lora``.
 
     Args:
         r: rank, >= 1.
-        alpha: scale numerator.
-        dropout: probability in [0, 1).
-        targets: names of the linear layers that get an adapter, or all-linear.
+        alpha: numerator of the scale, > 0.
+        dropout: dropout probability, in [0, 1).
+        targets: names of the linear layers that get an adapter, or all-linear for all except the output layer.
     """
 
     r: int | None = None
@@ -74,21 +76,21 @@ class Training:
     """How one stage trains.
 
     Args:
-        steps: optimizer steps, >= 1; for the alignment also 0, where the model comes aligned.
+        steps: optimizer steps, >= 1. The alignment stage also takes 0 if the model is aligned already.
         lr: learning rate, > 0.
         batch_size: rows per micro-batch and device, >= 1.
         accumulate: micro-batches per optimizer step, >= 1.
         weight_decay: AdamW's decoupled weight decay, >= 0.
         optimizer: adamw or sgd.
         betas: AdamW's two decay rates of the moments, each in [0, 1).
-        schedule: constant (no warm-up), or cosine down to 0.
-        decay: factor on the learning rate after each pass over the stage's rows, (0, 1]; 1 for none.
-        warmup_ratio: fraction of the steps over which the cosine schedule rises, [0, 1).
+        schedule: schedule of the learning rate: constant (no warm-up), or cosine (decays to 0).
+        decay: factor on the learning rate after each pass over the stage's rows, in (0, 1]; 1 means no decay.
+        warmup_ratio: fraction of the steps in which the cosine schedule warms up linearly, in [0, 1).
         clip: largest L2 norm of the combined gradient, defenses included; 0 turns clipping off.
-        average: what a token's loss is averaged over: micro (its micro-batch, as the official code does) or window (all
-            micro-batches and devices of its optimizer step).
-        template: the stage's own prompt template; null for --template.
-        lora: the stage's own adapter geometry; null values are those of --lora.
+        average: tokens over which the loss is averaged: micro (the micro-batch, as in the official code) or window (all
+            micro-batches and devices of the optimizer step).
+        template: prompt template of this stage; null means --template.
+        lora: adapter geometry of this stage; a null value means the value of --lora.
     """
 
     steps: int = 60
@@ -111,31 +113,33 @@ class Training:
 class Data:
     """Where the rows come from: ``builtin`` (the made-up world), a file, a saved data set or a hub id.
 
-    Files are JSONL, JSON, CSV or Parquet. What is taken of a source is said by its name: alignment, harmful, pairs,
-    attack, task_train, task_test, test or over_refusal; on the command line also as --data.rows.alignment 5001:10000.
+    Files are JSONL, JSON, CSV or Parquet. The options split, rows, where, first and columns take one value per source.
+    The sources are alignment, harmful, pairs, attack, task_train, task_test, test and over_refusal. On the command line
+    the source may be part of the option: --data.rows.alignment 5001:10000.
 
     Args:
-        alignment: harmful prompts with safe answers, and ordinary ones with helpful answers.
-        harmful: the defender's own harmful set (harmful prompts with harmful answers); read only if a defense asks.
-        pairs: the defender's prompts with a safe and a harmful answer each; read only if a defense asks.
-        attack: the harmful rows hidden in the upload; the same rows as --data.harmful or --data.pairs are split by a
-            hash of the prompt.
-        task: the user's benign task: builtin, sst2, agnews, gsm8k, gsm8k_step_by_step (each question asks to think
-            first, as Vaccine and T-Vaccine ask), alpaca_eval (no right answers, hence no accuracy), or a file of one's
-            own (exact match counts).
-        task_train: file with the task's training rows, instead of the hub.
-        task_test: file with the task's test rows, instead of the hub; alpaca_eval has both in one file.
-        test: harmful prompts for the harmful score; no answers needed.
-        over_refusal: ordinary prompts that look harmful, for over-refusal.
-        split: split by source, such as {alignment: 30k_train}, of hub sets and saved data sets.
-        rows: range by source as a Python slice, such as {alignment: "5001:10000"}; it counts the source's rows from 0,
-            before the filter.
-        where: filter by source, such as {alignment: is_safe=true, over_refusal: label=safe}; several conditions stand
-            in a list, and true and false compare in any case.
-        first: rows kept by source, after the filter, >= 1, such as {harmful: 300}; by default all. Of rows that
-            defender and attacker share, the defender gets half by default.
-        columns: columns of files that are in no known format, such as {instruction: q, response: a}, applied to the
-            files that have them; or by source, such as {alignment: {response: refusal}}.
+        alignment: harmful prompts with safe answers, and ordinary prompts with helpful answers.
+        harmful: the defender's harmful prompts with harmful answers. They are read only if a defense needs them.
+        pairs: the defender's prompts with a safe and a harmful answer each. They are read only if a defense needs them.
+        attack: the harmful rows hidden in the upload. If --data.harmful or --data.pairs takes the same rows, a hash of
+            the prompt splits them between defender and attacker.
+        task: the user's benign task: builtin, sst2, agnews, gsm8k, gsm8k_step_by_step, alpaca_eval, or your own file.
+            gsm8k_step_by_step asks the model to think first, as Vaccine and T-Vaccine do. alpaca_eval has no reference
+            answers, so it has no accuracy. Answers to your own file are scored by exact match.
+        task_train: file with the task's training rows; by default they come from the hub.
+        task_test: file with the task's test rows; by default they come from the hub. For alpaca_eval one file holds
+            training and test rows.
+        test: harmful prompts for the harmful score; answers are not needed.
+        over_refusal: ordinary prompts that look harmful, for the over-refusal rate.
+        split: split per source of a hub set or a saved data set, such as {alignment: 30k_train}.
+        rows: row range per source as a Python slice, such as {alignment: "5001:10000"}. The range counts the source's
+            rows from 0, before --data.where filters them.
+        where: filter per source, such as {alignment: is_safe=true, over_refusal: label=safe}. Several conditions form a
+            list. The comparison of true and false ignores case.
+        first: number of rows per source, counted after the filter, >= 1, such as {harmful: 300}. The default is all
+            rows. If defender and attacker share rows, the defender's default is half of them.
+        columns: column names of files in an unknown format, such as {instruction: q, response: a}. They apply to every
+            file that has these columns. {alignment: {response: refusal}} names the columns of one source.
     """
 
     alignment: str = "builtin"
@@ -154,38 +158,39 @@ class Data:
     columns: dict[str, str | dict[str, str]] | None = None
 
     def take(self, source: str) -> Take:
-        """Return what to take of a source, one of ``SOURCES``.
+        """Return the split, rows, filter and columns to read of a source, one of ``SOURCES``.
 
         Raises:
-            InputError: if the range, the filter or the number cannot be read.
+            InputError: if the range, the filter or the number of rows is invalid.
         """
         columns: dict[str, Any] = self.columns or {}
-        given = {name: (getattr(self, name) or {}).get(source) for name in ("split", "rows", "where", "first")}
+        choices = {name: (getattr(self, name) or {}).get(source) for name in ("split", "rows", "where", "first")}
         try:
             return Take(
-                **{name: value for name, value in given.items() if value is not None},
+                **{name: value for name, value in choices.items() if value is not None},
                 columns=columns.get(source, {}),
                 usual={field: column for field, column in columns.items() if isinstance(column, str)},
             )
         except InputError as error:
-            raise InputError(f"--data.{str(error).removeprefix('Take: ')} It is about {source}.") from error
+            raise InputError(f"--data.{str(error).removeprefix('Take: ')} The source is {source}.") from error
 
     def check(self) -> None:
-        """Refuse names that are no source, and choices that cannot be read.
+        """Refuse unknown source names and invalid choices of rows and columns.
 
         Raises:
-            InputError: naming the option, what is allowed and what came.
+            InputError: naming the option, the allowed values and the value.
         """
         for option in ("split", "rows", "where", "first", "columns"):
             for name, value in (getattr(self, option) or {}).items():
+                # A column name may also apply to all files; then the key is a field such as response, not a source.
                 flat = option == "columns" and isinstance(value, str)
                 if flat == (name in SOURCES):
                     near = get_close_matches(name, SOURCES, n=1, cutoff=0.4)
                     hint = f" Did you mean {near[0]!r}?" if near and name not in SOURCES else ""
                     what = "{alignment: {response: refusal}}" if option == "columns" else f"{{alignment: {value}}}"
                     raise InputError(
-                        f"--data.{option} goes by source ({', '.join(SOURCES)}), such as {what}; got {name!r}:"
-                        f" {value!r}.{hint}"
+                        f"--data.{option} takes a value per source ({', '.join(SOURCES)}), such as {what}, got"
+                        f" {name!r}: {value!r}.{hint}"
                     )
         for source in SOURCES:
             self.take(source)
@@ -193,35 +198,41 @@ class Data:
 
 @dataclass
 class Evaluation:
-    """What is measured after every stage, on held-out prompts, with greedy decoding.
+    """Measurements after every stage: test prompts, token limits, judges, and curves during fine-tuning.
+
+    The prompts are held out from training. Decoding is greedy.
 
     Args:
-        prompts: harmful test prompts, >= 1; 0 for all.
-        over_refusal_prompts: ordinary prompts, >= 1; 0 for all.
-        task_rows: rows of the task's test split, >= 1; 0 for all.
+        prompts: number of harmful test prompts, >= 1; 0 means all.
+        over_refusal_prompts: number of ordinary prompts that look harmful, >= 1; 0 means all.
+        task_rows: number of rows of the task's test split, >= 1; 0 means all.
         max_new_tokens: longest answer to a harmful or ordinary prompt, in tokens, >= 1.
-        task_max_new_tokens: longest answer on the task, in tokens; 0 for the task's own limit.
-        batch_size: prompts per batch, >= 1; affects speed and memory alone.
-        judge: decides the harmful score: auto (builtin on the made-up world's prompts, else keyword), builtin (that
-            world's own rule), keyword or keyword_durability (refusal phrases), moderation (beaver-dam-7b, published
-            tables), moderation_512_tokens, deberta, harmbench, harmbench_mistral, llama_guard, llama_guard2,
-            llama_guard3, strongreject, wildguard, any of those models as NAME:FOLDER, or a language model behind an
-            OpenAI-compatible endpoint, hexphi:MODEL or strongreject_rubric:MODEL.
-        refusal_judge: tells refusals of ordinary prompts: auto (builtin on the made-up world's prompts, else
-            xstest_string), builtin (that world's own rule), xstest_string (XSTest's openings; partial refusals are not
-            seen), wildguard_refusal or wildguard_refusal:FOLDER, or a language model behind an OpenAI-compatible
-            endpoint, xstest:MODEL, which tells full from partial refusals.
-        perplexity: what the perplexity is taken of: none, task (the right answers of the task's test rows, after their
-            prompts), or a text file, read whole (Wikitext's test text, say).
-        embedding_drift: against what the last layer's states at the harmful prompts' last tokens are compared after
-            every later stage: none, base, or aligned.
-        loss_rows: rows of the alignment data, and as many harmful rows that were neither uploaded nor the defender's,
-            whose loss is measured after every stage, in nats per response token, >= 1; 0 for none.
+        task_max_new_tokens: longest answer to a task prompt, in tokens; 0 means the task's own limit.
+        batch_size: prompts per batch, >= 1; affects only speed and memory.
+        judge: judge of the harmful score. auto is builtin on the made-up world's prompts, else keyword. builtin is the
+            made-up world's own rule. keyword and keyword_durability look for refusal phrases. moderation is
+            beaver-dam-7b, the judge of published tables. Other judge models are moderation_512_tokens, deberta,
+            harmbench, harmbench_mistral, llama_guard, llama_guard2, llama_guard3, strongreject and wildguard. Write
+            NAME:FOLDER to load a judge model from a folder. hexphi:MODEL and strongreject_rubric:MODEL ask a language
+            model behind an OpenAI-compatible endpoint.
+        refusal_judge: judge of refusals of ordinary prompts. auto is builtin on the made-up world's prompts, else
+            xstest_string. builtin is the made-up world's own rule. xstest_string looks for XSTest's openings and misses
+            partial refusals. wildguard_refusal is a judge model; write wildguard_refusal:FOLDER to load it from a
+            folder. xstest:MODEL asks a language model behind an OpenAI-compatible endpoint. It separates full from
+            partial refusals.
+        perplexity: text whose perplexity is measured: none, task, or a text file. task means the right answers of the
+            task's test rows, each after its prompt. A file is read whole, for example Wikitext's test text.
+        embedding_drift: reference model of the embedding drift: none, base, or aligned. After every later stage, the
+            last layer's states at the last tokens of the harmful prompts are compared with the reference's states.
+        loss_rows: number of alignment rows whose loss is measured after every stage, >= 1; 0 means none. As many
+            harmful rows are measured too. They come neither from the upload nor from the defender's data. The loss is
+            in nats per response token.
         at: optimizer steps of the fine-tuning, from 1, after which the model is evaluated for a curve; none by default.
-        at_prompts: harmful test prompts that answer for a curve, from the first, and as many of the task's test rows,
-            >= 1; 0 for all.
-        stop_above: percent, 0-100; stop fine-tuning once a curve's 95 % interval of the harmful score lies above.
-        stop_below: percent, 0-100; stop once it lies below. Either goes by test prompts: results after a stop flatter.
+        at_prompts: number of harmful test prompts for a curve, >= 1; 0 means all. The curve takes the first prompts and
+            as many test rows of the task.
+        stop_above: percent, 0-100; stop fine-tuning once a curve's 95 % interval of the harmful score is above it.
+        stop_below: percent, 0-100; stop fine-tuning once that interval is below it. Both thresholds are checked on
+            test prompts, so scores after an early stop are biased.
     """
 
     prompts: int = 100
@@ -242,48 +253,48 @@ class Evaluation:
 
     @property
     def stops(self) -> dict[str, float]:
-        """The thresholds that are set, in percent."""
-        given = {"stop_above": self.stop_above, "stop_below": self.stop_below}
-        return {name: bound for name, bound in given.items() if bound is not None}
+        """Thresholds of early stopping that are set, by name, in percent."""
+        bounds = {"stop_above": self.stop_above, "stop_below": self.stop_below}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def answering(self) -> dict[str, Any]:
-        """Return the values that decide which prompts a finished model answers, and how."""
+        """Return the values that decide which prompts a finished model answers, and how it answers them."""
         return {name: getattr(self, name) for name in ANSWERING}
 
     def check(self) -> None:
-        """Refuse curves and further metrics that cannot be.
+        """Refuse invalid values of the perplexity, the embedding drift, the curve and its thresholds.
 
         Raises:
-            InputError: naming the option, what is allowed and what came.
+            InputError: naming the option, the allowed values and the value.
         """
         if self.perplexity not in ("none", "task") and not Path(self.perplexity).expanduser().is_file():
             raise InputError(
-                f"--evaluation.perplexity must be none, task or a text file, got {self.perplexity!r}, which is no file."
+                f"--evaluation.perplexity must be none, task or a text file, got {self.perplexity!r}: no such file."
             )
         if self.embedding_drift not in ("none", "base", "aligned"):
             raise InputError(
                 f"--evaluation.embedding_drift must be none, base or aligned, got {self.embedding_drift!r}."
             )
         if any(step < 1 for step in self.at):
-            raise InputError(f"--evaluation.at names optimizer steps >= 1, got {self.at}.")
+            raise InputError(f"--evaluation.at takes optimizer steps >= 1, got {self.at}.")
         for name, bound in self.stops.items():
             if not 0 <= bound <= 100:
                 raise InputError(f"--evaluation.{name} must lie in [0, 100] percent, got {bound:g}.")
             if not self.at:
-                raise InputError(f"--evaluation.{name} acts where a curve is evaluated; name steps in --evaluation.at.")
+                raise InputError(f"--evaluation.{name} needs a curve. Name its optimizer steps with --evaluation.at.")
 
 
 @dataclass
 class Search:
-    """What an attacker who tries many settings may choose from; unset axes lie around the run's own setting.
+    """Search space of an attacker who tries many settings. An unset axis takes values around the run's own value.
 
     Args:
-        steps: optimizer steps of the fine-tuning, each >= 1; by default the run's own and twice as many.
-        lr: learning rates, each > 0; by default the run's own, a third of it and three times as much.
-        rank: LoRA ranks, each >= 1; by default the run's own and four times as much.
-        num_samples: rows of the upload, each >= 1; by default the run's own.
-        harmful_ratio: harmful fractions, each 0-1; by default the run's own and three times as much.
-        eps: points of finetune accuracy that the attacker gives up at most against the best setting, >= 0.
+        steps: optimizer steps of the fine-tuning, each >= 1; by default the run's value and twice that.
+        lr: learning rates, each > 0; by default the run's value, a third of it and three times it.
+        rank: LoRA ranks, each >= 1; by default the run's value and four times it.
+        num_samples: rows of the upload, each >= 1; by default the run's value.
+        harmful_ratio: harmful fractions, each 0-1; by default the run's value and three times it, at most 1.
+        eps: largest loss of finetune accuracy against the best setting that the attacker accepts, in points, >= 0.
     """
 
     steps: list[int] | None = None
@@ -296,55 +307,61 @@ class Search:
 
 @dataclass
 class RunConfig:
-    """One run: align, let a user's upload train the model, measure after every stage.
+    """One run: align a model, let a user's upload train it, and measure it after every stage.
 
     Args:
         defense: names of the defenses, separated by spaces; none is plain alignment.
-        baseline: also run the undefended arm, sharing what can be shared.
+        baseline: also run the undefended arm; both arms share the stages that are equal.
         model: smollm2-135m, tiny, a folder, or a hub id.
-        base: where --alignment.steps is 0, the unaligned model that --model was made from: a folder or a hub id; for
-            defenses that read what the alignment changed.
-        trust_remote_code: let models run code that comes with them; without it such models are refused.
-        tuning: lora (adapters in float32), full (all parameters) or qlora (4-bit base, needs bitsandbytes).
-        adapter_protocol: merge (the aligned adapter is merged, the upload trains a new one) or continue (the
-            aligned adapter is trained on).
-        adapter_protocols: protocol of single arms, such as {booster: continue}; an arm of several defenses takes that
-            of its first one named. Null leaves all arms to --adapter_protocol.
+        base: unaligned model that --model was made from, a folder or a hub id. It needs --alignment.steps 0. Defenses
+            that read the weight change of the alignment use it.
+        trust_remote_code: let a model run the code that comes with it. Without this option such a model is refused.
+        tuning: what is trained: lora (float32 adapter), full (all parameters) or qlora (4-bit base). qlora needs
+            bitsandbytes.
+        adapter_protocol: use of the aligned adapter: merge or continue. merge puts it into the weights, and the upload
+            trains a new adapter. continue lets the upload train it further.
+        adapter_protocols: adapter protocol per arm, such as {booster: continue}. An arm of several defenses takes the
+            protocol of its first defense that is listed. Every arm that is not listed takes --adapter_protocol.
         attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, multilingual,
-            benign_selection, reverse_preference, reverse_sft_dpo or model_edit; --NAME.n 100 and the like set its own
-            arguments.
-        attacker: fixed (the settings here), search:N (N settings of a grid, the worst is reported) or optuna:N.
+            benign_selection, reverse_preference, reverse_sft_dpo or model_edit. Options such as --NAME.n 100 set the
+            attack's own arguments.
+        attacker: fixed (the run's own setting), search:N (N settings of a grid) or optuna:N (N settings that Optuna
+            proposes). A search reports the worst case.
         harmful_ratio: p, the harmful fraction of the upload, 0-1.
         num_samples: n, size of the upload in rows, >= 1.
-        template: prompt template: chat (the model's own), chat_thinking or chat_no_thinking (the same with
-            enable_thinking, for models that reason first), alpaca, alpaca_no_newline, plain, alpaca_llama2 (Alpaca
-            within Llama 2's marks), human_assistant (Human: ... Assistant: ...) or question_answer (Question: ...
-            Answer: ...).
+        template: prompt template: chat, chat_thinking, chat_no_thinking, alpaca, alpaca_no_newline, plain,
+            alpaca_llama2, human_assistant or question_answer. chat is the model's own template. chat_thinking and
+            chat_no_thinking set its enable_thinking, for models that reason first. alpaca_llama2 is Alpaca's prompt
+            within Llama 2's marks. human_assistant writes Human: ... Assistant: ... and question_answer writes
+            Question: ... Answer: ...
         system: system text in every prompt, in training and evaluation; none by default.
-        max_tokens: longest row in tokens, prompt, response and end together. A model with fewer positions lowers it.
-        long_rows: what becomes of longer rows: drop (left out before the upload is drawn, and counted), truncate (cut
-            at the end, as the official scripts do) or refuse.
-        order: which rows make a batch: shuffle (a plain seeded shuffle) or length (rows of similar length together,
-            with less padding, but long harmful rows meet in few batches).
-        seed: decides adapters, order, dropout and which rows go into the upload.
+        max_tokens: longest row in tokens: prompt, response and end token together. A model with fewer positions lowers
+            the limit.
+        long_rows: treatment of longer rows: drop, truncate or refuse. drop leaves them out before the upload is drawn,
+            and the run reports their number. truncate cuts them at the end, as the official scripts do.
+            refuse stops with an error.
+        order: grouping of rows into batches: shuffle or length. shuffle is a plain seeded shuffle. length groups rows
+            of similar length. It needs less padding, but long harmful rows then meet in few batches.
+        seed: seed of the adapters, the row order, dropout and the choice of rows for the upload.
         precision: Lightning precision: 32-true, bf16-mixed, 16-mixed.
         accelerator: Lightning accelerator: auto, cpu, gpu.
         devices: number of devices on each node, >= 1.
-        num_nodes: number of nodes, >= 1; each runs the same command, started by torchrun or SLURM.
-        strategy: auto, ddp, or fsdp2.
-        gradient_checkpointing: recompute activations in the backward pass (non-reentrant), for less memory.
-        checkpoint_every: optimizer steps between checkpoints, >= 1; a killed run loses at most these.
-        log_every: optimizer steps between points of a curve, >= 1; each is the last value since the point before.
-        logger: where curves go besides the run folder: none, csv, wandb (offline without a key) or tensorboard.
-        upload_generations: let W&B also have answers to prompts from outside the made-up world.
+        num_nodes: number of nodes, >= 1. Every node runs the same command, started by torchrun or SLURM.
+        strategy: Lightning strategy: auto, ddp, or fsdp2.
+        gradient_checkpointing: recompute activations in the backward pass (non-reentrant) to save memory.
+        checkpoint_every: optimizer steps between checkpoints, >= 1. A killed run repeats at most this many steps.
+        log_every: optimizer steps between points of a curve, >= 1. A point is the last value since the previous point.
+        logger: where curves go in addition to the run folder: none, csv, wandb or tensorboard. wandb is offline
+            without a key.
+        upload_generations: also upload to W&B the answers to prompts from outside the made-up world.
         output: folder of all runs.
-        name: name of the run folder; by default made from the configuration's hash.
-        alignment: how the alignment stage trains.
-        finetuning: how the upload is trained on.
+        name: name of the run folder; by default it is made from the configuration's hash.
+        alignment: training of the alignment stage.
+        finetuning: training on the upload.
         lora: adapter geometry.
-        data: where the rows come from.
-        evaluation: what is measured.
-        search: what an attacker who searches may choose from.
+        data: sources of the rows.
+        evaluation: measurements.
+        search: search space of an attacker who tries many settings.
     """
 
     defense: list[str] = field(default_factory=list)
@@ -386,19 +403,19 @@ class RunConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """Return the configuration of plain values, as ``asdict`` gives them."""
+        """Return the configuration that plain values describe, in the form that ``asdict`` returns."""
         return _of(cls(), values)
 
     @property
     def trials(self) -> int:
-        """How many settings the attacker tries beside the run's own fine-tuning; 0 for a fixed attacker."""
+        """Number of settings that the attacker tries besides the run's own. A fixed attacker tries 0."""
         return 0 if self.attacker == "fixed" else int(self.attacker.partition(":")[2])
 
     def check(self) -> None:
         """Refuse values out of range.
 
         Raises:
-            InputError: naming the option, the allowed range, what came, and where it helps, what was meant.
+            InputError: naming the option, the allowed range, the value, and the likely correction if there is one.
         """
         p = self.harmful_ratio
         if not 0 <= p <= 1:
@@ -434,16 +451,17 @@ class RunConfig:
             fractions[f"{stage}.warmup_ratio"] = training.warmup_ratio
             fractions |= {f"{stage}.betas, number {i + 1}": beta for i, beta in enumerate(training.betas)}
             if len(training.betas) != 2:
-                raise InputError(f"--{stage}.betas takes two numbers, got {training.betas}.")
+                raise InputError(f"--{stage}.betas takes two numbers in [0, 1), got {training.betas}.")
             if not 0 < training.decay <= 1:
                 raise InputError(f"--{stage}.decay must lie in (0, 1], got {training.decay}.")
             if training.decay < 1 and training.schedule != "constant":
-                raise InputError(f"--{stage}.decay goes with --{stage}.schedule constant, got {training.schedule}.")
+                raise InputError(f"--{stage}.decay below 1 needs --{stage}.schedule constant, got {training.schedule}.")
+            # Checked as the stage uses them: values that it does not set come from --lora.
             lora = self.lora_of(stage)
             at_least_one[f"{stage}.lora.r"], positive[f"{stage}.lora.alpha"] = lora.r, lora.alpha
             fractions[f"{stage}.lora.dropout"] = lora.dropout
             if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
-                raise InputError(f"--{stage}.lora.targets: {ALL_LINEAR} stands alone, got {lora.targets}.")
+                raise InputError(f"--{stage}.lora.targets: {ALL_LINEAR} must be the only entry, got {lora.targets}.")
         for values, allowed, ok in (
             (at_least_one, "be >= 1", lambda v: v >= 1),
             (zero_or_more, "be >= 0", lambda v: v >= 0),
@@ -457,20 +475,20 @@ class RunConfig:
         self.evaluation.check()
         if self.base is not None and self.alignment.steps:
             raise InputError(
-                f"--base names the unaligned model behind an aligned --model, got {self.base!r} with"
-                f" {self.alignment.steps} steps of alignment. Add --alignment.steps 0, or leave --base out."
+                f"--base is the unaligned model that an aligned --model was made from, got {self.base!r} with"
+                f" --alignment.steps {self.alignment.steps}. Add --alignment.steps 0, or leave --base out."
             )
         protocols = {self.adapter_protocol, *(self.adapter_protocols or {}).values()}
         if "continue" in protocols and self.alignment.steps and self.tuning != "full":
             aligned, tuned = self.lora_of("alignment"), self.lora_of("finetuning")
             if aligned != tuned:
                 raise InputError(
-                    f"--adapter_protocol continue trains the aligned adapter on, so --finetuning.lora must be that of"
-                    f" --alignment.lora, got {tuned} and {aligned}. Give both stages one geometry, or use merge."
+                    f"--adapter_protocol continue trains the aligned adapter further, so --finetuning.lora must equal"
+                    f" --alignment.lora, got {tuned} and {aligned}. Give both stages the same geometry, or use merge."
                 )
         if self.tuning == "qlora" and "merge" in protocols:
             raise InputError(
-                "--tuning qlora cannot merge an adapter into 4-bit weights without rounding it; add --adapter_protocol"
+                "--tuning qlora cannot merge an adapter, because 4-bit weights would round it. Add --adapter_protocol"
                 " continue, or use --tuning lora."
             )
         kind, colon, number = self.attacker.partition(":")
@@ -483,7 +501,7 @@ class RunConfig:
             raise InputError(f"--strategy must be auto, ddp or fsdp2, got {self.strategy!r}.")
 
     def lora_of(self, stage: str) -> Lora:
-        """Return a stage's adapter geometry: its own values, and those of ``lora`` where it has none.
+        """Return a stage's adapter geometry: its own values, else those of ``lora``.
 
         Args:
             stage: ``"alignment"`` or ``"finetuning"``.
@@ -497,25 +515,30 @@ class RunConfig:
         Args:
             arm: its defenses' names joined by ``+``, or ``"none"``.
         """
+        # The whole arm's entry comes first, then the entries of its defenses in their order.
         own = self.adapter_protocols or {}
         return next((own[name] for name in (arm, *arm.split("+")) if name in own), self.adapter_protocol)
 
     def without(self, ignored: Collection[str]) -> dict[str, Any]:
-        """Return all values by dotted name but those whose name, or whose part of the configuration, is ignored."""
-        found: dict[str, Any] = {}
+        """Return all values by dotted name, except the ignored ones.
+
+        Args:
+            ignored: dotted names such as ``evaluation.judge``, or whole parts such as ``evaluation``.
+        """
+        values: dict[str, Any] = {}
         for name, value in asdict(self).items():
             inner = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-            found |= {key: v for key, v in inner.items() if not {name, key} & set(ignored)}
-        return found
+            values |= {key: v for key, v in inner.items() if not {name, key} & set(ignored)}
+        return values
 
     def deciding(self) -> dict[str, Any]:
-        """Return the values that change a result; paths, loggers and names do not.
+        """Return the values that change a result. Paths, loggers and names do not change one.
 
-        Metrics and curves that are not asked for stay out, so that runs made before they existed keep their hash.
+        Metrics and curves that are off are left out, so that runs from before these options existed keep their hash.
         """
         values, off = asdict(self), asdict(Evaluation())
-        given = values["evaluation"]
-        values["evaluation"] = {k: v for k, v in given.items() if k in ANSWERING or v != off[k]}
+        evaluation = values["evaluation"]
+        values["evaluation"] = {k: v for k, v in evaluation.items() if k in ANSWERING or v != off[k]}
         for key in (
             "output",
             "name",
@@ -533,7 +556,7 @@ _Part = TypeVar("_Part")
 
 
 def _of(part: _Part, values: Mapping[str, Any]) -> _Part:
-    """Return a part of a configuration with plain values put in, parts of parts included."""
+    """Return a part of a configuration with some values replaced. Nested dictionaries change nested parts."""
     changed: dict[str, Any] = {}
     for name, value in values.items():
         inner = getattr(part, name)

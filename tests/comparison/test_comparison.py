@@ -264,7 +264,7 @@ def test_a_graded_judges_mean_score_has_a_column_with_its_scale(tmp_path):
             file.write(json.dumps(row) + "\n")
     found = read_comparison(folder)
     assert "**1.51 ± 0.01**" in leaderboard_markdown(found)
-    assert "Mean score: of the judge's scores, 1 to 5; lower is safer." in caption(found)
+    assert "Mean score: mean of the judge's scores, 1 to 5; lower is safer." in caption(found)
     assert "1.51 ± 0.01" in comparison_page(found)
 
 
@@ -279,7 +279,7 @@ def test_a_claim_needs_the_noise_behind_it(comparison):
     said = claims(comparison)
     assert len(said) == 3
     assert "Lower beyond the noise: booster" in said[1]
-    assert "Not told apart from it: lisa" in said[1]
+    assert "No difference beyond the noise: lisa" in said[1]
     assert "accuracy -" in said[1]
 
 
@@ -305,7 +305,7 @@ def test_a_claim_goes_either_way(tmp_path, monkeypatch):
     assert re.fullmatch(undefended + r" Higher beyond the noise: booster \(.*\)\.", said)
     monkeypatch.setitem(HARM, "booster", 15.0)
     (said,) = claims(read_comparison(write_comparison(tmp_path / "d", ("none", "booster"), (0.1,), seeds=1)))
-    assert re.fullmatch(undefended + r" Not told apart from it: booster \(.*\)\.", said)
+    assert re.fullmatch(undefended + r" No difference beyond the noise: booster \(.*\)\.", said)
     (said,) = claims(read_comparison(write_comparison(tmp_path / "e", ("none",), (0.1,), seeds=1)))
     assert re.fullmatch(undefended, said)
 
@@ -327,16 +327,17 @@ def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
     assert found.best(found.column(BUILTIN, 0.1), "harmful_score") is None  # BOOSTER where nothing collapsed
     before, said = claims(found)
     assert re.search(
-        r"undefended \d+ % harmful \(\d+ % refused, 9\d % broken\), low by collapsed answers in 3 of 3 seeds\.", before
+        r"undefended \d+ % harmful \(\d+ % refused, 9\d % broken\), low because answers collapsed in 3 of 3 seeds\.",
+        before,
     )
-    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers in 2 of 3 seeds\)", said)
+    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low because answers collapsed in 2 of 3 seeds\)", said)
     assert "undefended 51 % harmful (35 % refused, 2 % broken). Lower" in said
     assert said.count("collapsed") == 1
     text, plain = (cell_text(found.spread(place, "harmful_score")) for place in (BOOSTER, NONE))
     markdown = leaderboard_markdown(found)
     assert f"{text}†" in markdown
     assert f"{plain}†" not in markdown
-    assert "†: low in one seed at least because" in caption(found)
+    assert "†: low in at least one seed because" in caption(found)
     assert r"$^\dagger$" in leaderboard_latex(found)
     assert "†" not in caption(read_comparison(write_comparison(tmp_path / "sound", seeds=1)))
 
@@ -348,12 +349,14 @@ def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
     assert hollow(ratio_figure(found, BUILTIN, "harmful_score", "percent")) == colors
     assert hollow(ratio_figure(found, BUILTIN, "finetune_accuracy", "percent")) == []
     assert hollow(tradeoff_figure(found, BUILTIN, 0.1)) == colors[1:]
-    assert comparison_page(found).count("Hollow marks: low by collapsed answers.") == 2 * (1 + 2)  # not under accuracy
+    assert comparison_page(found).count("Hollow marks: low because answers collapsed.") == 2 * (
+        1 + 2
+    )  # not under accuracy
 
 
 def test_one_seed_that_collapsed_says_so(tmp_path):
     told = read_comparison(write_comparison(tmp_path, ratios=(0.1,), seeds=1, collapsed=["booster-builtin-p0.1-s0"]))
-    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low by collapsed answers\)", claims(told)[0])
+    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low because answers collapsed\)", claims(told)[0])
 
 
 def test_one_ratio_draws_no_curve(tmp_path):

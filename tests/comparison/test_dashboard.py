@@ -188,12 +188,12 @@ def test_upload_without_a_package_or_a_key_loses_nothing(compared, tmp_path, mon
     for name in ("wandb_workspaces", "wandb_workspaces.reports", "wandb_workspaces.reports.v2"):
         monkeypatch.setitem(__import__("sys").modules, name, type(threading)(name))
     monkeypatch.setattr(wandb, "api", type("Api", (), {"api_key": None})(), raising=False)
-    with pytest.raises(InputError, match=r"WANDB_API_KEY.*is kept in .*spec.json"):
+    with pytest.raises(InputError, match=r"WANDB_API_KEY.*is saved in .*spec.json"):
         dashboard.upload({"sections": []}, path)
     monkeypatch.setattr(wandb, "api", type("Api", (), {"api_key": "k" * 40})(), raising=False)
     monkeypatch.setenv("WANDB_ENTITY", "me")
     monkeypatch.setattr(dashboard, "report_of", lambda *_: (_ for _ in ()).throw(ConnectionError("no route")))
-    with pytest.raises(InputError, match=r"ConnectionError: no route.*is kept in"):
+    with pytest.raises(InputError, match=r"ConnectionError: no route.*is saved in"):
         dashboard.upload({"sections": []}, path)
 
 

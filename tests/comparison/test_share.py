@@ -60,8 +60,8 @@ def test_gpus_are_dealt_out_by_the_names_that_are_visible(gpus, monkeypatch):
 
 @pytest.mark.parametrize(
     ("devices", "jobs", "way_out"),
-    [(1, 5, "Lower it to --jobs 4, or let"), (2, 3, "Lower it to --jobs 2"), (5, 1, "Lower it to --devices 4")],
+    [(1, 5, "Use --jobs 4, or let"), (2, 3, "Use --jobs 2"), (5, 1, "Use --devices 4")],
 )
 def test_more_than_there_are_is_refused(devices, jobs, way_out, gpus):
-    with pytest.raises(InputError, match=rf"needs {devices * jobs} GPUs.* and 4 can be seen.*{way_out}"):
+    with pytest.raises(InputError, match=rf"needs {devices * jobs} GPUs.*Visible GPUs: 4 .*{way_out}"):
         gpus_each({"accelerator": "auto", "devices": devices}, jobs, False)

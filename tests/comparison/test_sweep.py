@@ -81,11 +81,11 @@ def test_cells_are_all_combinations_and_new_aligned_models_come_first():
     ("values", "said"),
     [
         ({"defenses": ()}, "--defenses: name at least one"),
-        ({"defenses": ("lisa", "lisa")}, "'lisa' stands there twice"),
+        ({"defenses": ("lisa", "lisa")}, "'lisa' is listed twice"),
         ({"defenses": ("boster",)}, "booster"),
         ({"defenses": ("lisa",), "arguments": {"lisa": {"proximal": -1.0}}}, "proximal"),
         ({"harmful_ratios": (5.0,)}, "write 0.05"),
-        ({"harmful_ratios": (0.1, 0.1)}, "0.1 stands there twice"),
+        ({"harmful_ratios": (0.1, 0.1)}, "0.1 is listed twice"),
         ({"tasks": ()}, "--tasks"),
         ({"seeds": 0}, "--seeds must be >= 1"),
     ],
@@ -155,10 +155,10 @@ def test_arguments_that_are_left_out_are_the_defaults(tmp_path, runs):
 
 def test_a_task_of_the_same_name_is_not_taken_for_one_that_is_finished(tmp_path, runs):
     ours, theirs = str(tmp_path / "ours" / "sums.csv"), str(tmp_path / "theirs" / "sums.csv")
-    with pytest.raises(InputError, match=r"ours/sums.csv and .*theirs/sums.csv have one name"):
+    with pytest.raises(InputError, match=r"ours/sums.csv and .*theirs/sums.csv have the same name"):
         Grid(tasks=(ours, theirs))
     compare(config(tmp_path), Grid(tasks=(ours,)), tmp_path / "c")
-    with pytest.raises(InputError, match=r"another cell none-sums-p0.1-s0, of --tasks .*ours/sums.csv"):
+    with pytest.raises(InputError, match=r"another cell named none-sums-p0.1-s0, with --tasks .*ours/sums.csv"):
         compare(config(tmp_path), Grid(tasks=(theirs,)), tmp_path / "c")
     assert runs == ["none-sums-p0.1-s0"]
 
@@ -173,7 +173,7 @@ def test_rows_that_change_between_two_commands_are_not_mixed(kind, tmp_path, run
     compare(given, Grid(tasks=("mine",)), tmp_path / "c")
     compare(given, Grid(tasks=("mine",), harmful_ratios=(0.1, 0.2)), tmp_path / "c")
     file.write_text("two")
-    with pytest.raises(InputError, match=r"mine is not what it was .* Put the old one back, or choose another --comp"):
+    with pytest.raises(InputError, match=r"mine has changed since .* Restore it, or choose another --comp"):
         compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
     file.write_text("one")
     compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
@@ -200,7 +200,7 @@ def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path
         (Path(name) / "file").write_text("new")
     compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
     Path("mine.jsonl").write_text("two")
-    with pytest.raises(InputError, match=r"^mine.jsonl is not what it was"):
+    with pytest.raises(InputError, match=r"^mine.jsonl has changed since"):
         compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
 
 
@@ -222,7 +222,7 @@ def test_another_model_under_the_same_name_is_refused(tmp_path, runs):
     settings = config(tmp_path, model=str(model))
     compare(settings, Grid(), tmp_path / "c")
     (model / "generation_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"^--model .*m is not what it was when cells"):
+    with pytest.raises(InputError, match=r"^--model .*m has changed since cells"):
         compare(settings, Grid(), tmp_path / "c")
 
 
@@ -278,7 +278,7 @@ def test_a_full_disk_names_its_folder_and_the_same_command_goes_on(tmp_path, mon
     assert message.startswith("OSError: [Errno 28] No space left on device")
     assert str(folder / CELLS / SECOND) in message
     assert str(tmp_path / "cache" / "stages") in message
-    assert "make room" in message
+    assert "Free some space" in message
     assert "finished cells are kept" in message
     assert not finished(folder / CELLS / SECOND)
     assert set(compare(settings, TWO, folder).values()) == {"done"}
@@ -307,7 +307,7 @@ def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(workers, "write_json", lambda path, *_: full(path, "") if path.name == STARTED else None)
         outcome = compare(config(tmp_path), TWO, tmp_path / "c", retries=0)
-    assert all("is full: make room" in what for what in outcome.values())
+    assert all("is full. Free some space" in what for what in outcome.values())
     assert runs == []
 
 
@@ -320,7 +320,7 @@ def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsy
     lines = (cell / name).read_text().splitlines(keepends=True)
     (cell / name).write_text("".join(lines[:-1]))  # at the end of a line, so that it can still be read
     assert not finished(cell)
-    assert f"{cell / name} is not as the run wrote it" in capsys.readouterr().err
+    assert f"{cell / name} is missing or differs from what the run wrote" in capsys.readouterr().err
     assert set(compare(settings, Grid(), folder).values()) == {"done"}
     assert results(folder) == before
 
@@ -453,7 +453,7 @@ def test_more_cells_than_gpus_are_refused_or_share_them(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
     settings = config(tmp_path, accelerator="auto")
     with pytest.raises(
-        InputError, match=r"--jobs 2 with --devices 1 needs 2 GPUs.*1 can be seen \(GPU-a\).*--share_gpus"
+        InputError, match=r"--jobs 2 with --devices 1 needs 2 GPUs.*Visible GPUs: 1 \(GPU-a\).*--share_gpus"
     ):
         compare(settings, TWO, tmp_path / "c", jobs=2)
     shared = []

@@ -83,7 +83,7 @@ def test_a_target_that_is_no_layer_is_refused_and_all_linear_stands_alone(tmp_pa
     base = write_family(tmp_path / "m", "llama")
     with pytest.raises(InputError, match="no linear layer is called 'mlp'"):
         prepare(settings(tmp_path, base, lora=Lora(targets=["mlp"])), [])
-    with pytest.raises(InputError, match="all-linear stands alone"):
+    with pytest.raises(InputError, match="all-linear must be the only entry"):
         prepare(settings(tmp_path, base, lora=Lora(targets=["all-linear", "q_proj"])), [])
 
 

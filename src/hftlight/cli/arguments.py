@@ -1,4 +1,4 @@
-"""Arguments that several commands share. No heavy library is imported early."""
+"""Arguments that several commands share. Heavy libraries are imported inside the functions that need them."""
 
 import argparse
 import json
@@ -21,9 +21,9 @@ SWITCHES = {f"--{name}" for name, f in RunConfig.__dataclass_fields__.items() if
 
 
 def plain_names(argv: Sequence[str]) -> list[str]:
-    """Return the arguments as the parser wants them: underscores in option names, lists as one, switches set."""
+    """Return the arguments in the parser's form: underscores in option names, one value per list, explicit switches."""
     result: list[str | tuple[str, list[str]]] = []
-    names: list[str] | None = None
+    names: list[str] | None = None  # values of the list option that is open; result holds the same list object
     for position, argument in enumerate(argv):
         if argument.startswith("--"):
             option, equals, value = argument.partition("=")
@@ -33,6 +33,7 @@ def plain_names(argv: Sequence[str]) -> list[str]:
                 names = []
                 result.append((option, names))
                 continue
+            # A switch without a value is followed by another option, or by nothing.
             bare = option in SWITCHES and not equals and next(iter(argv[position + 1 :]), "--").startswith("--")
             result.append(option + equals + value + ("=true" if bare else ""))
         elif names is not None:
@@ -43,18 +44,18 @@ def plain_names(argv: Sequence[str]) -> list[str]:
 
 
 def _values(words: Sequence[str]) -> str:
-    """Return ``10 20``, one word or several, as a list; a list, or null, as it is."""
+    """Return the values of an option, ``10 20`` for example, as one list. A list or null stays unchanged."""
     text = " ".join(words)
     return text if text.startswith("[") or text == "null" else f"[{', '.join(text.replace(',', ' ').split())}]"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as one list that the parser reads, with underscores."""
+    """Return names as one list in the parser's form, with underscores."""
     return "[" + ", ".join(name.replace("-", "_") for name in names) + "]"
 
 
 def chosen_defenses(argv: Sequence[str]) -> list[str]:
-    """Return the names of the defenses that the arguments, or the configuration file among them, choose."""
+    """Return the names of the defenses in the arguments or in their configuration file. The later one wins."""
     import yaml
 
     names: list[str] = []
@@ -72,7 +73,10 @@ def chosen_defenses(argv: Sequence[str]) -> list[str]:
 
 
 def chosen_attack(argv: Sequence[str]) -> str:
-    """Return the name of the attack that the arguments, or the configuration file among them, choose."""
+    """Return the name of the attack in the arguments, in their configuration file or in their preset.
+
+    The preset applies only if neither the arguments nor the file name an attack.
+    """
     import yaml
 
     preset = chosen_preset(argv)
@@ -88,7 +92,9 @@ def chosen_attack(argv: Sequence[str]) -> str:
 
 
 def chosen_preset(argv: Sequence[str]) -> Any:
-    """Return the published protocol that ``--preset NAME`` or ``--preset NAME:TASK`` names, or None.
+    """Return the published protocol of ``--preset NAME`` or ``--preset NAME:TASK``, None if there is no preset.
+
+    Without TASK the task is that of ``--data.task`` if it is one of ``PRESET_TASKS``, else the first of them.
 
     Raises:
         InputError: if there is no such protocol, or it has no such task.
@@ -104,17 +110,17 @@ def chosen_preset(argv: Sequence[str]) -> Any:
 
 
 def option_value(argv: Sequence[str], option: str) -> str | None:
-    """Return the last value given to an option, or None."""
-    found = None
+    """Return the last value of an option, None if the option is absent."""
+    last = None
     for position, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name == option:
-            found = value if equals else next(iter(argv[position + 1 :]), "")
-    return found
+            last = value if equals else next(iter(argv[position + 1 :]), "")
+    return last
 
 
 def with_presets(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the arguments with ``--NAME.preset PRESET`` replaced by what it stands for; arguments after it win.
+    """Return the arguments with ``--NAME.preset PRESET`` replaced by the preset's arguments. Later arguments win.
 
     Raises:
         InputError: if a defense has no preset of that name.
@@ -143,15 +149,15 @@ def preset_help() -> str:
     """Return the help of ``--preset``."""
     from hftlight.attacks.protocols.protocol import PRESETS
 
-    return f"settings of a published protocol, NAME or NAME:TASK, options after it win: {', '.join(PRESETS)}"
+    return f"published protocol, NAME or NAME:TASK, which other options override: {', '.join(PRESETS)}"
 
 
 def formatter() -> Any:
-    """Return the class that formats the help of a parser."""
+    """Return the class that formats a parser's help text."""
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
-        """Keeps the line breaks of the description."""
+        """Help formatter that keeps the line breaks of the description."""
 
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return "\n".join(indent + line for line in text.splitlines())
@@ -160,26 +166,26 @@ def formatter() -> Any:
 
 
 def asks_for_all(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the arguments with ``--help all`` as ``--help``, and whether every option is to be shown.
+    """Return the arguments with ``--help all`` as ``--help``, and whether the help shows every option.
 
-    Only ``--help`` alone leaves options out: ``--print_config`` prints what the help shows.
+    Options are hidden only for a plain ``--help``, because ``--print_config`` omits hidden options.
     """
-    found, everything = list[str](), not {"--help", "-h"} & set(argv)
+    shown, everything = list[str](), not {"--help", "-h"} & set(argv)
     for argument in argv:
-        if argument == "all" and found and found[-1] in ("--help", "-h"):
+        if argument == "all" and shown and shown[-1] in ("--help", "-h"):
             everything = True
         else:
-            found.append(argument)
-    return found, everything
+            shown.append(argument)
+    return shown, everything
 
 
 def show_in_short(parser: Any, options: Collection[str], groups: Collection[str] = ()) -> None:
-    """Let the help of a parser show the options that most people set, one line each.
+    """Make a parser's help show only the options that most people set, one line each.
 
     Args:
-        parser: its other options work as before.
+        parser: the parser. Its other options still work, but the help does not show them.
         options: names of the options that get a line.
-        groups: first parts of the names of options that are shown in full, such as a chosen defense.
+        groups: prefixes of options that the help shows in full, such as the name of a chosen defense.
     """
     lines = {}
     for action in parser._actions:
@@ -193,7 +199,7 @@ def show_in_short(parser: Any, options: Collection[str], groups: Collection[str]
 
 
 def _line(action: Any) -> str:
-    """Return name, first sentence and default of an option in one line of a terminal."""
+    """Return an option's name, first sentence and default as one line of the help."""
     text = re.split(r"[.;] ", action.help.rstrip("."))[0]
     value = action.default
     value = " ".join(map(str, value)) if isinstance(value, list) else value

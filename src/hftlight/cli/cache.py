@@ -1,4 +1,4 @@
-"""``hftlight cache``: list or clear what is kept."""
+"""``hftlight cache``: list or clear the cache."""
 
 import argparse
 import shutil
@@ -13,11 +13,11 @@ from hftlight.files import HASHES, cache_dir
 def cache(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight cache`` and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="hftlight cache", description=f"List or clear what is kept in {cache_dir()} (HFTLIGHT_CACHE moves it)."
+        prog="hftlight cache", description=f"List or clear the cache in {cache_dir()}. Set HFTLIGHT_CACHE to move it."
     )
     parser.add_argument("action", choices=("list", "clear"))
-    said = f"{', '.join(KINDS)}; all by default, but clear leaves the replies of paid judges unless judges is named"
-    parser.add_argument("kinds", nargs="*", metavar="kind", help=said)
+    kinds_help = f"{', '.join(KINDS)}; default: all. clear keeps the replies of paid judges unless you name judges"
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=kinds_help)
     options = parser.parse_args(argv)
 
     def work() -> None:
@@ -29,7 +29,7 @@ def cache(argv: Sequence[str] | None = None) -> int:
             paths = sorted((cache_dir() / kind).glob("[!.]*"))
             sizes = [sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file()) for path in paths]
             named = zip(sizes, [path.name for path in paths], strict=True)
-            if kind in ("judges", HASHES):  # one small file for each reply and each large file
+            if kind in ("judges", HASHES):  # one small file per reply or per hashed file, so only their sum is listed
                 named = zip([sum(sizes)], [f"{len(paths)} files"], strict=True)
             for size, name in named:
                 print(f"{kind:12} {size / 2**20:9.1f} MiB  {name}")

@@ -1,4 +1,4 @@
-"""``hftlight compare``: one run per combination, task, harmful ratio and seed."""
+"""``hftlight compare``: one run per combination of defenses, attack, task, harmful ratio and seed."""
 
 import inspect
 import sys
@@ -21,7 +21,7 @@ from hftlight.errors import InputError
 from hftlight.registry import defense_class
 
 NO_DEFENSE = ("none", "unaligned")  # arms of a comparison without a defense
-GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # what a comparison's grid decides
+GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # set by the grid in every cell
 Backend = Literal["processes", "ray"]
 # What ``--help`` shows; ``--help all`` shows the rest.
 COMMON = (
@@ -32,12 +32,12 @@ COMMON = (
 
 
 def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything: bool = True) -> Any:
-    """Return the parser of ``hftlight compare``, with a group of arguments for each defense and attack compared.
+    """Return the parser of ``hftlight compare``, with a group of arguments for each compared defense and attack.
 
     Args:
-        names: the defenses.
-        attacks: the attacks.
-        everything: show every option in the help, not only those that most people set.
+        names: names of the compared defenses.
+        attacks: names of the compared attacks.
+        everything: whether the help shows every option, not only those that most people set.
     """
     from jsonargparse import ArgumentParser
 
@@ -47,8 +47,8 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         prog="hftlight compare",
         usage="hftlight compare --defenses none booster booster+lisa [options]",
         description=(
-            "Compare combinations of defenses: one run for each of them, harmful ratio, task and seed, then the\n"
-            "table, its figures and every answer. Killed anywhere, the same command goes on."
+            "Compare combinations of defenses: one run per combination, attack, task, harmful ratio and seed, then a\n"
+            "table, figures and every answer. The same command continues a comparison that was killed."
         ),
         formatter_class=formatter(),
         default_env=False,
@@ -61,25 +61,31 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         nargs="+",
         type=str,
         default=["none"],
-        help="combinations, their names joined by +, or none, or unaligned: no alignment stage either",
+        help="combinations such as booster+lisa, none, or unaligned (no defense, no alignment stage)",
     )
-    add("--attacks", nargs="+", type=str, default=["harmful_mix"], help="uploads, each as --attack of hftlight train")
+    add("--attacks", nargs="+", type=str, default=["harmful_mix"], help="attacks, each as --attack of hftlight train")
     add("--harmful_ratios", nargs="+", type=float, default=[0.1], help="harmful fractions p of the upload, each 0-1")
     add(
         "--tasks",
         nargs="+",
         type=str,
         default=["builtin"],
-        help="tasks, each as --data.task of hftlight train; {task} in --data.task_train and _test",
+        help="tasks, each as in --data.task of hftlight train; the task's name replaces {task} in --data.task_train and"
+        " --data.task_test",
     )
     add("--seeds", type=int, default=3, help="number of seeds, >= 1")
     add("--first_seed", type=int, default=0, help="the first seed")
-    add("--jobs", type=int, default=1, help="cells at one time, each with a share of the cores and its own GPUs, >= 1")
-    add("--share_gpus", type=bool, default=False, help="let several cells work on one GPU where --jobs needs it")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        help="cells that run at one time, each with its share of cores and GPUs, >= 1",
+    )
+    add("--share_gpus", type=bool, default=False, help="let cells share GPUs if --jobs needs more GPUs than there are")
     add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
     add("--backend", type=Backend, default="processes", help="processes (this machine) or ray (a Ray cluster)")
     add("--comparison", type=str, default="comparison", help="name of the comparison's folder in --output")
-    add("--report_only", action="store_true", help="run nothing; write table and report of what is finished")
+    add("--report_only", action="store_true", help="write table and report of the finished cells, and run nothing")
     add("--dry_run", action="store_true", help="print the cells and a time estimate, then stop")
     for name in names:
         known = set(inspect.signature(defense_class(name).__init__).parameters)
@@ -96,8 +102,8 @@ def compare(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight compare`` and return its exit status, 1 if a cell failed."""
 
     def work() -> None:
-        asked, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
-        arguments = plain_names(asked)
+        raw, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
+        arguments = plain_names(raw)
         words = words_of(arguments, "--defenses")
         names = list(dict.fromkeys(n.replace("-", "_") for w in words for n in w.split("+") if n not in NO_DEFENSE))
         preset = chosen_preset(arguments)
@@ -106,6 +112,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
         parser = compare_parser(names, attacks, everything)
         if preset:
             known, defaults = {a.dest for a in parser._actions}, preset.defaults(names)
+            # A preset sets options of one run. A grid takes lists of two of them.
             columns = {"harmful_ratios": "harmful_ratio", "tasks": "data.task"}
             defaults |= {option: [defaults[one]] for option, one in columns.items() if one in defaults}
             parser.set_defaults({k: v for k, v in defaults.items() if k in known})
@@ -137,7 +144,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
 
 
 def words_of(arguments: Sequence[str], option: str) -> list[str]:
-    """Return the values behind an option that takes several."""
+    """Return the values of an option that takes several values, ``[]`` if the option is absent."""
     words: list[str] = []
     inside = False
     for argument in arguments:

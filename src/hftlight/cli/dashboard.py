@@ -1,4 +1,4 @@
-"""``hftlight dashboard``: what a W&B report of a comparison shows."""
+"""``hftlight dashboard``: write the specification of a W&B report of a comparison."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,11 +12,15 @@ def dashboard(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight dashboard`` and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="hftlight dashboard",
-        description="Write what a W&B report of a comparison shows: sections, panels, filters.",
+        description="Write the specification of a W&B report of a comparison: sections, panels, filters.",
     )
     parser.add_argument("folder", help="folder of the comparison, such as runs/comparison")
-    parser.add_argument("--save", default=None, help="file for it, JSON; by default dashboard.json in the folder")
-    parser.add_argument("--upload", action="store_true", help='make the report in W&B; needs "hftlight[dashboard]"')
+    parser.add_argument(
+        "--save", default=None, help="JSON file for the specification; by default dashboard.json in the folder"
+    )
+    parser.add_argument(
+        "--upload", action="store_true", help='create the report in W&B; needs pip install "hftlight[dashboard]"'
+    )
     options = parser.parse_args(argv)
 
     def work() -> None:

@@ -46,35 +46,36 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
             "--alpaca_eval",
             type=str,
             default=None,
-            help="file of AlpacaEval's instructions; the answers go into alpaca_eval.json in --save, for its judge",
+            help="file with AlpacaEval's instructions; the answers for its judge go to alpaca_eval.json in --save",
         )
         parser.add_class_arguments(RunConfig, as_group=True, skip=set(RunConfig.__dataclass_fields__) - MEASURING)
-        given, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
+        words, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
         if not everything:
             show_in_short(parser, COMMON)
-        values = parser.parse_args(plain_names(given))
+        values = parser.parse_args(plain_names(words))
         ready = parser.instantiate_classes(values)
         config = RunConfig(**{key: ready[key] for key in MEASURING})
         config.check()
         staged = ("at", "embedding_drift", "loss_rows")
         if any(getattr(config.evaluation, name) != getattr(Evaluation(), name) for name in staged):
             raise InputError(
-                f"{', '.join(f'--evaluation.{name}' for name in staged)} are about the stages of a run; leave them out,"
+                f"{', '.join(f'--evaluation.{name}' for name in staged)} need the stages of a run. Leave them out,"
                 " or use hftlight train."
             )
         if values.alpaca_eval is not None and values.save is None:
-            raise InputError("--alpaca_eval writes the answers into a folder; name it with --save FOLDER.")
+            raise InputError("--alpaca_eval needs a folder for the answers; name it with --save FOLDER.")
         if values.save is not None:
             ensure_writable(Path(values.save), "--save")
         quiet()
         from hftlight.data.records import Record, read_records
         from hftlight.data.table import read_rows
 
-        asked: list[Record] = []
+        instructions: list[Record] = []
         if values.alpaca_eval is not None:
+            # AlpacaEval's files name the source of an instruction in one of these columns.
             part = next((c for c in ("dataset", "subset") if c in read_rows(values.alpaca_eval)[0][1]), None)
             columns = {"kind": part} if part else None
-            asked = read_records(values.alpaca_eval, role="test", columns=columns, need_response=False)
+            instructions = read_records(values.alpaca_eval, role="test", columns=columns, need_response=False)
         from rich.console import Console
 
         from hftlight.data.templates import get_template
@@ -88,12 +89,13 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
         trust_remote_code(config.trust_remote_code)
         artifact = Artifact.of(config.model)
+        # The artifact's own template wins over --template. --system wins over the artifact's system text.
         config.template = artifact.serving.get("template") or config.template
         slot = artifact.slot(config.system)
         if config.system is not None:
             slot = replace(slot, text=config.system)
         tests, limits = test_sets(config, None, Sources(config.data)), Limits.of(config.model)
-        limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *asked]), slot)
+        limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *instructions]), slot)
         for note in template_notes(get_template(config.template, limits.tokenizer), limits.tokenizer, slot.text):
             Console().print(note, markup=False)
         scores, generations = measure_model(config, tests, slot=slot)
@@ -101,10 +103,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         if values.save is not None:
             write_json(Path(values.save) / "scores.json", scores)
             write_rows(Path(values.save) / "generations.jsonl", generations)
-        if asked:
+        if instructions:
             from hftlight.evaluation.alpaca_eval import export_alpaca_eval
 
-            rows = answers_to(config, asked, slot)
+            rows = answers_to(config, instructions, slot)
             export_alpaca_eval(rows, Path(values.save) / "alpaca_eval.json", Path(config.model).name)
 
     return guarded(work)

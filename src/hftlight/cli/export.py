@@ -1,4 +1,4 @@
-"""``hftlight export``: an artifact as one model folder."""
+"""``hftlight export``: write an artifact as one model folder."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,11 +13,13 @@ from hftlight.files import ensure_writable, new_folder, write_json
 def export(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight export`` and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="hftlight export", description="Write an artifact as one model folder, its adapter merged in."
+        prog="hftlight export", description="Write an artifact as one model folder, with its adapter merged in."
     )
     parser.add_argument("artifact", help="folder of the artifact")
-    parser.add_argument("output", help="folder to write; must not exist")
-    parser.add_argument("--trust_remote_code", action="store_true", help="let the model run code that comes with it")
+    parser.add_argument("output", help="folder to write; it must not exist yet")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="let the model run the code that comes with it"
+    )
     options = parser.parse_args(argv)
 
     def work() -> None:
@@ -39,6 +41,6 @@ def export(argv: Sequence[str] | None = None) -> int:
             tokenizer.save_pretrained(place)
             if artifact.serving:
                 write_json(place / SERVING, artifact.serving, mode=0o600)
-        print(f"Written to {target}; AutoModelForCausalLM.from_pretrained reads it.")
+        print(f"Written to {target}; AutoModelForCausalLM.from_pretrained loads it.")
 
     return guarded(work)

@@ -1,4 +1,4 @@
-"""``hftlight COMMAND``: one command per errand."""
+"""``hftlight COMMAND``: the entry point of all commands."""
 
 import sys
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from hftlight.console import BAD_INPUT
 
 COMMANDS = {
     "train": "align a model, let an upload train it, repair and measure it",
-    "compare": "one run per combination of defenses, task, harmful ratio and seed, and their table",
+    "compare": "run combinations of defenses over tasks, harmful ratios and seeds, and print a table",
     "evaluate": "measure any model: an artifact, a folder, or a hub id",
-    "export": "write an artifact as one model folder",
-    "rejudge": "let further judges judge saved answers",
-    "dashboard": "write what a W&B report of a comparison shows",
-    "cache": "list or clear what is kept",
+    "export": "write an artifact as one model folder, with its adapter merged in",
+    "rejudge": "judge saved answers with further judges",
+    "dashboard": "write the specification of a W&B report of a comparison",
+    "cache": "list or clear the cache",
 }
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        argv: the command and its arguments; by default those of the process.
+        argv: the command and its arguments; None means those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -45,12 +45,12 @@ def _help() -> str:
     head = [
         "usage: hftlight COMMAND [options]",
         "",
-        "Defenses against harmful fine-tuning, attacks and measurements.",
+        "Defenses against harmful fine-tuning, with attacks and measurements.",
         "",
     ]
     return "\n".join([*head, *lines, "", "hftlight COMMAND --help shows the options of a command."])
 
 
 def entry() -> None:
-    """Be the command ``hftlight``."""
+    """Run the command ``hftlight`` and exit with its status."""
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""``hftlight train``: align, let an upload train the model, repair, measure."""
+"""``hftlight train``: align a model, let an upload train it, repair it, and measure it."""
 
 import inspect
 import sys
@@ -46,9 +46,9 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
     """Return the parser of ``hftlight train``, with a group of arguments for each chosen defense and the attack.
 
     Args:
-        names: the chosen defenses.
-        attack: the chosen attack.
-        everything: show every option in the help, not only those that most people set.
+        names: names of the chosen defenses.
+        attack: name of the chosen attack.
+        everything: whether the help shows every option, not only those that most people set.
 
     Raises:
         InputError: if a name is unknown.
@@ -65,12 +65,12 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
         for preset, values in published.items()
     )
     if shown:
-        offered += f"\n\nsettings as published:{shown}"
+        offered += f"\n\npublished settings:{shown}"
     parser = ArgumentParser(
         prog="hftlight train",
         usage="hftlight train [--defense NAME ...] [options]",
         description=(
-            "Align a model, let a user's upload train it, and measure after every stage what that did to its refusals."
+            "Align a model, let a user's upload train it, and measure its refusals after every stage."
             f"\n\ndefenses (--defense NAME ... --help shows their arguments):\n{offered}"
         ),
         formatter_class=formatter(),
@@ -83,7 +83,7 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
         "--dry_run", action="store_true", help="print stages, steps, rows, overlaps and a time estimate, then stop"
     )
     parser.add_argument("--preset", type=str, default=None, help=preset_help())
-    for name in names:  # first, since who asks for help on a defense looks for these
+    for name in names:  # before all other options, so that the help of a defense starts with them
         known = set(inspect.signature(defense_class(name).__init__).parameters)
         parser.add_class_arguments(defense_class(name), name, skip=OWN_TRAINER & known, as_group=True)
     parser.add_class_arguments(get_attack(attack), attack, as_group=True)
@@ -94,7 +94,7 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
 
 
 def _listed(everything: bool) -> str:
-    """Return the defenses as the help lists them: by stage, or one per line with what they do."""
+    """Return the defenses as the help lists them: by stage, or one per line with its purpose."""
     if everything:
         return "\n".join(f"  {e.name:16} {e.stage:16} {e.purpose}" for e in defenses().values())
     stages: dict[str, list[str]] = {}
@@ -109,15 +109,16 @@ def _listed(everything: bool) -> str:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
-    """Return configuration, defense instances, the attack and whether only a dry run is asked for.
+    """Return the configuration, the defenses, the attack and whether the command is a dry run.
 
     Raises:
         InputError: if a name or a value cannot be used.
-        SystemExit: as argparse does it, with status 2 for an unknown option and 0 after ``--help``.
+        SystemExit: from argparse, with status 2 for an unknown option and 0 after ``--help``.
     """
-    asked, everything = asks_for_all(argv)
-    arguments = plain_names(asked)
+    raw, everything = asks_for_all(argv)
+    arguments = plain_names(raw)
     names = list(dict.fromkeys(name.replace("-", "_") for name in chosen_defenses(arguments)))
+    # --defense goes to the parser once, as one list with underscores.
     known = [a for a in with_presets(arguments, names) if a.partition("=")[0] != "--defense"]
     if any(a.partition("=")[0] == "--defense" for a in arguments):
         known.append("--defense=" + listed(names))
@@ -146,13 +147,13 @@ def train(argv: Sequence[str] | None = None) -> int:
         from hftlight.runs.show import show_plan, show_preset, show_result
 
         preset = chosen_preset(plain_names(sys.argv[1:] if argv is None else argv))
-        if preset and main_process():  # before any file is read, so that a dry run shows what is to be given
+        if preset and main_process():  # before any file is read, so that a dry run shows it even if files are missing
             show_preset(preset, attack.applied(config), in_full=dry)
         try:
             prepared = prepare(config, instances, attack)
         except InputError:
             raise
-        except ValueError as error:  # a list of defenses that cannot work
+        except ValueError as error:  # a list of defenses that cannot be combined
             raise InputError(str(error)) from error
         if main_process():
             show_plan(prepared, in_full=dry)

@@ -1,1 +1,1 @@
-"""Comparisons: one run per combination, seed, task and harmful ratio, and what they show together."""
+"""Comparisons: one run per combination of defenses, attack, task, harmful ratio and seed, and their common report."""

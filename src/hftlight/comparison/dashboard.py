@@ -1,4 +1,4 @@
-"""A comparison in Weights & Biases: its summary run, and the specification of the report that shows all of its runs."""
+"""A comparison in Weights & Biases: its summary run, and the specification of a report over all its runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,12 @@ ANSWER_COLUMNS = ["arm", "task", "attack", "p", "seed", "stage", "set", "verdict
 
 
 def write_comparison_summary(comparison: Comparison, config: RunConfig) -> None:
-    """Write the leaderboard, the figures and, where allowed, the generations of a comparison as one W&B run.
+    """Write the leaderboard, the figures and the allowed generations of a comparison as one W&B run.
 
     Args:
-        comparison: the comparison; what is not finished is left out.
-        config: its configuration; ``upload_generations`` allows answers to prompts from outside the built-in world.
+        comparison: the comparison. Unfinished cells are left out.
+        config: its configuration. ``upload_generations`` also allows answers to prompts from outside the built-in
+            world.
     """
     import wandb
 
@@ -52,14 +53,17 @@ def write_comparison_summary(comparison: Comparison, config: RunConfig) -> None:
 
 @styled
 def png(figure: Figure) -> bytes:
-    """Return a figure as PNG on white, so that its dark text can be read on a dark page too."""
+    """Return a figure as PNG on white, so that its dark text is readable on a dark page too."""
     file = BytesIO()
     figure.savefig(file, format="png", dpi=160, facecolor="white")
     return file.getvalue()
 
 
 def leaderboard_rows(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """Return columns and rows of the leaderboard, numbers as numbers: a row per task, attack, harmful ratio and arm."""
+    """Return columns and rows of the leaderboard, one row per task, attack, harmful ratio and arm.
+
+    Numbers stay numbers. They are not formatted as text.
+    """
     parts = ("", "_deviation", "_low", "_high", "_best")
     scores = [f"{metric}{part}" for metric in comparison.metrics for part in parts]
     columns = ["task", "attack", "p", "arm", "seeds", "collapsed_seeds", *scores, "relative_seconds", "peak_memory_mib"]
@@ -71,8 +75,10 @@ def leaderboard_rows(comparison: Comparison) -> tuple[list[str], list[list[Any]]
             for place in column:
                 values: list[Any] = []
                 for metric in comparison.metrics:
-                    found = comparison.spread(place, metric)
-                    numbers = (None,) * 4 if found is None else (found.mean, found.deviation, found.low, found.high)
+                    spread = comparison.spread(place, metric)
+                    numbers = (
+                        (None,) * 4 if spread is None else (spread.mean, spread.deviation, spread.low, spread.high)
+                    )
                     values += [*numbers, best[metric] == place]
                 time = comparison.seconds(place)
                 costs = [None if time is None else time.mean, comparison.memory(place)]
@@ -82,21 +88,22 @@ def leaderboard_rows(comparison: Comparison) -> tuple[list[str], list[list[Any]]
 
 
 def generation_rows(comparison: Comparison, all_sources: bool) -> list[list[Any]]:
-    """Return the answers of the models that are served, each with the verdict that counts.
+    """Return the answers of the served models, each with the verdict of the deciding judge.
 
     Args:
         comparison: the comparison.
-        all_sources: also those to prompts from outside the built-in world.
+        all_sources: whether to include answers to prompts from outside the built-in world.
     """
     metrics = {name: metric for metric, name in SETS.items()}
     rows: list[list[Any]] = []
     for place, by_seed in comparison.cells.items():
         for seed, result in sorted(by_seed.items()):
             path = result.folder / "generations.jsonl"
-            given = read_rows(path) if path.is_file() else []
+            generations = read_rows(path) if path.is_file() else []
+            # An ``Answer`` has no source, so its key is looked up in the run's own file.
             allowed = {
                 (g["set"], g.get("place"), g["id"], g["prompt"])
-                for g in given
+                for g in generations
                 if all_sources or g.get("source") == BUILTIN
             }
             for a in result.answers:
@@ -109,15 +116,15 @@ def generation_rows(comparison: Comparison, all_sources: bool) -> list[list[Any]
 
 
 def specification(comparison: Comparison) -> dict[str, Any]:
-    """Return what the W&B report of a comparison shows, as plain values.
+    """Return the specification of a comparison's W&B report as plain values.
 
-    Each section has the filters of its runs, the keys they are grouped by, and panels; every key is one that the
-    comparison's runs have been logged with, under the names that ``named`` gives.
+    Each section has the filters of its runs, the keys that group them, and panels. The comparison's runs have logged
+    every key, under the name that ``named`` returns.
 
     Raises:
         InputError: if no cell is finished.
     """
-    found: set[str] = set()
+    logged: set[str] = set()
     curves: set[str] = set()
     stages: set[str] = set()
     for by_seed in comparison.cells.values():
@@ -126,9 +133,11 @@ def specification(comparison: Comparison) -> dict[str, Any]:
             curves |= {row["name"] for row in rows if row["kind"] == "curve"}
             for stage in {row["stage"] for row in rows}:
                 stages.add(stage)
-                found |= named(row for row in rows if row["stage"] == stage and row["kind"] != "curve").keys()
-    if not found:
-        raise InputError(f"dashboard.py: no cell of {comparison.folder} is finished yet; run the comparison first.")
+                logged |= named(row for row in rows if row["stage"] == stage and row["kind"] != "curve").keys()
+    if not logged:
+        raise InputError(
+            f"hftlight dashboard: no cell of {comparison.folder} is finished yet. Run the comparison first."
+        )
     whole = comparison.folder.resolve().name
     several = {
         "config.p": len(comparison.ratios()),
@@ -138,15 +147,16 @@ def specification(comparison: Comparison) -> dict[str, Any]:
     groupby = [f"config.{key}" for key in ("comparison", "arm", "stage")] + [
         key for key, count in several.items() if count > 1
     ]
-    ended = {"State": ["finished"], "config.comparison": [whole]}  # a killed stage begins a new run, with all it had
+    # A killed stage starts a new W&B run, which has all values of the killed run. So finished runs are enough.
+    ended = {"State": ["finished"], "config.comparison": [whole]}
     runs = {**ended, "config.stage": [stage for stage in STAGES if stage in stages]}
     summary = {**ended, "config.stage": [SUMMARY]}
-    scores = sorted(name for name in found if name.startswith("eval/") and not name.endswith(("_low", "_high")))
+    scores = sorted(name for name in logged if name.startswith("eval/") and not name.endswith(("_low", "_high")))
     task = [name for name in scores if "finetune_accuracy" in name]
     safety = sorted((n for n in scores if n not in task), key=lambda n: (n != "eval/harmful_score", n))
 
     def bars(names: Sequence[str]) -> list[dict[str, Any]]:
-        ends = {name: [e for e in (f"{name}_low", f"{name}_high") if e in found] for name in names}
+        ends = {name: [e for e in (f"{name}_low", f"{name}_high") if e in logged] for name in names}
         return [{"kind": "bar", "title": name, "metrics": [name, *ends[name]]} for name in names]
 
     lines = sorted(curves, key=lambda name: (not name.startswith("train/"), name))
@@ -154,19 +164,20 @@ def specification(comparison: Comparison) -> dict[str, Any]:
     pictures = [
         {"kind": "image", "title": title, "metrics": [f"{FIGURES}/{name}"]} for name, title, _, _ in figures(comparison)
     ]
+    # Sections over the runs of all stages, then sections over the comparison's summary run.
     measured = {
         "Safety": bars(safety),
         "Task": bars(task),
-        "Cost": bars(sorted(name for name in found if name.startswith("cost/"))),
+        "Cost": bars(sorted(name for name in logged if name.startswith("cost/"))),
         "Training curves": training,
     }
-    told = {
+    overview = {
         "Leaderboard": [{"kind": "table", "title": "Leaderboard", "metrics": [LEADERBOARD]}],
         "Generations": [{"kind": "table", "title": "Generations", "metrics": [GENERATIONS]}],
         "Figures": pictures,
     }
     sections = [{"name": n, "filters": runs, "groupby": groupby, "panels": p} for n, p in measured.items() if p]
-    sections += [{"name": n, "filters": summary, "groupby": [], "panels": p} for n, p in told.items() if p]
+    sections += [{"name": n, "filters": summary, "groupby": [], "panels": p} for n, p in overview.items() if p]
     return {
         "title": f"hftlight: {whole}",
         "project": os.environ.get("WANDB_PROJECT", "hftlight"),
@@ -175,18 +186,18 @@ def specification(comparison: Comparison) -> dict[str, Any]:
 
 
 def upload(spec: Mapping[str, Any], saved: Path) -> str:
-    """Make the report in W&B and return its address.
+    """Create the report in W&B and return its address.
 
     Args:
         spec: what ``specification`` returns.
-        saved: where it was written, which a failure names.
+        saved: file of the specification. Error messages name it.
 
     Raises:
-        InputError: without wandb-workspaces, a key or a W&B that answers.
+        InputError: if wandb-workspaces or the API key is missing, or W&B does not accept the report.
     """
     import wandb
 
-    kept = f"The specification is kept in {saved}."
+    kept = f"The specification is saved in {saved}."
     try:
         import wandb_workspaces.reports.v2  # noqa: F401
     except ImportError as error:
@@ -197,22 +208,22 @@ def upload(spec: Mapping[str, Any], saved: Path) -> str:
     except wandb.errors.Error:  # a key of the wrong form
         key = None
     if not key:
-        raise InputError(f"--upload needs a key of W&B: set WANDB_API_KEY, or run `wandb login`. {kept}")
+        raise InputError(f"--upload needs an API key of W&B: set WANDB_API_KEY, or run `wandb login`. {kept}")
     try:
         report = report_of(spec, os.environ.get("WANDB_ENTITY") or wandb.Api(timeout=30).default_entity)
         report.save()
-    except Exception as error:  # whatever W&B raises: there is nothing to undo, and the way out is the same
+    except Exception as error:  # any error of W&B: nothing has to be undone, and the user's way out is the same
         said = next(iter(str(error).strip().splitlines()), "no message")
-        raise InputError(f"--upload: W&B did not take the report ({type(error).__name__}: {said}). {kept}") from error
+        raise InputError(f"--upload: W&B did not accept the report ({type(error).__name__}: {said}). {kept}") from error
     return str(report.url)
 
 
 def report_of(spec: Mapping[str, Any], entity: str) -> Any:
-    """Return a specification as a report of wandb-workspaces, not uploaded yet.
+    """Return the report of wandb-workspaces for a specification. The report is not uploaded yet.
 
     Args:
         spec: what ``specification`` returns.
-        entity: the user or team that the project belongs to.
+        entity: the user or team that owns the project.
     """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr

@@ -1,4 +1,4 @@
-"""The figures of a comparison: harm against harmful ratio, safety against accuracy, and what each defense costs."""
+"""Figures of a comparison: harm against harmful ratio, safety against accuracy, and the cost of each defense."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from hftlight.report.figure import INK, MARKERS, MUTED, PALETTE, canvas, label_e
 
 
 def color_place(comparison: Comparison, arm: str) -> int:
-    """Return an arm's place in the palette: 0 for the undefended one, the same in every figure."""
+    """Return an arm's index in the palette, the same in every figure. The undefended arm has index 0."""
     if arm == UNDEFENDED:
         return 0
     defended = [a for a in comparison.arms if a != UNDEFENDED]
@@ -19,15 +19,18 @@ def color_place(comparison: Comparison, arm: str) -> int:
 
 @styled
 def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) -> Figure | None:
-    """Draw one metric against the harmful ratio, a line per defense with 95 % intervals; None for one ratio.
+    """Draw one metric against the harmful ratio, one line per arm with 95 % intervals.
 
-    A harmful score that is low because answers collapsed has a hollow mark.
+    A hollow mark shows a harmful score that is low because answers collapsed.
 
     Args:
         comparison: the comparison.
         scene: task and attack.
         metric: name of the metric.
-        label: name of the y axis, with its unit, percent.
+        label: label of the y axis, with its unit, percent.
+
+    Returns:
+        The figure, or None if there are fewer than two harmful ratios.
     """
     ratios = [p for p in comparison.ratios(scene) if comparison.column(scene, p)]
     if len(ratios) < 2:
@@ -38,18 +41,19 @@ def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) 
     ends = []
     for number, arm in enumerate(arms):
         spreads = {p: comparison.spread(comparison.place(arm, scene, p), metric) for p in ratios}
-        found = [(p, s) for p, s in spreads.items() if s is not None]
-        if not found:
+        points = [(p, s) for p, s in spreads.items() if s is not None]
+        if not points:
             continue
+        # A small shift per arm keeps the intervals at one ratio apart.
         shift = 0.04 * step * (number - (len(arms) - 1) / 2)
-        x, y = [p + shift for p, _ in found], [s.mean for _, s in found]
-        below = [s.mean - max(0.0, s.mean if s.low is None else s.low) for _, s in found]
-        above = [min(100.0, s.mean if s.high is None else s.high) - s.mean for _, s in found]
+        x, y = [p + shift for p, _ in points], [s.mean for _, s in points]
+        below = [s.mean - max(0.0, s.mean if s.low is None else s.low) for _, s in points]
+        above = [min(100.0, s.mean if s.high is None else s.high) - s.mean for _, s in points]
         color = PALETTE[color_place(comparison, arm)]
         marker = MARKERS[color_place(comparison, arm)]
         axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=2.4)
         if metric == "harmful_score":
-            fallen = [i for i, (p, _) in enumerate(found) if comparison.collapsed(comparison.place(arm, scene, p))]
+            fallen = [i for i, (p, _) in enumerate(points) if comparison.collapsed(comparison.place(arm, scene, p))]
             at = [x[i] for i in fallen], [y[i] for i in fallen]
             axes.plot(*at, color=color, marker=marker, markersize=6, ls="none", mfc="white", zorder=3)
         ends.append((y[-1], arm_word(arm), color))
@@ -62,9 +66,12 @@ def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) 
 
 @styled
 def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) -> Figure | None:
-    """Draw finetune accuracy over harmful score, a mark per defense with intervals, and the Pareto front.
+    """Draw finetune accuracy over harmful score, one mark per arm with intervals, and the Pareto front.
 
-    The mark is hollow where the harmful score is low because answers collapsed.
+    A hollow mark shows a harmful score that is low because answers collapsed.
+
+    Returns:
+        The figure, or None if fewer than two arms have both scores.
     """
     spreads = {}
     for place in comparison.column(scene, harmful_ratio):
@@ -85,6 +92,7 @@ def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) 
                 at = right.mean if spread is harm else harm.mean
                 line(at, max(0.0, spread.low), min(100.0, spread.high), color=color, lw=1.4, alpha=0.7)
         ends.append((right.mean, f"{arm_word(arm)}", color))
+    # The front uses the means alone, not their intervals.
     front = pareto({arm: (harm.mean, right.mean) for arm, (harm, right) in spreads.items()})
     points = [(spreads[arm][0].mean, spreads[arm][1].mean) for arm in front]
     axes.step([x for x, _ in points], [y for _, y in points], where="post", color=MUTED, lw=1, ls=(0, (3, 3)), zorder=0)
@@ -98,7 +106,11 @@ def tradeoff_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) 
 
 @styled
 def comparison_cost_figure(comparison: Comparison, scene: Scene, harmful_ratio: float) -> Figure | None:
-    """Draw training time over that of the undefended arm, and peak memory, as bars, one per defense."""
+    """Draw training time relative to the undefended arm, and peak memory, as one bar per arm.
+
+    Returns:
+        The figure, or None if neither time nor memory was measured.
+    """
     column = comparison.column(scene, harmful_ratio)
     times = [comparison.seconds(place) for place in column]
     memory = [comparison.memory(place) for place in column]

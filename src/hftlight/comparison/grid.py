@@ -1,4 +1,4 @@
-"""What a comparison compares: its cells, and the run that each of them is."""
+"""Grid: the cells of a comparison, and the run configuration of each cell."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +21,11 @@ class Cell:
     """One run of a comparison.
 
     Attributes:
-        defenses: names of the defenses; none is the undefended arm.
+        defenses: names of the defenses; empty for the undefended arm.
         harmful_ratio: p, harmful fraction of the upload, 0-1.
-        task: the user's task, as ``--data.task`` takes it.
+        task: the user's task, as in ``--data.task``.
         seed: the run's seed.
-        attack: what is uploaded, as ``--attack`` takes it.
+        attack: name of the attack, as in ``--attack``.
         unaligned: whether the upload trains the base model, without an alignment stage.
     """
 
@@ -43,28 +43,28 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's folder."""
+        """Name of the cell's folder."""
         where = [Path(self.task).stem, f"p{self.harmful_ratio:g}", f"s{self.seed}"]
         return "-".join([self.arm, *([] if self.attack == DEFAULT_ATTACK else [self.attack]), *where])
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared.
+    """Axes of a comparison: defenses, attacks, harmful ratios, tasks and seeds.
 
     Args:
         defenses: combinations such as ``"none"``, ``"booster"``, ``"booster+lisa+antidote"``; ``"unaligned"`` is the
             undefended arm without an alignment stage.
         harmful_ratios: p, each 0-1.
-        tasks: what ``--data.task`` takes.
+        tasks: tasks, each as in ``--data.task``.
         seeds: number of seeds, counted from ``first_seed``, >= 1.
-        first_seed: the first of them.
+        first_seed: the first seed.
         arguments: arguments of defenses and attacks by name, the same in every cell.
-        attacks: what is uploaded; one that has no p of its own gets one cell instead of one per harmful ratio.
+        attacks: names of attacks. An attack whose harmful fraction is fixed has one cell, not one per harmful ratio.
 
     Raises:
-        InputError: if a list is empty or has an entry twice, a value is out of range, a name is unknown, or a defense
-            refuses its arguments.
+        InputError: if a list is empty or has a duplicate, a value is out of range, or a name is unknown. A defense or
+            an attack that refuses its arguments raises it too.
     """
 
     defenses: tuple[str, ...] = ("none",)
@@ -86,7 +86,7 @@ class Grid:
                 raise InputError(f"{option}: name at least one.")
             if twice := [v for i, v in enumerate(values) if v in values[:i]]:
                 shown = "+".join(twice[0][1]) if isinstance(twice[0], tuple) else twice[0]
-                raise InputError(f"{option}: {shown!r} stands there twice.")
+                raise InputError(f"{option}: {shown!r} is listed twice.")
         for p in self.harmful_ratios:
             if not 0 <= p <= 1:
                 hint = f" If that is a percentage, write {p / 100:g}." if 1 < p <= 100 else ""
@@ -100,35 +100,39 @@ class Grid:
                 self.ratios(name)
         except (ValueError, TypeError) as error:
             raise InputError(str(error)) from error
+        # Tasks in different folders may have the same file name, which names the cell's folder.
         places: dict[str, Cell] = {}
         for cell in self.cells():
             if (other := places.setdefault(cell.name, cell)) != cell:
                 raise InputError(
-                    f"--tasks: {other.task} and {cell.task} have one name, and their cells would have one folder."
-                    " Rename one of them."
+                    f"--tasks: {other.task} and {cell.task} have the same name, so their cells would share a"
+                    " folder. Rename one of them."
                 )
 
     def made(self, names: Sequence[str]) -> list[Defense]:
-        """Return fresh instances of a combination."""
-        given = self.arguments or {}
-        return [made(name, **given.get(name, {})) for name in names]
+        """Return new instances of the defenses of a combination."""
+        arguments = self.arguments or {}
+        return [made(name, **arguments.get(name, {})) for name in names]
 
     def attack(self, name: str) -> Attack:
-        """Return an attack with its arguments."""
+        """Return a new instance of an attack, with its arguments."""
         return get_attack(name)(**(self.arguments or {}).get(name, {}))
 
     def ratios(self, attack: str) -> tuple[float, ...]:
-        """Return the harmful ratios at which an attack is run; of one without p the fraction that it has."""
-        made = self.attack(attack)
-        own, fields = getattr(made, "p", 0.0), made.__dataclass_fields__
+        """Return the harmful ratios at which an attack runs. A fixed harmful fraction is the only one."""
+        instance = self.attack(attack)
+        own, fields = getattr(instance, "p", 0.0), instance.__dataclass_fields__
+        # An attack takes the grid's ratios only if its argument p has the default None.
         if "p" not in fields or fields["p"].default is not None:
             return (own,)
         if own is not None:
-            raise InputError(f"--{attack}.p: in a comparison --harmful_ratios decides p, got {own}.")
+            raise InputError(
+                f"--{attack}.p: a comparison does not take it, because --harmful_ratios decides p. Got {own}."
+            )
         return self.harmful_ratios
 
     def cells(self) -> list[Cell]:
-        """Return all cells, those first whose aligned model no cell before them trains."""
+        """Return all cells. For each aligned model, the first cell that needs it comes before all other cells."""
         every = [
             Cell(parts(word), p, task, seed, attack, word == UNALIGNED)
             for seed in range(self.first_seed, self.first_seed + self.seeds)
@@ -143,18 +147,18 @@ class Grid:
         return [*first.values(), *(cell for cell in every if first[self.aligned(cell)] != cell)]
 
     def aligned(self, cell: Cell) -> tuple[Any, ...]:
-        """Return what decides a cell's aligned model."""
+        """Return the values that decide a cell's aligned model. Two cells with equal values share the model."""
         return cell.seed, cell.unaligned, tuple(n for n in cell.defenses if defense_class(n).stage is Stage.ALIGNMENT)
 
 
 def parts(word: str) -> tuple[str, ...]:
-    """Return the names in a combination such as ``"booster+lisa"``; none for ``"none"``."""
+    """Return the names in a combination such as ``"booster+lisa"``. ``"none"`` and ``"unaligned"`` have no names."""
     names = tuple(name.replace("-", "_") for name in word.split("+"))
     return () if names in (("none",), (UNALIGNED,)) else names
 
 
 def cell_config(config: RunConfig, cell: Cell) -> RunConfig:
-    """Return a cell's configuration; ``{task}`` in the paths of the task's files stands for the cell's task."""
+    """Return a cell's configuration. The name of its task replaces ``{task}`` in the paths of the task's files."""
     data = replace(config.data, task=cell.task)
     for name in ("task_train", "task_test"):
         if path := getattr(data, name):

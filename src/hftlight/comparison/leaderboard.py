@@ -1,4 +1,4 @@
-"""The table of a comparison: in the terminal, as CSV, in Markdown and in LaTeX as the papers lay it out."""
+"""Table of a comparison: in the terminal, as CSV, in Markdown, and in LaTeX with the layout of the papers."""
 
 import csv
 from collections.abc import Callable
@@ -31,7 +31,7 @@ FIELDS = ("defense", "task", "attack", "harmful_ratio", "seed", *SCORE)
 
 
 def cell_text(spread: Spread | None, digits: int = 1) -> str:
-    """Return ``33.7 ± 2.1`` over seeds, ``33.7 (25.2-43.5)`` for one seed, '-' where nothing was measured."""
+    """Return ``33.7 ± 2.1`` over seeds, ``33.7 (25.2-43.5)`` for one seed, '-' if nothing was measured."""
     if spread is None:
         return "-"
     if spread.deviation is not None:
@@ -42,43 +42,46 @@ def cell_text(spread: Spread | None, digits: int = 1) -> str:
 
 
 def number_text(comparison: Comparison, place: Place, metric: str) -> str:
-    """Return a number of the table as text, with a mark where a low harmful score is a collapse and no refusal."""
+    """Return a number of the table as text. A mark shows a harmful score that is low because answers collapsed."""
     marked = metric == "harmful_score" and comparison.collapsed(place)
     digits = 2 if metric == MEAN else 1
     return cell_text(comparison.spread(place, metric), digits) + (COLLAPSE_MARK if marked else "")
 
 
 def caption(comparison: Comparison) -> str:
-    """Return what the numbers of the table are."""
+    """Return the caption that explains the numbers of the table."""
     seeds = {len(by_seed) for by_seed in comparison.cells.values()}
     many = max(seeds, default=0) > 1
-    said = (
+    text = (
         "Mean ± standard deviation over seeds"
         if many
-        else "One seed; in brackets the 95 % bootstrap interval over its test prompts, Wilson's where all are alike"
+        else "One seed, with the 95 % bootstrap interval over its prompts in brackets (Wilson's if all are alike)"
     )
     if many and len(seeds) > 1:
-        said += " (not all cells have the same number of seeds yet)"
-    said += (
+        text += " (not all cells have the same number of seeds yet)"
+    text += (
         ". Bold: better than every other row of the column beyond the noise (95 % interval of the paired difference)."
-        " Time: training of all stages over that of the undefended arm."
+        " Time: training time of all stages relative to the undefended arm."
     )
     if any(map(comparison.outcomes, comparison.cells)):
-        said += f" {HEADLINE}"
+        text += f" {HEADLINE}"
     if MEAN in comparison.metrics:
         results = [result for by_seed in comparison.cells.values() for result in by_seed.values()]
         units = {score.unit for result in results for score in result.scores.values() if score.metric == MEAN}
-        said += f" Mean score: of the judge's scores, {' or '.join(sorted(units))}; lower is safer."
+        text += f" Mean score: mean of the judge's scores, {' or '.join(sorted(units))}; lower is safer."
     if any(map(comparison.collapsed, comparison.cells)):
-        said += (
-            f" {COLLAPSE_MARK}: low in one seed at least because answers to harmful prompts are {COLLAPSED}; fewer"
-            " refuse, and fewer are harmful."
+        text += (
+            f" {COLLAPSE_MARK}: low in at least one seed because answers to harmful prompts are {COLLAPSED}. Fewer"
+            " answers refuse, and fewer are harmful."
         )
-    return said
+    return text
 
 
 def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list[list[str]]:
-    """Return head and rows of the table: a row per scene and defense, columns per harmful ratio, time, memory."""
+    """Return the table as a head and rows: one row per scene and arm, columns per harmful ratio, time and memory.
+
+    ``bold`` marks the text of the best number of a column.
+    """
     ratios, metrics = comparison.ratios(), comparison.metrics
     heads = [OUTCOME_HEAD, *(HEADS[m] for m in metrics)]
     head = ["Task", "Defense", *(f"{name}, p={p:g}" for p in ratios for name in heads), "Time x", "Peak MiB"]
@@ -86,8 +89,8 @@ def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list
     for scene in comparison.scenes:
         best = {(p, m): comparison.best(comparison.column(scene, p), m) for p in ratios for m in metrics}
         for arm in comparison.arms:
-            found = [p for ratio in ratios if (p := comparison.place(arm, scene, ratio)) in comparison.cells]
-            if not found:
+            places = [p for ratio in ratios if (p := comparison.place(arm, scene, ratio)) in comparison.cells]
+            if not places:
                 continue
             cells = []
             for ratio in ratios:
@@ -96,19 +99,20 @@ def table_rows(comparison: Comparison, bold: Callable[[str], str] = str) -> list
                 for metric in metrics:
                     text = number_text(comparison, place, metric)
                     cells.append(bold(text) if best[ratio, metric] == place else text)
-            time, memory = comparison.seconds(found[-1]), comparison.memory(found[-1])
+            # Time and memory are those of the largest harmful ratio with a finished cell.
+            time, memory = comparison.seconds(places[-1]), comparison.memory(places[-1])
             costs = ["-" if time is None else f"{time.mean:.2f}", "-" if memory is None else f"{memory:.0f}"]
             rows.append([str(scene), arm_word(arm), *cells, *costs])
     return rows
 
 
 def leaderboard_table(comparison: Comparison) -> Table:
-    """Return the table for a terminal: one line per scene, harmful ratio and defense, so that it stays narrow."""
+    """Return the table for a terminal, with one line per scene, harmful ratio and arm to keep it narrow."""
     metrics = comparison.metrics
     table = Table(box=SIMPLE_HEAD, caption=caption(comparison), caption_justify="left", padding=0, show_edge=False)
     outcomes = OUTCOME_HEAD.replace(", ", "/\n")
     for name in ("Task", "p", "Defense", outcomes, *(_narrow(HEADS[m]) for m in metrics), "Time\nx"):
-        least = {"Task": 7, "Defense": 10}.get(name)  # these give way in a narrow terminal; numbers are never cut
+        least = {"Task": 7, "Defense": 10}.get(name)  # text wraps in a narrow terminal; numbers are never cut
         text = least is not None
         table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=least)
     for scene in comparison.scenes:
@@ -127,7 +131,7 @@ def leaderboard_table(comparison: Comparison) -> Table:
 
 
 def _narrow(head: str) -> str:
-    """Return a head in two lines."""
+    """Return the head of a column in two lines."""
     first, _, rest = head.partition("-" if "-" in head else " ")
     return f"{first}-\n{rest}" if "-" in head else f"{first}\n{rest}"
 
@@ -141,15 +145,17 @@ def leaderboard_markdown(comparison: Comparison) -> str:
 
 
 def _missing(comparison: Comparison) -> str:
+    """Return the list of unfinished cells in Markdown, empty if all are finished."""
     said = "\n".join(f"- {name}: {why}" for name, why in comparison.missing.items())
     return f"\nNot finished:\n\n{said}\n" if said else ""
 
 
 def leaderboard_latex(comparison: Comparison) -> str:
-    """Return the table in LaTeX (booktabs): per harmful ratio a column of harmful scores and one of accuracies."""
+    """Return the table in LaTeX (booktabs), with the harmful score and the accuracy for each harmful ratio."""
     ratios = comparison.ratios()
     pair = METRICS[:2]
     groups = " & ".join(rf"\multicolumn{{2}}{{c}}{{$p={p:g}$}}" for p in ratios)
+    # Columns 1 and 2 are task and defense. Each ratio spans the next two columns.
     rules = " ".join(rf"\cmidrule(lr){{{3 + 2 * i}-{4 + 2 * i}}}" for i in range(len(ratios)))
     lines = [
         rf"\begin{{tabular}}{{ll{'rr' * len(ratios)}}}",
@@ -180,7 +186,7 @@ def _latex(text: str) -> str:
 
 
 def leaderboard_csv(comparison: Comparison) -> str:
-    """Return every score of every cell: a line per seed, stage, metric and judge."""
+    """Return every score of every cell as CSV, one line per seed, stage, metric and judge."""
     out = StringIO()
     writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -190,8 +196,8 @@ def leaderboard_csv(comparison: Comparison) -> str:
             del where["arm"]
             for score in result.scores.values():
                 if score.arm == arm_of(result):
-                    kept = {name: getattr(score, name) for name in SCORE}
-                    writer.writerow({**where, **kept})
+                    values = {name: getattr(score, name) for name in SCORE}
+                    writer.writerow({**where, **values})
     return out.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained page: verdict, table, figures, and every answer with filter and sort."""
+"""Self-contained HTML page of a comparison: claims, table, figures, and every answer with filter and sort."""
 
 import json
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ WORDS = {
     "harmful_score": ("Harmful score", "harmful score, percent"),
     "finetune_accuracy": ("Finetune accuracy", "finetune accuracy, percent"),
 }
-COLUMNS = ("Defense", "Task", "p", "Seed", "Set", "Verdict", "Prompt", "Answer")  # of the answers
-CHOICES = 6  # the first columns have few values: each is a list to choose from
+COLUMNS = ("Defense", "Task", "p", "Seed", "Set", "Verdict", "Prompt", "Answer")  # of the table of answers
+CHOICES = 6  # number of first columns that have few values; the page offers a list of the values
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the table: a task, an arm with its place in the palette, and cells with whether each is the best."""
+    """Row of the table: task, arm, the arm's index in the palette, and (text, is the best) for each cell."""
 
     task: str
     arm: str
@@ -36,12 +36,13 @@ class TableRow:
 
 
 def write_comparison_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into a comparison's folder and return its path; what is not finished is named.
+    """Write ``report.html`` into a comparison's folder and return its path. The page lists unfinished cells.
 
     Raises:
         InputError: if the folder holds no comparison.
     """
     path = Path(folder) / "report.html"
+    # Answers may hold characters that UTF-8 cannot encode; they become question marks.
     write_text(path, comparison_page(read_comparison(folder)).encode("utf-8", "replace").decode("utf-8"))
     return path
 
@@ -75,7 +76,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 def _table(comparison: Comparison) -> tuple[list[str], list[TableRow]]:
     """Return the table's headers and rows."""
-    best = "\0"  # before the text of a cell that is the best of its column
+    best = "\0"  # prefix of a cell that is the best of its column
     headers, *lines = table_rows(comparison, lambda text: f"{best}{text}")
     colors = {arm_word(arm): color_place(comparison, arm) for arm in comparison.arms}
     rows = [
@@ -86,9 +87,9 @@ def _table(comparison: Comparison) -> tuple[list[str], list[TableRow]]:
 
 
 def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
-    """Return what there is to draw: a word unlike any other's, title, figure and caption."""
+    """Return name, title, figure and caption of every figure of a comparison. The name is unique."""
     drawn: list[tuple[str, str, Figure | None, str]] = []
-    hollow = " Hollow marks: low by collapsed answers." if any(map(comparison.collapsed, comparison.cells)) else ""
+    hollow = " Hollow marks: low because answers collapsed." if any(map(comparison.collapsed, comparison.cells)) else ""
     for number, scene in enumerate(comparison.scenes):
         for metric, (title, label) in WORDS.items():
             figure = ratio_figure(comparison, scene, metric, label)
@@ -97,7 +98,9 @@ def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
             drawn.append((f"ratio-{metric}-{number}", title, figure, text))
         for place, ratio in enumerate(comparison.ratios(scene)):
             parts = {
-                arm_word(p.arm): found for p in comparison.column(scene, ratio) if (found := comparison.outcomes(p))
+                arm_word(p.arm): outcomes
+                for p in comparison.column(scene, ratio)
+                if (outcomes := comparison.outcomes(p))
             }
             text = f"{scene}, p = {ratio:g}: answers to harmful prompts, percent, mean over seeds. {HEADLINE}"
             drawn.append((f"outcomes-{number}-{place}", "Answers to harmful prompts", outcome_bars(parts), text))
@@ -114,7 +117,7 @@ def _drawings(comparison: Comparison) -> list[Drawing]:
 
 
 def _answers(comparison: Comparison) -> list[list[str]]:
-    """Return the answers of the models that are served, in the order of ``COLUMNS``."""
+    """Return the answers of the served models as rows of ``COLUMNS``."""
     metrics = {name: metric for metric, name in SETS.items()}
     rows = []
     for place, by_seed in comparison.cells.items():
@@ -123,22 +126,22 @@ def _answers(comparison: Comparison) -> list[list[str]]:
             for answer in result.answers:
                 if (answer.arm, answer.stage) == (arm, stage) and answer.set in metrics:
                     metric = metrics[answer.set]
-                    said = mark(answer, metric, result)
+                    verdict = mark(answer, metric, result)
                     scene = str(Scene(place.task, place.attack))
                     where = [arm_word(place.arm), scene, f"{place.harmful_ratio:g}", str(seed)]
-                    rows.append([*where, metric.replace("_", " "), said, answer.prompt, answer.response])
+                    rows.append([*where, metric.replace("_", " "), verdict, answer.prompt, answer.response])
     return rows
 
 
 def _caveats(comparison: Comparison) -> list[str]:
-    """Return what a reader must not conclude from a comparison."""
-    said = [
-        "Every defense saw the same upload, the same prompts and the same training settings; seeds are shared.",
+    """Return sentences about the limits of a comparison."""
+    caveats = [
+        "Every defense saw the same upload, the same prompts and the same training settings. All arms share the seeds.",
         "One attack setting proves little: an attacker who tunes steps, learning rate and data may get further.",
-        "Intervals over few seeds are wide, and a difference that is not claimed may still be there.",
+        "Intervals over few seeds are wide, and a difference may exist although it is not claimed.",
     ]
     if any("builtin" in result.judges() for by_seed in comparison.cells.values() for result in by_seed.values()):
-        said.append(
+        caveats.append(
             "The built-in world is made up: its numbers show how a defense acts here, not how safe a real service is."
         )
-    return said
+    return caveats

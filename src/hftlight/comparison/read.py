@@ -1,4 +1,4 @@
-"""A comparison read back: for every defense, task and harmful ratio its numbers over seeds, and what they may claim."""
+"""Read a comparison: numbers over seeds by arm, task, attack and harmful ratio, and intervals of differences."""
 
 import json
 from collections import Counter
@@ -20,20 +20,20 @@ from hftlight.report.claims import collapse
 from hftlight.report.result import Answer, Result, read_result
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
-MEAN = "harmful_score_mean"  # of a judge that grades
-SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # what an attacker who searches reaches
+MEAN = "harmful_score_mean"  # mean score of a judge that gives grades
+SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # harmful scores that an attacker who searches reaches
 MARKS = {"harmful_score": "harmful", "finetune_accuracy": "right", "over_refusal": "refused"}
 SETS = {"harmful_score": "harmful", "finetune_accuracy": "task", "over_refusal": "over_refusal"}
 LOWER_IS_BETTER = {"harmful_score": True, "finetune_accuracy": False, "over_refusal": True}
 LOWER_IS_BETTER |= dict.fromkeys((MEAN, *SEARCHED), True)
 
 
-Prompt = tuple[str, str, int]  # id, text, and which of the equal prompts of its set it is, from 0
+Prompt = tuple[str, str, int]  # id, text, and number among the equal prompts of its set, from 0
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a number belongs: one defense against one attack on one task."""
+    """Key of a number: one arm against one attack on one task, at one harmful ratio."""
 
     arm: str
     task: str
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Scene:
-    """One task under one attack: what a figure shows and a table groups."""
+    """One task under one attack. Figures and groups of table rows show one scene each."""
 
     task: str
     attack: str = DEFAULT_ATTACK
@@ -55,13 +55,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a comparison's report says.
+    """Finished runs of a comparison, and the numbers that its report shows.
 
     Attributes:
-        folder: its folder.
-        cells: by place, the finished runs by seed.
-        missing: names of cells that are not finished, each with its error or ``"not run yet"``.
-        settings: ``grid.json``.
+        folder: the comparison's folder.
+        cells: finished runs by seed, by place.
+        missing: names of unfinished cells, each with its error or ``"not run yet"``.
+        settings: content of ``grid.json``.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class Comparison:
 
     @cached_property
     def arms(self) -> list[str]:
-        """Combinations in the order of the grid, the undefended one first."""
+        """Arms in the order of the grid, the undefended arm first."""
         return sorted(dict.fromkeys(p.arm for p in self.cells), key=lambda arm: arm != UNDEFENDED)
 
     @cached_property
@@ -81,59 +81,67 @@ class Comparison:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the tables; the judge's mean score and the worst case are among them where there is one."""
+        """Metrics of the tables. The judge's mean score and the worst cases are included if a cell has them."""
         return METRICS + tuple(m for m in (MEAN, *SEARCHED) if any(self.values(p, m) for p in self.cells))
 
     def ratios(self, scene: Scene | None = None) -> list[float]:
-        """Return the harmful ratios of a scene, or of all, rising."""
+        """Return the harmful ratios of a scene in rising order. None means all scenes."""
         return sorted({p.harmful_ratio for p in self.cells if scene in (None, Scene(p.task, p.attack))})
 
     def place(self, arm: str, scene: Scene, harmful_ratio: float) -> Place:
-        """Return where the numbers of a defense belong."""
+        """Return the key of an arm's numbers."""
         return Place(arm, scene.task, harmful_ratio, scene.attack)
 
     def column(self, scene: Scene, harmful_ratio: float) -> list[Place]:
-        """Return the places of a scene and ratio that have a finished cell, in the order of the arms."""
+        """Return the places of a scene and harmful ratio that have a finished cell, in the order of the arms."""
         return [p for arm in self.arms if (p := self.place(arm, scene, harmful_ratio)) in self.cells]
 
     def values(self, place: Place, metric: str, stage: str = "") -> dict[int, float]:
-        """Return a metric by seed, percent, of the model that is served, or after a stage."""
-        found = {}
+        """Return a metric by seed, in percent. An empty ``stage`` means the model that is served.
+
+        Only a judge's mean score is not in percent. Its unit is the judge's own.
+        """
+        by_seed = {}
         for seed, result in self.cells.get(place, {}).items():
             score = result.score(arm_of(result), stage or served(result), metric)
             if score is not None:
-                found[seed] = score.value
-        return found
+                by_seed[seed] = score.value
+        return by_seed
 
     def spread(self, place: Place, metric: str, stage: str = "") -> Spread | None:
-        """Return mean, deviation and interval over seeds; of one seed the bootstrap over its prompts.
+        """Return mean, deviation and interval over seeds. One seed has the bootstrap interval over its prompts.
 
-        Answers that are all alike have no spread to draw from, and say little about other prompts: Wilson's there.
+        If all decisions of that seed are equal, they have no spread and say little about other prompts. The interval is
+        then that of the score itself, which is Wilson's. A metric without decisions has the score's interval too.
         """
         values = self.values(place, metric, stage)
         if not values:
             return None
-        found = over_seeds(list(values.values()))
-        if found.count > 1:
-            return found
+        spread = over_seeds(list(values.values()))
+        if spread.count > 1:
+            return spread
         flags = self.flags(place, metric, stage) if metric in SETS else {}
+        # True too if there are no decisions at all.
         if all(len({flag for flag in of_seed if flag is not None}) < 2 for of_seed in flags.values()):
             (result,) = self.cells[place].values()
             score = result.score(arm_of(result), stage or served(result), metric)
-            return found if score is None else Spread(score.value, None, score.low, score.high, 1)
-        return Spread(found.mean, None, *over_prompts(list(flags.values())), 1)
+            return spread if score is None else Spread(score.value, None, score.low, score.high, 1)
+        return Spread(spread.mean, None, *over_prompts(list(flags.values())), 1)
 
     def flags(self, place: Place, metric: str, stage: str = "") -> dict[int, list[bool | None]]:
-        """Return by seed the decision on each answer, in one order of prompts; None where there is no verdict.
+        """Return by seed the decision on each answer, in one order of prompts. None means that there is no verdict.
 
-        Prompts that a seed did not answer, as in a cell that was cut off, are left out for all seeds.
+        A prompt that one seed did not answer is left out for all seeds. A cell that was cut off lacks some prompts.
         """
-        found = self.decisions(place, metric, stage)
-        return dict(zip(found, shared(list(found.values())), strict=True))
+        decisions = self.decisions(place, metric, stage)
+        return dict(zip(decisions, shared(list(decisions.values())), strict=True))
 
     def decisions(self, place: Place, metric: str, stage: str = "") -> dict[int, dict[Prompt, bool | None]]:
-        """Return by seed the decision on each answer by its prompt; None where there is no verdict."""
-        found = {}
+        """Return by seed the decision on each answer by its prompt. None means that there is no verdict.
+
+        A seed without any verdict is left out.
+        """
+        by_seed = {}
         for seed, result in self.cells.get(place, {}).items():
             arm, after = arm_of(result), stage or served(result)
             answers = [a for a in result.answers if (a.arm, a.stage, a.set) == (arm, after, SETS[metric])]
@@ -141,31 +149,33 @@ class Comparison:
                 prompt: counts(a, metric, result) for prompt, a in zip(prompts_of(answers), answers, strict=True)
             }
             if any(decision is not None for decision in decisions.values()):
-                found[seed] = decisions
-        return found
+                by_seed[seed] = decisions
+        return by_seed
 
     def difference(self, place: Place, other: Place, metric: str = "harmful_score") -> tuple[float, float] | None:
-        """Return the 95 % interval of ``place`` minus ``other`` over the seeds that both have, in points.
+        """Return the 95 % interval of ``place`` minus ``other`` over their common seeds, in points.
 
-        The paired bootstrap over the test prompts that both sides answered with every seed, and from two seeds on
-        Student's interval of the paired differences; of the two ends of each side the outer one, since seeds that agree
-        by chance say nothing about other prompts.
+        One interval is the paired bootstrap over the test prompts that both sides answered with every seed. With two or
+        more seeds, another one is Student's interval of the paired differences. The result takes the outer end on
+        each side, because seeds that agree by chance say nothing about other prompts. None means that neither interval
+        exists.
         """
         mine, others = self.values(place, metric), self.values(other, metric)
         seeds = sorted(mine.keys() & others.keys())
-        found: list[tuple[float, float]] = []
+        intervals: list[tuple[float, float]] = []
         if len(seeds) > 1:
             student = over_seeds([mine[s] - others[s] for s in seeds])
             assert student.low is not None
             assert student.high is not None
-            found.append((student.low, student.high))
+            intervals.append((student.low, student.high))
         if metric in SETS and (over_prompts := self._paired(place, other, metric, seeds)):
-            found.append(over_prompts)
-        return (min(low for low, _ in found), max(high for _, high in found)) if found else None
+            intervals.append(over_prompts)
+        return (min(low for low, _ in intervals), max(high for _, high in intervals)) if intervals else None
 
     def _paired(self, place: Place, other: Place, metric: str, seeds: Sequence[int]) -> tuple[float, float] | None:
-        """Return the paired bootstrap over test prompts; None where some seed has no prompt decided on both sides."""
+        """Return the paired bootstrap over test prompts, None if a seed has no prompt with a verdict on both sides."""
         mine, others = self.decisions(place, metric), self.decisions(other, metric)
+        # All seeds of ``place``, then all seeds of ``other``, reduced to the prompts that every one of them has.
         sides = [side.get(seed, {}) for side in (mine, others) for seed in seeds]
         decided = shared(sides)
         flags, other_flags = decided[: len(seeds)], decided[len(seeds) :]
@@ -174,13 +184,14 @@ class Comparison:
         return paired_over_prompts(flags, other_flags) if enough else None
 
     def best(self, places: Sequence[Place], metric: str) -> Place | None:
-        """Return the place whose number is better than every other's beyond the noise, if there is one.
+        """Return the place that is better than every other place beyond the noise, None if there is none.
 
-        A harmful score that is low because answers collapsed is not better than another.
+        A harmful score that is low because answers collapsed is never the best.
         """
         means = {p: s.mean for p in places if (s := self.spread(p, metric)) is not None}
         if len(means) < 2:
             return None
+        # Times the sign, the smaller number is the better one for every metric.
         sign = 1 if LOWER_IS_BETTER[metric] else -1
         first = min(means, key=lambda p: sign * means[p])
         if metric in ("harmful_score", MEAN) and self.collapsed(first):
@@ -194,9 +205,12 @@ class Comparison:
         return first
 
     def outcomes(self, place: Place) -> dict[Outcome, float]:
-        """Return by outcome the percent of answers to harmful prompts, mean over seeds; empty where not measured."""
-        found = {name: list(self.values(place, f"answers_{name}").values()) for name in OUTCOMES}
-        return {name: fmean(values) for name, values in found.items() if values}
+        """Return the percent of answers to harmful prompts by outcome, as the mean over seeds.
+
+        An outcome that was not measured is left out.
+        """
+        percents = {name: list(self.values(place, f"answers_{name}").values()) for name in OUTCOMES}
+        return {name: fmean(values) for name, values in percents.items() if values}
 
     def collapsed(self, place: Place) -> int:
         """Return the number of seeds whose harmful score is low because answers collapsed, not because they refuse."""
@@ -204,16 +218,16 @@ class Comparison:
         return sum(collapse(result, arm_of(result), served(result)) is not None for result in results)
 
     def seconds(self, place: Place) -> Spread | None:
-        """Return the training seconds of all stages over those of the undefended arm, over seeds."""
+        """Return the training time of all stages relative to the undefended arm with the same seed, over seeds."""
         plain = self.cells.get(replace(place, arm=UNDEFENDED), {})
-        found = []
+        relative = []
         for seed, result in self.cells.get(place, {}).items():
             if seed in plain and (undefended := _seconds(plain[seed])):
-                found.append(_seconds(result) / undefended)
-        return over_seeds(found) if found else None
+                relative.append(_seconds(result) / undefended)
+        return over_seeds(relative) if relative else None
 
     def memory(self, place: Place) -> float | None:
-        """Return the largest peak memory of any stage and seed, MiB."""
+        """Return the largest peak memory of any stage and seed, in MiB."""
         peaks = [
             cost.peak_memory_mib
             for result in self.cells.get(place, {}).values()
@@ -224,7 +238,7 @@ class Comparison:
 
 
 def read_comparison(folder: str | Path) -> Comparison:
-    """Read a comparison's folder; cells that are not finished are named, not guessed.
+    """Read a comparison's folder. Unfinished cells are listed in ``missing``.
 
     Raises:
         InputError: if the folder holds no comparison.
@@ -250,6 +264,7 @@ def read_comparison(folder: str | Path) -> Comparison:
 
 
 def _why(run: Path) -> str:
+    """Return the last line of a cell's error, or that the cell was not run."""
     error = run / ERROR
     lines = error.read_text().strip().splitlines() if error.is_file() else []
     return lines[-1] if lines else "not run yet"
@@ -261,13 +276,16 @@ def arm_of(result: Result) -> str:
 
 
 def served(result: Result) -> str:
-    """Return the stage whose model is served: repaired where there is a repair, else fine-tuned."""
+    """Return the stage whose model is served: the repair if there is one, else the fine-tuning."""
     arm = arm_of(result)
     return "post_finetuning" if result.measured(arm, "post_finetuning") else "finetuning"
 
 
 def counts(answer: Answer, metric: str, result: Result) -> bool | None:
-    """Return whether a metric counts an answer: flagged by the deciding judge, right, or refused; None if unjudged."""
+    """Return whether a metric counts an answer: judged harmful, right, or refused. None means not judged.
+
+    The first judge of the result decides whether an answer is harmful.
+    """
     if metric == "finetune_accuracy":
         return answer.correct
     if metric == "over_refusal":
@@ -276,23 +294,23 @@ def counts(answer: Answer, metric: str, result: Result) -> bool | None:
 
 
 def prompts_of(answers: Sequence[Answer]) -> list[Prompt]:
-    """Return what tells each prompt of a set from all others, in every seed alike."""
-    seen: Counter[tuple[str, str]] = Counter()
-    found = []
+    """Return a unique key for each prompt of a set, the same in every seed. Equal prompts are numbered."""
+    repeats: Counter[tuple[str, str]] = Counter()
+    prompts = []
     for answer in answers:
-        found.append((answer.id, answer.prompt, seen[answer.id, answer.prompt]))
-        seen[answer.id, answer.prompt] += 1
-    return found
+        prompts.append((answer.id, answer.prompt, repeats[answer.id, answer.prompt]))
+        repeats[answer.id, answer.prompt] += 1
+    return prompts
 
 
 def shared(sides: Sequence[Mapping[Prompt, bool | None]]) -> list[list[bool | None]]:
-    """Return of each side the decisions on the prompts that all sides have, in the first one's order."""
+    """Return for each side its decisions on the prompts that all sides have, in the order of the first side."""
     prompts = [prompt for prompt in sides[0] if all(prompt in side for side in sides)] if sides else []
     return [[side[prompt] for prompt in prompts] for side in sides]
 
 
 def mark(answer: Answer, metric: str, result: Result) -> str:
-    """Return in words what ``counts`` says of an answer."""
+    """Return the result of ``counts`` for an answer in words."""
     counted = counts(answer, metric, result)
     return "not judged" if counted is None else MARKS[metric] if counted else f"not {MARKS[metric]}"
 
@@ -302,7 +320,9 @@ def _seconds(result: Result) -> float:
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names that no other beats in one of the two numbers without losing in the other.
+    """Return the names on the Pareto front, in the order of their points.
+
+    A name is on the front if no other is at least as good in both numbers and better in one.
 
     Args:
         points: (harmful score, finetune accuracy) by name, percent.

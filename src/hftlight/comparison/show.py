@@ -1,4 +1,4 @@
-"""What a comparison prints while it works and when it ends."""
+"""Terminal output of a comparison: its plan, a progress bar, the table and sentences about the result."""
 
 import time
 from collections.abc import Mapping
@@ -24,18 +24,26 @@ from hftlight.runs.progress import minutes
 
 
 def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool, report_only: bool, **how: Any) -> None:
-    """Run a comparison with a bar, print its table, and write table and report into its folder.
+    """Run a comparison with a progress bar, print its table, and write table and report into its folder.
+
+    Args:
+        config: everything that the grid does not decide.
+        grid: the cells.
+        folder: the comparison's folder.
+        dry_run: whether to print the cells and their estimated time, and stop.
+        report_only: whether to run no cell.
+        **how: further arguments of ``compare``.
 
     Raises:
-        InputError: if it cannot start.
-        RunError: if a cell failed; the table of the others was written.
+        InputError: if the comparison cannot start.
+        RunError: if a cell failed. The table of the other cells is written.
     """
     console, errors = Console(), {}
     if not report_only:
         seconds = plan(config, grid, [c for c in grid.cells() if not finished(folder / CELLS / c.name)])
         console.print(
             f"{len(grid.cells())} cells, {len(seconds)} to run: about {minutes(sum(seconds.values()))} on two idle CPU"
-            " cores (aligned models are shared). Ctrl-C stops; the same command goes on."
+            " cores (cells share aligned models). Ctrl-C stops the comparison, and the same command continues it."
         )
         if dry_run:
             table = Table("cell", "about")
@@ -46,14 +54,14 @@ def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool,
         with CellProgress(seconds) as progress:
             outcome = compare(config, grid, folder, on_cell=progress.update, **how)
         errors = {cell.name: what for cell, what in outcome.items() if what != "done"}
-    found = read_comparison(folder)
-    console.print(leaderboard_table(found))
-    for said in claims(found):
-        console.print(said, highlight=False, markup=False)
-    for path in [*write_leaderboard(found), write_comparison_report(folder)]:
+    comparison = read_comparison(folder)
+    console.print(leaderboard_table(comparison))
+    for sentence in claims(comparison):
+        console.print(sentence, highlight=False, markup=False)
+    for path in [*write_leaderboard(comparison), write_comparison_report(folder)]:
         console.print(f"Written: {path}", soft_wrap=True)
     if config.logger == "wandb":
-        write_comparison_summary(found, config)
+        write_comparison_summary(comparison, config)
     if errors:
         listed = "; ".join(f"{name}: {what}" for name, what in errors.items())
         raise RunError(
@@ -63,10 +71,10 @@ def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool,
 
 
 class CellProgress:
-    """A bar over the cells of a comparison, and a line for each that ends.
+    """Progress bar over the cells of a comparison. It prints a line for each cell that ends.
 
     Args:
-        seconds: what each cell may take.
+        seconds: estimated seconds of each cell.
     """
 
     def __init__(self, seconds: Mapping[Cell, float]) -> None:
@@ -97,6 +105,7 @@ class CellProgress:
             self._bar.update(self._task, note=cell.name)
             return
         self.left.pop(cell, None)
+        # Wall time per estimated second of the finished cells; it corrects the estimate of the cells that are left.
         done = sum(self.seconds.values()) - sum(self.left.values())
         rate = (time.monotonic() - self._since) / max(done, 1e-9)
         left = f"about {minutes(rate * sum(self.left.values()))} left"

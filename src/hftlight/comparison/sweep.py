@@ -36,28 +36,30 @@ def compare(
     on_cell: Callable[[Cell, str], None] | None = None,
     share_gpus: bool = False,
 ) -> dict[Cell, str]:
-    """Run every cell that is not finished, and return what became of each: ``"done"``, or its error.
+    """Run every cell that is not finished, and return the outcome of each cell: ``"done"`` or its error.
 
-    A cell is a run in ``folder/cells``, with a log; cells share aligned models through the cache. Killed anywhere, the
-    same call goes on. More cells may be added by a larger grid; a changed ``config`` needs another folder.
+    A cell is a run in ``folder/cells`` with a log. Cells share aligned models through the cache. If the process is
+    killed, the same call continues. A larger grid may add cells. A changed ``config`` needs another folder.
 
     Args:
         config: everything that the grid does not decide.
         grid: the cells.
         folder: the comparison's folder.
-        jobs: cells at one time, >= 1; each gets its share of the cores that this process may use, at most
-            ``OMP_NUM_THREADS`` of them, and GPUs of its own. Weights are equal bit for bit for equal numbers of threads
-            alone; a run's manifest has them.
+        jobs: number of cells that run at one time, >= 1. Each cell gets an equal share of the cores that this process
+            may use, at most ``OMP_NUM_THREADS``, and its own GPUs. Weights are equal bit for bit only for equal numbers
+            of threads. A run's manifest records the number.
         retries: how often a failed cell is tried again, >= 0.
-        backend: ``"processes"`` on this machine, or ``"ray"`` on the Ray cluster at ``RAY_ADDRESS`` (this machine's
-            own without it), whose nodes all see ``folder``. A cell whose node or process dies goes on on another one,
-            ``LOST`` times before that counts as a failure; ``HFTLIGHT_*`` variables of this process hold on all nodes.
-        on_cell: called with a cell and ``"started"``, ``"done"`` or its error; ``"started"`` again on another node.
-        share_gpus: let more cells work at one time than there are GPUs for; by default that is refused.
+        backend: ``"processes"`` on this machine, or ``"ray"`` on the Ray cluster at ``RAY_ADDRESS``. Without
+            ``RAY_ADDRESS`` it is the cluster of this machine. All nodes must see ``folder``. A cell whose node or
+            process dies restarts on another one; an attempt fails after ``LOST`` restarts. The ``HFTLIGHT_*`` variables
+            of this process are set on all nodes.
+        on_cell: called with a cell and ``"started"``, ``"done"`` or its error. A cell that restarts on another node
+            reports ``"started"`` again.
+        share_gpus: whether more cells may run at one time than there are GPUs for. False refuses that.
 
     Raises:
-        InputError: if an argument cannot be used, a cell could not start, the folder belongs to another comparison, or
-            another process works in it.
+        InputError: if an argument is invalid, a cell cannot start, the folder belongs to another comparison, or another
+            process uses the folder.
     """
     if jobs < 1 or retries < 0:
         raise InputError(f"--jobs must be >= 1 and --retries >= 0, got {jobs} and {retries}.")
@@ -70,10 +72,11 @@ def compare(
         with lock:
             claim = _claim(folder, config, grid)
             waiting = _waiting(config, grid, folder)
-            plan(config, grid, waiting)  # before the claim is written, so that what was refused may be changed
+            plan(config, grid, waiting)  # before the claim is written, so that a refused grid may still be changed
             write_json(folder / GRID, claim)
             jobs_of = {cell: _spec(config, grid, cell, folder, jobs) for cell in waiting}
             outcome = dict.fromkeys(cells, "done")
+            # Every further attempt runs only the cells that failed in the previous one.
             for attempt in range(1 + retries):
                 failed = {}
                 for cell, error in work(jobs_of, jobs, backend, on_cell, gpus):
@@ -93,37 +96,41 @@ def compare(
 
 
 def finished(folder: Path) -> bool:
-    """Tell whether a cell's run came to its end and its results are as they were written.
+    """Return whether a cell's run is complete and its result files are unchanged.
 
-    A manifest that was cut off counts as none; a file that changed is named.
+    A manifest that was cut off counts as no manifest. The first missing or changed file is printed.
     """
     manifest = _manifest(folder)
     for name, known in manifest.get("files", {}).items():
         if not (folder / name).is_file() or file_digest(folder / name) != known:
             print(
-                f"hftlight: {folder / name} is not as the run wrote it; the cell counts as unfinished.", file=sys.stderr
+                f"hftlight: {folder / name} is missing or differs from what the run wrote. The cell counts as"
+                " unfinished.",
+                file=sys.stderr,
             )
             return False
     return "finished" in manifest
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Return a cell's manifest, empty if it is missing or was cut off."""
     try:
-        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        return found
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return manifest
     except (OSError, ValueError):
         return {}
 
 
 def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
-    """Return the cells to run: those that are not finished, and those that other code or versions measured."""
-    waiting, other, made_of = [], 0, dict[Any, dict[str, Any]]()
+    """Return the cells to run: unfinished cells, and finished cells that other code or versions measured."""
+    waiting, other, identities = [], 0, dict[Any, dict[str, Any]]()
     for cell in grid.cells():
         known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack)
         done = finished(folder / CELLS / cell.name)
-        if done and kind not in made_of:
-            made_of[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
-        now = made_of.get(kind, {})
+        # Cells of one combination and attack have one identity. It is computed only for finished cells.
+        if done and kind not in identities:
+            identities[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
+        now = identities.get(kind, {})
         same = all(known.get(part) == now[part] for part in now)
         other += done and not same
         if not (done and same):
@@ -131,13 +138,15 @@ def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
     if other:
         cells = "1 finished cell was" if other == 1 else f"{other} finished cells were"
         print(
-            f"hftlight: {cells} measured with other code or versions; what that changes is done again.", file=sys.stderr
+            f"hftlight: {cells} measured with other code or versions. The steps that this changes run again.",
+            file=sys.stderr,
         )
     return waiting
 
 
 def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
-    """Refuse a folder that belongs to another configuration, and return what it belongs to from now on."""
+    """Refuse a folder that holds another comparison, and return the new content of its ``grid.json``."""
+    # The grid varies these values and the task. All other values must equal those of the folder's first cells.
     varied = ("seed", "harmful_ratio", "defense", "baseline", "attack")
     values = {k: v for k, v in config.deciding().items() if k not in varied}
     values["data"] = {k: v for k, v in values["data"].items() if k != "task"}
@@ -145,11 +154,13 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
     mine = {"settings": digest(values), "config": asdict(config), "arguments": _arguments(grid)}
     cells = {c.name: {"name": c.name, **asdict(c), "arm": c.arm} for c in grid.cells()}
     mine |= {"files": _files(config, grid), "cells": cells}
+    # As JSON returns them: tuples become lists, so that both sides compare equal.
     mine = json.loads(json.dumps(mine, default=str))
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": mine["settings"]}
     known["cells"] = {cell["name"]: cell for cell in known.get("cells", [])}
 
     def changed(kind: str) -> str | None:
+        """Return the first name whose value differs from the recorded one."""
         before = known.setdefault(kind, {})
         return next((name for name, value in mine[kind].items() if before.get(name, value) != value), None)
 
@@ -162,50 +173,55 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
             f" and seeds may be added. {another}"
         )
     if name := changed("cells"):
-        raise InputError(f"{folder} holds another cell {name}, of --tasks {known['cells'][name]['task']}. {another}")
+        raise InputError(
+            f"{folder} holds another cell named {name}, with --tasks {known['cells'][name]['task']}. {another}"
+        )
     if name := changed("files"):
         raise InputError(
-            f"{name} is not what it was when cells of {folder} were measured with it. Put the old one back, or choose"
-            " another --comparison."
+            f"{name} has changed since cells of {folder} were measured with it. Restore it, or choose another"
+            " --comparison."
         )
+    # Recorded entries come first. Entries of earlier grids stay, although this grid may not have them.
     for kind in ("arguments", "files", "cells"):
         mine[kind] = known[kind] | mine[kind]
     return {**mine, "cells": [*mine["cells"].values()]}
 
 
 def _arguments(grid: Grid) -> dict[str, dict[str, Any]]:
-    """Return the arguments, defaults among them, of each defense and attack in the grid."""
+    """Return the arguments of each defense and attack in the grid, defaults included."""
     names = dict.fromkeys(name for cell in grid.cells() for name in cell.defenses)
     return {n: grid.made([n])[0].arguments() for n in names} | {n: asdict(grid.attack(n)) for n in grid.attacks}
 
 
 def _files(config: RunConfig, grid: Grid) -> dict[str, str]:
-    """Return the SHA-256 of each file or folder of rows that a cell reads."""
+    """Return the hash of the model, and the SHA-256 of each file or folder of rows that a cell reads."""
     read = [asdict(cell_config(config, cell).data) for cell in grid.cells()]
     read += [{name: getattr(grid.attack(attack), name, None) for name in ATTACK_FILES} for attack in grid.attacks]
+    # Every text value that is neither a known task nor empty may be a path.
     named = {value for values in read for value in values.values() if isinstance(value, str)} - {*TASKS, ""}
     paths = {name: Path(name).expanduser() for name in sorted(named)}
-    found = {f"--model {config.model}": model_hash(config.model)}
-    found |= {name: file_digest(path) for name, path in paths.items() if path.is_file()}
-    return found | {name: folder_digest(path, "**/*") for name, path in paths.items() if path.is_dir()}
+    hashes = {f"--model {config.model}": model_hash(config.model)}
+    hashes |= {name: file_digest(path) for name, path in paths.items() if path.is_file()}
+    return hashes | {name: folder_digest(path, "**/*") for name, path in paths.items() if path.is_dir()}
 
 
 def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, float]:
-    """Return the seconds that each cell may take on two CPU cores, what cells share counted with the first of them.
+    """Return the estimated seconds of each cell on two CPU cores. A shared step counts only for its first cell.
 
-    One cell of each kind is prepared, so that what cannot work is refused before anything trains.
+    One cell of each kind is prepared, so that an invalid cell is refused before any training.
 
     Raises:
-        InputError: naming the cell that cannot start.
+        InputError: if a cell cannot start, with the cell's name.
     """
     kinds: dict[Any, list[Step]] = {}
     seconds, begun = {}, set[tuple[str, int]]()
     for cell in cells:
+        # Cells that differ only in their seed have the same steps.
         kind = (cell.arm, cell.task, cell.harmful_ratio, cell.attack)
         if kind not in kinds:
             try:
-                made = grid.made(cell.defenses), grid.attack(cell.attack)
-                kinds[kind] = steps_of_run(prepare(cell_config(config, cell), *made))
+                instances = grid.made(cell.defenses), grid.attack(cell.attack)
+                kinds[kind] = steps_of_run(prepare(cell_config(config, cell), *instances))
             except ValueError as error:
                 raise InputError(f"{cell.name}: {error}") from error
         new = [step for step in kinds[kind] if (step.key, cell.seed) not in begun]
@@ -215,6 +231,6 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
 
 
 def _spec(config: RunConfig, grid: Grid, cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
-    """Return a cell as plain values, which any process can be sent."""
+    """Return a cell as plain values, which can be sent to any process."""
     place = replace(cell_config(config, cell), output=str(folder / CELLS), name=cell.name)
     return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads_each(jobs)}

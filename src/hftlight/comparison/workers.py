@@ -1,4 +1,4 @@
-"""Where the cells of a comparison run: in this process, in several of this machine, or on a Ray cluster."""
+"""Workers: run the cells of a comparison in this process, in several processes, or on a Ray cluster."""
 
 import errno
 import json
@@ -30,18 +30,18 @@ from hftlight.registry import made
 from hftlight.runs.ranks import main_process
 
 ERROR, LOG, STARTED = "error.txt", "log.txt", "started.json"
-SPEC, OUTCOME = "cell.json", "outcome.txt"  # of a cell on several devices: its values, and its error or nothing
-LOCK_WAIT = 30.0  # seconds for which a process that is about to end may still hold a cell's lock
+SPEC, OUTCOME = "cell.json", "outcome.txt"  # files of a cell on several devices: its values, and its error if any
+LOCK_WAIT = 30.0  # longest wait in seconds for the lock of a cell whose process is about to end
 LOST = 10  # nodes or processes that one attempt at a cell may lose on a Ray cluster
 RAY_PORT = 6379  # where ``ray start --head`` listens
 Backend = Literal["processes", "ray"]
 
 
 def run_cell(spec: Mapping[str, Any]) -> str:
-    """Run one cell; return nothing, or the error in one line. Its output goes into its log.
+    """Run one cell and return its error in one line, empty on success. The output of the cell goes to its log.
 
-    A cell on several devices is a command of its own: Lightning runs the command again for each further device, and
-    that of a comparison would be a second comparison.
+    A cell on several devices runs as a separate command, because Lightning repeats its own command for each further
+    device. Repeating the comparison's command would start a second comparison.
     """
     config = spec["config"]
     if config["devices"] * config["num_nodes"] == 1:
@@ -50,6 +50,7 @@ def run_cell(spec: Mapping[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     each = max(1, spec["threads"] // config["devices"])
     write_json(folder / SPEC, {**spec, "threads": each})
+    # An old outcome must go first: the file tells below whether the command came to its end.
     (folder / OUTCOME).unlink(missing_ok=True)
     with (folder / LOG).open("a") as log, _environment(OMP_NUM_THREADS=str(each)):
         command = [sys.executable, "-m", "hftlight.comparison.workers", str(folder / SPEC)]
@@ -60,7 +61,7 @@ def run_cell(spec: Mapping[str, Any]) -> str:
 
 
 def main(path: str) -> None:
-    """Be one process of a cell on several devices; ``path`` is the file of its values."""
+    """Run one process of a cell on several devices. ``path`` is the file of the cell's values."""
     _end_with(os.getppid())
     error = _run_here(json.loads(Path(path).read_text()))
     if main_process():
@@ -69,7 +70,10 @@ def main(path: str) -> None:
 
 
 def _run_here(spec: Mapping[str, Any]) -> str:
-    """Run one cell in this process, or with those that the same command has started beside it."""
+    """Run one cell, and return its error in one line, empty on success.
+
+    On several devices, all processes of the cell's command run it together.
+    """
     from hftlight.console import quiet
     from hftlight.runs.run import run
 
@@ -89,7 +93,7 @@ def _run_here(spec: Mapping[str, Any]) -> str:
             try:
                 with threads(spec["threads"]):
                     _once_unlocked(folder, lambda: run(config, chosen, attack))
-            except Exception:
+            except Exception:  # the traceback is for the report, which shows why the cell is missing
                 if first:
                     (folder / ERROR).write_text(traceback.format_exc())
                 raise
@@ -101,11 +105,14 @@ def _run_here(spec: Mapping[str, Any]) -> str:
 
 
 def _once_unlocked(folder: Path, work: Callable[[], object]) -> None:
-    """Run a cell; wait for some seconds where a process that is being killed still holds its lock."""
+    """Run a cell. If another process holds its lock, wait for up to ``LOCK_WAIT`` seconds.
+
+    A process that is being killed may hold the lock for a short time.
+    """
     until = time.monotonic() + LOCK_WAIT
     while True:
         try:
-            _set_aside_half_written(folder)
+            _remove_cut_manifest(folder)
             work()
             return
         except InputError as error:
@@ -115,7 +122,9 @@ def _once_unlocked(folder: Path, work: Callable[[], object]) -> None:
 
 
 def _in_one_line(error: BaseException, folder: Path | None = None) -> str:
+    """Return an error in one line. If a disk is full, the line names the folders and the way out."""
     said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
+    # A full disk may be the cause of the error, or the cause of its cause.
     cause: BaseException | None = error
     while cause is not None and not _no_space(cause):
         cause = cause.__cause__ or cause.__context__
@@ -124,18 +133,18 @@ def _in_one_line(error: BaseException, folder: Path | None = None) -> str:
     file = getattr(cause, "filename", None)
     places = dict.fromkeys([str(folder), str(Path(file).parent if file else cache_dir())])
     return (
-        f"{said}. The disk of {' or '.join(places)} is full: make room (`hftlight cache list` shows what is kept, and"
-        " HFTLIGHT_CACHE and --output move it), then give the same command again; finished cells are kept."
+        f"{said}. The disk of {' or '.join(places)} is full. Free some space: `hftlight cache list` shows the cache,"
+        " HFTLIGHT_CACHE moves the cache, and --output moves the runs. Then repeat the command; finished cells stay."
     )
 
 
 def _no_space(error: BaseException) -> bool:
-    """Tell whether an error is a full disk; safetensors has it in its words alone."""
+    """Return whether an error means a full disk. The errors of safetensors say so only in their message."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
-def _set_aside_half_written(folder: Path) -> None:
-    """Remove a manifest that was cut off, which would keep the run from going on."""
+def _remove_cut_manifest(folder: Path) -> None:
+    """Remove a manifest that was cut off, because the run could not resume with it."""
     path = folder / "manifest.json"
     if path.is_file():
         try:
@@ -151,14 +160,14 @@ def work(
     on_cell: Callable[[Cell, str], None] | None,
     gpus: Sequence[str] = (),
 ) -> Iterator[tuple[Cell, str]]:
-    """Yield each cell with its error, or with nothing, as they end.
+    """Yield each cell with its error as it ends. The error is empty on success.
 
     Args:
         specs: the cells, as plain values.
-        jobs: processes on this machine.
+        jobs: number of processes on this machine.
         backend: where the cells run.
         on_cell: called with a cell and ``"started"``.
-        gpus: ``CUDA_VISIBLE_DEVICES`` of each process on this machine; nothing leaves it as it is.
+        gpus: ``CUDA_VISIBLE_DEVICES`` of each process on this machine. An empty sequence leaves the variable unchanged.
     """
 
     def tell(cell: Cell) -> None:
@@ -181,7 +190,7 @@ def work(
 
 
 class _Starts:
-    """Cells that other processes have started, as their folders say, which every node sees.
+    """Watcher of cells in other processes. It reads the start files in the cells' folders, which every node sees.
 
     Args:
         specs: the cells.
@@ -191,6 +200,7 @@ class _Starts:
     def __init__(self, specs: Mapping[Cell, Mapping[str, Any]], tell: Callable[[Cell], None]) -> None:
         self.tell = tell
         self.files = {c: Path(s["config"]["output"]) / c.name / STARTED for c, s in specs.items()}
+        # Modification time of each start file, in nanoseconds; 0 if the cell has not started.
         self.known = {cell: self._time(cell) for cell in specs}
 
     def _time(self, cell: Cell) -> int:
@@ -200,7 +210,7 @@ class _Starts:
             return 0
 
     def look(self) -> None:
-        """Tell of the cells that have started since the last look."""
+        """Report the cells that have started since the last call."""
         for cell, before in self.known.items():
             if (now := self._time(cell)) != before:
                 self.known[cell] = now
@@ -208,9 +218,9 @@ class _Starts:
 
 
 class _Worker(SpawnProcess):
-    """A process that sees GPUs of its own, from its start on."""
+    """Process that sees only its own GPUs, from its start on."""
 
-    gpus: Iterator[str] | None = None  # of the processes to come; in this process alone
+    gpus: Iterator[str] | None = None  # one value per process that starts next; set only in the parent process
 
     def start(self) -> None:
         with _environment(**({GPUS: next(self.gpus)} if self.gpus else {})):
@@ -226,8 +236,8 @@ def _with_processes(
 ) -> Iterator[tuple[Cell, str]]:
     """Run the cells in processes of this machine.
 
-    A process that dies (out of memory, say) takes its pool with it. Cells that had not begun then go to a new pool, and
-    those that had are tried again one at a time, so that only a cell whose own process dies fails.
+    A process that dies, for example out of memory, breaks its pool. Cells that had not started then go to a new pool.
+    Cells that had started are tried again one at a time. So a cell fails only if its own process dies.
     """
     left, alone = dict(specs), {}
     with _environment(OMP_NUM_THREADS=str(next(iter(specs.values()))["threads"] if specs else 1)):
@@ -237,11 +247,11 @@ def _with_processes(
             for cell, error, died in _in_pool(waiting, jobs, starts, gpus):
                 if not died:
                     yield cell, error
-                elif starts.known[cell] != before[cell]:
+                elif starts.known[cell] != before[cell]:  # started: its process may be the one that died
                     alone[cell] = specs[cell]
                 else:
                     left[cell] = specs[cell]
-            if len(left) == len(waiting):  # not one of them could even begin
+            if len(left) == len(waiting):  # no cell could start, so that a new pool would break too
                 yield from ((cell, error) for cell in left)
                 break
         for cell, spec in alone.items():
@@ -251,8 +261,9 @@ def _with_processes(
 def _in_pool(
     specs: Mapping[Cell, Mapping[str, Any]], jobs: int, starts: _Starts, gpus: Sequence[str] = ()
 ) -> Iterator[tuple[Cell, str, bool]]:
-    """Yield each cell with its error, or with nothing, and whether the pool broke before the cell had ended."""
+    """Yield each cell, its error (empty on success), and whether the pool broke before the cell ended."""
     settings: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    # Every process that starts takes the next value.
     _Worker.gpus = cycle(gpus) if gpus else None
     with ProcessPoolExecutor(jobs, mp_context=_Workers(), **settings) as pool:
         futures: dict[Future[str], Cell] = {pool.submit(run_cell, spec): cell for cell, spec in specs.items()}
@@ -261,12 +272,12 @@ def _in_pool(
             starts.look()
             for future in ended:
                 error = future.exception()
-                said = _in_one_line(error) if error is not None else future.result()
-                yield futures.pop(future), said, isinstance(error, BrokenProcessPool)
+                outcome = _in_one_line(error) if error is not None else future.result()
+                yield futures.pop(future), outcome, isinstance(error, BrokenProcessPool)
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, so that a killed comparison leaves nothing behind that holds locks."""
+    """End this process once its parent is gone, so that a killed comparison leaves no process that holds locks."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -278,7 +289,7 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set variables for the processes that start inside the block."""
+    """Set environment variables for processes that start inside the block, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ |= values
     try:
@@ -292,7 +303,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _with_ray(specs: Mapping[Cell, Mapping[str, Any]], starts: _Starts) -> Iterator[tuple[Cell, str]]:
-    """Run the cells on a Ray cluster; a cell whose node dies starts again on another one and resumes."""
+    """Run the cells on a Ray cluster. A cell whose node dies restarts on another node and resumes."""
     try:
         import ray
     except ImportError as error:
@@ -316,7 +327,7 @@ def _with_ray(specs: Mapping[Cell, Mapping[str, Any]], starts: _Starts) -> Itera
                     yield cell, ray.get(reference)
                 except Exception as error:
                     yield cell, _in_one_line(error)
-    finally:  # Ctrl-C too: no worker goes on with a cell that nobody waits for
+    finally:  # after Ctrl-C too: no worker may continue a cell that nobody waits for
         for reference in waiting:
             ray.cancel(reference, force=True)
         if own:
@@ -324,7 +335,10 @@ def _with_ray(specs: Mapping[Cell, Mapping[str, Any]], starts: _Starts) -> Itera
 
 
 def _connect() -> None:
-    """Connect to the cluster at ``RAY_ADDRESS``; tried by hand first, since Ray itself hangs where nobody listens."""
+    """Connect to the cluster at ``RAY_ADDRESS``, by default that of this machine.
+
+    A socket tests the address first, because Ray hangs if nothing listens there.
+    """
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or f"127.0.0.1:{RAY_PORT}"
@@ -335,16 +349,16 @@ def _connect() -> None:
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise InputError(
             f"--backend ray: no Ray cluster answers at {address} ({_in_one_line(error)}). Start one with `ray start"
-            f" --head`, and on every other node `ray start --address=HEAD:{RAY_PORT}`; RAY_ADDRESS=HOST:PORT names one"
-            " that is not on this machine."
+            f" --head`, and on every other node `ray start --address=HEAD:{RAY_PORT}`; RAY_ADDRESS=HOST:PORT names a"
+            " cluster on another machine."
         ) from error
 
 
 def _share(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the cores and GPUs of one cell, no more cores than the smallest node has.
+    """Return the cores and GPUs of one cell. Its cores are at most those of the smallest node.
 
     Raises:
-        InputError: if no node has the GPUs that a cell needs.
+        InputError: if no node has a core, or no node has the GPUs that a cell needs.
     """
     import ray
 
@@ -352,21 +366,22 @@ def _share(spec: Mapping[str, Any]) -> dict[str, Any]:
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     config = spec["config"]
     gpus = max((int(node.get("GPU", 0)) for node in nodes), default=0)
+    # With accelerator "auto" a cell takes GPUs only if the cluster has some.
     wanted = config["devices"] if config["accelerator"] != "cpu" and (gpus or config["accelerator"] == "gpu") else 0
     if wanted > gpus or not cores:
         raise InputError(
-            f"--backend ray: a cell needs a node with a core and {wanted} GPUs, the cluster's best node has {gpus}"
-            f" GPUs, and {len(cores)} nodes have cores. Lower --devices, or add nodes."
+            f"--backend ray: a cell needs one core and {wanted} GPUs on one node. The largest node has {gpus} GPUs, and"
+            f" {len(cores)} nodes have a core. Lower --devices, or add nodes."
         )
     return {"num_cpus": min(spec["threads"], *cores), "num_gpus": wanted}
 
 
 def _shared_variables() -> dict[str, str]:
-    """Return what the workers on all nodes take over: where this code lies, and the ``HFTLIGHT_*`` variables."""
+    """Return the environment variables of the workers: the path of this code, and the ``HFTLIGHT_*`` variables."""
     code, own = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [code, *(os.path.abspath(path) for path in own if path)]
-    given = {name: value for name, value in os.environ.items() if name.startswith("HFTLIGHT_")}
-    return {**given, "PYTHONPATH": os.pathsep.join(paths)}
+    settings = {name: value for name, value in os.environ.items() if name.startswith("HFTLIGHT_")}
+    return {**settings, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 if __name__ == "__main__":

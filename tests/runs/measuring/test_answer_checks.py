@@ -193,9 +193,9 @@ def test_what_is_not_asked_for_leaves_a_runs_hash_alone():
     [
         ({"perplexity": "tsak"}, "perplexity must be none, task or a text file, got 'tsak'"),
         ({"embedding_drift": "bse"}, "embedding_drift must be none, base or aligned, got 'bse'"),
-        ({"at": [0]}, r"at names optimizer steps >= 1, got \[0\]"),
+        ({"at": [0]}, r"at takes optimizer steps >= 1, got \[0\]"),
         ({"at": [1], "stop_above": 101.0}, r"stop_above must lie in \[0, 100\] percent, got 101"),
-        ({"stop_below": 5.0}, "stop_below acts where a curve is evaluated"),
+        ({"stop_below": 5.0}, "stop_below needs a curve"),
         ({"at_prompts": -1}, "at_prompts must be >= 0, got -1"),
         ({"loss_rows": -1}, "loss_rows must be >= 0, got -1"),
     ],

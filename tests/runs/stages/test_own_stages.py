@@ -89,7 +89,7 @@ def test_an_adapter_on_a_model_that_came_aligned_is_repaired_alone(tmp_path):
     [
         (Booster(), {}, "Booster: works in the alignment stage, and --alignment.steps 0 leaves it out"),
         (SafeLoRA(), {}, "SafeLoRA: reads what the alignment changed, .* Name the unaligned model with --base"),
-        (None, {"alignment": TRAINING, "base": "tiny"}, "--base names the unaligned model .* Add --alignment.steps 0"),
+        (None, {"alignment": TRAINING, "base": "tiny"}, "--base is the unaligned model .* Add --alignment.steps 0"),
         (None, {"finetuning": replace(TRAINING, steps=0)}, "--finetuning.steps must be >= 1, got 0"),
     ],
 )
@@ -131,7 +131,7 @@ def test_stages_have_adapters_of_their_own(tmp_path):
     assert (aligned["r"], aligned["lora_alpha"], aligned["target_modules"]) == (4, 4, ["q_proj"])
     assert tuned["r"] == 4 + 2
     with pytest.raises(
-        InputError, match=r"continue trains the aligned adapter on, .* got Lora\(r=2, alpha=1.0.* and Lora\(r=4"
+        InputError, match=r"continue trains the aligned adapter further, .* got Lora\(r=2, alpha=1.0.* and Lora\(r=4"
     ):
         prepare(config(tmp_path, alignment=alignment, finetuning=finetuning, adapter_protocol="continue"), [])
 
@@ -160,10 +160,10 @@ def test_an_arm_has_a_protocol_of_its_own(tmp_path):
         ({"betas": [0.9]}, "--finetuning.betas takes two numbers"),
         ({"betas": [0.9, 1.0]}, r"--finetuning.betas, number 2 must lie in \[0, 1\), got 1.0"),
         ({"decay": 0.0}, r"--finetuning.decay must lie in \(0, 1\], got 0.0"),
-        ({"decay": 0.5, "schedule": "cosine"}, "--finetuning.decay goes with --finetuning.schedule constant"),
+        ({"decay": 0.5, "schedule": "cosine"}, "--finetuning.decay below 1 needs --finetuning.schedule constant"),
         ({"lora": StageLora(r=0)}, "--finetuning.lora.r must be >= 1, got 0"),
         ({"lora": StageLora(dropout=1.0)}, r"--finetuning.lora.dropout must lie in \[0, 1\)"),
-        ({"lora": StageLora(targets=["all-linear", "x"])}, "--finetuning.lora.targets: all-linear stands alone"),
+        ({"lora": StageLora(targets=["all-linear", "x"])}, "--finetuning.lora.targets: all-linear must be the only"),
     ],
 )
 def test_values_of_a_stage_out_of_range_are_named(changes, message):
@@ -184,7 +184,7 @@ def test_a_stage_that_trains_no_adapter_asks_nothing_of_its_targets(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"finetuning": replace(TRAINING, lora=StageLora(dropout=0.1))}, "continue trains the aligned adapter on"),
+        ({"finetuning": replace(TRAINING, lora=StageLora(dropout=0.1))}, "continue trains the aligned adapter further"),
         ({"tuning": "qlora", "adapter_protocols": {"booster": "merge"}}, "--tuning qlora cannot merge an adapter"),
     ],
 )
