@@ -49,7 +49,9 @@ def gradient_scores(
 
 
 def sketch(flat: Tensor, dimension: int, seed: int) -> Tensor:
-    r"""Return :math:`y_j = \sum_{i: b(i) = j} s(i) x_i`, with random buckets b and signs s: a sparse random projection.
+    r"""Return :math:`y_j = \sum_{i: b(i) = j} s(i) x_i`, a sparse random projection.
+
+    b are random buckets and s random signs.
 
     Inner products are preserved in expectation, with a standard deviation of about :math:`\|x\| \|y\| / \sqrt{k}`.
 
