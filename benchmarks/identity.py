@@ -1,7 +1,7 @@
 """Cost of the hashes of models and stages: ``python benchmarks/identity.py [--model NAME] [--gigabytes N]``.
 
 The benchmark measures seconds. A model that was never hashed before is hashed. Then its remembered hash is read as in a
-new process; a hash is remembered by place, size and times of change. Both are the median of three times. The key of a
+new process; a hash is remembered by path, size and times of change. Both are the median of three times. The key of a
 training stage on the model is computed once. The second model is a folder of random bytes in shards of 2 GB. The page
 cache of the system is not dropped, so a first hash on a cold disk takes longer. Results go to
 ``benchmarks/identity.json``.

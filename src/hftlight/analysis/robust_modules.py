@@ -12,7 +12,7 @@ from hftlight.engine.step.activations import hooked
 from hftlight.models.module import decoder_layers
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RIDGE = 1e-2  # of the mean squared length of a state
+RIDGE = 1e-2  # strength of the ridge, as a fraction of the mean squared length of a state
 
 
 def probe(states: Tensor, harmful: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def robust_modules(
         harmful: prompts as batches of ``input_ids`` and ``attention_mask`` (right padding), ``[batch, tokens]``.
         ordinary: likewise.
         spans: number of spans of layers that the model is cut into, >= 1.
-        scale: size of the disturbance, relative to each weight, > 0.
+        scale: size of the disturbance, relative to each weight's root mean square, > 0.
         retained: smallest joint accuracy, as a fraction of the undisturbed one, in (0, 1].
         seed: seed of the noise.
 
@@ -80,7 +80,7 @@ def robust_modules(
         ValueError: if an argument is out of range, a kind has fewer than four prompts, or the probe is no better than
             chance. Such a probe has no accuracy to lose.
 
-    Cost: forward passes only, two over all prompts for each module and span; one weight is copied at a time.
+    Cost: forward passes only, two over all prompts for each module and span; a copy of the disturbed weights.
     Source: Du et al., arXiv:2410.04524 (version 1), section on the search of robust modules; no official code is known.
     Differs: the paper's disturbance, classifier and search rule are not verified. Scale, spans and threshold are
     arguments with starting values. The classifier is ridge regression, and the search tries the modules once in order.
@@ -154,7 +154,7 @@ class _Search:
             return self._judge(self._states())
 
     def _judge(self, states: Tensor) -> tuple[float, float]:
-        # The sign of the classifier times the label: positive for a correct prompt.
+        # The classifier's value times the label: positive for a prompt that is classified correctly.
         values = (states[self.held_out].double() @ self.w + self.b) * (self.harmful[self.held_out].double() * 2 - 1)
         return float((values > 0).double().mean()), float(values.mean())
 

@@ -178,7 +178,7 @@ def _report_worst(attacker: Tries, outcomes: list[Outcome], eps: float, reports:
 def _read_record(path: Path, settings: str) -> dict[Trial, Outcome]:
     """Return the outcomes of the finished trials.
 
-    A last line that was cut off is ignored.
+    A line that was cut off is ignored.
     """
     finished: dict[Trial, Outcome] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -189,7 +189,7 @@ def _read_record(path: Path, settings: str) -> dict[Trial, Outcome]:
         if row.pop("settings") != settings:
             raise InputError(
                 f"{path} holds a search with other settings, versions or files; choose another folder (of a run with"
-                " --name), or remove the file to search anew."
+                " --name), or remove the file to start a new search."
             )
         trial = Trial(**row.pop("trial"))
         finished[trial] = Outcome(trial, tuple(row.pop("harmful")), tuple(row.pop("correct")), **row)

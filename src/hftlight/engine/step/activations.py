@@ -229,7 +229,7 @@ def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module in modules:
             if getattr(module, "gradient_checkpointing", False):
                 continue
-            # An instance's own ``forward`` hides the class's; None means that the module had no own one before.
+            # An instance's own ``forward`` hides the class's; None means that it had none before.
             stack.callback(_set_forward, module, module.__dict__.get("forward"))
             _set_forward(module, partial(_checkpointed, module.forward))
         yield

@@ -123,7 +123,7 @@ class Defense(Callback):
         self._drawn, self.trace = {}, {}
         self._sources = {name: self._find(name, trainer) for name in self.streams}
         self._register(trainer, pl_module)
-        self._trainer = trainer
+        self._trainer = trainer  # last, because ``_release`` acts only on a defense with a Trainer
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -257,6 +257,7 @@ class Defense(Callback):
                 pl_module.reference()  # type: ignore[operator]
 
     def _release(self, pl_module: LightningModule) -> None:
+        # ``on_exception`` and ``teardown`` may both come here; the second call does nothing.
         if self._trainer is None:
             return
         if Slot.LOSS in self.slots:

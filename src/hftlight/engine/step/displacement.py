@@ -39,7 +39,7 @@ def moved(module: nn.Module, direction: Vector, distance: float) -> Iterator[Non
     try:
         with torch.no_grad():
             torch._foreach_add_(targets, [local(d) for d in direction.values()], alpha=distance)
-        del direction
+        del direction  # frees its memory during the block, unless the caller holds a reference
         yield
     finally:
         with torch.no_grad():

@@ -19,7 +19,7 @@ def passes_order(
 ) -> list[list[int]]:
     """Return the batches of one pass over a stream, as lists of row numbers.
 
-    Every row appears once. The default is a plain shuffle, like in the official scripts of the field; its last batch
+    Every row appears once. The default is a plain shuffle, as in the official scripts of the field; its last batch
     may be smaller.
 
     Groups by length save padding, but they change what a step sees. Suppose that rows of one kind are longer than the

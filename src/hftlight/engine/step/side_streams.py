@@ -28,7 +28,7 @@ class LoaderStream:
 
     Args:
         source: a DataLoader over a map-style data set, or a sequence of batches.
-        name: name of the stream, for the order and for errors.
+        name: name of the stream; it enters the random order and appears in errors.
         seed: the run's seed.
 
     Raises:

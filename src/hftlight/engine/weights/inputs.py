@@ -38,7 +38,7 @@ def input_squares(
         RuntimeError: if a layer never ran, or an activation is not finite.
     """
     sums: dict[str, Tensor] = {}
-    latest: list[Any] = [None, None]  # layers that share an input, such as q, k and v, get the same tensor one by one
+    latest: list[Any] = [None, None]  # layers with a common input, such as q, k and v, get one tensor in succession
     keep: Tensor = torch.ones(())
 
     def add(name: str, x: Tensor) -> None:

@@ -51,9 +51,9 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
     """Return the adapted layers of a PEFT model by the plain name of their weight.
 
     Raises:
-        TypeError: if the adapter is not plain LoRA on linear layers. Refused are another method, several active
-            adapters, DoRA or another variant, and adapted embeddings. Trained biases or modules and an adapter that
-            is merged or off are refused too.
+        TypeError: if the adapter is not plain LoRA on linear layers. Another method, several active adapters, DoRA or
+            another variant, and adapted embeddings are refused. Trained biases or modules, and an adapter that is
+            merged or off, are refused too.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

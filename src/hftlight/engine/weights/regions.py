@@ -269,6 +269,7 @@ class Selection:
         masks = {}
         for name, target in targets.items():
             rule = snip_scores if self.score == "snip" else wanda_scores
+            # ``pop`` frees each matrix's statistics once its scores are known.
             scores = checked(rule(target.values(), statistics.pop(name)), name)
             if by_row:
                 scores = scores.sum(dim=1, keepdim=True)

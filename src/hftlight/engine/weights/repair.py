@@ -199,6 +199,7 @@ class Repair(Defense):
             subject.base = stored(self.base) if self.base else subject.base
             self.edit(subject)
             after = weights_digest(subject.model)
+        # The digest covers only the adapter, so an edit of the weights under it (dense) may leave the digest unchanged.
         if subject.report["changed_entries"] == 0 or (after == before and not subject.dense):
             reason = subject.report.get("unchanged_because")
             if not reason:
@@ -324,7 +325,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode with every weight in its shards, then restore each module's training mode."""
     training = [m for m in model.modules() if m.training]
     model.eval()
-    reshard(model)
+    reshard(model)  # a write into gathered weights would be lost
     try:
         yield
     finally:

@@ -97,7 +97,7 @@ def checked(scores: Tensor, name: str) -> Tensor:
     if not bool((torch.isfinite(scores) & (scores >= 0)).all()):
         raise ValueError(
             f"Scores of {name}: they must be finite and >= 0, higher for more important weights; got values from"
-            f" {float(scores.min())} to {float(scores.max())}. Compute scores anew that were stored negated: their"
+            f" {float(scores.min())} to {float(scores.max())}. Recompute scores that were stored negated: their"
             " largest values belong to the least important weights."
         )
     return scores
@@ -192,6 +192,7 @@ def calibration(
     chosen_rows: list[tuple[Batch, int]] = []
     for batch, numbers in numbered:
         rows = [k for k, number in enumerate(numbers) if number in chosen]
+        # A batch counts on every rank as soon as one rank has a chosen row in it.
         if max(_every_rank(len(rows), split)) > 0:
             chosen_rows.append((_rows(batch, rows or [0]), len(rows)))
     return chosen_rows
@@ -289,7 +290,7 @@ def input_moments(
     """
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
-    latest: list[Any] = [None, ""]  # layers that share an input, such as q, k and v, get the same tensor one by one
+    latest: list[Any] = [None, ""]  # layers with a common input, such as q, k and v, get one tensor in succession
     keep = torch.ones(0)
 
     def add(name: str, x: Tensor) -> None:
@@ -345,7 +346,7 @@ def _activations(loss: Loss, layers: Mapping[str, nn.Module], row: Batch) -> dic
     def leave(name: str, y: Tensor) -> Tensor:
         tapped = y if y.requires_grad else y.detach().requires_grad_()  # a frozen model builds no graph
         calls.append((name, inputs.pop(name), tapped))
-        return tapped
+        return tapped  # replaces the layer's output, so that the loss depends on it
 
     with torch.enable_grad(), hooked(layers, enter, inputs=True), hooked(layers, leave):
         value = loss(row)

@@ -17,7 +17,7 @@ class Share:
 
     Attributes:
         start: number of the first of these rows in the whole matrix.
-        stop: one past the number of the last.
+        stop: one past the number of the last row.
         total: number of rows of the whole matrix.
         group: process group of the ranks that share the matrix; None if this rank holds all rows.
     """

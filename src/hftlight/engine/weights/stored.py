@@ -86,6 +86,7 @@ class Difference:
         height = min(max(1, entries // self.shape[1]), stop - start)
         buffer, buffer_other = (like.new_empty(height, self.shape[1]) for _ in range(2))
         squares = like.new_zeros(())
+        # Both buffers are reused for every block.
         for at in range(start, stop, height or 1):
             rows, rows_other = (w.rows(self.name, at, min(at + height, stop)) for w in (self.model, self.other))
             block, other = buffer[: len(rows)].copy_(rows), buffer_other[: len(rows)].copy_(rows_other)

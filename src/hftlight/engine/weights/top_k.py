@@ -1,4 +1,4 @@
-"""Exact counts of the largest scores: of each row, or of matrices that are sharded or too large to hold."""
+"""Masks with an exact count of the largest scores, of each row or of matrices too large to hold or sharded."""
 
 from collections.abc import Callable, Iterable, Iterator
 
