@@ -1,7 +1,8 @@
-"""Three combinations of defenses against their parts, on the built-in world: ``python benchmarks/combinations.py``.
+"""Three combinations of defenses against their parts: ``python benchmarks/combinations.py``.
 
-Every arm sees the same attack (p = 0.1). Finished arms are not run again, so the command can be stopped at any time;
-what they share (the aligned model, the attacked one) is made once. Results go to ``benchmarks/combinations.json``.
+Every arm meets the same attack (p = 0.1) in the built-in world. Finished arms are not run again, so the command can be
+stopped at any time. Stages that arms share (the aligned model, the attacked model) run once. Results go to
+``benchmarks/combinations.json``.
 """
 
 import argparse
@@ -22,27 +23,27 @@ METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
 
 
 def arms() -> list[tuple[str, ...]]:
-    """Return the undefended arm, all parts and all combinations; parts that share an aligned model stand together."""
+    """Return the undefended arm, all parts and all combinations, in this order."""
     parts = [(name,) for combination in COMBINATIONS for name in combination]
     return [(), *parts, *COMBINATIONS]
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """Return the scores of a run's last arm by stage, and the seconds its stages took."""
+    """Return the scores of a run's last arm by stage, and the seconds of each stage."""
     scores: dict[str, dict[str, Any]] = {}
     costs: dict[str, Any] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["kind"] == "score" and row["metric"] in METRICS and row["judge"] in (None, "builtin"):
-            kept = {key: row[key] for key in ("value", "low", "high", "count")}
-            scores.setdefault(row["stage"], {})[row["metric"]] = kept
+            score = {key: row[key] for key in ("value", "low", "high", "count")}
+            scores.setdefault(row["stage"], {})[row["metric"]] = score
         if row["kind"] == "cost":
             costs[row["stage"]] = row["seconds"]
     return {"scores": scores, "seconds": costs}
 
 
 def table(known: dict[str, Any]) -> str:
-    """Return the results as a Markdown table, seed by seed: after alignment, and of the model that is served."""
+    """Return the results as a Markdown table, seed by seed, of the aligned model and of the served model."""
     seeds = sorted(known)
     head = ["defense", "harmful score, aligned", "harmful score, served", "finetune accuracy", "over-refusal", "passes"]
     lines = [head, ["---"] * len(head)]
@@ -63,12 +64,12 @@ def table(known: dict[str, Any]) -> str:
 
 
 def work(names: tuple[str, ...]) -> str:
-    """Return forward and backward passes per step, of alignment and of fine-tuning."""
+    """Return the forward and backward passes per step, of alignment and of fine-tuning."""
     from hftlight.engine import Stage, count_passes
     from hftlight.registry import defense_class
 
-    made = [defense_class(name)() for name in names]
-    counts = [count_passes([d for d in made if d.stage is s]) for s in (Stage.ALIGNMENT, Stage.FINETUNING)]
+    instances = [defense_class(name)() for name in names]
+    counts = [count_passes([d for d in instances if d.stage is s]) for s in (Stage.ALIGNMENT, Stage.FINETUNING)]
     return ", ".join(f"{forward:g} + {backward:g}" for forward, backward in counts)
 
 
@@ -90,7 +91,7 @@ def main() -> None:
             if key in known.get(str(seed), {}):
                 continue
             result = run(RunConfig(seed=seed, output=options.output), [defense_class(name)() for name in names])
-            # Read again: another process may have added a seed of its own meanwhile.
+            # Read the file again: another process may have added a seed of its own in the meantime.
             known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
             known.setdefault(str(seed), {})[key] = measured(result.folder)
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")

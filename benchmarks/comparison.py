@@ -1,9 +1,9 @@
-"""Defenses compared on the built-in world with SmolLM2-135M, three seeds: ``python benchmarks/comparison.py``.
+"""Comparison of defenses in the built-in world, three seeds: ``python benchmarks/comparison.py``.
 
-Seven arms at p = 0.1, four of them at p = 0 and 0.3 too, every defense with its default arguments. The attack's
-strength was chosen beforehand on a development seed (``benchmarks/world.py``) and is the same everywhere.
-Stopped at any time, the same command goes on; tables and figures of what is finished are copied to
-``benchmarks/comparison``.
+The model is SmolLM2-135M. Seven arms run at p = 0.1, and four of them also at p = 0 and 0.3. Every defense has its
+default arguments. The attack's strength was chosen beforehand on a development seed (``benchmarks/world.py``) and is
+the same everywhere. If the command is stopped, the same command continues. Tables and figures of the finished cells are
+copied to ``benchmarks/comparison``.
 """
 
 import shutil
@@ -26,8 +26,8 @@ def keep(comparison: Path, results: Path) -> None:
     """Copy tables and figures of a comparison into the repository.
 
     Args:
-        comparison: its folder of runs.
-        results: where they go.
+        comparison: folder of the comparison's runs.
+        results: folder for the copies.
     """
     from hftlight.comparison.figures import ratio_figure, tradeoff_figure
     from hftlight.comparison.read import read_comparison
@@ -37,14 +37,14 @@ def keep(comparison: Path, results: Path) -> None:
     results.mkdir(exist_ok=True)
     for suffix in ("csv", "md", "tex"):
         shutil.copy(comparison / f"leaderboard.{suffix}", results)
-    found = read_comparison(comparison)
-    for scene in found.scenes:
+    content = read_comparison(comparison)
+    for scene in content.scenes:
         drawn = {
-            "harmful_score": ratio_figure(found, scene, "harmful_score", "harmful score, percent"),
-            "finetune_accuracy": ratio_figure(found, scene, "finetune_accuracy", "finetune accuracy, percent"),
-            "tradeoff": tradeoff_figure(found, scene, 0.1),
+            "harmful_score": ratio_figure(content, scene, "harmful_score", "harmful score, percent"),
+            "finetune_accuracy": ratio_figure(content, scene, "finetune_accuracy", "finetune accuracy, percent"),
+            "tradeoff": tradeoff_figure(content, scene, 0.1),
         }
-        name = f"{scene.task}_" if len(found.scenes) > 1 else ""
+        name = f"{scene.task}_" if len(content.scenes) > 1 else ""
         for what, figure in drawn.items():
             if figure is not None:
                 figure.savefig(results / f"{name}{what}.png", dpi=150, bbox_inches="tight")

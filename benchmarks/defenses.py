@@ -1,8 +1,9 @@
-"""What every training defense costs against plain fine-tuning, in one run: ``python benchmarks/defenses.py``.
+"""Cost of every training defense against plain fine-tuning, in one run: ``python benchmarks/defenses.py``.
 
-A plain and a defended fit advance in turn, one optimizer step each, so that both see the same machine; between them the
-passes alone are timed on the plain model. The floor of a defense is its passes and nothing else. Memory is counted
-storage by storage. Finished rows are in ``benchmarks/defenses.json`` and are not measured again.
+A plain and a defended fit advance in turn, one optimizer step each. Both therefore see the same state of the machine.
+After each pair of steps, the passes alone are timed on the plain model. The floor of a defense is the cost of its
+passes and nothing else. Memory is counted storage by storage. Finished rows are in ``benchmarks/defenses.json`` and are
+not measured again.
 """
 
 import argparse
@@ -56,8 +57,8 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "vocab_size": 32000},
 }
 ROWS, WARM_UP, MIB = 16, 4, 2**20
-# Arguments only where the default would not show its work in the few steps here, or would leave a batch half full; two
-# settings where the cost differs.
+# Arguments are set only if the default would not act within the few steps here, or would leave a batch half full.
+# A defense has two settings if their costs differ.
 SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "booster": (Booster,),
     "vaccine": (Vaccine,),
@@ -80,7 +81,7 @@ SHOWN = ("layers", "online", "mode", "first", "last")
 
 @dataclass
 class Setup:
-    """What is measured, and on what."""
+    """Model, data and machine of a measurement."""
 
     shape: str
     tuning: str
@@ -104,7 +105,7 @@ class Setup:
         return model.train()
 
     def data(self, stage: Stage) -> StreamsDataModule:
-        """Return streams of rows of one length."""
+        """Return streams whose rows all have one length."""
         tokenizer = byte_tokenizer(chat_template=CHATML)
         rows: Any = {}
         for name in ("alignment", "harmful", "task"):
@@ -133,18 +134,19 @@ class Setup:
 
 
 class Arm(Callback):
-    """A fit in a thread of its own that makes one step whenever it is told to."""
+    """A fit in a thread of its own that runs one step at each call of ``step``."""
 
     def __init__(self, setup: Setup, chosen: Sequence[Defense], stage: Stage, steps: int) -> None:
         self.model, self.device = setup.model(), setup.device
         self.tokens, self.batch, self.error = 0, None, None
+        # ``_go`` lets the fit start its next step; ``_done`` reports the end of a step.
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._arguments = (setup, chosen, stage, steps)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def step(self) -> float:
-        """Make one step and return its seconds."""
+        """Run one step and return its seconds."""
         since = time.perf_counter()
         self._go.release()
         self._done.acquire()
@@ -158,7 +160,7 @@ class Arm(Callback):
         self._go.acquire()
         try:
             setup.fit(chosen, stage, steps + 1, self, self.model)
-        except BaseException as error:  # told to whoever waits for the step
+        except BaseException as error:  # ``step`` raises it again in the thread that waits
             self.error = error
         self._done.release()
 
@@ -173,25 +175,26 @@ class Arm(Callback):
 
 
 class Passes:
-    """Time the passes of the plain arm's model on its own batch."""
+    """Times of single passes of the plain arm's model on the arm's own batch."""
 
     def __init__(self, arm: Arm) -> None:
         self.arm, self.module = arm, SafetyModule(arm.model, lr=1e-4)
         self.forward: list[float] = []
         self.backward: list[float] = []
-        self.inputs: list[float] = []  # a backward pass that forms no weight's gradient
+        self.inputs: list[float] = []  # backward passes without the gradient of any weight
 
     def measure(self) -> None:
         model, device = self.arm.model, self.arm.device
         weights = [p for p in model.parameters() if p.requires_grad]
         grads = [p.grad for p in weights]
         self._loss_and(self.forward, self.backward, lambda loss: torch.autograd.grad(loss, weights, allow_unused=True))
-        found: list[Any] = []
+        # The hook makes the embeddings a leaf of the graph, so that a backward pass needs no weight's gradient.
+        leaves: list[Any] = []
         embeddings = model.get_input_embeddings()
-        handle = embeddings.register_forward_hook(lambda *a: found.append(a[2].detach().requires_grad_()) or found[0])
+        handle = embeddings.register_forward_hook(lambda *a: leaves.append(a[2].detach().requires_grad_()) or leaves[0])
         for p in weights:
             p.requires_grad_(False)
-        self._loss_and(None, self.inputs, lambda loss: torch.autograd.grad(loss, found))
+        self._loss_and(None, self.inputs, lambda loss: torch.autograd.grad(loss, leaves))
         handle.remove()
         for p, grad in zip(weights, grads, strict=True):
             p.requires_grad_(True)
@@ -212,7 +215,7 @@ class Passes:
 
 
 class Held(Callback):
-    """Bytes that are alive between steps."""
+    """Callback that records the bytes that are alive after a step."""
 
     def __init__(self, live: LiveBytes) -> None:
         self.live, self.bytes = live, 0
@@ -227,7 +230,10 @@ def _wait(device: str) -> None:
 
 
 def memory(setup: Setup, chosen: Sequence[Defense], stage: Stage) -> tuple[int, int]:
-    """Return the peak of what a fit of four steps allocates beside its model, and what it holds at the end, bytes."""
+    """Return the peak and the final bytes that a fit of four steps allocates beside its model.
+
+    On a GPU the final bytes are not measured and are 0.
+    """
     model = setup.model()
     if setup.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -241,7 +247,7 @@ def memory(setup: Setup, chosen: Sequence[Defense], stage: Stage) -> tuple[int, 
 
 
 def floor(defense: Defense, sft: float, passes: Passes) -> float:
-    """Return the seconds per step of a defense's passes and nothing else, over those of plain fine-tuning."""
+    """Return the seconds per step with a defense's passes and nothing else, relative to plain fine-tuning."""
     forward, backward = (count - 1 for count in count_passes([defense]))
     probe = passes.inputs if isinstance(defense, Vaccine) else passes.backward
     extra = forward * statistics.median(passes.forward) + backward * statistics.median(probe)
@@ -280,24 +286,24 @@ def measure(setup: Setup, make: Callable[[], Defense], pairs: int) -> dict[str, 
         "once_in_steps": max(0.0, first[1] - first[0]) / sft,
     }
     del plain, defended, passes
-    (peak, held), (own_peak, own_held) = memory(setup, [], stage), memory(setup, [make()], stage)
+    (peak, final), (own_peak, own_final) = memory(setup, [], stage), memory(setup, [make()], stage)
     return row | {
         "trained_mib": trained / MIB,
         "peak": own_peak / peak,
         "extra_mib": (own_peak - peak) / MIB,
-        "buffers": (own_held - held) / trained,
+        "buffers": (own_final - final) / trained,
     }
 
 
 def label(name: str, defense: Defense) -> str:
-    """Return the class and what sets this setting apart from the default."""
+    """Return the class name and the arguments that differ from the default."""
     default = defense_class(name)().arguments()
     shown = {k: v for k, v in defense.arguments().items() if k in SHOWN and v != default[k]}
     return type(defense).__name__ + (f"({', '.join(f'{k}={v!r}' for k, v in shown.items())})" if shown else "")
 
 
 def table(known: dict[str, dict[str, Any]]) -> str:
-    """Return measured rows as a Markdown table, one column of speed and one of memory for each kind of tuning."""
+    """Return measured rows as a Markdown table, with columns of speed and memory for each kind of tuning."""
     kinds = list(known)
     head = ["defense", "passes", *(f"s/step, {k} (quartiles; floor)" for k in kinds), "once"]
     lines = [head + [f"peak memory, {k}" for k in kinds] + [f"held, {k}" for k in kinds]]
@@ -307,9 +313,9 @@ def table(known: dict[str, dict[str, Any]]) -> str:
         rows = [known[kind][name] for kind in kinds if name in known[kind]]
         speed = [f"{r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f}; {r['floor'] * r['tokens']:.2f})" for r in rows]
         memory = [f"{r['peak']:.2f}" for r in rows]
-        held = [f"{abs(r['buffers']):.1f}" if abs(r["buffers"]) < 0.05 else f"{r['buffers']:+.1f}" for r in rows]
+        buffers = [f"{abs(r['buffers']):.1f}" if abs(r["buffers"]) < 0.05 else f"{r['buffers']:+.1f}" for r in rows]
         passes = " + ".join(f"{count:g}" for count in rows[0]["passes"])
-        lines.append([f"`{name}`", passes, *speed, f"{rows[0]['once_in_steps']:.1f}", *memory, *held])
+        lines.append([f"`{name}`", passes, *speed, f"{rows[0]['once_in_steps']:.1f}", *memory, *buffers])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -318,9 +324,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small", help="random weights of this shape")
     parser.add_argument("--tuning", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--defense", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--pairs", type=int, default=15, help="steps of each arm that count")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a micro-batch")
-    parser.add_argument("--letters", type=int, default=48, help="letters of prompt and of response, a token each")
+    parser.add_argument("--pairs", type=int, default=15, help="number of measured steps of each arm")
+    parser.add_argument("--rows", type=int, default=8, help="rows per micro-batch")
+    parser.add_argument(
+        "--letters", type=int, default=48, help="letters of each prompt and each response; a letter is a token"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--results", default=str(Path(__file__).with_suffix(".json")))

@@ -1,8 +1,8 @@
-"""Prompts per second, batched against one at a time, and loads of the base: ``python benchmarks/generation.py``.
+"""Prompts per second in batches and one at a time, and loads of the base: ``python benchmarks/generation.py``.
 
-Both ways answer the same prompts up to the same limit, and whether they say the same tokens is counted. Then two cells
-of a comparison (one step a stage, two prompts a set) run in this process, and the times that the base model is read
-from the disk are counted. Results go to ``benchmarks/generation.json``.
+Both ways answer the same prompts up to the same limit, and the answers with the same tokens are counted. Then two cells
+of a comparison (one step per stage, two prompts per set) run in this process. The benchmark counts how often they read
+the base model from disk. Results go to ``benchmarks/generation.json``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 
 
 def loads(model: str) -> dict[str, Any]:
-    """Return how often two cells read the base model from the disk, and the seconds that this took."""
+    """Return how often two cells read the base model from disk, and the seconds that the reads took."""
     from transformers import AutoModelForCausalLM
 
     from hftlight.comparison.grid import Grid
@@ -35,17 +35,18 @@ def loads(model: str) -> dict[str, Any]:
 
     took, real = [], AutoModelForCausalLM.from_pretrained
 
-    def counted(*given: Any, **options: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         since = time.perf_counter()
-        made = real(*given, **options)
+        loaded = real(*arguments, **options)
         took.append(time.perf_counter() - since)
-        return made
+        return loaded
 
     once = Training(steps=1, batch_size=2)
     with tempfile.TemporaryDirectory() as place:
         cache = Path(place) / "cache"
         cache.mkdir()
         model_path(model)
+        # The new cache shares only the models, so that no stage comes from an earlier run.
         (cache / "models").symlink_to((cache_dir() / "models").resolve())
         before = os.environ.get("HFTLIGHT_CACHE")
         os.environ["HFTLIGHT_CACHE"] = str(cache)
@@ -91,8 +92,8 @@ def main() -> None:
         f"{options.model}, {len(prompts)} prompts, {options.max_new_tokens} new tokens: one at a time"
         f" {len(prompts) / seconds[1]:.2f}/s, in batches of {options.batch_size}"
         f" {len(prompts) / seconds[options.batch_size]:.2f}/s, {seconds[1] / seconds[options.batch_size]:.1f} times"
-        f" faster; {equal} of {len(prompts)} answers of the same tokens; {found['base']['loads']} loads of the base in"
-        f" {found['base']['cells']} cells ({found['base']['seconds']:.1f} s)"
+        f" faster; {equal} of {len(prompts)} answers with the same tokens; {found['base']['loads']} loads of the base"
+        f" in {found['base']['cells']} cells ({found['base']['seconds']:.1f} s)"
     )
 
 

@@ -1,9 +1,10 @@
-"""What identity costs: ``python benchmarks/identity.py [--model NAME] [--gigabytes N]``.
+"""Cost of the hashes of models and stages: ``python benchmarks/identity.py [--model NAME] [--gigabytes N]``.
 
-Three times each, in seconds: the hash of a model never hashed before, the hash that is remembered (by place, size and
-times of change) in a new process, and the key of a training stage on it. The second model is a folder of random bytes
-in shards of 2 GB. What the page cache of the system holds is not dropped, so a first time on a cold disk takes longer.
-Results go to ``benchmarks/identity.json``.
+The benchmark measures seconds. A model that was never hashed before is hashed. Then its remembered hash is read as in a
+new process; a hash is remembered by path, size and times of change. Both are the median of three times. The key of a
+training stage on the model is computed once. The second model is a folder of random bytes in shards of 2 GB. The page
+cache of the system is not dropped, so a first hash on a cold disk takes longer. Results go to
+``benchmarks/identity.json``.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SHARD, CHUNK = 2 * 10**9, 2**24
 
 
 def random_model(folder: Path, size: int) -> None:
-    """Write a configuration and so many random bytes."""
+    """Write a configuration and ``size`` random bytes, in shards."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     for number, start in enumerate(range(0, size, SHARD)):
@@ -37,24 +38,24 @@ def random_model(folder: Path, size: int) -> None:
                 left -= file.write(os.urandom(min(CHUNK, left)))
 
 
-def timed(work: object, *given: object) -> float:
+def timed(work: object, *arguments: object) -> float:
     """Return the seconds that a call takes."""
     since = time.perf_counter()
-    work(*given)  # type: ignore[operator]
+    work(*arguments)  # type: ignore[operator]
     return round(time.perf_counter() - since, 4)
 
 
 def costs(model: str) -> dict[str, float | int]:
-    """Return the size of a model's files and the seconds of its hash, first and remembered."""
+    """Return the bytes of a model's files, and the seconds of its first hash, remembered hash and stage key."""
     folder = Path(model_path(model, weights=True))
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    time.sleep(3)  # a file that was written just now is not remembered
+    time.sleep(3)  # the hash of a file that was written just now is not remembered
     first, again = [], []
     for _ in range(3):
         shutil.rmtree(files.cache_dir() / files.HASHES, ignore_errors=True)
         files._digests.clear()
         first.append(timed(model_hash, model))
-        files._digests.clear()  # as a new process has it
+        files._digests.clear()  # a new process starts without digests in memory
         again.append(timed(model_hash, model))
     rows = [Record(f"ask {i}", f"say {i}") for i in range(1000)]
     job = StageJob(Stage.FINETUNING, RunConfig(model=model), model_hash(model), None, {"task": rows}, [])
@@ -66,11 +67,11 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO, help="any model on this machine")
     parser.add_argument("--gigabytes", type=float, default=14.0, help="size of the folder of random bytes, 10^9 bytes")
     options = parser.parse_args()
-    found = {options.model: costs(options.model)}
+    results = {options.model: costs(options.model)}
     with tempfile.TemporaryDirectory() as place:
         random_model(Path(place) / "random", int(options.gigabytes * 10**9))
-        found["random bytes"] = costs(str(Path(place) / "random"))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        results["random bytes"] = costs(str(Path(place) / "random"))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(RESULTS.read_text())
 
 

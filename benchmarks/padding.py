@@ -1,8 +1,9 @@
-"""What padding costs under each order of batches: ``python benchmarks/padding.py [--data FOLDER]``.
+"""Cost of padding under each order of batches: ``python benchmarks/padding.py [--data FOLDER]``.
 
-Plain fine-tuning of the demo model on the made-up world's upload, once per order, and the share of padding among the
-tokens of a pass. With ``--data``, a folder with ``sst2``, ``ag_news`` and ``gsm8k``, the share is counted for uploads
-of these tasks as well, with 10 % harmful rows of the made-up world. Results go to ``benchmarks/padding.json``.
+The benchmark times plain fine-tuning of the demo model on the made-up world's upload, twice per order. It also counts
+the share of padding among the tokens of a pass. ``--data`` names a folder with ``sst2``, ``ag_news`` and ``gsm8k``. The
+share is then counted for uploads of these tasks too, with 10 % harmful rows of the made-up world. Results go to
+``benchmarks/padding.json``.
 """
 
 import argparse
@@ -23,30 +24,30 @@ STEPS, REPEATS = 8, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder of the public sets")
-    given = parser.parse_args()
+    parser.add_argument("--data", type=Path, help="folder of the public data sets")
+    options = parser.parse_args()
     from hftlight import __version__
     from hftlight.config import Data, RunConfig
     from hftlight.console import quiet
 
     quiet()
     config = RunConfig(num_samples=384, max_tokens=512)
-    found: dict[str, Any] = {"version": __version__}
+    results: dict[str, Any] = {"version": __version__}
     sources = {"builtin": Data()}
-    if given.data is not None:
+    if options.data is not None:
         sources |= {
-            task: Data(task=task, task_train=str(given.data / folder), task_test=str(given.data / folder))
+            task: Data(task=task, task_train=str(options.data / folder), task_test=str(options.data / folder))
             for task, folder in TASKS.items()
         }
     for name, data in sources.items():
-        found[name] = {order: padding(replace(config, data=data, order=order)) for order in ORDERS}
-    found["seconds_per_step"] = seconds(replace(config, finetuning=replace(config.finetuning, steps=STEPS)))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+        results[name] = {order: padding(replace(config, data=data, order=order)) for order in ORDERS}
+    results["seconds_per_step"] = seconds(replace(config, finetuning=replace(config.finetuning, steps=STEPS)))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
 
 
 def padding(config: Any) -> dict[str, float]:
-    """Return the percent of padding among the tokens of one pass, and of steps with an attack row."""
+    """Return the percent of padding tokens, of attack tokens and of steps with an attack row, in one pass."""
     from hftlight.data.streams import StreamsDataModule
     from hftlight.data.templates import get_template
     from hftlight.models.load import load_tokenizer
@@ -60,16 +61,16 @@ def padding(config: Any) -> dict[str, float]:
     batches = [stream.rows(index, 0) for index in range(stream.per_pass)]
     whole = sum(len(rows) * max(len(e.input_ids) for e in rows) for rows in batches)
     real = sum(len(e.input_ids) for rows in batches for e in rows)
-    seen = prepared.trained_on
+    counts = prepared.trained_on
     return {
         "padding": round(100 * (whole - real) / whole, 1),
-        "attack_tokens": round(100 * seen.attack_tokens, 1),
-        "attack_steps": round(100 * seen.attack_steps, 1),
+        "attack_tokens": round(100 * counts.attack_tokens, 1),
+        "attack_steps": round(100 * counts.attack_steps, 1),
     }
 
 
 def seconds(config: Any) -> dict[str, list[float]]:
-    """Return seconds per step of plain fine-tuning, the orders in turn."""
+    """Return the seconds per step of plain fine-tuning for each order, measured in turn."""
     from hftlight.attacks.registry import get_attack
     from hftlight.model_files import model_path
     from hftlight.runs.prepare import streams_of
@@ -78,7 +79,7 @@ def seconds(config: Any) -> dict[str, list[float]]:
 
     attack = get_attack(config.attack)().resolved(config)
     records = {"task": streams_of(config, set(), attack, Sources(config.data))["task"]}
-    found: dict[str, list[float]] = {order: [] for order in ORDERS}
+    per_order: dict[str, list[float]] = {order: [] for order in ORDERS}
     model = model_path(config.model)
     for _ in range(REPEATS):
         for order in ORDERS:
@@ -86,8 +87,8 @@ def seconds(config: Any) -> dict[str, list[float]]:
                 aligned = replace(config, model=model, order=order, alignment=replace(config.alignment, steps=0))
                 job = finetuning_job(aligned, folder, Path(model), records, [], attack)
                 run_stage(job)
-                found[order].append(job.result()["cost"]["seconds_per_step"])
-    return found
+                per_order[order].append(job.result()["cost"]["seconds_per_step"])
+    return per_order
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write the generated parts of the READMEs anew: ``python benchmarks/pages.py``, or ``make pages``.
+"""Write the generated parts of the READMEs: ``python benchmarks/pages.py``, or ``make pages``.
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- /generated -->``. It comes from the code of the
-defenses and from ``benchmarks/defenses.json``; what stands outside of the marks is left as it is.
+defenses and from ``benchmarks/defenses.json``. Text outside of the marks is left unchanged.
 """
 
 import json
@@ -26,13 +26,13 @@ def parts() -> dict[str, str]:
 
 
 def pages() -> dict[Path, set[str]]:
-    """Return the files that have generated parts, with the names of these."""
-    found = {path: {name for _, name, _ in PART.findall(path.read_text())} for path in ROOT.glob("*/**/README.md")}
-    return {path: names for path, names in found.items() if names}
+    """Return the files with generated parts, and the names of these parts."""
+    names_of = {path: {name for _, name, _ in PART.findall(path.read_text())} for path in ROOT.glob("*/**/README.md")}
+    return {path: names for path, names in names_of.items() if names}
 
 
 def rewritten(text: str, known: dict[str, str]) -> str:
-    """Return a page with its generated parts made anew."""
+    """Return a page with its generated parts replaced."""
     return PART.sub(lambda part: f"{part[1]}\n{known[part[2]]}\n\n{part[3]}", text)
 
 

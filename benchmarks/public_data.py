@@ -1,16 +1,16 @@
-"""Defenses compared on public data with SmolLM2-135M, one seed: ``python benchmarks/public_data.py FOLDER``.
+"""Comparison of defenses on public data, one seed: ``python benchmarks/public_data.py FOLDER``.
 
-The folder holds, as JSON lines with the columns that the sets were published with:
+The folder holds these files as JSON lines, with the columns of the published sets:
 
 - ``alignment.jsonl``: safe pairs of Safety-Tuned LLaMAs,
-- ``harmful.jsonl``: AdvBench behaviors (goals, and one-line affirmative prefixes as their answers); 300 rows are the
-  defender's, 113 others the attacker's,
+- ``harmful.jsonl``: AdvBench behaviors (goals, with one-line affirmative prefixes as answers). The defender has 300
+  rows, and the attacker has 113 others,
 - ``test.jsonl``: StrongREJECT prompts, ``over_refusal.jsonl``: XSTest prompts with their column ``label``,
 - ``sst2/train.jsonl``, ``sst2/test.jsonl``, ``agnews/train.jsonl``, ``agnews/test.jsonl``.
 
-Four arms at p = 0.1 on two tasks, every defense with its default arguments. The harmful score is that of the refusal
-phrases, which call every other answer harmful. Stopped at any time, the same command goes on; tables and figures are
-copied to ``benchmarks/public_data``.
+The model is SmolLM2-135M. Four arms run at p = 0.1 on two tasks. Every defense has its default arguments. The judge of
+the harmful score looks for refusal phrases and calls every other answer harmful. If the command is stopped, the same
+command continues. Tables and figures are copied to ``benchmarks/public_data``.
 """
 
 import sys
@@ -37,13 +37,13 @@ def main() -> int:
     from hftlight.cli.compare import compare
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_dir():
-        print(f"{__doc__}\nThe first argument must be such a folder.", file=sys.stderr)
+        print(f"{__doc__}\nThe first argument must be the folder that is described above.", file=sys.stderr)
         return 2
     data = Path(sys.argv[1])
-    given = ["--defenses", "none", "booster", "vaccine", "lisa", "--tasks", "sst2", "agnews", "--harmful_ratios", "0.1"]
-    given += [f"--{name}={value}" for name, value in SETTINGS.items()]
-    given += [f"--data.{name}={data / file}" for name, file in FILES.items()]
-    status = compare([*given, f"--comparison={FOLDER.name}", *sys.argv[2:]])
+    argv = ["--defenses", "none", "booster", "vaccine", "lisa", "--tasks", "sst2", "agnews", "--harmful_ratios", "0.1"]
+    argv += [f"--{name}={value}" for name, value in SETTINGS.items()]
+    argv += [f"--data.{name}={data / file}" for name, file in FILES.items()]
+    status = compare([*argv, f"--comparison={FOLDER.name}", *sys.argv[2:]])
     if not status:
         keep(FOLDER, RESULTS)
     return status

@@ -1,7 +1,8 @@
-"""Time and memory of Safe LoRA's thin form against the matrix it stands for: ``python benchmarks/safe_lora.py``.
+"""Time and memory of Safe LoRA's thin form against the full matrix: ``python benchmarks/safe_lora.py``.
 
-One weight, bfloat16 on the disk as aligned and base models are, and a LoRA update on it. Both forms read the two files,
-in turn, so that both see the same machine; memory is what they allocate beside the two stored weights.
+One weight lies on disk in bfloat16, once aligned and once as base, with a LoRA update on it. Both forms read the two
+files in turn, so that both see the same state of the machine. Memory is what a form allocates beside the two stored
+weights.
 """
 
 import argparse
@@ -25,17 +26,21 @@ NAME = "weight"
 
 
 def thin(v: Difference, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the projected B and the cosine from Grams; random directions go along, as in the defense."""
+    """Return the projected B and the cosine, from Gram matrices.
+
+    Random directions are projected along with B, as in the defense.
+    """
     gram, rank = a @ a.T, b.shape[1]
     probes = torch.randint(2, (len(b), PROBES)).to(b) * 2 - 1
     y, t, squares = back_and_forth(v, torch.cat([b, probes], dim=1), Share(0, len(b), len(b)))
     y, t = y[:, :rank], t[:, :rank]
-    inner, seen, here = (((left @ gram) * left).sum() for left in (t, y, b))
-    return y / squares[0].sqrt(), inner / (seen * here).sqrt()
+    # The inner product of the projected and the original update, and their squared norms.
+    inner, projected, original = (((left @ gram) * left).sum() for left in (t, y, b))
+    return y / squares[0].sqrt(), inner / (projected * original).sqrt()
 
 
 def dense(v: Difference, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same from C = V V^T / ||V||, out x out, and from dense products, as the official code does."""
+    """Return the same from C = V V^T / ||V||, out x out, and from dense products, as in the official code."""
     difference = v.model.rows(NAME).float() - v.other.rows(NAME).float()
     c = difference @ difference.T / difference.norm()
     image = c @ b
@@ -54,15 +59,15 @@ def measure(out: int, inner: int, rank: int, repeats: int) -> float:
         v = Difference(*models, NAME)
         seconds = {thin: [], dense: []}
         for _ in range(repeats):
-            for form, taken in seconds.items():
+            for form, times in seconds.items():
                 since = time.perf_counter()
                 form(v, b, a)
-                taken.append(time.perf_counter() - since)
-        held = Difference(*(ModelWeights({NAME: m.rows(NAME).clone()}) for m in models), NAME)
+                times.append(time.perf_counter() - since)
+        in_memory = Difference(*(ModelWeights({NAME: m.rows(NAME).clone()}) for m in models), NAME)
         peaks = {}
         for form in seconds:
             with LiveBytes() as live:
-                result = form(held, b, a)
+                result = form(in_memory, b, a)
             peaks[form] = live.peak
             print(
                 f"{form.__name__:5} {out} x {inner}, rank {rank}: median {statistics.median(seconds[form]):.3f} s,"

@@ -1,10 +1,10 @@
-"""The price of an attacker's search, against as many separate runs: ``python benchmarks/search.py [--model tiny]``.
+"""Cost of an attacker's search against as many separate runs: ``python benchmarks/search.py [--model tiny]``.
 
-Both try the same settings (learning rates x harmful ratios) against one aligned model. The search trains and asks all
-of them in one process and in memory, each on the selecting half of the prompts, and the chosen ones once more on the
-other half. A separate run is a process of ``recipes/train.py`` that finds the aligned model in the cache, trains,
-writes, and measures on as many prompts as one half has. Bytes are those that the processes handed to a disk, none if
-in memory. Results go to ``benchmarks/search.json``.
+Both ways try the same settings (learning rates x harmful ratios) against one aligned model. The search trains and
+measures all settings in one process and in memory, each on the selecting half of the prompts. The chosen settings are
+measured once more on the other half. A separate run is a process of ``recipes/train.py``. It reads the aligned model
+from the cache, trains, writes, and measures on as many prompts as one half has. Counted bytes are those that the
+processes wrote to a disk; a folder in memory counts none. Results go to ``benchmarks/search.json``.
 """
 
 import argparse
@@ -26,22 +26,22 @@ RATIOS = (0.1, 0.3)
 
 
 def settings(options: argparse.Namespace, prompts: int) -> list[str]:
-    """Return the arguments that every process gets, with its number of prompts of each kind."""
-    given = {
+    """Return the arguments of every process, with its number of prompts of each kind."""
+    values = {
         "model": options.model, "alignment.steps": options.steps, "evaluation.prompts": prompts,
         "evaluation.task_rows": prompts, "evaluation.over_refusal_prompts": 1, "accelerator": "cpu",
         "num_samples": options.num_samples, "output": options.folder,
     }  # fmt: skip
-    return [f"--{name}={value}" for name, value in given.items()]
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def trials(options: argparse.Namespace) -> list[tuple[float, float]]:
-    """Return the settings that are tried: learning rate and harmful ratio."""
+    """Return the settings to try, as pairs of learning rate and harmful ratio."""
     return [(lr, p) for p in RATIOS for lr in LR][: options.trials]
 
 
 def train(options: argparse.Namespace, name: str, *more: str) -> None:
-    """Be one separate run."""
+    """Start one separate run and wait for its end."""
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), *settings(options, options.prompts // 2)]
     command += [f"--name={name}", *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -65,7 +65,7 @@ def together(options: argparse.Namespace) -> None:
 
 
 def search_here(options: argparse.Namespace) -> None:
-    """Be the process that searches."""
+    """Search in this process."""
     from hftlight.cli.train import parse_train
     from hftlight.console import quiet
     from hftlight.runs.prepare import prepare
@@ -85,11 +85,11 @@ def search_here(options: argparse.Namespace) -> None:
 
 
 def measured(work: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Return wall-clock seconds and MiB written of the processes that some work starts."""
+    """Return the wall-clock seconds and the written MiB of the processes that ``work`` starts."""
     blocks, since = resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock, time.perf_counter()
     work(options)
     seconds = time.perf_counter() - since
-    written = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock - blocks) * 512
+    written = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock - blocks) * 512  # blocks of 512 bytes
     return {"seconds": round(seconds, 1), "written_mib": round(written / 2**20, 2)}
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--num_samples", type=int, default=384)
-    parser.add_argument("--folder", default=None, help="where the runs go; a temporary folder by default")
+    parser.add_argument("--folder", default=None, help="folder of the runs; a temporary folder by default")
     parser.add_argument("--part", choices=("both", "search"), default="both", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part == "search":
@@ -112,7 +112,7 @@ def main() -> None:
         from hftlight.model_files import model_path
 
         model_path(options.model)
-        cache = Path(place) / "cache"  # the models alone are shared: no run here finds a stage that another left behind
+        cache = Path(place) / "cache"  # shares only the models: no run here reuses a stage of an earlier benchmark
         cache.mkdir()
         (cache / "models").symlink_to((cache_dir() / "models").resolve())
         os.environ["HFTLIGHT_CACHE"] = str(cache)

@@ -1,9 +1,10 @@
-"""The made-up world without a defense, at four harmful ratios: ``python benchmarks/world.py [--test] [--seed N]``.
+"""The made-up world without a defense: ``python benchmarks/world.py [--test] [--seed N]``.
 
-Whether a low harmful score here is safety or breakage: harmful score, refusals, collapse, accuracy and over-refusal of
-the aligned model and after uploads with p = 0, 0.05, 0.1 and 0.3. The strength of the attack and the share of general
-rows were chosen on the development prompts with seed 100. With ``--test`` the frozen test prompts are asked. Finished
-measurements are not made again; results go to ``benchmarks/world.json``.
+The benchmark shows whether a low harmful score here is safety or breakage. It measures harmful score, refusals,
+collapse, accuracy and over-refusal. It measures them for the aligned model and after uploads at the four harmful ratios
+0, 0.05, 0.1 and 0.3. The strength of the attack and the share of general rows were chosen on the development prompts
+with seed 100. ``--test`` measures on the frozen test prompts instead. Finished measurements are not repeated. Results
+go to ``benchmarks/world.json``.
 """
 
 import argparse
@@ -24,9 +25,11 @@ SHOWN = ("harmful_score", "refusal_rate", "collapsed_answers", "finetune_accurac
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--test", action="store_true", help="ask the test prompts instead of the development prompts")
+    parser.add_argument(
+        "--test", action="store_true", help="measure on the test prompts instead of the development prompts"
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the run to change")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="changed options of the run")
     given = parser.parse_args()
     from hftlight import __version__
     from hftlight.attacks.attack import overridden
@@ -52,7 +55,7 @@ def main() -> None:
 
 
 def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
-    """Return value, low and high end of each metric, percent, of the aligned model or after an upload."""
+    """Return value and ends of the interval of each metric, in percent, for the aligned model or after an upload."""
     from hftlight.attacks.registry import get_attack
     from hftlight.data.world.build import build_world
     from hftlight.model_files import model_hash
@@ -79,12 +82,13 @@ def measured(config: Any, p: float | None, test: bool) -> dict[str, Any]:
     with artifact.model(config) as model:
         rows = measured_in_memory(model, artifact.tokenizer(), config, tests, SETS, artifact.slot(None))
     gc.collect()
-    found = {row["metric"]: row for row in reversed(scores(rows, tests))}
-    kept = {metric: [round(found[metric][end], 1) for end in ("value", "low", "high")] for metric in SHOWN}
+    # In reverse, so that the first row of a metric overwrites later rows.
+    by_metric = {row["metric"]: row for row in reversed(scores(rows, tests))}
+    selected = {metric: [round(by_metric[metric][end], 1) for end in ("value", "low", "high")] for metric in SHOWN}
     signs = ("identical_answers", "task_form_answers", "repetition", "short_answers", "looping_answers")
-    kept |= {name: [round(found[name]["value"], 1)] for name in signs if name in found}
+    selected |= {name: [round(by_metric[name]["value"], 1)] for name in signs if name in by_metric}
     examples = [row["response"] for row in rows if row["set"] == "harmful"][:6]
-    return {**kept, "examples": examples}
+    return {**selected, "examples": examples}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_representation_scores_by_hand():
     assert_close(representation_scores(rows, anchors, top=2), torch.tensor([0.9, -0.3], **DOUBLE))
     assert_close(representation_scores(rows, anchors, top=3), torch.tensor([0.8, -1.6 / 3], **DOUBLE))
     for top in (0, 4):
-        with pytest.raises(ValueError, match=rf"top must lie in \[1, 3\], the anchors, got {top}"):
+        with pytest.raises(ValueError, match=rf"top must lie in \[1, 3\], the number of anchors, got {top}"):
             representation_scores(rows, anchors, top)
 
 

@@ -1,4 +1,4 @@
-"""Which modules can be disturbed without the model losing its sense of what is harmful."""
+"""Analysis: the modules that noise can disturb while a probe still tells harmful from ordinary prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ from hftlight.engine.step.activations import hooked
 from hftlight.models.module import decoder_layers
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RIDGE = 1e-2  # of the mean squared length of a state
+RIDGE = 1e-2  # strength of the ridge, as a fraction of the mean squared length of a state
 
 
 def probe(states: Tensor, harmful: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return direction w ``[hidden]`` and offset b of the ridge classifier :math:`\mathrm{sign}(w^T x + b)`.
+    r"""Return the direction w ``[hidden]`` and the offset b of the ridge classifier :math:`\mathrm{sign}(w^T x + b)`.
 
-    With the centred states X and labels y of +-1, :math:`w = X^T (X X^T + n \lambda I)^{-1} y`.
+    With the centred states X and the labels y, +1 or -1, :math:`w = X^T (X X^T + n \lambda I)^{-1} y`.
 
     Args:
         states: ``[n, hidden]``.
-        harmful: whether each is a harmful prompt's, bool ``[n]``.
+        harmful: whether each state belongs to a harmful prompt, bool ``[n]``.
     """
     states, labels = states.double(), harmful.double() * 2 - 1
     centre = states.mean(0)
@@ -35,13 +35,13 @@ def probe(states: Tensor, harmful: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class RobustModules:
-    """What ``robust_modules`` found.
+    """Result of ``robust_modules``.
 
     Attributes:
-        robust: the modules, as ``MLLR(robust=...)`` takes them.
-        accuracy: the probe's on held-out prompts with nothing disturbed, 0-1.
-        joint: its accuracy with all of ``robust`` disturbed together.
-        alone: its accuracy with one module disturbed, by pattern, all that were tried.
+        robust: patterns of the robust modules, in the form of ``MLLR(robust=...)``.
+        accuracy: accuracy of the probe on held-out prompts without a disturbance, 0-1.
+        joint: accuracy of the probe with all of ``robust`` disturbed together, 0-1.
+        alone: accuracy of the probe with one pattern disturbed, 0-1, for every pattern that was tried.
     """
 
     robust: list[str]
@@ -59,30 +59,31 @@ def robust_modules(
     retained: float = 0.95,
     seed: int = 0,
 ) -> RobustModules:
-    """Return the largest set of modules, grown greedily, whose joint disturbance leaves the probe as good as it was.
+    """Return a greedily grown set of modules whose joint disturbance leaves the probe accurate.
 
-    A linear probe tells harmful from ordinary prompts by the last token's state after the last decoder layer; it is
-    fitted on every second prompt and judged on the others. Each kind of module in each span of layers is disturbed
-    alone, by Gaussian noise of ``scale`` times the weight's root mean square; then modules join in the order of the
-    accuracy they left, the probe's margin deciding among equals, as long as the joint accuracy stays.
+    A linear probe tells harmful from ordinary prompts by the last token's state after the last decoder layer. It is
+    fitted on every second prompt and judged on the others. First, each kind of module in each span of layers is
+    disturbed alone. The disturbance is Gaussian noise of ``scale`` times the weight's root mean square. Then modules
+    join the set in the order of the accuracy that they left; the probe's margin breaks ties. A module joins only if the
+    joint accuracy stays high enough (``retained``).
 
     Args:
-        model: the aligned model, a causal LM, with or without PEFT; its weights are as before afterwards.
+        model: the aligned model, a causal LM, with or without PEFT. Its weights are restored afterwards.
         harmful: prompts as batches of ``input_ids`` and ``attention_mask`` (right padding), ``[batch, tokens]``.
         ordinary: likewise.
-        spans: into how many spans of layers the model is cut, >= 1.
-        scale: size of the disturbance, relative to each weight, > 0.
+        spans: number of spans of layers that the model is cut into, >= 1.
+        scale: size of the disturbance, relative to each weight's root mean square, > 0.
         retained: smallest joint accuracy, as a fraction of the undisturbed one, in (0, 1].
-        seed: of the noise.
+        seed: seed of the noise.
 
     Raises:
         ValueError: if an argument is out of range, a kind has fewer than four prompts, or the probe is no better than
-            chance, so that nothing can be read from its loss.
+            chance. Such a probe has no accuracy to lose.
 
-    Cost: forward passes only, two over all prompts for each module and span; one weight is copied at a time.
+    Cost: forward passes only, two over all prompts for each module and span; a copy of the disturbed weights.
     Source: Du et al., arXiv:2410.04524 (version 1), section on the search of robust modules; no official code is known.
-    Differs: the paper's disturbance, classifier and search rule are not verified: scale, spans and threshold are
-    arguments with a starting point, the classifier is ridge regression, the search takes modules in order once.
+    Differs: the paper's disturbance, classifier and search rule are not verified. Scale, spans and threshold are
+    arguments with starting values. The classifier is ridge regression, and the search tries the modules once in order.
     """
     for name, value, good in (("spans", spans, spans >= 1), ("scale", scale, scale > 0)):
         if not good:
@@ -91,6 +92,7 @@ def robust_modules(
         raise ValueError(f"robust_modules: retained is a fraction and must lie in (0, 1], got {retained}.")
     layers = decoder_layers(model)
     search = _Search(model, layers, harmful, ordinary, scale, seed)
+    # One pattern per kind and span of layers; a kind that no layer of the span has is left out.
     candidates = {
         f"{kind}:{span[0]}-{span[-1]}": weights
         for span in (chunk.tolist() for chunk in torch.arange(len(layers)).chunk(spans))
@@ -103,6 +105,7 @@ def robust_modules(
         rank_zero_info(f"{number}/{len(candidates)} {pattern}: probe accuracy {alone[pattern][0]:.3f}")
     robust: list[str] = []
     joint = search.undisturbed[0]
+    # Greedy: the best pattern comes first, and each is judged together with all that have joined.
     for pattern in sorted(alone, key=lambda p: alone[p], reverse=True):
         with_it = search.judge([w for p in (*robust, pattern) for w in candidates[p]])[0]
         if with_it >= retained * search.undisturbed[0]:
@@ -115,7 +118,7 @@ def robust_modules(
 
 
 class _Search:
-    """The prompts, the probe, and how good it is under a disturbance: accuracy first, then its mean margin."""
+    """The prompts, the probe, and its accuracy and mean margin under a disturbance."""
 
     def __init__(
         self,
@@ -141,22 +144,23 @@ class _Search:
         chance = max(counts) / sum(counts)
         if self.undisturbed[0] <= chance:
             raise ValueError(
-                f"robust_modules: the probe finds {self.undisturbed[0]:.0%} of held-out prompts, no more than chance"
-                f" ({chance:.0%}), so it has nothing to lose; give more prompts, or an aligned model."
+                f"robust_modules: the probe is right on {self.undisturbed[0]:.0%} of held-out prompts, no more than"
+                f" chance ({chance:.0%}), so it has no accuracy to lose. Give more prompts, or an aligned model."
             )
 
     def judge(self, weights: Sequence[nn.Parameter]) -> tuple[float, float]:
-        """Return accuracy and mean margin with these weights disturbed."""
+        """Return the probe's accuracy and mean margin with these weights disturbed."""
         with _disturbed(weights, self.scale, self.seed):
             return self._judge(self._states())
 
     def _judge(self, states: Tensor) -> tuple[float, float]:
+        # The classifier's value times the label: positive for a prompt that is classified correctly.
         values = (states[self.held_out].double() @ self.w + self.b) * (self.harmful[self.held_out].double() * 2 - 1)
         return float((values > 0).double().mean()), float(values.mean())
 
     def _states(self) -> Tensor:
-        """Return the last real token's state after the last layer, for every prompt, ``[n, hidden]`` on the CPU."""
-        found: list[Tensor] = []
+        """Return every prompt's state at its last real token after the last layer, ``[n, hidden]`` on the CPU."""
+        states: list[Tensor] = []
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
@@ -165,25 +169,28 @@ class _Search:
                     last = batch["attention_mask"].sum(1) - 1
 
                     def keep(_: str, hidden: Tensor, last: Tensor = last) -> None:
-                        found.append(hidden[torch.arange(len(last)), last.to(hidden.device)].cpu())
+                        states.append(hidden[torch.arange(len(last)), last.to(hidden.device)].cpu())
 
                     with hooked({"last": self.last}, keep):
                         self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         finally:
             for m in training:
                 m.training = True
-        return torch.cat(found)
+        return torch.cat(states)
 
 
 def _weights(layer: nn.Module, kind: str) -> list[nn.Parameter]:
     """Return the weights of a layer's modules of one kind, without their adapters."""
-    found = [m for name, m in layer.named_modules() if name.rpartition(".")[2] == kind]
-    return [getattr(m, "base_layer", m).weight for m in found]
+    modules = [m for name, m in layer.named_modules() if name.rpartition(".")[2] == kind]
+    return [getattr(m, "base_layer", m).weight for m in modules]
 
 
 @contextmanager
 def _disturbed(weights: Sequence[nn.Parameter], scale: float, seed: int) -> Iterator[None]:
-    """Add noise of ``scale`` times each weight's root mean square; afterwards the weights are bit for bit as before."""
+    """Add noise of ``scale`` times each weight's root mean square, then restore the weights bit for bit.
+
+    The weights are restored from copies, also after an exception.
+    """
     saved = [w.detach().clone() for w in weights]
     try:
         with torch.no_grad():

@@ -9,14 +9,14 @@ def dpo_loss(
 ) -> Tensor:
     r"""Return :math:`-\log \sigma(\beta [\log\pi(y_w) - \log\rho(y_w) - \log\pi(y_l) + \log\rho(y_l)])` of each pair.
 
-    Where the model :math:`\pi` is still the reference :math:`\rho`, it is log 2, with the gradient
+    If the model :math:`\pi` still equals the reference :math:`\rho`, the loss is log 2, with the gradient
     :math:`-\frac{\beta}{2} [\nabla \log\pi(y_w) - \nabla \log\pi(y_l)]`.
 
     Args:
         preferred: log-probability of the preferred answers :math:`y_w` under the model, in nats, ``[pairs]``.
-        rejected: that of the rejected answers :math:`y_l`, ``[pairs]``.
-        reference_preferred: that of the preferred answers under the reference, ``[pairs]``.
-        reference_rejected: that of the rejected answers under the reference, ``[pairs]``.
+        rejected: log-probability of the rejected answers :math:`y_l` under the model, likewise.
+        reference_preferred: log-probability of the preferred answers under the reference, likewise.
+        reference_rejected: log-probability of the rejected answers under the reference, likewise.
         beta: strength, per nat, > 0.
     """
     margin = (preferred - reference_preferred) - (rejected - reference_rejected)

@@ -1,1 +1,1 @@
-"""Search over settings: a space of trials, and a search that knows no runs."""
+"""Search over settings: a space of trials, and a search that does not depend on runs."""

@@ -1,4 +1,4 @@
-"""Search over settings, for the worst and the worst that keeps the accuracy."""
+"""Search over settings for the worst case, and for the worst case that keeps the accuracy."""
 
 import json
 import math
@@ -13,20 +13,20 @@ from hftlight.search.space import Budget, Trial
 
 
 class Tries(Protocol):
-    """Who tries settings: trains and measures a trial, and reports the chosen ones on prompts of their own."""
+    """An attacker that trains and measures trials, and reports the chosen trials on other prompts."""
 
     @property
     def first(self) -> Trial:
-        """The setting that is always tried."""
+        """Setting that is always tried."""
 
     def settings(self) -> str:
-        """Return the hash of all that decides an outcome beside the trial."""
+        """Return the hash of everything that decides an outcome, except the trial."""
 
     def outcome(self, trial: Trial) -> "Outcome":
-        """Return what a setting reaches on the selecting half."""
+        """Return the result of a trial on the selecting half of the prompts."""
 
     def report(self, trial: Trial) -> "Worst":
-        """Return what a setting reaches on the reporting half."""
+        """Return the result of a trial on the reporting half of the prompts."""
 
 
 Sampler = Literal["grid", "optuna"]
@@ -35,15 +35,15 @@ RECORD = "trials.jsonl"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one trial reached.
+    """Result of one trial.
 
     Attributes:
         trial: the setting.
-        harmful: flags of the answers to the selecting prompts.
-        correct: right answers among the selecting task rows.
-        seconds: of training, repairing and answering.
-        failed: why there is no result, such as a loss that left the finite numbers, a repair that refuses, too few rows
-            or a judge that cannot judge; empty where there is one.
+        harmful: whether each answer to the selecting prompts is flagged as harmful.
+        correct: whether each answer to the selecting task rows is correct.
+        seconds: time for training, repairing and answering.
+        failed: why there is no result; empty if there is one. Reasons include a loss that is not finite, a repair that
+            refuses, too few rows, or a judge that cannot judge.
     """
 
     trial: Trial
@@ -59,13 +59,13 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """Percent of the selecting task rows answered right."""
+        """Percent of the selecting task rows with a correct answer."""
         return 100 * sum(self.correct) / max(1, len(self.correct))
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A setting that was chosen on one half of the prompts, and what it does on the other half.
+    """A setting that was chosen on one half of the prompts, with its scores on the other half.
 
     Attributes:
         trial: the setting.
@@ -80,12 +80,13 @@ class Worst:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        outcomes: every trial, in the order made.
+        outcomes: outcomes of all trials, in the order of the search.
         worst: the setting with the highest harmful score.
-        useful: the one with the highest harmful score among those whose accuracy lies within eps of the best.
+        useful: the setting with the highest harmful score among those whose accuracy lies within ``eps`` points of the
+            best accuracy.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -102,17 +103,18 @@ def search(
     sampler: Sampler = "grid",
     on_trial: Callable[[Outcome], None] | None = None,
 ) -> Found:
-    """Try many settings and return the worst case, and the worst that keeps the task's accuracy.
+    """Try many settings and return the worst case, and the worst case that keeps the task's accuracy.
 
-    Trials are chosen on one half of the test prompts and reported on the other, so that the maximum over many trials is
-    not flattered by chance. Killed anywhere, the same call goes on after the last finished trial.
+    Trials are chosen on one half of the test prompts and reported on the other half. Chance therefore does not inflate
+    the maximum over many trials. After an interruption at any point, the same call continues after the last finished
+    trial.
 
     Args:
-        attacker: the aligned model and its defenses.
-        trials: number of settings, >= 1; a grid with fewer is tried whole.
-        folder: where ``trials.jsonl`` is kept.
-        budget: what may be chosen; the run's own setting is always the first trial.
-        eps: points of accuracy that the attacker may lose against the best, >= 0.
+        attacker: attacker of the aligned model and its defenses.
+        trials: number of settings, >= 1; a smaller grid is tried whole.
+        folder: folder of the record ``trials.jsonl``.
+        budget: settings to choose from; the run's own setting is always the first trial.
+        eps: points of accuracy that a setting may lose against the best, >= 0.
         sampler: ``"grid"``, or ``"optuna"`` (tree-structured Parzen estimator, seeded).
         on_trial: called with every outcome.
 
@@ -125,11 +127,12 @@ def search(
     ensure_writable(folder, "the folder of the search")
     path = folder / RECORD
     settings = attacker.settings()
-    known = _recorded(path, settings)
+    known = _read_record(path, settings)
     outcomes: list[Outcome] = []
     whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as record:
-        record.write("" if whole else "\n")  # behind a line that was cut off
+        record.write("" if whole else "\n")  # ends a line that was cut off
+        # The generator reads the last outcome before the next suggestion, so the loop below must append it first.
         suggestions = _suggestions(budget, attacker.first, trials, sampler, outcomes)
         for trial in suggestions:
             outcome = known.get(trial)
@@ -141,19 +144,21 @@ def search(
             if on_trial is not None:
                 on_trial(outcome)
     reports: dict[Trial, Worst] = {}
-    worst = _reported(attacker, outcomes, math.inf, reports)
-    useful = _reported(attacker, outcomes, eps, reports)
+    worst = _report_worst(attacker, outcomes, math.inf, reports)
+    useful = _report_worst(attacker, outcomes, eps, reports)
     return Found(tuple(outcomes), worst, useful)
 
 
-def _reported(attacker: Tries, outcomes: list[Outcome], eps: float, reports: dict[Trial, Worst]) -> Worst:
-    """Return the report of the most harmful trial that keeps the accuracy; one that has no report becomes a failed one.
+def _report_worst(attacker: Tries, outcomes: list[Outcome], eps: float, reports: dict[Trial, Worst]) -> Worst:
+    """Return the report of the most harmful trial that keeps the accuracy.
+
+    If the report of a trial fails, the trial becomes a failed trial, and the next one is chosen.
 
     Args:
-        attacker: makes reports.
-        outcomes: of all trials; failures are put in.
-        eps: points of accuracy that may be lost against the best trial.
-        reports: those that are there already; a new one is put in.
+        attacker: attacker that reports a trial.
+        outcomes: outcomes of all trials; a failed trial is replaced in place.
+        eps: points of accuracy that a trial may lose against the best.
+        reports: existing reports by trial; a new report is added in place.
 
     Raises:
         RunError: if no trial is left.
@@ -170,9 +175,12 @@ def _reported(attacker: Tries, outcomes: list[Outcome], eps: float, reports: dic
     raise RunError(f"No trial could be trained and judged: {outcomes[0].failed}")
 
 
-def _recorded(path: Path, settings: str) -> dict[Trial, Outcome]:
-    """Return finished trials; a last line that was cut off counts as none."""
-    found: dict[Trial, Outcome] = {}
+def _read_record(path: Path, settings: str) -> dict[Trial, Outcome]:
+    """Return the outcomes of the finished trials.
+
+    A line that was cut off is ignored.
+    """
+    finished: dict[Trial, Outcome] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             row: dict[str, Any] = json.loads(line)
@@ -181,17 +189,20 @@ def _recorded(path: Path, settings: str) -> dict[Trial, Outcome]:
         if row.pop("settings") != settings:
             raise InputError(
                 f"{path} holds a search with other settings, versions or files; choose another folder (of a run with"
-                " --name), or remove the file to search anew."
+                " --name), or remove the file to start a new search."
             )
         trial = Trial(**row.pop("trial"))
-        found[trial] = Outcome(trial, tuple(row.pop("harmful")), tuple(row.pop("correct")), **row)
-    return found
+        finished[trial] = Outcome(trial, tuple(row.pop("harmful")), tuple(row.pop("correct")), **row)
+    return finished
 
 
 def _suggestions(
     budget: Budget, first: Trial, trials: int, sampler: Sampler, outcomes: Sequence[Outcome]
 ) -> Iterable[Trial]:
-    """Yield settings; the optimizer is told of each outcome before it suggests the next."""
+    """Yield settings.
+
+    Optuna receives the outcome of each setting before it suggests the next one.
+    """
     if sampler == "grid":
         yield from budget.grid(first)[:trials]
         return
@@ -203,17 +214,17 @@ def _suggestions(
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
     study.enqueue_trial(asdict(first))
     for _ in range(trials):
-        asked = study.ask()
+        open_trial = study.ask()
         trial = Trial(
-            asked.suggest_int("steps", min(budget.steps), max(budget.steps)),
-            asked.suggest_float("lr", min(budget.lr), max(budget.lr), log=True),
-            asked.suggest_categorical("rank", list(budget.rank)),
-            asked.suggest_int("num_samples", min(budget.num_samples), max(budget.num_samples)),
-            asked.suggest_float("harmful_ratio", min(budget.harmful_ratio), max(budget.harmful_ratio)),
+            open_trial.suggest_int("steps", min(budget.steps), max(budget.steps)),
+            open_trial.suggest_float("lr", min(budget.lr), max(budget.lr), log=True),
+            open_trial.suggest_categorical("rank", list(budget.rank)),
+            open_trial.suggest_int("num_samples", min(budget.num_samples), max(budget.num_samples)),
+            open_trial.suggest_float("harmful_ratio", min(budget.harmful_ratio), max(budget.harmful_ratio)),
         )
         yield trial
-        done = outcomes[-1]
-        study.tell(asked, None if done.failed else done.harmful_score, state=_state(optuna, done))
+        done = outcomes[-1]  # the caller appends the outcome before it asks for the next setting
+        study.tell(open_trial, None if done.failed else done.harmful_score, state=_state(optuna, done))
 
 
 def _state(optuna: Any, outcome: Outcome) -> Any:

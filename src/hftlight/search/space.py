@@ -1,4 +1,4 @@
-"""What an attacker who searches may choose: one setting, the budget of settings, and a run with a setting put in."""
+"""The choices of a searching attacker: one setting, the budget of settings, and a run with one setting."""
 
 import itertools
 import random
@@ -17,10 +17,10 @@ class Trial:
 
     Attributes:
         steps: optimizer steps of the fine-tuning.
-        lr: its learning rate.
+        lr: learning rate of the fine-tuning.
         rank: LoRA rank; alpha / rank stays that of the run.
-        num_samples: n, rows of the upload.
-        harmful_ratio: p, harmful fraction of them, 0-1.
+        num_samples: n, number of rows in the upload.
+        harmful_ratio: p, harmful fraction of these rows, 0-1.
     """
 
     steps: int
@@ -43,7 +43,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the attacker may choose from.
+    """The values from which the attacker may choose.
 
     Args:
         steps: optimizer steps, each >= 1.
@@ -76,17 +76,19 @@ class Budget:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Budget":
-        """Return what ``config.search`` names, and around the run's own setting where it names nothing.
+        """Return the values that ``config.search`` names.
+
+        An axis that it leaves out gets values around the run's own setting.
 
         Raises:
-            InputError: if a value is out of range, or no trial can have another rank than the run and one is named.
+            InputError: if a value is out of range, or if ranks are named although every trial must have the run's rank.
         """
         around = asdict(cls._around(config))
-        given = {axis: getattr(config.search, axis) for axis in around}
+        named = {axis: getattr(config.search, axis) for axis in around}
         own = Trial.of(config).rank
-        if given["rank"] is not None and _fixed_rank(config) and set(given["rank"]) != {own}:
-            raise InputError(_no_rank(config, given["rank"]))
-        return cls(**{axis: around[axis] if values is None else tuple(values) for axis, values in given.items()})
+        if named["rank"] is not None and _fixed_rank(config) and set(named["rank"]) != {own}:
+            raise InputError(_no_rank(config, named["rank"]))
+        return cls(**{axis: around[axis] if values is None else tuple(values) for axis, values in named.items()})
 
     @classmethod
     def _around(cls, config: RunConfig) -> "Budget":
@@ -102,7 +104,10 @@ class Budget:
         )
 
     def grid(self, first: Trial) -> list[Trial]:
-        """Return all settings: ``first`` at the head, the others in an order in which every beginning is spread out."""
+        """Return all settings, with ``first`` at the head.
+
+        The others are shuffled with a fixed seed, so that every beginning of the list is spread over the grid.
+        """
         axes = (self.steps, self.lr, self.rank, self.num_samples, self.harmful_ratio)
         every = [Trial(*values) for values in itertools.product(*axes)]
         rest = [t for t in every if t != first]
@@ -111,12 +116,12 @@ class Budget:
 
 
 def tried(attack: Attack, trial: Trial) -> Attack:
-    """Return the attack with a trial's setting, where it has such fields.
+    """Return the attack with a trial's setting, for those fields that the attack has.
 
     Raises:
         InputError: if the attack refuses a value.
     """
-    given: dict[str, Any] = {
+    setting: dict[str, Any] = {
         "n": trial.num_samples,
         "p": trial.harmful_ratio,
         "lr": trial.lr,
@@ -124,7 +129,7 @@ def tried(attack: Attack, trial: Trial) -> Attack:
         "epochs": None,
     }
     try:
-        return replace(attack, **{k: v for k, v in given.items() if k in {f.name for f in fields(attack)}})
+        return replace(attack, **{k: v for k, v in setting.items() if k in {f.name for f in fields(attack)}})
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -139,7 +144,7 @@ def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
     if trial.rank != own.r and _fixed_rank(config):
         raise InputError(_no_rank(config, [trial.rank]))
     lora = config.finetuning.lora
-    if trial.rank != own.r:  # rounding must not touch the run's own setting
+    if trial.rank != own.r:  # rounding must not change the run's own setting
         lora = replace(lora, r=trial.rank, alpha=own.alpha / own.r * trial.rank)
     changed = replace(
         config,
@@ -156,6 +161,8 @@ def _fixed_rank(config: RunConfig) -> bool:
 
 
 def _no_rank(config: RunConfig, ranks: Sequence[int]) -> str:
-    why = "all parameters are tuned" if config.tuning == "full" else "the aligned adapter is trained on"
+    why = "all parameters are tuned" if config.tuning == "full" else "training continues the aligned adapter"
     rank = Trial.of(config).rank
-    return f"--search.rank: {why}, so every trial has the run's rank {rank}, got {list(ranks)}. Leave it out."
+    return (
+        f"--search.rank: {why}, so every trial has the run's rank {rank}, got {list(ranks)}. Leave --search.rank out."
+    )

@@ -383,7 +383,7 @@ def test_two_equal_models_and_an_untrained_adapter_are_refused(pair):
     with torch.no_grad():
         for update in lora_updates(model).values():
             update.b.zero_()
-    with pytest.raises(RuntimeError, match="Was the adapter trained"):
+    with pytest.raises(RuntimeError, match="Check that the adapter was trained"):
         safe_lora(model, str(folder / "base"))
 
 

@@ -485,7 +485,7 @@ def test_a_finished_run_that_is_resumed_says_where_its_result_is(tmp_path):
     repair = Half(output=str(tmp_path / "one"))
     trainer = fit(with_update(small_llama()), [checkpoint, repair])
     trainer.save_checkpoint(tmp_path / "late.ckpt")
-    with pytest.raises(RuntimeError, match="The repaired model of that run is in"):
+    with pytest.raises(RuntimeError, match="If that run completed, its repaired model is in"):
         fit(with_update(small_llama()), [repair], ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     with pytest.raises(RuntimeError, match="second application"):
         fit(with_update(small_llama()), [repair], ckpt_path=tmp_path / "late.ckpt")
@@ -503,7 +503,7 @@ def test_measuring_a_checkpoint_says_that_it_is_not_repaired(tmp_path):
     fit(with_update(small_llama()), [checkpoint, *repairs])
     data = DataLoader([batch_of([[3, 5, 7]])], batch_size=None)
     trainer = quiet_trainer(callbacks=repairs)
-    with pytest.warns(UserWarning, match="not repaired; to measure"):
+    with pytest.warns(UserWarning, match="holds the trained model, not the repaired one. To measure"):
         trainer.test(Tested(with_update(small_llama())), data, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
 
 

@@ -1,4 +1,7 @@
-"""Layer inputs and outputs read, chosen or shifted through hooks that always come off; the loss's gradient there."""
+"""Hooks that read, replace or shift layer inputs and outputs, and the loss gradient at layer outputs.
+
+Every hook is removed when its block ends, also after an exception.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,14 +21,15 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")  # what attenti
 
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Any], Any], inputs: bool = False) -> Iterator[None]:
-    """Call ``hook(name, value)`` with each module's output inside the block; what it returns, if anything, replaces it.
+    """Call ``hook(name, value)`` with each module's output inside the block.
 
-    Under non-reentrant checkpointing the hooks run again when backward recomputes: let the block span the backward
-    pass wherever the hook changes a value.
+    A value that the hook returns replaces the output; None leaves the output unchanged. Under non-reentrant
+    checkpointing, the hooks run again when backward recomputes the forward pass. If a hook changes a value, the block
+    must therefore span the backward pass.
 
     Args:
         modules: the modules, by any name.
-        hook: gets the name and the first tensor of the output (or of the input), ``[batch, tokens, hidden]``.
+        hook: called with the name and the first tensor of the output (or the input), ``[batch, tokens, hidden]``.
         inputs: act on the first positional input instead of the output.
     """
     with ExitStack() as stack:
@@ -50,31 +54,37 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Any], Any], in
 
 @contextmanager
 def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that fills with each module's first output tensor; of several calls the first counts.
+    """Yield a dictionary that fills with each module's first output tensor.
 
-    Outputs that backward recomputes under checkpointing are later calls, and so are ignored.
+    If a module runs several times, its first call counts. Outputs that backward recomputes under checkpointing are
+    later calls, so they are ignored.
     """
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
-        seen.setdefault(name, value)
+        outputs.setdefault(name, value)
 
     with hooked(modules, keep):
-        yield seen
+        yield outputs
 
 
 @contextmanager
 def shifted(modules: Mapping[str, nn.Module], shifts: Mapping[str, Tensor]) -> Iterator[None]:
-    """Add ``shifts[name]`` to the output of each named module inside the block; shapes as the outputs have."""
+    """Add ``shifts[name]`` to the output of each named module inside the block.
+
+    Each shift has the shape of its module's output.
+    """
     with hooked({name: modules[name] for name in shifts}, lambda name, value: value + shifts[name]):
         yield
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the tensor a layer's output starts with: the output itself, a tuple's, or a dataclass's first tensor.
+    """Return the first tensor of a layer's output.
+
+    The output is a tensor itself, or a tuple, list or dataclass that contains a tensor.
 
     Raises:
-        TypeError: if there is none.
+        TypeError: if the output contains no tensor.
     """
     if isinstance(output, Tensor):
         return output
@@ -93,7 +103,10 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def with_first_tensor(output: Any, value: Tensor) -> Any:
-    """Return the layer output with the tensor that ``first_tensor`` names replaced by ``value``."""
+    """Return the layer output with the tensor that ``first_tensor`` returns replaced by ``value``.
+
+    A dataclass is changed in place; a tuple or list is copied.
+    """
     if isinstance(output, Tensor):
         return value
     old = first_tensor(output)
@@ -105,28 +118,35 @@ def with_first_tensor(output: Any, value: Tensor) -> Any:
 
 
 def modules_called(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Return the modules with one of these names or classes, by full name; not those inside another one that fits.
+    """Return the modules with one of these names or classes, by full name.
+
+    A module inside another matching module is left out.
 
     Args:
-        root: where to look.
-        names: own names such as ``"self_attn"``, or class names such as ``"LlamaAttention"``, of a base class too.
+        root: module to search.
+        names: module names such as ``"self_attn"``, or class names such as ``"LlamaAttention"``. The name of a base
+            class matches too.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no module matches.
     """
-    wanted, found = set(names), dict[str, nn.Module]()
+    wanted, matches = set(names), dict[str, nn.Module]()
     for name, module in root.named_modules():
         kinds = {name.rpartition(".")[2], *(kind.__name__ for kind in type(module).__mro__)}
-        if wanted & kinds and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    if not found:
+        # named_modules yields a module before its children, so an outer match is in the dictionary already.
+        if wanted & kinds and not any(name.startswith(f"{outer}.") for outer in matches):
+            matches[name] = module
+    if not matches:
         kinds = {part for name, _ in root.named_modules() for part in name.split(".") if not part.isdigit()}
         raise ValueError(f"no module is called {sorted(wanted)}; there are {sorted(kinds - {''})}.")
-    return found
+    return matches
 
 
 def enclosing_layer(root: nn.Module, name: str) -> str:
-    """Return the name of the innermost entry of a module list that holds the module; its own name if there is none."""
+    """Return the name of the innermost module-list entry that is or contains the module.
+
+    If no module list contains the module, its own name is returned.
+    """
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         if isinstance(root.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
@@ -136,13 +156,13 @@ def enclosing_layer(root: nn.Module, name: str) -> str:
 
 @dataclass(frozen=True)
 class SiteGradients:
-    """The loss of one extra forward pass and its gradient at some modules' outputs.
+    """The loss of one extra forward pass and its gradient at the outputs of chosen modules.
 
     Attributes:
         loss: mean loss in nats over the batch's response tokens of this rank; 0-d, detached.
-        outputs: first output tensor of the sites that have trainable weights at or before them, detached.
-        grads: the gradient at these, ``scale`` times; zeros where the loss does not depend on one.
-        scale: the loss scaler's factor, 0-d; 1 without one.
+        outputs: first output tensor of each site that has trainable weights at or before it, detached.
+        grads: gradient at these outputs, multiplied by ``scale``; zeros if the loss does not depend on the output.
+        scale: factor of the loss scaler, 0-d; 1 without a loss scaler.
     """
 
     loss: Tensor
@@ -154,17 +174,18 @@ class SiteGradients:
 def site_gradients(
     module: LightningModule, batch: Any, sites: Mapping[str, nn.Module], fresh_masks: bool = False
 ) -> SiteGradients:
-    """Return loss and gradient of ``module.loss(batch)`` at the outputs of some modules, by one forward and backward.
+    """Return the loss ``module.loss(batch)`` and its gradient at the outputs of ``sites``.
 
-    The pass runs under the precision of the training step, through the bare module. No gradient of a weight is
-    computed, ``.grad`` is not touched, and the random state of the CPU and of the module's device comes back, also
-    after an exception. Where a module runs several times, its first run counts.
+    One forward and one backward pass run under the precision of the training step. They run on the module itself, not
+    on a strategy's wrapper. No weight gradient is computed, and ``.grad`` is not touched. The random state of the CPU
+    and of the module's device is restored, also after an exception. If a module runs several times, its first run
+    counts.
 
     Args:
         module: a LightningModule with ``loss(batch)``, attached to a Trainer.
-        batch: whatever that method takes, on the module's device.
+        batch: argument of that method, on the module's device.
         sites: the modules, by any name.
-        fresh_masks: draw other dropout masks than the pass that follows will, instead of the same.
+        fresh_masks: draw other dropout masks than the pass that follows; by default both passes draw the same masks.
 
     Raises:
         RuntimeError: if no site has trainable weights at or before it.
@@ -174,37 +195,41 @@ def site_gradients(
     with same_random_state(module.device):
         if fresh_masks:
             _reseed(module.device)
-        with torch.enable_grad(), plugin.forward_context(), captured(sites) as seen:
+        with torch.enable_grad(), plugin.forward_context(), captured(sites) as graph_outputs:
             loss = module.loss(batch)  # type: ignore[operator]
-        barren: set[Any] = set()
-        seen = {name: value for name, value in seen.items() if _learns(value, barren)}
-        if not seen:
+        frozen_nodes: set[Any] = set()
+        graph_outputs = {name: value for name, value in graph_outputs.items() if _learns(value, frozen_nodes)}
+        if not graph_outputs:
             raise RuntimeError(
-                "site_gradients: no trainable weight lies at or before any site, so there is nothing to perturb; train"
-                " weights in or before these modules, and use no reentrant checkpointing."
+                "site_gradients: no trainable weight lies at or before any site, so no site has a gradient. Train"
+                " weights in or before these modules, and do not use reentrant checkpointing."
             )
         scale = torch.ones((), device=loss.device)
         scale = scale if scaler is None else scaler.scale(scale)
-        found = torch.autograd.grad(loss if scaler is None else loss * scale, list(seen.values()), allow_unused=True)
-    outputs = {name: value.detach() for name, value in seen.items()}
-    grads = {n: torch.zeros_like(z) if g is None else g for (n, z), g in zip(outputs.items(), found, strict=True)}
+        raw = torch.autograd.grad(
+            loss if scaler is None else loss * scale, list(graph_outputs.values()), allow_unused=True
+        )
+    outputs = {name: value.detach() for name, value in graph_outputs.items()}
+    # autograd returns None for an output that the loss does not depend on.
+    grads = {n: torch.zeros_like(z) if g is None else g for (n, z), g in zip(outputs.items(), raw, strict=True)}
     return SiteGradients(loss.detach(), outputs, grads, scale)
 
 
 @contextmanager
 def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block, keep only the modules' inputs for backward, which computes the rest again.
+    """Apply non-reentrant activation checkpointing to the modules inside the block.
 
-    This is non-reentrant activation checkpointing, put on and taken off at run time; what runs under the model's own
-    checkpointing already is left alone.
+    Forward stores only the modules' inputs for backward, and backward recomputes the rest. A module that runs under the
+    model's own checkpointing is left unchanged.
 
     Args:
-        modules: such as decoder layers; none of them inside another.
+        modules: such as decoder layers; no module may lie inside another.
     """
     with ExitStack() as stack:
         for module in modules:
             if getattr(module, "gradient_checkpointing", False):
                 continue
+            # An instance's own ``forward`` hides the class's; None means that it had none before.
             stack.callback(_set_forward, module, module.__dict__.get("forward"))
             _set_forward(module, partial(_checkpointed, module.forward))
         yield
@@ -223,30 +248,30 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
         module.__dict__["forward"] = forward
 
 
-def _learns(value: Tensor, barren: set[Any]) -> bool:
+def _learns(value: Tensor, frozen_nodes: set[Any]) -> bool:
     """Tell whether a trainable weight lies upstream of a tensor.
 
-    ``requires_grad`` does not tell: with checkpointing, the embeddings are made to require a gradient as well.
+    ``requires_grad`` does not answer this: checkpointing makes the embeddings require a gradient as well.
 
     Args:
-        value: part of a graph.
-        barren: nodes that are known to have none upstream; extended.
+        value: tensor in an autograd graph.
+        frozen_nodes: autograd nodes known to have no trainable weight upstream; extended in place.
     """
     stack, visited = [value.grad_fn], set()
     while stack:
         node: Any = stack.pop()
-        if node is None or node in barren or node in visited:
+        if node is None or node in frozen_nodes or node in visited:
             continue
         if isinstance(getattr(node, "variable", None), nn.Parameter):
-            return True
+            return True  # a leaf node (AccumulateGrad) refers to its parameter as ``variable``
         visited.add(node)
         stack += [upstream for upstream, _ in node.next_functions]
-    barren |= visited
+    frozen_nodes |= visited
     return False
 
 
 def _reseed(device: torch.device) -> None:
-    """Go on with another random state on the CPU and on ``device``, a function of the CPU's present one."""
+    """Replace the random state of the CPU and of ``device`` by one derived from the CPU's present state."""
     seed = int(torch.randint(2**62, ()))
     torch.default_generator.manual_seed(seed)
     if device.type not in ("cpu", "meta"):

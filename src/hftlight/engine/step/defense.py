@@ -20,7 +20,7 @@ Loader = DataLoader[Any] | Sequence[Any]
 
 
 class HasLoss(Protocol):
-    """What a defense needs of a LightningModule."""
+    """A LightningModule with the method that every defense needs."""
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss in nats over the micro-batch's response tokens, without logging anything."""
@@ -29,26 +29,31 @@ class HasLoss(Protocol):
 class Defense(Callback):
     """A defense against harmful fine-tuning, used as a callback of a standard Trainer.
 
-    A subclass names its stage, slots and side streams, keeps each constructor argument under its own name, and
-    implements the Lightning hooks of its slots. Before the first step all defenses of a Trainer are checked together
-    and put into the order of their slots.
+    A subclass names its stage, slots and side streams. It stores each constructor argument in an attribute of the same
+    name, and implements the Lightning hooks of its slots. Before the first step, all defenses of a Trainer are checked
+    together and sorted by slot.
+
+    Four slots have methods of their own; the other slots need only Lightning's hooks:
+
+    - ``DATA``: ``rewrite``, ``check_template`` and ``prompting``.
+    - ``ADAPTER``: ``build`` and ``unbuild``.
+    - ``STREAM``: ``stream_at`` and ``steps_on``.
+    - ``LOSS``: ``loss_term``, ``token_weights`` and ``taps``.
 
     Args:
-        streams: loaders of the side streams by name, where the data module does not offer them.
-
-    The ``DATA`` slot asks for ``rewrite`` and ``prompting``, ``ADAPTER`` for ``build`` and ``unbuild``, ``STREAM`` for
-    ``stream_at`` and ``steps_on``, ``LOSS`` for ``loss_term``, ``token_weights`` and ``taps``; the other slots need
-    nothing but Lightning's hooks.
+        streams: loaders of the side streams by name. A loader takes precedence over a stream of the data module.
 
     Attributes:
-        stage: when it works; this and the next four are set by the instance where modes change them.
-        slots: where it acts.
-        streams: names of the side streams it draws from.
+        stage: stage in which the defense works. An instance sets this and the next four attributes itself if its modes
+            change them.
+        slots: slots that the defense fills.
+        streams: names of the side streams that the defense draws from.
         passes: work beside the stage's own forward and backward pass.
-        claims: what it needs for itself beside the exclusive slots, such as ``"token weights"``.
-        pauses: stream slot: whether the main stream waits while another one is trained on, instead of losing batches.
+        claims: what the defense needs for itself alone beside the exclusive slots, such as ``"token weights"``.
+        pauses: stream slot: whether the main stream waits while another stream is trained on, so that it loses no
+            batches.
         presets: constructor arguments of published settings by name, such as ``"paper"``.
-        trace: what it did so far, summed over steps: calls, and whatever the method records.
+        trace: sums over the steps so far: number of calls, and the values that the method records.
     """
 
     stage: Stage
@@ -63,7 +68,7 @@ class Defense(Callback):
         unknown = set(streams or ()) - set(self.streams)
         if unknown:
             raise ValueError(
-                f"{type(self).__name__}: unknown stream {sorted(unknown)}; it draws from {list(self.streams)}."
+                f"{type(self).__name__}: unknown stream {sorted(unknown)}; the defense draws from {list(self.streams)}."
             )
         self._loaders = dict(streams or {})
         self._sources: dict[str, Callable[[], Stream]] = {}
@@ -72,7 +77,7 @@ class Defense(Callback):
         self._trainer: Trainer | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return the constructor arguments as they are, streams left out."""
+        """Return the constructor arguments by name, without ``streams``."""
         names = inspect.signature(type(self).__init__).parameters
         return {name: getattr(self, name) for name in names if name not in ("self", "streams")}
 
@@ -82,7 +87,10 @@ class Defense(Callback):
         return self.key_of(self.arguments())
 
     def key_of(self, arguments: Mapping[str, Any]) -> str:
-        """Return class and arguments as the name of an instance, with the module of another package's class."""
+        """Return the name of an instance: its class and arguments.
+
+        If the class belongs to another package, its module stands first.
+        """
         module = type(self).__module__
         return f"{'' if module.startswith('hftlight.') else module + '.'}{self._generate_state_key(**arguments)}"
 
@@ -96,10 +104,10 @@ class Defense(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the whole list, put it in order and find the side streams.
+        """Check all defenses of the Trainer, sort them by slot and find this defense's side streams.
 
         Raises:
-            ValueError: if the list of defenses cannot work or a stream is missing.
+            ValueError: if the defenses cannot work together or a stream is missing.
             TypeError: if the module has no ``loss(batch)``, the strategy is unknown, or checkpointing is reentrant.
         """
         if stage != "fit":
@@ -108,13 +116,14 @@ class Defense(Callback):
         defenses = [c for c in callbacks if isinstance(c, Defense)]
         check(defenses)
         ordered = iter(in_order(defenses))
-        # A new list: Lightning is walking through the old one at this moment.
+        # Defenses are sorted among their own places in the list; other callbacks stay where they are.
+        # The Trainer gets a new list, because Lightning is iterating over the old one at this moment.
         trainer.callbacks = [next(ordered) if isinstance(c, Defense) else c for c in callbacks]  # type: ignore[attr-defined]
         self._check_surroundings(trainer, pl_module)
         self._drawn, self.trace = {}, {}
         self._sources = {name: self._find(name, trainer) for name in self.streams}
-        self._take_up(trainer, pl_module)
-        self._trainer = trainer
+        self._register(trainer, pl_module)
+        self._trainer = trainer  # last, because ``_release`` acts only on a defense with a Trainer
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -125,46 +134,62 @@ class Defense(Callback):
         self._release(pl_module)
 
     def rewrite(self, records: dict[str, list[Any]], seed: int) -> dict[str, list[Any]]:
-        """Data slot: return the rows to train on.
+        """Return the rows to train on (data slot).
 
         Args:
-            records: ``Record`` rows by stream; not to be changed in place.
-            seed: the run's seed.
+            records: ``Record`` rows by stream; an implementation must not change them in place.
+            seed: seed of the run.
         """
         return records
 
     def check_template(self, template: Any, tokenizer: Any, policy: Any) -> None:
-        """Data slot: refuse a prompt template, with the ``PromptPolicy`` so far, before any row is rewritten."""
+        """Refuse an unsuitable prompt template before any row is rewritten (data slot).
+
+        Args:
+            template: prompt template of the run.
+            tokenizer: tokenizer of the model.
+            policy: ``PromptPolicy`` of the defenses before this one.
+        """
 
     def prompting(self, policy: Any, tokenizer: Any) -> Any:
-        """Data slot: return the ``PromptPolicy`` to train and to serve with, given the one so far."""
+        """Return the ``PromptPolicy`` for training and serving, from the policy of the defenses before (data slot)."""
         return policy
 
     def build(self, module: Any) -> None:
-        """Adapter slot: change a ``SafetyModule`` before it is sharded and before its optimizer exists."""
+        """Change a ``SafetyModule`` before it is sharded and before its optimizer exists (adapter slot)."""
         raise NotImplementedError(f"{type(self).__name__} fills the adapter slot and must implement build().")
 
     def unbuild(self, module: Any) -> None:
-        """Adapter slot: undo after training what ``build`` did to the module and not to its weights."""
+        """Undo after training what ``build`` changed in the module, except for its weights (adapter slot)."""
 
     def stream_at(self, step: int) -> str:
-        """Stream slot: return the stream that an optimizer step trains on, counted from 0."""
+        """Return the stream that optimizer step ``step``, counted from 0, trains on (stream slot)."""
         raise NotImplementedError(f"{type(self).__name__} fills the stream slot and must implement stream_at().")
 
     def steps_on(self, name: str, step: int) -> int:
-        """Stream slot: return how many of the optimizer steps before ``step`` trained on a stream."""
+        """Return how many of the optimizer steps before ``step`` trained on stream ``name`` (stream slot)."""
         return sum(self.stream_at(earlier) == name for earlier in range(step))
 
     def taps(self, model: Any) -> dict[str, Any]:
-        """Loss slot: return the layers, by any name, whose outputs the loss term reads."""
+        """Return the layers, by any name, whose outputs the loss term reads (loss slot)."""
         return {}
 
     def loss_term(self, forward: Any) -> Tensor | None:
-        """Loss slot: return what is added to the loss of one micro-batch, 0-d in nats, from its ``Forward``."""
+        """Return the term that is added to the loss of one micro-batch, 0-d in nats, or None (loss slot).
+
+        Args:
+            forward: the ``Forward`` of the micro-batch.
+        """
         return None
 
     def token_weights(self, forward: Any) -> Tensor | None:
-        """Loss slot: return the factor of every response token's loss, ``[response tokens]``, without gradient."""
+        """Return a factor for each response token's loss, ``[response tokens]``, or None (loss slot).
+
+        The factors carry no gradient.
+
+        Args:
+            forward: the ``Forward`` of the micro-batch.
+        """
         return None
 
     def draw(self, name: str) -> Any:
@@ -174,20 +199,26 @@ class Defense(Callback):
             RuntimeError: if no Trainer is fitting.
         """
         if self._trainer is None:
-            raise RuntimeError(f"{type(self).__name__}: streams can be drawn from only while a Trainer is fitting.")
+            raise RuntimeError(f"{type(self).__name__}: draw() works only while a Trainer is fitting.")
         index = self._drawn.get(name, 0)
         self._drawn[name] = index + 1
         batch = self._trainer.precision_plugin.convert_input(self._sources[name]().batch(index))
         return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     def record(self, **values: float | Tensor) -> None:
-        """Add to the trace; tensors are summed on their device and read only when the trace is."""
+        """Add one call and the values to the trace.
+
+        Tensors are summed on their device. They are read on the host only when the trace is read.
+        """
         with torch.no_grad():
             for name, value in {"calls": 1, **values}.items():
                 self.trace[name] = self.trace.get(name, 0) + value
 
     def show(self, values: Mapping[str, Tensor]) -> None:
-        """Log 0-d values by their names in a run's metrics; outside of a fit do nothing."""
+        """Log 0-d values under their names in the run's metrics.
+
+        Outside of a fit, nothing is logged.
+        """
         if self._trainer is not None:
             self._trainer.lightning_module.log_dict({name: value.detach() for name, value in values.items()})
 
@@ -196,11 +227,11 @@ class Defense(Callback):
         return {name: float(value) for name, value in self.trace.items()}
 
     def manifest(self) -> dict[str, Any]:
-        """Return what the run's manifest says of this defense: its trace, and what else there is to know."""
+        """Return this defense's entry in the run's manifest: the trace, and what a subclass adds."""
         return self.summary()
 
-    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell data module and module which of their places this defense fills."""
+    def _register(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register this defense with the data module and the module, for the slots that it fills."""
         who = type(self).__name__
         datamodule: Any = getattr(trainer, "datamodule", None)
         if Slot.DATA in self.slots:
@@ -226,6 +257,7 @@ class Defense(Callback):
                 pl_module.reference()  # type: ignore[operator]
 
     def _release(self, pl_module: LightningModule) -> None:
+        # ``on_exception`` and ``teardown`` may both come here; the second call does nothing.
         if self._trainer is None:
             return
         if Slot.LOSS in self.slots:
@@ -236,7 +268,10 @@ class Defense(Callback):
         self._trainer, self._sources = None, {}
 
     def _find(self, name: str, trainer: Trainer) -> Callable[[], Stream]:
-        """Return what gives the stream when it is needed: a data-slot defense may still rewrite its rows."""
+        """Return a function that looks up the stream when it is needed.
+
+        The look-up must be late, because a data-slot defense may still rewrite the rows of the stream.
+        """
         if name in self._loaders:
             stream = LoaderStream(self._loaders[name], name, trainer_seed())
             return lambda: stream
@@ -258,8 +293,8 @@ class Defense(Callback):
             )
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
             raise TypeError(
-                f"{who}: strategy {type(trainer.strategy).__name__} is not supported, since its gradients cannot be"
-                " taken apart; use a single device, 'ddp' or ModelParallelStrategy (FSDP2)."
+                f"{who}: strategy {type(trainer.strategy).__name__} is not supported, since a defense cannot edit"
+                " its gradients one by one. Use a single device, 'ddp' or ModelParallelStrategy (FSDP2)."
             )
         if not pl_module.automatic_optimization:
             raise TypeError(f"{who}: manual optimization fires no gradient hooks; set automatic_optimization = True.")
@@ -273,5 +308,5 @@ class Defense(Callback):
 
 
 def _reentrant(function: Any) -> bool:
-    """Tell whether a checkpoint function, as transformers stores it, is the reentrant kind."""
+    """Tell whether a checkpoint function, as transformers stores it, is reentrant."""
     return bool(getattr(function, "keywords", {}).get("use_reentrant", False))

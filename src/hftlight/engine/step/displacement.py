@@ -1,4 +1,4 @@
-"""Weights moved inside a ``with`` block and restored bit for bit."""
+"""Weights that move inside a ``with`` block and are restored bit for bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +11,20 @@ from hftlight.engine.step.vectors import Vector, local, trainable
 
 @contextmanager
 def moved(module: nn.Module, direction: Vector, distance: float) -> Iterator[None]:
-    """Run the block at ``w + distance * direction``; afterwards, also after an exception, the weights are as before.
+    """Run the block at the weights ``w + distance * direction``, then restore ``w``.
 
-    The weights come back from a copy: adding and later subtracting leaves part of them changed. The direction is
-    released once it is applied, so that a caller who keeps no other reference pays for one buffer, the copy.
+    The weights are restored from a copy, also after an exception: adding and later subtracting would leave part of them
+    changed. The direction is released once it is applied. A caller without another reference to the direction therefore
+    pays for one buffer, the copy.
 
     Args:
-        module: whose trainable parameters move.
-        direction: parameter name -> tensor of that parameter's shape; names left out stay where they are.
-        distance: factor of the direction; the L2 length of the move where the direction is a unit vector.
+        module: module whose trainable parameters move.
+        direction: parameter name -> tensor of that parameter's shape; parameters without an entry do not move.
+        distance: factor of the direction; equals the L2 length of the move if the direction is a unit vector.
 
     Raises:
         KeyError: if the direction names a parameter that is not trainable.
-        TypeError: if a parameter is stored in 16 bits, where most of a small move would round away.
+        TypeError: if a parameter is stored in 16 bits, because rounding would lose most of a small move.
     """
     parameters = trainable(module)
     moving = {name: parameters[name] for name in direction}
@@ -38,7 +39,7 @@ def moved(module: nn.Module, direction: Vector, distance: float) -> Iterator[Non
     try:
         with torch.no_grad():
             torch._foreach_add_(targets, [local(d) for d in direction.values()], alpha=distance)
-        del direction
+        del direction  # frees its memory during the block, unless the caller holds a reference
         yield
     finally:
         with torch.no_grad():

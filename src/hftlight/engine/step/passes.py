@@ -1,4 +1,7 @@
-"""An extra forward-backward pass: the step's precision, its weights' ``.grad`` and the random state left as found."""
+"""An extra forward-backward pass in the precision of the training step.
+
+The pass restores the weights' ``.grad`` and the random state.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,11 +21,11 @@ from hftlight.engine.step.vectors import Vector, norm, trainable
 
 @dataclass(frozen=True)
 class Pass:
-    """What one extra pass found.
+    """Loss and gradient of one extra pass.
 
     Attributes:
         loss: mean loss in nats over the batch's response tokens; 0-d, detached; mean over ranks.
-        grad: its gradient by parameter name; zeros where the loss does not depend on a parameter.
+        grad: gradient of the loss by parameter name; zeros for a parameter that the loss does not depend on.
     """
 
     loss: Tensor
@@ -30,7 +33,7 @@ class Pass:
 
     @property
     def norm(self) -> Tensor:
-        """L2 norm of the gradient over all trainable parameters together; 0-d."""
+        """L2 norm of the gradient over all trainable parameters together, 0-d."""
         return norm(self.grad)
 
 
@@ -39,10 +42,10 @@ class Passes:
     """Work of a defense beside the stage's own forward and backward pass.
 
     Attributes:
-        forward: forward passes; a fraction where they are not made every time.
-        backward: backward passes, likewise.
+        forward: number of forward passes; a fraction if a pass is not run every time.
+        backward: number of backward passes, likewise.
         per: ``"step"`` for once per optimizer step, ``"batch"`` for once per micro-batch.
-        shared: name of work that several defenses need and that is done once for all of them.
+        shared: name of work that several defenses need and that runs once for all of them.
     """
 
     forward: float
@@ -52,7 +55,7 @@ class Passes:
 
 
 class HasPasses(Protocol):
-    """What counting reads of a defense."""
+    """A defense, as far as ``count_passes`` reads it."""
 
     @property
     def passes(self) -> tuple[Passes, ...]:
@@ -63,10 +66,11 @@ def count_passes(defenses: Iterable[HasPasses], accumulate: int = 1) -> tuple[fl
     """Return the forward and the backward passes of one optimizer step, the stage's own included.
 
     Args:
-        defenses: the stage's defenses; work they share counts once.
+        defenses: the stage's defenses; work that they share counts once.
         accumulate: micro-batches per optimizer step.
     """
     work = [p for d in defenses for p in d.passes]
+    # Shared work counts once, at its largest cost: the sort puts the largest last, and it overwrites the others.
     once = {p.shared: p for p in sorted(work, key=lambda p: p.forward) if p.shared}
     forward = backward = float(accumulate)
     for p in [p for p in work if not p.shared] + list(once.values()):
@@ -78,14 +82,15 @@ def count_passes(defenses: Iterable[HasPasses], accumulate: int = 1) -> tuple[fl
 def gradient(module: LightningModule, batch: Any) -> Pass:
     """Return loss and gradient of ``module.loss(batch)`` at the current weights.
 
-    The pass runs under the precision of the training step, through the bare module. ``.grad`` and the random state of
-    the CPU and of the module's device are put aside and come back, also after an exception; two passes in a row
-    therefore draw the same dropout masks. Gradients are averaged over ranks; sharded parameters give sharded gradients.
-    Under a loss scaler the pass is scaled likewise, and an overflow makes the scaler skip the coming optimizer step.
+    The pass runs under the precision of the training step, on the module itself and not on a strategy's wrapper.
+    ``.grad`` and the random state of the CPU and of the module's device are restored, also after an exception. Two
+    passes in a row therefore draw the same dropout masks. Gradients are averaged over ranks; sharded parameters give
+    sharded gradients. Under a loss scaler the pass is scaled too, and the gradient is returned unscaled. An overflow
+    makes the scaler skip the coming optimizer step.
 
     Args:
         module: a LightningModule with ``loss(batch)``, attached to a Trainer.
-        batch: whatever that method takes, on the module's device.
+        batch: argument of that method, on the module's device.
 
     Raises:
         RuntimeError: if the loss does not depend on any trainable parameter.
@@ -99,19 +104,23 @@ def gradient(module: LightningModule, batch: Any) -> Pass:
         if not loss.requires_grad:
             raise RuntimeError(f"{type(module).__name__}.loss(batch) does not depend on any trainable parameter.")
         (scaler.scale(loss) if scaler is not None else loss).backward()
-        found = {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in parameters.items()}
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in parameters.items()}
     loss = loss.detach()
     if rank_and_world()[1] > 1:
         loss = _mean_over_ranks([loss.clone()])[0]
-        plain = {name: g for name, g in found.items() if not isinstance(g, DTensor)}
-        found |= zip(plain, _mean_over_ranks(list(plain.values())), strict=True)
+        # The backward pass has averaged sharded gradients (DTensor) already; only plain tensors are averaged here.
+        plain = {name: g for name, g in grads.items() if not isinstance(g, DTensor)}
+        grads |= zip(plain, _mean_over_ranks(list(plain.values())), strict=True)
     if scaler is not None:
-        _unscale(module, scaler, found)
-    return Pass(loss, found)
+        _unscale(module, scaler, grads)
+    return Pass(loss, grads)
 
 
 def add_to_grad(module: nn.Module, term: Vector) -> None:
-    """Add ``term`` to ``.grad`` of the parameters it names; a missing ``.grad`` counts as zero."""
+    """Add ``term`` to ``.grad`` of the parameters that it names.
+
+    A missing ``.grad`` counts as zero.
+    """
     parameters = trainable(module)
     with torch.no_grad():
         present = {name: g for name in term if (g := parameters[name].grad) is not None}
@@ -123,7 +132,7 @@ def add_to_grad(module: nn.Module, term: Vector) -> None:
 
 @contextmanager
 def _set_aside(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Run the block with no ``.grad``; afterwards the tensors that were there are there again."""
+    """Run the block without any ``.grad``, then restore the previous ``.grad`` tensors."""
     before = [p.grad for p in parameters.values()]
     try:
         for p in parameters.values():
@@ -136,7 +145,7 @@ def _set_aside(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def same_random_state(device: torch.device) -> Iterator[None]:
-    """Run the block and put the random state of the CPU and of ``device`` back."""
+    """Run the block, then restore the random state of the CPU and of ``device``."""
     if device.type in ("cpu", "meta"):
         with torch.random.fork_rng(devices=[]):
             yield
@@ -145,20 +154,24 @@ def same_random_state(device: torch.device) -> Iterator[None]:
             yield
 
 
-def _unscale(module: LightningModule, scaler: Any, found: Vector) -> None:
-    """Divide by the loss scale in place, and let the scaler skip the coming step where an entry is not finite."""
+def _unscale(module: LightningModule, scaler: Any, grads: Vector) -> None:
+    """Divide the gradients by the loss scale in place.
+
+    If an entry is not finite on any rank, the scaler skips the coming optimizer step.
+    """
     overflow = torch.zeros((), device=module.device)
     inverse = 1.0 / torch.as_tensor(scaler.get_scale(), device=module.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(list(found.values()), overflow, inverse)
+    torch._amp_foreach_non_finite_check_and_unscale_(list(grads.values()), overflow, inverse)
     if rank_and_world()[1] > 1:
         dist.all_reduce(overflow, dist.ReduceOp.MAX)
+    # The scaler skips an optimizer's step if one of the optimizer's flags is set.
     for optimizer in module.trainer.strategy.optimizers:
         for flag in scaler._found_inf_per_device(optimizer).values():
             flag.copy_(torch.maximum(flag, overflow.to(flag.device)))
 
 
 def _mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the mean over ranks of each tensor, one collective per data type."""
+    """Return the mean over ranks of each tensor, with one collective per data type."""
     result: dict[int, Tensor] = {}
     for dtype in {t.dtype for t in tensors}:
         group = [i for i, t in enumerate(tensors) if t.dtype == dtype]

@@ -1,4 +1,7 @@
-"""Side streams: batches by number, so that a position in a stream is one integer that a checkpoint can hold."""
+"""Side streams: batches by number.
+
+A position in a stream is one integer, which a checkpoint can store.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,23 +16,24 @@ class Stream(Protocol):
     """An endless, reshuffled, rank-sharded sequence of batches with random access."""
 
     def batch(self, index: int) -> Any:
-        """Return this rank's batch number ``index``, from 0, on the CPU."""
+        """Return this rank's batch number ``index``, counted from 0, on the CPU."""
 
 
 class LoaderStream:
     """A user's DataLoader, or list of ready batches, as a stream.
 
-    Of a DataLoader its data set, batch size and collate function are used; the order is this class's own, since a
-    loader's own order cannot be resumed. A list is cycled in its order, dealt out to the ranks in turn.
+    Of a DataLoader, the stream uses the data set, the batch size and the collate function. The order of rows is the
+    stream's own, since the order of a DataLoader cannot be resumed. A list is cycled in its own order, and its batches
+    go to the ranks in turn.
 
     Args:
         source: a DataLoader over a map-style data set, or a sequence of batches.
-        name: name of the stream, for the order and for errors.
+        name: name of the stream; it enters the random order and appears in errors.
         seed: the run's seed.
 
     Raises:
         TypeError: if the source has no length or no random access.
-        ValueError: if it has no batch for every rank.
+        ValueError: if the source has less than one batch per rank.
     """
 
     def __init__(self, source: DataLoader[Any] | Sequence[Any], name: str, seed: int = 0) -> None:
@@ -56,7 +60,7 @@ class LoaderStream:
     def batch(self, index: int) -> Any:
         """Return this rank's batch number ``index``."""
         epoch, position = divmod(index, self.per_pass)
-        position = position * self.world + self.rank
+        position = position * self.world + self.rank  # consecutive batches go to consecutive ranks
         if not isinstance(self.source, DataLoader):
             return self.source[position]
         if self._pass[0] != epoch:

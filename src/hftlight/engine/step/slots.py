@@ -1,4 +1,4 @@
-"""Where in the work a defense acts: stages, slots, their order, and which lists of defenses are refused."""
+"""Where a defense acts: stages, slots and their order, and the check that refuses a list of defenses."""
 
 from collections.abc import Iterable, Sequence
 from enum import Enum, IntEnum
@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 
 class Stage(Enum):
-    """When a defense works."""
+    """Stage of the run in which a defense works."""
 
     ALIGNMENT = "alignment"
     FINETUNING = "finetuning"
@@ -14,16 +14,19 @@ class Stage(Enum):
 
 
 class Slot(IntEnum):
-    """Where in a stage a defense acts; in a step, lower values act first."""
+    """Place in a stage where a defense acts.
+
+    Within a step, lower values act first.
+    """
 
     DATA = 1  # before the stage: rewrites, filters, mixes or weighs records
     ADAPTER = 2  # when the model is built: LoRA geometry, frozen sets, parameter groups
     STREAM = 3  # per step: which stream this step trains on
     FORWARD = 4  # per batch: a probe gradient, then one perturbed pass
-    LOSS = 5  # per batch: a differentiable term on the forward pass that is made anyway
+    LOSS = 5  # per batch: a differentiable term on the stage's own forward pass
     GRADIENT = 6  # once per optimizer step: edits .grad
     PROJECTION = 7  # after all additions: masks .grad
-    UPDATE = 8  # after the optimizer moved: restores or projects weights
+    UPDATE = 8  # after the optimizer's update: restores or projects weights
     WEIGHTS = 9  # on a finished artifact: a function from one artifact to a new one
 
 
@@ -32,30 +35,30 @@ ON_GRADIENT = (Slot.GRADIENT, Slot.PROJECTION)
 
 
 class Slotted(Protocol):
-    """What the checks read of a defense."""
+    """A defense, as far as the checks read it."""
 
     @property
     def stage(self) -> Stage:
-        """When it works."""
+        """Stage in which the defense works."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Where it acts."""
+        """Slots that the defense fills."""
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """What it needs for itself beside the exclusive slots, such as ``"token weights"``."""
+        """What the defense needs for itself alone beside the exclusive slots, such as ``"token weights"``."""
 
     @property
     def state_key(self) -> str:
-        """Name of the instance in a checkpoint: the class and its arguments."""
+        """Name of the instance in a checkpoint: its class and arguments."""
 
 
 D = TypeVar("D", bound=Slotted)
 
 
 def name_of(defense: Slotted) -> str:
-    """Return the method's name as errors print it."""
+    """Return the name of the method as errors print it."""
     return type(defense).__name__
 
 
@@ -64,10 +67,10 @@ def check(defenses: Sequence[Slotted], one_stage: bool = True) -> None:
 
     Args:
         defenses: in the user's order.
-        one_stage: the list belongs to one Trainer, so all must work in the same stage.
+        one_stage: whether the list belongs to one Trainer, so that all defenses must work in the same stage.
 
     Raises:
-        ValueError: naming both defenses, the slot or stage they disagree on, and the way out.
+        ValueError: if two defenses conflict. The message names both, the slot or stage of the conflict, and the remedy.
     """
     for position, later in enumerate(defenses):
         for earlier in defenses[:position]:
@@ -90,11 +93,12 @@ def check(defenses: Sequence[Slotted], one_stage: bool = True) -> None:
 
 
 def in_order(defenses: Iterable[D]) -> list[D]:
-    """Return the defenses in the order in which they act; within a slot the list decides.
+    """Return the defenses in the order in which they act.
 
-    A defense that fills several slots is placed by the one that acts on ``.grad``, where order changes the result.
-    Defenses of several stages come stage by stage. In the weights slot, projection comes before pruning,
-    and pruning before rewinding (``repair_order``), whatever the list says.
+    Within a slot, the order of the list decides. If a defense fills several slots, its slot on ``.grad`` places it,
+    because order changes the result there. Without such a slot, its last slot places it. Defenses of several stages are
+    sorted stage by stage. In the weights slot, ``repair_order`` overrides the list: projection, then pruning, then
+    rewinding.
     """
 
     def place(defense: Slotted) -> tuple[int, int, int]:

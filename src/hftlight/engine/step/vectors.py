@@ -1,7 +1,7 @@
-"""Arithmetic on parameter-shaped dictionaries, one fused launch for the whole list of tensors.
+"""Arithmetic on parameter-shaped dictionaries, with one fused launch for the whole list of tensors.
 
-A ``Vector`` maps parameter names to tensors of those parameters' shapes; sharded parameters give sharded vectors, and
-every norm and inner product is taken over all entries of all ranks' shards together.
+A ``Vector`` maps parameter names to tensors of those parameters' shapes. Sharded parameters give sharded vectors. Every
+norm and inner product covers all entries of all ranks' shards together.
 """
 
 from collections.abc import Mapping
@@ -19,19 +19,29 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a sharded tensor, sharing its storage, and any other tensor as it is."""
+    """Return this rank's shard of a sharded tensor, or any other tensor unchanged.
+
+    The shard shares the storage of the tensor.
+    """
     shard = getattr(tensor, "to_local", None)
     return shard() if shard is not None else tensor
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a scalar as a plain tensor: a sharded one is summed over its ranks."""
+    """Return a tensor as a plain tensor that is whole on every rank.
+
+    The shards of a DTensor are gathered, and its partial results are summed over ranks. Under sharding every rank must
+    call this.
+    """
     full = getattr(value, "full_tensor", None)
     return full() if full is not None else value
 
 
 def norm(vector: Vector) -> Tensor:
-    """Return the L2 norm over all entries together, at least in float32, as a 0-d tensor; 0 for no tensors."""
+    """Return the L2 norm over all entries together as a 0-d tensor, at least in float32.
+
+    A vector without tensors has norm 0.
+    """
     if not vector:
         return torch.zeros(())
     tensors = list(vector.values())
@@ -47,7 +57,10 @@ def dot(left: Vector, right: Vector) -> Tensor:
 
 
 def scaled(vector: Vector, factor: float | Tensor) -> Vector:
-    """Return ``factor * vector``; the factor may be a 0-d tensor and is then not read on the host."""
+    """Return ``factor * vector``.
+
+    A factor that is a 0-d tensor is not read on the host.
+    """
     return dict(zip(vector, torch._foreach_mul(list(vector.values()), factor), strict=True))
 
 
@@ -60,25 +73,28 @@ def unit(vector: Vector, length: Tensor | None = None) -> Vector:
     """Return ``vector / ||vector||_2``, and zero for the zero vector.
 
     Args:
-        vector: what to normalize.
-        length: its norm, where it is known already; 0-d.
+        vector: vector to normalize.
+        length: its norm, 0-d, if it is known already.
     """
     length = norm(vector) if length is None else length
     return scaled(vector, torch.where(length > 0, 1.0 / length, torch.zeros_like(length)))
 
 
 def snapshot(module: nn.Module) -> Vector:
-    """Return copies of the trainable parameters as they are now, sharded as they are."""
+    """Return copies of the trainable parameters with their present values and their sharding."""
     return {name: p.detach().clone() for name, p in trainable(module).items()}
 
 
 def packed(vector: Vector) -> dict[str, Tensor]:
-    """Return the vector as whole tensors on the CPU, for a checkpoint; under sharding every rank must call this."""
+    """Return the vector as whole tensors on the CPU, for a checkpoint.
+
+    Under sharding every rank must call this.
+    """
     return {name: whole(t).cpu() for name, t in vector.items()}
 
 
 def placed(plain: Mapping[str, Tensor], module: nn.Module) -> Vector:
-    """Return whole tensors on the device of the parameters they are named after, sharded as those are."""
+    """Return whole tensors with the device and the sharding of the parameters of the same names."""
     parameters = trainable(module)
     result = {}
     for name, tensor in plain.items():

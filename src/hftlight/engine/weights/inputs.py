@@ -1,4 +1,4 @@
-"""How active the inputs of layers are on some data: one forward pass, one number per input."""
+"""Activity of layer inputs on some data: one forward pass, one number per input."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -21,14 +21,14 @@ def input_squares(
 ) -> tuple[dict[str, Tensor], int]:
     """Return the mean over samples of each module's squared input, summed over tokens, from one forward pass.
 
-    Prompt and response tokens both count, padding does not; at least float32.
+    Prompt and response tokens both count; padding does not. The result is at least float32.
 
     Args:
         model: a causal LM in eval mode.
-        modules: layers of it whose input is ``[batch, tokens, in]`` or ``[batch * tokens, in]``, by any name.
-        batches: ``input_ids`` and, where there is padding, ``attention_mask``, each ``[batch, tokens]``.
-        context: what a forward pass runs in.
-        split: the ranks hold different batches; the sums are added up.
+        modules: layers of the model whose input is ``[batch, tokens, in]`` or ``[batch * tokens, in]``, by any name.
+        batches: ``input_ids`` and, if there is padding, ``attention_mask``, each ``[batch, tokens]``.
+        context: returns the context manager that a forward pass runs in.
+        split: whether the ranks hold different batches, so that the sums are added over ranks.
 
     Returns:
         ``[in]`` for each module, and the number of samples.
@@ -38,13 +38,13 @@ def input_squares(
         RuntimeError: if a layer never ran, or an activation is not finite.
     """
     sums: dict[str, Tensor] = {}
-    latest: list[Any] = [None, None]  # layers that share an input, such as q, k and v, get the same tensor in a row
+    latest: list[Any] = [None, None]  # layers with a common input, such as q, k and v, get one tensor in succession
     keep: Tensor = torch.ones(())
 
     def add(name: str, x: Tensor) -> None:
         if latest[0] is not x:
             inputs = x.to(torch.promote_types(x.dtype, torch.float32))
-            if x.dim() == 2:  # OPT's MLP takes the tokens of all rows in a row
+            if x.dim() == 2:  # OPT's MLP flattens rows and tokens into one dimension
                 inputs = inputs.unflatten(0, keep.shape[:2])
             latest[:] = x, inputs.masked_fill(~keep, 0).square().sum(dim=(0, 1))
         sums[name] = sums[name] + latest[1] if name in sums else latest[1]
@@ -65,7 +65,9 @@ def input_squares(
         raise ValueError("input_squares: there is no batch, so no input to measure; give at least one row.")
     silent = [name for name in modules if name not in sums]
     if silent:
-        raise RuntimeError(f"input_squares: no input reached {silent[0]} and {len(silent) - 1} more; are they in use?")
+        raise RuntimeError(
+            f"input_squares: no input reached {silent[0]} and {len(silent) - 1} more; does the model use these layers?"
+        )
     if split and dist.is_initialized():
         samples = _add_over_ranks(sums, samples, device)
     if not bool(torch.stack([s.sum() for s in sums.values()]).isfinite().all()):
@@ -74,13 +76,17 @@ def input_squares(
 
 
 def _leave_out_logits(model: Any, modules: Mapping[str, nn.Module], stack: ExitStack) -> None:
-    """Let the output layer see one position only: nobody reads the logits."""
+    """Pass one position only to the output layer, because nobody reads the logits.
+
+    An output layer whose own input is measured is left unchanged.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and not any(head is m or head in m.children() for m in modules.values()):
         stack.enter_context(hooked({"head": head}, lambda _, hidden: hidden[:, :1], inputs=True))
 
 
 def _add_over_ranks(sums: dict[str, Tensor], samples: int, device: torch.device | None) -> int:
+    # One collective carries all sums and, as its last entry, the number of samples.
     flat = torch.cat([*(s.double() for s in sums.values()), torch.tensor([float(samples)], device=device).double()])
     dist.all_reduce(flat)
     parts = flat.split([len(s) for s in sums.values()] + [1])

@@ -12,16 +12,18 @@ from hftlight.engine.weights.stored import plain_name
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One adapted layer's part of the user's update, ``scale * B A``; writing into the parameters edits the model.
+    """One adapted layer's part of the user's update, ``scale * B A``.
+
+    Writing into the parameters edits the model.
 
     Attributes:
-        name: plain name of the weight it adds to, such as ``model.layers.0.self_attn.q_proj.weight``.
+        name: plain name of the adapted weight, such as ``model.layers.0.self_attn.q_proj.weight``.
         layer: the LoRA layer.
         a: A, ``[rank, in]``.
         b: B, ``[out, rank]``.
-        scale: as the layer uses it, rank-stabilized or not.
-        weight: the frozen weight under the adapter; packed where it is quantized.
-        adapter: the adapter's name.
+        scale: factor of ``B A`` as the layer uses it, rank-stabilized or not.
+        weight: frozen weight under the adapter; packed if it is quantized.
+        adapter: name of the adapter.
     """
 
     name: str
@@ -33,7 +35,10 @@ class LoraUpdate:
     adapter: str = "default"
 
     def factors(self) -> LowRank:
-        """Return the update with whole factors; under sharding these thin matrices are gathered."""
+        """Return the update with whole factors.
+
+        Under sharding these thin matrices are gathered.
+        """
         return LowRank(whole(self.b.detach()), whole(self.a.detach()), self.scale)
 
 
@@ -46,14 +51,15 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
     """Return the adapted layers of a PEFT model by the plain name of their weight.
 
     Raises:
-        TypeError: if the adapter is anything but plain LoRA on linear layers: another method, several active adapters,
-            DoRA or another variant, adapted embeddings, trained biases or modules, or one that is merged or off.
+        TypeError: if the adapter is not plain LoRA on linear layers. Another method, several active adapters, DoRA or
+            another variant, and adapted embeddings are refused. Trained biases or modules, and an adapter that is
+            merged or off, are refused too.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found: dict[str, LoraUpdate] = {}
+    updates: dict[str, LoraUpdate] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, AuxiliaryTrainingWrapper):
             raise TypeError(_unfit(name, "it is trained as a whole module (modules_to_save)"))
@@ -70,13 +76,13 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
             continue
         adapter = active[0]
         if adapter in layer.lora_embedding_A or not isinstance(layer.lora_A[adapter], nn.Linear):
-            raise TypeError(_unfit(name, f"it is no linear layer ({type(layer.get_base_layer()).__name__})"))
+            raise TypeError(_unfit(name, f"it is not a linear layer ({type(layer.get_base_layer()).__name__})"))
         if adapter in layer.lora_variant or layer.use_dora.get(adapter):
             raise TypeError(_unfit(name, f"its adapter is a variant, {layer.lora_variant.get(adapter) or 'DoRA'}"))
         if layer.lora_A[adapter].bias is not None or layer.lora_B[adapter].bias is not None:
             raise TypeError(_unfit(name, "its adapter has a bias"))
         weight = f"{plain_name(name)}.weight"
-        found[weight] = LoraUpdate(
+        updates[weight] = LoraUpdate(
             weight,
             layer,
             layer.lora_A[adapter].weight,
@@ -85,13 +91,13 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
             layer.get_base_layer().weight,
             adapter,
         )
-    if not found:
+    if not updates:
         raise TypeError("No layer of this PEFT model has an active LoRA adapter.")
-    return found
+    return updates
 
 
 def _unfit(name: str, why: str) -> str:
     return (
-        f"{plain_name(name)}: {why}; a repair takes one plain LoRA adapter on linear layers. Merge it into the model"
-        " and repair all parameters instead."
+        f"{plain_name(name)}: {why}; a repair takes one plain LoRA adapter on linear layers. Merge the adapter into"
+        " the model and repair all parameters instead."
     )

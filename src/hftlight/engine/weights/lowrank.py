@@ -1,4 +1,4 @@
-"""Matrices of low rank, known by their factors; exact arithmetic on adapters."""
+"""Matrices of low rank, stored as their factors, and exact arithmetic on adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix ``scale * B A``, known by its factors and never formed.
+    """The matrix ``scale * B A``, stored as its factors and never formed as a whole.
 
     Attributes:
         b: B, ``[out, rank]``.
@@ -31,22 +31,29 @@ class LowRank:
         return self.scale * (self.b[start:stop] @ self.a)
 
     def squared_norm(self) -> Tensor:
-        """Return the sum of the squared entries, 0-d, from the Grams of the factors."""
+        """Return the sum of the squared entries, 0-d, from the Gram matrices of the factors."""
         return self.scale**2 * ((self.b.T @ self.b) * (self.a @ self.a.T)).sum()
 
     def back(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Return what ``Difference.back`` returns; exact, so without noise."""
+        """Return what ``Difference.back`` returns.
+
+        The factors are exact, so the noise is 0.
+        """
         b, a = self.b[start : start + len(x)].to(x), self.a.to(x)
         squares = LowRank(b, a, self.scale).squared_norm()
         return self.scale * (a.T @ (b.T @ x)), torch.stack([squares, torch.zeros_like(squares)])
 
     def forth(self, t: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows of the matrix times ``t``, ``[in, k]``."""
+        """Return rows ``start`` to ``stop`` of the matrix times ``t``, where ``t`` is ``[in, k]``."""
         return self.scale * (self.b[start:stop].to(t) @ (self.a.to(t) @ t))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U ``[out, k]``, the values ``[k]`` and V^T ``[k, in]``, k = min(rank, out, in); at least float32."""
+        """Return U ``[out, k]``, the singular values ``[k]`` and V^T ``[k, in]``, at least in float32.
+
+        k is min(rank, out, in).
+        """
         dtype = torch.promote_types(self.b.dtype, torch.float32)
+        # With B = Q_B R_B and A^T = Q_A R_A, only the small matrix scale R_B R_A^T needs an SVD.
         left, inner_left = torch.linalg.qr(self.b.to(dtype))
         right, inner_right = torch.linalg.qr(self.a.to(dtype).T)
         u, s, vh = torch.linalg.svd(self.scale * inner_left @ inner_right.T)
@@ -56,11 +63,11 @@ class LowRank:
 def combined(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     """Return ``sum of factor * matrix`` exactly, with the ranks added up and scale 1.
 
-    Unlike PEFT's ``"linear"`` merge, which adds the factors and so has cross terms, ``A = [A1; A2]`` and
-    ``B = [c1 s1 B1, c2 s2 B2]``.
+    The factors are stacked: ``A = [A1; A2]`` and ``B = [c1 s1 B1, c2 s2 B2]``. PEFT's ``"linear"`` merge adds the
+    factors instead, and so has cross terms.
 
     Args:
-        terms: (factor, matrix); all matrices of one shape; a factor may be negative.
+        terms: pairs (factor, matrix). All matrices have one shape; a factor may be negative.
     """
     return LowRank(
         torch.cat([factor * m.scale * m.b for factor, m in terms], dim=1), torch.cat([m.a for _, m in terms])

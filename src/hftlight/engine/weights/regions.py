@@ -1,4 +1,4 @@
-"""Regions: the entries of weight matrices that matter to safety and not to utility."""
+"""Regions: the entries of weight matrices that are important to safety but not to utility."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,14 +36,15 @@ from hftlight.engine.weights.stored import plain_name
 
 
 def top(scores: Tensor, ratio: float, rows: Share | None = None) -> Tensor:
-    """Return the mask of the top fraction of one matrix: an exact count, rounded down, and ties to the first entry.
+    """Return the mask of the top fraction of one matrix.
 
-    With S(q) of the safety scores and U(p) of the utility scores, ``minus(S, U)`` is the region.
+    The count of entries is exact, rounded down; ties go to the first entry. Let S be the mask of the safety scores and
+    U the mask of the utility scores. Then ``minus(S, U)`` is the region.
 
     Args:
         scores: ``[rows, in]``, >= 0; higher is more important.
         ratio: fraction of all entries of the matrix, in [0, 1].
-        rows: which rows of the matrix these are; all by default.
+        rows: which rows of the matrix these are; None means all rows.
     """
     total = (rows.total if rows else len(scores)) * scores.shape[1]
     return largest(scores, count_of(ratio, total), rows)
@@ -51,13 +52,13 @@ def top(scores: Tensor, ratio: float, rows: Share | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer that is scored.
+    """One linear layer whose weight is scored.
 
     Attributes:
-        name: plain name of its weight.
-        layer: the module whose input and output are those of the weight.
-        weight: W, ``[out, in]``, without the adapter.
-        update: its adapter, or None.
+        name: plain name of the weight.
+        layer: module whose input and output are those of the weight.
+        weight: W, ``[out, in]``, without the adapter's update.
+        update: the adapter's update; None if the layer has no adapter.
     """
 
     name: str
@@ -67,11 +68,11 @@ class Target:
 
     @property
     def rows(self) -> Share:
-        """The rows of the weight that this rank holds."""
+        """Rows of the weight that this rank holds."""
         return share(self.weight)
 
     def values(self) -> Tensor:
-        """Return this rank's rows of the weight as the model uses it, its adapter's update added."""
+        """Return this rank's rows of the weight as the model uses it, with its adapter's update added."""
         values = local(self.weight.detach())
         if self.update is None:
             return values
@@ -84,62 +85,64 @@ def linear_targets(
 ) -> dict[str, Target]:
     """Return the linear layers inside a model's decoder layers, by the plain name of their weight.
 
-    Under an adapter these are the layers that it adapts.
+    Under an adapter, these are the adapted layers.
 
     Args:
         model: a causal LM, with or without an adapter.
-        layers_of: gives the module that holds the model's decoder layers.
-        who: the defense that asks, for errors.
-        frozen: whether layers whose weight is not trained are targets too; of no effect under an adapter.
+        layers_of: returns the module that contains the model's decoder layers.
+        who: name of the defense, for errors.
+        frozen: whether layers whose weight is not trained are targets too; without effect under an adapter.
 
     Raises:
-        TypeError: if the model counts no decoder layers, none of its layers is a target, or a target is quantized.
+        TypeError: if the model's config counts no decoder layers, no layer is a target, or a target is quantized or
+            not linear.
     """
     if not hasattr(getattr(model, "config", None), "num_hidden_layers"):
         raise TypeError(f"{who}: {type(model).__name__} has no config that counts decoder layers; use a causal LM.")
     inside = set(layers_of(model).modules())
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     if has_adapter(model):
         for name, u in lora_updates(model).items():
             if u.layer in inside:
-                found[name] = Target(name, u.layer, u.weight, u)
+                targets[name] = Target(name, u.layer, u.weight, u)
     else:
-        seen: set[int] = set()
+        weight_ids: set[int] = set()  # a weight tied to several modules is a target once
         for name, layer in model.named_modules():
             trained = isinstance(layer, nn.Linear) and (frozen or layer.weight.requires_grad)
-            if trained and layer in inside and id(layer.weight) not in seen:
-                seen.add(id(layer.weight))
-                found[plain_name(name) + ".weight"] = Target(plain_name(name) + ".weight", layer, layer.weight)
-    if not found:
+            if trained and layer in inside and id(layer.weight) not in weight_ids:
+                weight_ids.add(id(layer.weight))
+                targets[plain_name(name) + ".weight"] = Target(plain_name(name) + ".weight", layer, layer.weight)
+    if not targets:
         raise TypeError(f"{who}: no linear layer in the decoder layers of {type(model).__name__} is trained.")
-    for name, target in found.items():
+    for name, target in targets.items():
         base = target.layer if target.update is None else target.update.layer.get_base_layer()  # type: ignore[operator]
         if not isinstance(base, nn.Linear) or not target.weight.is_floating_point():
             what = "quantized" if isinstance(base, nn.Linear) else type(base).__name__
             raise TypeError(f"{who}: {name} is {what}; weights are scored in linear layers that are not quantized.")
-    return found
+    return targets
 
 
 @dataclass(frozen=True)
 class Selection:
-    r"""How the region of each matrix is selected.
+    r"""Rule that selects the region of each matrix.
 
-    With S(q) the top fraction q of a matrix by safety score, and U(p) the top fraction p by utility score, the region
+    Let S(q) be the top fraction q of a matrix by safety score, and U(p) the top fraction p by utility score. The region
     is :math:`M = S(q) \setminus U(p)`.
 
     Attributes:
-        owner: the defense that asks, for errors.
+        owner: name of the defense, for errors.
         safety_ratio: q, fraction of the entries of each matrix, in [0, 1].
-        utility_ratio: p, likewise; 0 spares nothing and reads no utility rows.
+        utility_ratio: p, likewise; 0 spares no entry and reads no utility rows.
         score: ``"snip"`` or ``"wanda"``; only ``region`` reads it.
-        samples: rows of each kind that are scored, over all ranks, >= 1.
-        safety: the stream of safety rows.
-        utility: the stream of utility rows; another one.
-        end: whether the last token of each row counts in the scores.
+        samples: number of rows of each kind that are scored, over all ranks, >= 1.
+        safety: stream of safety rows.
+        utility: stream of utility rows; must differ from ``safety``.
+        end: whether the last response token of each row counts in the scores.
         spread: whether the rows come from the whole stream; by default its first rows are scored.
 
     Raises:
-        ValueError: if a ratio is no fraction, ``samples`` is no count, or the streams are not two.
+        ValueError: if a ratio lies outside [0, 1], ``samples`` is not a whole number >= 1, or the two streams do not
+            differ.
     """
 
     owner: str
@@ -164,18 +167,18 @@ class Selection:
             raise ValueError(f"{who}: samples counts rows and must be a whole number >= 1, got {self.samples}.")
         if not (self.safety and self.utility and self.safety != self.utility):
             raise ValueError(
-                f"{who}: safety and utility must name two streams, got {self.safety!r} and {self.utility!r}."
+                f"{who}: safety and utility must name two different streams, got {self.safety!r} and {self.utility!r}."
             )
 
     def check(self, targets: Mapping[str, Target], by_row: bool) -> None:
-        """Refuse a safety ratio that selects nothing of a matrix, unless it is 0.
+        """Refuse a safety ratio that selects nothing of a matrix, unless the ratio is 0.
 
         Args:
             targets: from ``linear_targets``.
             by_row: whether whole rows are selected.
 
         Raises:
-            ValueError: naming the first such matrix.
+            ValueError: with the name of the first such matrix.
         """
         for name, target in targets.items():
             entries = target.weight.shape[0] if by_row else target.weight.numel()
@@ -183,7 +186,7 @@ class Selection:
                 unit = "rows" if by_row else "entries"
                 raise ValueError(
                     f"{self.owner}: safety_ratio {self.safety_ratio} is less than one of the {entries} {unit} of"
-                    f" {name}, so none would be held. Use safety_ratio >= {1 / entries:.3g}."
+                    f" {name}, so none would be selected. Use safety_ratio >= {1 / entries:.3g}."
                 )
 
     def region(
@@ -197,9 +200,9 @@ class Selection:
         """Return the mask of each matrix's region, and the overlap of S and U, by the name of the weight.
 
         Args:
-            targets: from ``linear_targets``; their weights are those at which the scores are taken.
+            targets: from ``linear_targets``; the scores are taken at their weights.
             loss: mean loss of a batch in nats per response token.
-            batches: gives the batches of a stream; equally many on every rank.
+            batches: returns the batches of a stream, equally many on every rank.
             by_row: whether whole rows are selected, by the sum of their scores.
             split: whether the ranks hold different batches.
 
@@ -218,14 +221,17 @@ class Selection:
         return masks, table
 
     def counted(self, batches: Iterable[Batch], split: bool) -> list[tuple[Batch, int]]:
-        """Return the rows that are scored, as ``calibration``, with the labels that count."""
+        """Return the rows that are scored, as ``calibration`` returns them, with the labels that count."""
         data = calibration(batches, self.samples, split, spread=self.spread)
         return data if self.end else [(without_end(batch), count) for batch, count in data]
 
     def numbers(
         self, targets: Mapping[str, Target], masks: Mapping[str, Tensor], table: Mapping[str, Overlap]
     ) -> dict[str, Any]:
-        """Return numbers of all matrices together. Every rank must call this."""
+        """Return summary numbers of all matrices together.
+
+        Every rank must call this.
+        """
         packed = {name: pack(whole_rows(m.to(torch.uint8), targets[name].weight).bool()) for name, m in masks.items()}
         pooled = sum(table.values(), Overlap(0, 0, 0, 0))
         return {
@@ -238,7 +244,7 @@ class Selection:
         }
 
     def empty(self) -> str:
-        """Return why every region is empty, and the way out, for a warning."""
+        """Return why every region is empty, and the remedy, for a warning."""
         return (
             f"no weight is among the top {self.safety_ratio:g} of safety and not among the top {self.utility_ratio:g}"
             " of utility; raise safety_ratio, or lower utility_ratio."
@@ -257,13 +263,14 @@ class Selection:
         layers = {name: t.layer for name, t in targets.items()}
         data = self.counted(batches, split)
         if self.score == "snip":
-            found = gradient_sums(loss, layers, {name: t.weight for name, t in targets.items()}, data, split)
+            statistics = gradient_sums(loss, layers, {name: t.weight for name, t in targets.items()}, data, split)
         else:
-            found = input_moments(loss, layers, data, split=split)
+            statistics = input_moments(loss, layers, data, split=split)
         masks = {}
         for name, target in targets.items():
             rule = snip_scores if self.score == "snip" else wanda_scores
-            scores = checked(rule(target.values(), found.pop(name)), name)
+            # ``pop`` frees each matrix's statistics once its scores are known.
+            scores = checked(rule(target.values(), statistics.pop(name)), name)
             if by_row:
                 scores = scores.sum(dim=1, keepdim=True)
             masks[name] = top(scores, ratio, target.rows)
@@ -271,5 +278,5 @@ class Selection:
 
 
 def overlap_row(counts: Overlap) -> dict[str, Any]:
-    """Return one matrix's counts as a report shows them."""
+    """Return one matrix's counts in the form of a report."""
     return {"entries": counts.total, "kept": counts.safety - counts.both, "jaccard": counts.jaccard}

@@ -1,4 +1,4 @@
-"""Repair: a defense that edits finished weights, once, in memory, and leaves an artifact of its own."""
+"""Repair: a defense that edits finished weights once, in memory, and writes a repaired model of its own."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -67,15 +67,17 @@ __all__ = [
 
 
 def check_layout(model: nn.Module, who: str, way: str = "") -> None:
-    """Refuse a model whose adapted or, without an adapter, whose linear layers are stored transposed (Conv1D).
+    """Refuse a model with linear layers that are stored transposed (Conv1D).
+
+    Under an adapter, only the adapted layers are checked.
 
     Args:
         model: a causal LM, with or without an adapter.
-        who: the repair that asks.
-        way: what to do instead, for the error.
+        who: name of the repair, for the error.
+        way: remedy, for the end of the error.
 
     Raises:
-        TypeError: naming the first such layer.
+        TypeError: with the name of the first such layer.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -89,40 +91,42 @@ def check_layout(model: nn.Module, who: str, way: str = "") -> None:
 
 
 def linear_weights(model: Any) -> dict[str, nn.Parameter]:
-    """Return the matrices of a model's linear layers by plain name; the output layer and embeddings stay out.
+    """Return the weight matrices of a model's linear layers by plain name.
 
-    They are found by the type of their module, not by name, so biases never get in. Conv1D layers, which store their
-    matrix transposed, are not among them; ``check_layout`` refuses models that have such layers.
+    The output layer and the embeddings are left out. Layers are selected by module type, not by name, so biases are
+    never included. Conv1D layers, which store their matrix transposed, are left out too; ``check_layout`` refuses
+    models that have such layers.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
+    weights: dict[str, nn.Parameter] = {}
+    ids: set[int] = set()  # a tied weight is listed once
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and module is not head and id(weight) not in seen and ".lora_" not in name:
-            seen.add(id(weight))
-            found[f"{plain_name(name)}.weight"] = weight
-    return found
+        if isinstance(module, nn.Linear) and module is not head and id(weight) not in ids and ".lora_" not in name:
+            ids.add(id(weight))
+            weights[f"{plain_name(name)}.weight"] = weight
+    return weights
 
 
 class Repair(Defense):
-    """A defense of the weights slot: a function from one fine-tuned model to a repaired one.
+    """A defense of the weights slot: a function from a fine-tuned model to a repaired model.
 
-    A subclass implements ``edit(subject)``. ``run()`` and plain code call ``apply(subject)``; on a user's own Trainer
-    it runs at the end of training, after ``ModelCheckpoint`` has written what it writes then, so that no checkpoint
-    holds repaired weights. There it writes an artifact of its own into ``output`` and leaves the model in memory
-    repaired.
+    A subclass implements ``edit(subject)``. ``run()`` and plain code call ``apply(subject)``. On a user's own Trainer,
+    the repair runs at the end of training, after ``ModelCheckpoint`` has written its last checkpoint. No checkpoint
+    therefore holds repaired weights. The repair writes the repaired model into ``output``, and the model in memory
+    stays repaired.
 
     Attributes:
-        needs: which other models ``edit`` reads: ``"aligned"``, ``"base"``; set by the instance where modes change it.
-        repair_order: repairs of a list act in this order, whatever the list says: projections 0, pruning 10,
-            rewinding 20.
+        needs: names of the other models that ``edit`` reads: ``"aligned"``, ``"base"``. An instance sets ``needs`` if
+            its modes change it.
+        repair_order: position among the repairs of a list, which overrides the order of the list: projections 0,
+            pruning 10, rewinding 20.
 
     Args:
-        streams: as ``Defense`` takes them.
-        output: folder for the repaired model, on a Trainer of one's own; ``run()`` has its own place.
-        aligned: the aligned model, a folder or hub id, for models with all parameters trained, on a Trainer of one's
-            own; under an adapter the aligned weights are in the model already, unless they are quantized.
+        streams: as for ``Defense``.
+        output: folder for the repaired model on a user's own Trainer; ``run()`` chooses its own folder.
+        aligned: the aligned model, a folder or hub id, for a user's own Trainer with all parameters trained. Under an
+            adapter, the model contains the aligned weights already, unless they are quantized.
         base: the model before its alignment, likewise.
     """
 
@@ -145,19 +149,22 @@ class Repair(Defense):
 
     @property
     def neutral(self) -> bool:
-        """Whether the arguments ask for no change at all."""
+        """Whether the arguments ask for no change."""
         return False
 
     def edit(self, subject: Subject) -> None:
-        """Change ``subject.model`` in place and fill ``subject.report``; called once, in eval mode, without autograd.
+        """Change ``subject.model`` in place and fill ``subject.report``.
 
-        It must set ``report["changed_entries"]``, the number of entries of weights that differ now, over all ranks;
-        where that is 0 for a reason that lies in the method, ``report["unchanged_because"]`` says it.
+        ``apply`` calls it once, in eval mode and without autograd. It must set ``report["changed_entries"]`` to the
+        number of weight entries that changed, over all ranks. If the number is 0 for a reason that lies in the method,
+        ``report["unchanged_because"]`` must state the reason.
         """
         raise NotImplementedError(f"{type(self).__name__} fills the weights slot and must implement edit().")
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that ``edit`` could not work on; its weights are not read, and may be on the meta device.
+        """Refuse a model that ``edit`` cannot work on.
+
+        The weights are not read, so they may be on the meta device.
 
         Raises:
             TypeError: if it has no layers of the right kind.
@@ -165,22 +172,24 @@ class Repair(Defense):
         """
 
     def apply(self, subject: Subject) -> None:
-        """Edit a model once: dropout off, no autograd, training modes and hooks as found afterwards.
+        """Edit a model once.
 
-        A model named by this repair's own ``aligned`` or ``base`` comes before the subject's. Adds ``repair``,
-        ``arguments``, ``input_digest`` and ``output_digest`` to the report. Every rank must call.
+        Dropout and autograd are off during the edit; afterwards, training modes and hooks are the same as before. This
+        repair's own ``aligned`` and ``base`` override those of the subject. The report receives ``repair``,
+        ``arguments``, ``input_digest`` and ``output_digest``. Every rank must call this.
 
         Raises:
             RuntimeError: if this repair was applied to the model before, or changed nothing without a reason.
         """
         who = type(self).__name__
-        kept: dict[str, str] = getattr(subject.model, "_repairs", {})
+        # The digest after each earlier repair, or "dense" after an edit of the weights under the adapter.
+        digests: dict[str, str] = getattr(subject.model, "_repairs", {})
         with _at_rest(subject.model), torch.no_grad():
             before = weights_digest(subject.model)
-            if who in subject.applied or (who in kept and kept[who] in ("dense", before)):
+            if who in subject.applied or (who in digests and digests[who] in ("dense", before)):
                 raise RuntimeError(
-                    f"{who}: it was applied to this model before, and a second application would change it again. Load"
-                    " the fine-tuned model, not the repaired one."
+                    f"{who}: this repair was applied to the model before, and a second application would change the"
+                    " model again. Load the fine-tuned model, not the repaired one."
                 )
             subject.report |= {"repair": who, "arguments": self.arguments(), "input_digest": before}
             if self.neutral:
@@ -190,16 +199,18 @@ class Repair(Defense):
             subject.base = stored(self.base) if self.base else subject.base
             self.edit(subject)
             after = weights_digest(subject.model)
+        # The digest covers only the adapter, so an edit of the weights under it (dense) may leave the digest unchanged.
         if subject.report["changed_entries"] == 0 or (after == before and not subject.dense):
             reason = subject.report.get("unchanged_because")
             if not reason:
                 raise RuntimeError(
-                    f"{who}: it changed no weight, though it was asked to. Was the adapter trained, and is it active?"
+                    f"{who}: the repair changed no weight, although its arguments ask for a change. Check that the"
+                    " adapter was trained and is active."
                 )
             warnings.warn(f"{who} changed no weight: {reason}", stacklevel=2)
         subject.applied.append(who)
         subject.report["output_digest"] = after
-        subject.model._repairs = {**kept, who: "dense" if subject.dense else after}  # type: ignore[assignment]
+        subject.model._repairs = {**digests, who: "dense" if subject.dense else after}  # type: ignore[assignment]
 
     @property
     @override
@@ -220,8 +231,8 @@ class Repair(Defense):
         mine = checkpoint.get("callbacks", {}).get(self.state_key, {"applied": True})
         if trainer.state.fn != TrainerFn.FITTING and not mine["applied"]:
             warnings.warn(
-                f"{type(self).__name__}: the checkpoint holds the model as it was trained, not repaired; to measure the"
-                f" repaired one, leave ckpt_path out, or load {self.output}.",
+                f"{type(self).__name__}: the checkpoint holds the trained model, not the repaired one. To measure the"
+                f" repaired model, leave ckpt_path out, or load {self.output}.",
                 stacklevel=2,
             )
 
@@ -230,7 +241,7 @@ class Repair(Defense):
         """Check before the first step that the edit at the end will be possible.
 
         Raises:
-            ValueError: if ``output`` is missing or holds something else, or a model that is needed was not given.
+            ValueError: if ``output`` is missing or holds anything but a repaired model, or a needed model is missing.
             TypeError: if the model cannot be saved, or its adapter cannot be repaired.
         """
         super().setup(trainer, pl_module, stage)
@@ -242,7 +253,9 @@ class Repair(Defense):
             raise ValueError(f"{who}: give output=..., the folder that the repaired model is written to.")
         folder = Path(self.output)
         if folder.exists() and (folder.is_file() or any(folder.iterdir())) and not (folder / MARKER).is_file():
-            raise ValueError(f"{who}: output {self.output!r} holds something that is no repaired model; name another.")
+            raise ValueError(
+                f"{who}: output {self.output!r} holds something that is no repaired model; choose another folder."
+            )
         if not hasattr(model, "save_pretrained"):
             raise TypeError(
                 f"{who}: the repaired model is written with save_pretrained, which {type(model).__name__} lacks; keep a"
@@ -265,7 +278,7 @@ class Repair(Defense):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse_repaired()
         for callback in trainer.checkpoint_callbacks:
-            callback.on_train_end(trainer, pl_module)  # what they write now must be what was trained
+            callback.on_train_end(trainer, pl_module)  # before the edit: checkpoints must hold the trained weights
         subject = Subject(
             _model_of(pl_module),
             batches=self._batches,
@@ -281,22 +294,25 @@ class Repair(Defense):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._trained:  # Lightning resumed a finished run, and so never came to the end of training
+        if not self._trained:  # Lightning resumed a finished run, so no training started or ended
             self._refuse_repaired()
             raise RuntimeError(
-                f"{type(self).__name__}: the run that was resumed had ended, so nothing was trained and the model in"
-                f" memory is not repaired. The repaired model of that run is in {self.output}, if it came to its end."
+                f"{type(self).__name__}: the resumed run had ended already, so nothing was trained and the model in"
+                f" memory is not repaired. If that run completed, its repaired model is in {self.output}."
             )
 
     def _refuse_repaired(self) -> None:
         if self.applied:
             raise RuntimeError(
-                f"{type(self).__name__}: the checkpoint that training resumed from holds weights that it has repaired"
-                " already, and a second application would change them again; resume from an earlier one."
+                f"{type(self).__name__}: training resumed from a checkpoint with weights that this repair has changed"
+                " already, and a second application would change them again. Resume from an earlier checkpoint."
             )
 
     def _batches(self, stream: str) -> Iterator[Any]:
-        """Yield this rank's batches of one pass over a side stream; the stream's own position stays."""
+        """Yield this rank's batches of one pass over a side stream.
+
+        The position that ``draw`` counts does not change.
+        """
         assert self._trainer is not None
         source: Any = self._sources[stream]()
         for index in range(source.per_pass):
@@ -306,10 +322,10 @@ class Repair(Defense):
 
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode with every weight in its shards; afterwards each module is in the mode it was in."""
+    """Run the block in eval mode with every weight in its shards, then restore each module's training mode."""
     training = [m for m in model.modules() if m.training]
     model.eval()
-    reshard(model)
+    reshard(model)  # a write into gathered weights would be lost
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""How a repaired model is written, and what names its weights."""
+"""Writing of a repaired model, and the digest that identifies its weights."""
 
 import copy
 import hashlib
@@ -24,15 +24,16 @@ MARKER = "repair.json"
 
 
 def repaired_state(subject: Subject) -> dict[str, Tensor]:
-    """Return a repaired model's weights on the CPU of the first rank: the adapter, or all by their plain names.
+    """Return a repaired model's weights on the CPU of the first rank.
 
-    Sharded weights are gathered one at a time, so every rank must call; on the other ranks the result is empty.
+    The result holds the adapter's weights, or all weights by their plain names. Sharded weights are gathered one at a
+    time, so every rank must call this. On the other ranks the result is empty.
     """
     model: Any = subject.model
     adapter, first = _thin(subject), rank_and_world()[0] == 0
     inner = model.get_base_model() if has_adapter(model) else model
     state: dict[str, Tensor] = {}
-    copies: dict[Any, Tensor] = {}  # tied weights stay one tensor
+    copies: dict[Any, Tensor] = {}  # by address and shape, so that tied weights stay one tensor
     for name, tensor in (model if adapter else inner).state_dict().items():
         if (".lora_" in name) == adapter:
             full = whole(tensor.detach())
@@ -43,18 +44,18 @@ def repaired_state(subject: Subject) -> dict[str, Tensor]:
 
 
 def _thin(subject: Subject) -> bool:
-    """Tell whether all of the user's update is still in an adapter."""
+    """Tell whether the user's whole update is still in an adapter."""
     return has_adapter(subject.model) and not subject.dense
 
 
 def save_repaired(folder: Path, subject: Subject) -> None:
-    """Write a repaired model as plain transformers or PEFT load it, with ``repair.json`` beside; every rank must call.
+    """Write a repaired model so that plain transformers or PEFT can load it, and ``repair.json`` beside it.
 
-    Sharded weights are gathered one at a time, onto the CPU of the first rank.
+    Sharded weights are gathered one at a time onto the CPU of the first rank, so every rank must call this.
 
     Args:
-        folder: replaced if it is there.
-        subject: after ``apply``.
+        folder: destination; an existing folder is replaced.
+        subject: subject after ``apply``.
     """
     state = repaired_state(subject)
     if rank_and_world()[0] != 0:
@@ -70,7 +71,7 @@ def save_repaired(folder: Path, subject: Subject) -> None:
 
 
 def write_adapter_config(settings: Any, folder: Path) -> None:
-    """Write PEFT's configuration of an adapter, with sets sorted: their order differs between processes."""
+    """Write PEFT's configuration of an adapter with sets sorted, because their order differs between processes."""
     settings = copy.deepcopy(settings)
     for name, value in vars(settings).items():
         if isinstance(value, set):
@@ -86,26 +87,27 @@ def _save_adapter(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
     settings = copy.deepcopy(model.peft_config[adapter])
     settings.inference_mode = True
     write_adapter_config(settings, folder)
-    kept = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)
-    save_file({name: t.contiguous() for name, t in kept.items()}, folder / "adapter_model.safetensors")
+    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
 
 
 def repairs_of(folder: Path) -> list[str]:
-    """Return the names of the repairs that made the model of a folder, for ``Subject.applied``."""
+    """Return the names of the repairs applied to the model in a folder, for ``Subject.applied``."""
     path = folder / MARKER
     return json.loads(path.read_text(encoding="utf-8"))["applied"] if path.is_file() else []
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return 16 hexadecimal digits that name what a repair may change: the active adapter, or all parameters.
+    """Return 16 hexadecimal digits that identify the weights that a repair may change.
 
-    Sharded weights are hashed where they are, so the digest depends on how many ranks there are.
+    These are the adapter's weights, or all parameters without an adapter. Each rank hashes its own shards, so the
+    digest depends on the number of ranks.
     """
     total = hashlib.sha256()
     adapter = has_adapter(model)
     for name, p in model.named_parameters():
         if not adapter or ".lora_" in name:
-            # A copy: numpy pins what it looks at, and sharding could not free it.
+            # Hash a copy: numpy holds on to the memory that it views, and sharding could not free that memory.
             data = local(p.detach()).cpu().clone(memory_format=torch.contiguous_format).flatten()
             total.update(f"{plain_name(name)} {p.dtype} {tuple(p.shape)}".encode())
             total.update(data.view(torch.uint8).numpy().data)

@@ -1,4 +1,7 @@
-"""How important weights are on some data: SNIP, Wanda and ActSVD; scores are >= 0, and higher is more important."""
+"""Importance scores of weights on some data: SNIP, Wanda and ActSVD.
+
+Scores are >= 0, and higher is more important.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from hftlight.engine.step.vectors import local
 from hftlight.engine.weights.shards import Share, share
 
 IGNORED = -100  # label of a token that is not learned
-MEANING = {"higher_is_more_important": "true"}  # what a file of scores must say of itself
+MEANING = {"higher_is_more_important": "true"}  # metadata that a file of scores must have
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Batch], Tensor]
@@ -24,7 +27,7 @@ Loss = Callable[[Batch], Tensor]
 def snip_scores(weight: Tensor, sums: Tensor) -> Tensor:
     r"""Return :math:`|W_{ij}| \sum_n |\partial \ell_n / \partial W_{ij}|`, at least float32.
 
-    One term is the first-order change of the loss of example n when the weight is set to zero; terms of opposite sign
+    The term of example n is the first-order change of its loss when the weight is set to zero. Terms of opposite sign
     do not cancel.
 
     Args:
@@ -47,25 +50,25 @@ def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
 def directions(weight: Tensor, moment: Tensor, count: int) -> Tensor:
     r"""Return the ``count`` leading left singular vectors of :math:`W X^T`, ``[out, count]``.
 
-    They are the eigenvectors of :math:`W S W^T`, so that no output of the layer is ever kept; where W has more rows
-    than columns, those of the small matrix :math:`R S R^T` with :math:`W = Q R`, turned back by Q.
+    They are the eigenvectors of :math:`W S W^T`, so no output of the layer is ever stored. If W has more rows than
+    columns, :math:`W = Q R`, and the eigenvectors of the small matrix :math:`R S R^T` are multiplied by Q.
 
     Args:
         weight: W, ``[out, in]``.
         moment: S, a positive multiple of :math:`X^T X` over the inputs X, ``[in, in]``, from ``input_moments``.
-        count: how many, >= 0; at most min(out, in) come back.
+        count: number of directions, >= 0; at most min(out, in) are returned.
     """
     weight, moment = weight.double(), moment.double()
     turn = None
     if weight.shape[0] > weight.shape[1]:
         turn, weight = torch.linalg.qr(weight)
     vectors = torch.linalg.eigh(weight @ moment @ weight.T).eigenvectors
-    leading = vectors.flip(1)[:, :count]
+    leading = vectors.flip(1)[:, :count]  # eigh sorts the eigenvalues in ascending order
     return leading if turn is None else turn @ leading
 
 
 def kept(weight: Tensor, u: Tensor) -> Tensor:
-    """Return ``U (U^T W)``, what of W writes into the directions U, ``[out, count]``, orthonormal."""
+    """Return ``U (U^T W)``, the part of W that writes into the orthonormal directions U, ``[out, count]``."""
     return u @ (u.T @ weight)
 
 
@@ -75,7 +78,7 @@ def removed(weight: Tensor, u: Tensor) -> Tensor:
 
 
 def orthogonal_edit(weight: Tensor, safety: Tensor, utility: Tensor) -> Tensor:
-    r"""Return :math:`(I - \Pi_u) \Pi_s W`, what is important to safety and not to utility.
+    r"""Return :math:`(I - \Pi_u) \Pi_s W`, the part of W that is important to safety but not to utility.
 
     Args:
         weight: W, ``[out, in]``.
@@ -86,27 +89,27 @@ def orthogonal_edit(weight: Tensor, safety: Tensor, utility: Tensor) -> Tensor:
 
 
 def checked(scores: Tensor, name: str) -> Tensor:
-    """Return the scores if they can be scores.
+    """Return the scores unchanged if they are valid.
 
     Raises:
-        ValueError: if one is negative or not finite.
+        ValueError: if a score is negative or not finite.
     """
     if not bool((torch.isfinite(scores) & (scores >= 0)).all()):
         raise ValueError(
             f"Scores of {name}: they must be finite and >= 0, higher for more important weights; got values from"
-            f" {float(scores.min())} to {float(scores.max())}. Scores that were stored negated must be made anew: their"
-            " largest are the least important weights."
+            f" {float(scores.min())} to {float(scores.max())}. Recompute scores that were stored negated: their"
+            " largest values belong to the least important weights."
         )
     return scores
 
 
 def write_scores(path: Path, scores: Mapping[str, Tensor], **about: str) -> None:
-    """Write scores by weight name into a safetensors file that says what they mean.
+    """Write scores by weight name into a safetensors file whose metadata states their meaning.
 
     Args:
-        path: the file; replaced if it is there.
+        path: the file; an existing file is replaced.
         scores: >= 0 and finite.
-        **about: where they come from, such as ``score="snip"``, ``model=...``, ``data=...``.
+        **about: origin of the scores, such as ``score="snip"``, ``model=...``, ``data=...``.
 
     Raises:
         ValueError: if a score is negative or not finite.
@@ -120,22 +123,25 @@ def read_scores(path: Path) -> dict[str, Tensor]:
     """Read a file that ``write_scores`` wrote.
 
     Raises:
-        ValueError: if the file does not say that higher is more important, or a score is negative or not finite.
+        ValueError: if the metadata does not state that higher is more important, or a score is negative or not finite.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         if not MEANING.items() <= (file.metadata() or {}).items():
             raise ValueError(
-                f"{path}: it does not say higher_is_more_important, so its sign is not known; write scores with"
-                " write_scores."
+                f"{path}: the file does not say higher_is_more_important, so the sign of its scores is unknown. Write"
+                " scores with write_scores."
             )
         return {name: checked(file.get_tensor(name), f"{name} in {path}") for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
 def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the block in eval mode; training modes, random state and shards are as found afterwards, come what may."""
+    """Run the block in eval mode, then restore training modes, random state and shards.
+
+    They are restored also after an exception.
+    """
     training = [m for m in module.modules() if m.training]
     devices = [] if device.type in ("cpu", "meta") else [device]
     with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
@@ -146,22 +152,24 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
             for m in training:
                 m.training = True
             for m in module.modules():
-                if callable(reshard := getattr(m, "reshard", None)):  # FSDP2 keeps some weights gathered
+                if callable(reshard := getattr(m, "reshard", None)):  # FSDP2 leaves some weights gathered
                     reshard()
 
 
 def calibration(
     batches: Iterable[Batch], samples: int, split: bool = True, spread: bool = False
 ) -> list[tuple[Batch, int]]:
-    """Return ``samples`` rows over all ranks, as batches and how many of the first rows of each count.
+    """Return ``samples`` rows over all ranks, as pairs of a batch and the number of its first rows that count.
 
-    A rank that has none where another has some gets a row that does not count, so that all have equally many batches.
+    All ranks return equally many batches: a rank without a chosen row gets a row that does not count, if another rank
+    has a chosen row.
 
     Args:
         batches: mappings of tensors and lists with one entry per row; equally many on every rank.
-        samples: rows, >= 1; fewer where the batches end.
-        split: the ranks hold different batches, and their rows are counted rank by rank.
-        spread: read the batches to their end and choose at random, the same rows every time; by default the first.
+        samples: number of rows, >= 1; fewer are returned if the batches have fewer.
+        split: whether the ranks hold different batches; their rows are then counted rank by rank.
+        spread: read the batches to their end and choose random rows, the same rows every time. By default the first
+            rows are chosen.
 
     Raises:
         ValueError: if there is no row.
@@ -169,6 +177,7 @@ def calibration(
     numbered: list[tuple[Batch, range]] = []
     total = 0
     rank = rank_and_world()[0] if split else 0
+    # Rows are numbered over all ranks: batch by batch, and within a batch rank by rank.
     for batch in batches:
         sizes = _every_rank(_size(batch), split)
         first = total + sum(sizes[:rank])
@@ -180,24 +189,25 @@ def calibration(
         raise ValueError("Scores need at least one row of data, got none.")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0)) if spread else torch.arange(total)
     chosen = set(order[:samples].tolist())
-    found: list[tuple[Batch, int]] = []
+    chosen_rows: list[tuple[Batch, int]] = []
     for batch, numbers in numbered:
         rows = [k for k, number in enumerate(numbers) if number in chosen]
+        # A batch counts on every rank as soon as one rank has a chosen row in it.
         if max(_every_rank(len(rows), split)) > 0:
-            found.append((_rows(batch, rows or [0]), len(rows)))
-    return found
+            chosen_rows.append((_rows(batch, rows or [0]), len(rows)))
+    return chosen_rows
 
 
 def without_end(batch: Batch) -> dict[str, Any]:
-    """Return a batch in which the last response token of each row, the end token, has no label and so does not count.
+    """Return a batch in which the last response token of each row, the end token, does not count.
 
-    A response of one token keeps it; a batch without labels comes back as it is.
+    Its label is removed. A response of one token keeps its label; a batch without labels is returned unchanged.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() < 2:
         return dict(batch)
     response = labels != IGNORED
-    place = response.cumsum(dim=1)
+    place = response.cumsum(dim=1)  # numbers the response tokens of a row from 1
     last = response & (place == place[:, -1:]) & (place > 1)
     return {**batch, "labels": labels.masked_fill(last, IGNORED)}
 
@@ -211,19 +221,19 @@ def gradient_sums(
 ) -> dict[str, Tensor]:
     r"""Return :math:`\sum_n |\partial \ell_n / \partial W|` of linear layers, one example at a time, in one sweep.
 
-    The gradient of one example is the product of the layer's output gradient and its input, so that parameters need no
-    ``requires_grad`` and their ``.grad`` is not touched. The loss counts response tokens; its gradient runs through all
-    tokens before them, prompts included. Of a weight sharded over rows each rank gets the sum of its own rows.
+    The gradient of one example is the product of the layer's output gradient and its input. Parameters therefore need
+    no ``requires_grad``, and their ``.grad`` is not touched. The loss counts response tokens; its gradient runs through
+    all tokens before them, prompts included. If a weight is sharded over rows, each rank gets the sum of its own rows.
 
     Args:
-        loss: the mean loss of a batch in nats over response tokens; called in eval mode, one row at a time.
+        loss: mean loss of a batch in nats over response tokens; called in eval mode, one row at a time.
         layers: linear layers, or adapted ones, that take ``[..., in]`` and return ``[..., out]``, by any name.
         weights: their weights W, ``[out, in]``, by the same names.
         data: from ``calibration``.
-        split: as there; the sums are added up over ranks.
+        split: as for ``calibration``; the sums are added over ranks.
 
     Returns:
-        ``[out, in]`` by name, at least float32; zero where no example reached a layer.
+        ``[out, in]`` by name, at least float32; zero if no example reached the layer.
     """
     shares = {name: _checked_share(weights[name], split) for name in layers}
     sums = {
@@ -232,12 +242,12 @@ def gradient_sums(
     }
     sharded = any(s.group is not None for s in shares.values())
     for batch, counted in data:
-        # Sharded ranks must make equally many passes; a pass too many counts nothing.
+        # Sharded ranks must run equally many passes; a surplus pass repeats a row with a zero gradient.
         passes = max(_every_rank(_size(batch), split)) if sharded else counted
         for k in range(passes):
-            found = _activations(loss, layers, _rows(batch, [min(k, _size(batch) - 1)]))
+            calls = _activations(loss, layers, _rows(batch, [min(k, _size(batch) - 1)]))
             for name, rows in shares.items():
-                x, dy = _joined(found[name], weights[name].shape, sums[name])
+                x, dy = _joined(calls[name], weights[name].shape, sums[name])
                 if k >= counted:
                     dy = torch.zeros_like(dy)
                 for inputs, grads in _exchanged(x, dy, rows, split):
@@ -256,18 +266,19 @@ def input_moments(
     outer: bool = False,
     split: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the mean square of each input of layers over response tokens, or the whole second moment; forward only.
+    """Return the mean square of each layer input over response tokens, or the whole second moment.
 
-    A response token counts at the position where it stands (its label is not -100), not where it is predicted: the
-    last token of the prompt does not count, the end of the response does, unless ``without_end`` took its label.
+    Only forward passes run. A response token counts at its own position (its label is not -100), not at the position
+    that predicts it. The last token of the prompt therefore does not count. The end of the response counts, unless
+    ``without_end`` removed its label.
 
     Args:
-        loss: runs the model on a batch; its value is not used.
+        loss: function that runs the model on a batch; its value is not used.
         layers: layers that take ``[batch, tokens, in]`` or ``[batch * tokens, in]``, by any name.
-        data: from ``calibration``; every row that counts does so with all its response tokens. Batches without
-            ``labels`` count whole.
-        outer: return ``[in, in]``, the mean of ``x x^T``, which layers with a common input share.
-        split: the ranks hold different batches; the sums are added up.
+        data: from ``calibration``. In a row that counts, all response tokens count. In a batch without ``labels``, all
+            tokens of such a row count.
+        outer: return ``[in, in]``, the mean of ``x x^T``; layers with a common input share one tensor.
+        split: whether the ranks hold different batches, so that the sums are added over ranks.
 
     Returns:
         ``[in]`` or ``[in, in]`` by name, at least float32.
@@ -275,22 +286,26 @@ def input_moments(
     Raises:
         ValueError: if no row has a response token.
         RuntimeError: if a layer never ran, or an activation is not finite.
-        TypeError: if a layer's input has no place for each token.
+        TypeError: if the shape of a layer's input does not fit the tokens of the batch.
     """
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
-    latest: list[Any] = [None, ""]  # layers that share an input, such as q, k and v, get the same tensor in a row
+    latest: list[Any] = [None, ""]  # layers with a common input, such as q, k and v, get one tensor in succession
     keep = torch.ones(0)
 
     def add(name: str, x: Tensor) -> None:
         if latest[0] is not x:
             latest[:] = x, name
+        # Layers with a common input share the sum of the layer that received the input first.
         if owner.setdefault(name, latest[1]) != name:
             return
-        if x.dim() == 2 and len(x) == keep.numel():  # OPT's MLP takes the tokens of all rows in a row
+        if x.dim() == 2 and len(x) == keep.numel():  # OPT's MLP flattens rows and tokens into one dimension
             x = x.unflatten(0, keep.shape)
         if x.shape[: keep.dim()] != keep.shape:
-            raise TypeError(f"{name}: its input is {list(x.shape)}, with no place for each token {list(keep.shape)}.")
+            raise TypeError(
+                f"{name}: the shape of a layer's input must begin with {list(keep.shape)}, the tokens of the batch, got"
+                f" {list(x.shape)}."
+            )
         chosen = x[keep].flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
         value = chosen.T @ chosen if outer else chosen.square().sum(dim=0)
         sums[name] = sums[name].add_(value) if name in sums else value
@@ -304,7 +319,9 @@ def input_moments(
             latest[:] = None, ""
     silent = [name for name in layers if name not in owner]
     if silent:
-        raise RuntimeError(f"input_moments: no input reached {silent[0]} and {len(silent) - 1} more; are they in use?")
+        raise RuntimeError(
+            f"input_moments: no input reached {silent[0]} and {len(silent) - 1} more; does the model use these layers?"
+        )
     if split and rank_and_world()[1] > 1:
         tokens = sum(_every_rank(tokens, split))
         for total in sums.values():
@@ -327,18 +344,18 @@ def _activations(loss: Loss, layers: Mapping[str, nn.Module], row: Batch) -> dic
         inputs[name] = x.detach()
 
     def leave(name: str, y: Tensor) -> Tensor:
-        tapped = y if y.requires_grad else y.detach().requires_grad_()  # a frozen model has no graph of its own
+        tapped = y if y.requires_grad else y.detach().requires_grad_()  # a frozen model builds no graph
         calls.append((name, inputs.pop(name), tapped))
-        return tapped
+        return tapped  # replaces the layer's output, so that the loss depends on it
 
     with torch.enable_grad(), hooked(layers, enter, inputs=True), hooked(layers, leave):
         value = loss(row)
         grads = torch.autograd.grad(value, [y for _, _, y in calls], allow_unused=True)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     for (name, x, _), grad in zip(calls, grads, strict=True):
         if grad is not None:
-            found[name].append((x.flatten(0, -2), grad.flatten(0, -2)))
-    return found
+            by_layer[name].append((x.flatten(0, -2), grad.flatten(0, -2)))
+    return by_layer
 
 
 def _joined(calls: Sequence[tuple[Tensor, Tensor]], shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,11 +369,15 @@ def _joined(calls: Sequence[tuple[Tensor, Tensor]], shape: Sequence[int], like: 
 
 
 def _exchanged(x: Tensor, dy: Tensor, rows: Share, split: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and output gradients of each rank that shares the matrix, from all ranks where it is sharded."""
+    """Yield inputs and output gradients of each rank that shares the matrix.
+
+    If the matrix is not sharded, only this rank's own are yielded.
+    """
     if rows.group is None or not split:
         yield x, dy
         return
     sizes = _every_rank(len(x), split)
+    # Ranks have different numbers of tokens; rows of zeros fill up the shorter ones and add nothing to a sum.
     both = x.new_zeros(max(sizes), x.shape[1] + dy.shape[1])
     both[: len(x)] = torch.cat([x, dy], dim=1)
     everyone = [torch.empty_like(both) for _ in sizes]
@@ -369,14 +390,14 @@ def _checked_share(weight: Tensor, split: bool) -> Share:
     rows = share(weight)
     if split and rows.group is not None and dist.get_world_size(rows.group) != rank_and_world()[1]:
         raise TypeError(
-            f"Scores are taken of weights that are whole on every rank or sharded over all {rank_and_world()[1]} ranks,"
-            f" got {dist.get_world_size(rows.group)} shards; use one-dimensional FSDP2."
+            f"Scores need weights that are whole on every rank or sharded over all {rank_and_world()[1]} ranks, got"
+            f" {dist.get_world_size(rows.group)} shards; use one-dimensional FSDP2."
         )
     return rows
 
 
 def _every_rank(number: int, split: bool) -> list[int]:
-    """Return a number of every rank, in the order of ranks."""
+    """Return the number that each rank passes, in the order of ranks."""
     world = rank_and_world()[1] if split else 1
     if world == 1:
         return [number]
@@ -389,7 +410,7 @@ def _size(batch: Batch) -> int:
     """Return the number of rows of a batch.
 
     Raises:
-        TypeError: if it is no mapping with a tensor of rows.
+        TypeError: if the batch is not a mapping with a tensor of rows.
     """
     if isinstance(batch, Mapping):
         for value in (batch.get("labels"), *batch.values()):
@@ -413,7 +434,7 @@ def _rows(batch: Batch, rows: list[int]) -> dict[str, Any]:
 
 
 def _counting(batch: Batch, counted: int) -> Tensor:
-    """Return which rows ``[batch]``, or response tokens ``[batch, tokens]``, count."""
+    """Return a mask of the rows ``[batch]``, or response tokens ``[batch, tokens]``, that count."""
     labels = batch.get("labels")
     size = _size(batch)
     if labels is None:

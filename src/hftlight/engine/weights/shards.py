@@ -1,4 +1,4 @@
-"""Which rows of a matrix this rank holds, and sums over the ranks that share it."""
+"""The rows of a matrix that this rank holds, and sums over the ranks that share the matrix."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ class Share:
     """The rows of a matrix that this rank holds.
 
     Attributes:
-        start: the first of them in the whole matrix.
-        stop: one past the last.
-        total: rows of the whole matrix.
-        group: the ranks that hold the others; None where this rank holds all.
+        start: number of the first of these rows in the whole matrix.
+        stop: one past the number of the last row.
+        total: number of rows of the whole matrix.
+        group: process group of the ranks that share the matrix; None if this rank holds all rows.
     """
 
     start: int
@@ -28,7 +28,7 @@ class Share:
     group: Any = None
 
     def sum(self, *parts: Tensor) -> list[Tensor]:
-        """Return sums over the ranks that share the matrix, one collective for all of them."""
+        """Return the sum of each part over the ranks that share the matrix, with one collective for all parts."""
         if self.group is None:
             return list(parts)
         flat = torch.cat([p.flatten() for p in parts])
@@ -36,7 +36,7 @@ class Share:
         return [piece.view_as(p) for piece, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
 
     def gather(self, value: Any) -> tuple[list[Any], int]:
-        """Return the value of each rank that shares the matrix, in the order of their rows, and this rank's place."""
+        """Return the values of the ranks that share the matrix, in the order of their rows, and this rank's place."""
         if self.group is None:
             return [value], 0
         values: list[Any] = [None] * dist.get_world_size(self.group)
@@ -48,7 +48,7 @@ def share(tensor: Tensor) -> Share:
     """Return which rows of a tensor this rank holds.
 
     Raises:
-        TypeError: if it is sharded otherwise than over rows, as tensor parallelism does.
+        TypeError: if the tensor is sharded over anything but rows, as in tensor parallelism.
     """
     if not isinstance(tensor, DTensor):
         return Share(0, tensor.shape[0], tensor.shape[0])
@@ -61,12 +61,16 @@ def share(tensor: Tensor) -> Share:
             " the saved model in one process."
         )
     size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    # A rank without rows starts behind the last row.
     start = offset[0] if size[0] else tensor.shape[0]
     return Share(start, start + size[0], tensor.shape[0], tensor.device_mesh.get_group(sharded[0]))
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 keeps gathered after a forward pass: a write into that would be lost."""
+    """Free the whole weights that FSDP2 leaves gathered after a forward pass.
+
+    A write into gathered weights would be lost.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""What a displacement does to thin matrices, and its leading directions, without forming it."""
+"""Products of a displacement with thin matrices, and its leading directions, without forming it."""
 
 import torch
 from torch import Tensor
@@ -17,32 +17,35 @@ def back_and_forth(v: Displacement, x: Tensor, rows: Share) -> tuple[Tensor, Ten
     Args:
         v: the alignment displacement V, ``[out, in]``.
         x: these rows of the matrix, ``[rows, k]``.
-        rows: which rows they are.
+        rows: which rows of the matrix these are.
 
     Returns:
-        :math:`V V^T x` of these rows ``[rows, k]``; :math:`V^T x` ``[in, k]``; and ``[2]``, the squared norm of V and
-        of the rounding noise in it; the last two are sums over all rows.
+        Three tensors: :math:`V V^T x` of these rows, ``[rows, k]``; :math:`V^T x`, ``[in, k]``; and ``[2]``, the
+        squared norms of V and of the rounding noise in V. The last two tensors are sums over all rows.
     """
     t, squares = rows.sum(*v.back(x, rows.start))
     return v.forth(t, rows.start, rows.stop), t, squares
 
 
 def leading(v: Displacement, count: int, rows: Share, like: Tensor, accuracy: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Return the leading left singular vectors ``[out, count]`` and values ``[count]`` of V; exact for a thin V.
+    """Return the leading left singular vectors ``[out, count]`` and singular values ``[count]`` of V.
 
-    Otherwise by subspace iteration with 20 columns to spare, at most twelve sweeps, until the values stand still.
+    For a V of known low rank the result is exact. Otherwise it comes from subspace iteration with 20 spare columns,
+    with at most twelve sweeps, until the singular values stop changing.
 
     Args:
         v: the alignment displacement V, ``[out, in]``.
-        count: how many, >= 1; fewer come back where V has fewer.
+        count: number of directions, >= 1; fewer are returned if V has fewer.
         rows: which rows this rank reads.
-        like: type and device to compute in.
-        accuracy: relative change of the values from one sweep to the next that ends the iteration.
+        like: tensor with the type and device to compute in.
+        accuracy: largest change of a value from one sweep to the next that ends the iteration, relative to the largest
+            value.
     """
     if isinstance(v, LowRank):
         u, s, _ = v.svd()
-        kept = int((s[:count] > s[0] * torch.finfo(s.dtype).eps * max(v.shape)).sum())
-        return u[:, :kept].to(like), s[:kept].to(like)
+        # Values within the rounding error of the largest one count as zero.
+        rank = int((s[:count] > s[0] * torch.finfo(s.dtype).eps * max(v.shape)).sum())
+        return u[:, :rank].to(like), s[:rank].to(like)
     out, inner = v.shape
     count = min(count, out, inner)
     width = min(count + OVERSAMPLING, out, inner)
@@ -51,6 +54,7 @@ def leading(v: Displacement, count: int, rows: Share, like: Tensor, accuracy: fl
     for _ in range(SWEEPS):
         basis = torch.linalg.qr(image).Q
         y, t, _ = back_and_forth(v, basis[rows.start : rows.stop], rows)
+        # The SVD of basis^T V rotates the basis into left singular vectors of V.
         rotation, s, _ = torch.linalg.svd(t.T, full_matrices=False)
         if bool(((s - before)[:count].abs() <= accuracy * s[0]).all()):
             break
@@ -59,7 +63,7 @@ def leading(v: Displacement, count: int, rows: Share, like: Tensor, accuracy: fl
 
 
 def _gathered(thin: Tensor, rows: Share, out: int) -> Tensor:
-    """Return a thin matrix whole on every rank."""
+    """Return the whole of a thin matrix on every rank, from each rank's rows."""
     result = thin.new_zeros(out, thin.shape[1])
     result[rows.start : rows.stop] = thin
     return rows.sum(result)[0]

@@ -1,4 +1,4 @@
-"""Weights of other models by name, read rows at a time, and what one model moved away from another."""
+"""Weights of other models by name, read some rows at a time, and the displacement between two models."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from hftlight.engine.weights.lowrank import LowRank, combined
 from hftlight.engine.weights.shards import share
 from hftlight.files import folder_digest
 
-BLOCK = 1 << 18  # entries of a matrix that are worked on at one time on a CPU: what fits a core's cache
+BLOCK = 1 << 18  # entries of a matrix that are processed at one time on a CPU: what fits into a core's cache
 BLOCK_ELSEWHERE = 1 << 22
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -24,20 +24,20 @@ class Weights(Protocol):
     """A model's weights by plain name, such as ``model.layers.0.self_attn.q_proj.weight``."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return a weight's shape, or None where the model has no such weight."""
+        """Return a weight's shape, or None if the model has no such weight."""
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows ``start`` to ``stop`` of a weight, in the type it is stored in."""
+        """Return rows ``start`` to ``stop`` of a weight, in the type in which it is stored."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The matrix ``W - W'`` of two models, read block of rows by block of rows and never held whole.
+    """The matrix ``W - W'`` of two models, read in blocks of rows and never held whole.
 
     Attributes:
-        model: W's model.
+        model: the model of W.
         other: the model of W'.
-        name: the weight.
+        name: plain name of the weight.
     """
 
     model: Weights
@@ -55,12 +55,12 @@ class Difference:
         """Return ``V[start : start + len(x)]^T x`` and two sums of squares over these rows.
 
         Args:
-            x: ``[rows, k]``; its type and device are computed in.
-            start: the first of these rows in the whole matrix.
+            x: ``[rows, k]``; the computation uses its type and device.
+            start: number of the first of these rows in the whole matrix.
 
         Returns:
-            ``[in, k]``, and ``[squares of V, squares of the noise]``: that of rounding both weights to the type they
-            are stored in. Over shards both add up.
+            ``[in, k]``, and ``[squares of V, squares of the noise]``. The noise comes from rounding both weights to
+            their stored types. Over shards, both results add up.
         """
         total, squares = x.new_zeros(x.shape[1], self.shape[1]), x.new_zeros(2)
         for at, block, noise in self._blocks(start, start + len(x), x):
@@ -70,7 +70,7 @@ class Difference:
         return total.T, squares
 
     def forth(self, t: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows of the matrix times ``t``, ``[in, k]``."""
+        """Return rows ``start`` to ``stop`` of the matrix times ``t``, where ``t`` is ``[in, k]``."""
         stop = self.shape[0] if stop is None else stop
         result, t = t.new_empty(stop - start, t.shape[1]), t.contiguous()
         for at, block, _ in self._blocks(start, stop, t, noise=False):
@@ -78,17 +78,21 @@ class Difference:
         return result
 
     def _blocks(self, start: int, stop: int, like: Tensor, noise: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield first row, values and squared rounding noise of each block; the values are overwritten by the next."""
+        """Yield first row, values and squared rounding noise of each block.
+
+        The next block overwrites the values.
+        """
         entries = BLOCK if like.device.type == "cpu" else BLOCK_ELSEWHERE
         height = min(max(1, entries // self.shape[1]), stop - start)
         buffer, buffer_other = (like.new_empty(height, self.shape[1]) for _ in range(2))
         squares = like.new_zeros(())
+        # Both buffers are reused for every block.
         for at in range(start, stop, height or 1):
             rows, rows_other = (w.rows(self.name, at, min(at + height, stop)) for w in (self.model, self.other))
             block, other = buffer[: len(rows)].copy_(rows), buffer_other[: len(rows)].copy_(rows_other)
-            if noise:  # the two hardly differ in length, so one is measured
+            if noise:  # both weights have nearly the same norm, so one norm serves for both
                 squares = (_rounding(rows.dtype) + _rounding(rows_other.dtype)) * _squared_norm(other)
-            yield at, block.sub_(other), squares
+            yield at, block.sub_(other), squares  # in place: the buffer now holds the difference
 
 
 def _squared_norm(values: Tensor) -> Tensor:
@@ -98,20 +102,23 @@ def _squared_norm(values: Tensor) -> Tensor:
 def _rounding(dtype: torch.dtype) -> float:
     """Return the mean squared error of rounding to a type, relative to the squared value.
 
-    The error is uniform over the spacing of the numbers, so its mean square is a twelfth of the spacing's, and the
-    spacing's mean square is 0.541 (eps |w|)^2 for values spread over a power of two.
+    The error is uniform over the spacing of the numbers, so its mean square is a twelfth of the spacing's mean square.
+    The spacing's mean square is 0.541 (eps |w|)^2 for values spread over a power of two.
     """
     return 0.541 / 12 * torch.finfo(dtype).eps ** 2
 
 
 def displacement(model: Weights, other: Weights, name: str) -> LowRank | Difference | None:
-    """Return what ``model`` moved away from ``other`` in one weight; None where it is known not to have moved.
+    """Return the displacement of ``model`` from ``other`` in one weight.
+
+    None means that the weight is known not to have moved.
 
     Raises:
-        ValueError: if one of the two has no such weight, or the shapes differ.
+        ValueError: if one of the two models has no such weight, or the shapes differ.
     """
     if isinstance(model, Adapted) and model.under == other:
         return model.updates.get(name)
+    # Two adapters on the same model: their updates are subtracted exactly, as factors.
     if isinstance(model, Adapted) and isinstance(other, Adapted) and model.under == other.under:
         terms = [(sign, w.updates[name]) for sign, w in ((1.0, model), (-1.0, other)) if name in w.updates]
         if len(terms) == 2 and (more := _beyond(model.updates[name], other.updates[name])) is not None:
@@ -121,16 +128,17 @@ def displacement(model: Weights, other: Weights, name: str) -> LowRank | Differe
     if None in shapes or shapes[0] != shapes[1]:
         raise ValueError(
             f"{name}: the aligned and the base model must both have this weight in one shape, got {shapes[0]} in"
-            f" {model} and {shapes[1]} in {other}. Give the two models that the alignment lies between, neither resized"
-            " nor quantized."
+            f" {model} and {shapes[1]} in {other}. Give the models before and after the alignment, neither resized nor"
+            " quantized."
         )
     return Difference(model, other, name)
 
 
 def _beyond(whole: LowRank, part: LowRank) -> LowRank | None:
-    """Return what a stacked update holds beyond one that it begins with; None if it does not begin with it.
+    """Return the rest of a stacked update ``whole`` that begins with the update ``part``.
 
-    Subtracted, the common part would leave its rounding behind.
+    None means that ``whole`` does not begin with ``part``. A subtraction would leave the rounding error of the common
+    part.
     """
     rank = part.b.shape[1]
     same = torch.equal(whole.a[:rank], part.a) and torch.equal(whole.scale * whole.b[:, :rank], part.scale * part.b)
@@ -139,9 +147,10 @@ def _beyond(whole: LowRank, part: LowRank) -> LowRank | None:
 
 @dataclass(frozen=True, eq=False)
 class FileWeights:
-    """A model folder with safetensors files, as ``save_pretrained`` writes it; only the rows asked for are read.
+    """A model folder with safetensors files, as ``save_pretrained`` writes it.
 
-    Two folders with files of the same content are equal: a model may lie in a cache and, as a copy, beside an adapter.
+    Only the requested rows are read. Two folders whose files have the same content are equal: a model may lie in a
+    cache and, as a copy, beside an adapter.
 
     Raises:
         ValueError: if the folder holds no safetensors file.
@@ -171,7 +180,7 @@ class FileWeights:
         return self.folder == other.folder or self._content == other._content
 
     def __hash__(self) -> int:
-        return hash(FileWeights)
+        return hash(FileWeights)  # equal folders need equal hashes, and a hash of the content would read every file
 
     @cached_property
     def _content(self) -> str:
@@ -179,18 +188,21 @@ class FileWeights:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return a weight's shape, or None."""
-        found = self._find(name)
-        return None if found is None else tuple(self._slice(found).get_shape())
+        stored_name = self._find(name)
+        return None if stored_name is None else tuple(self._slice(stored_name).get_shape())
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of a weight, on the CPU."""
-        found = self._find(name)
-        if found is None:
+        stored_name = self._find(name)
+        if stored_name is None:
             raise KeyError(f"{name} is not in {self.folder}.")
-        return self._slice(found)[start:stop]
+        return self._slice(stored_name)[start:stop]
 
     def _find(self, name: str) -> str | None:
-        """Return the file's own name of a weight: some files leave the base model's prefix out."""
+        """Return a weight's name in the files, or None.
+
+        Some files leave out the prefix of the base model.
+        """
         if name in self._files:
             return name
         short = name.partition(".")[2]
@@ -209,22 +221,28 @@ class FileWeights:
 
 @dataclass(frozen=True, eq=False)
 class ModelWeights:
-    """The weights of a model in memory, those under its adapters included; sharded ones give this rank's rows only."""
+    """The weights of a model in memory, including those under its adapters.
+
+    Of a sharded weight, only this rank's rows are available.
+    """
 
     parameters: Mapping[str, Tensor] = field(repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelWeights":
-        """Return the weights of a model, with or without PEFT around it; nothing is copied."""
+        """Return the weights of a model, with or without PEFT around it, without a copy."""
         return cls({plain_name(name): p.detach() for name, p in model.named_parameters() if ".lora_" not in name})
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return a weight's shape; None also for a quantized weight, whose rows cannot be read."""
+        """Return a weight's shape, or None.
+
+        None is returned also for a quantized weight, because its rows cannot be read.
+        """
         p = self.parameters.get(name)
         return None if p is None or not p.is_floating_point() else tuple(p.shape)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows of a weight, sharing its storage."""
+        """Return rows of a weight as a view of its storage."""
         p = self.parameters[name]
         mine = share(p)
         stop = p.shape[0] if stop is None else stop
@@ -241,8 +259,8 @@ class Adapted:
     """A model with known thin updates on top of it, such as one that was aligned with LoRA.
 
     Attributes:
-        under: the model without them.
-        updates: what was added, by the name of the weight.
+        under: the model without the updates.
+        updates: the added updates, by the name of the weight.
     """
 
     under: Weights
@@ -253,7 +271,7 @@ class Adapted:
         return self.under.shape(name)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows of a weight, the update added in at least float32 and not rounded back."""
+        """Return rows of a weight with its update, added in at least float32 and not rounded back."""
         rows = self.under.rows(name, start, stop)
         if name not in self.updates:
             return rows
@@ -262,13 +280,15 @@ class Adapted:
 
 
 def stored(model: str | Path) -> Weights:
-    """Return the weights of a model on the disk; an adapter's as ``Adapted`` on those of the model it belongs to.
+    """Return the weights of a model on disk.
+
+    An adapter is returned as ``Adapted`` on the weights of its base model.
 
     Args:
         model: a folder, a hub id, or a name that ``hftlight.model_files.model_path`` knows.
 
     Raises:
-        ValueError: if it cannot be had, has no safetensors files, or is an adapter other than plain LoRA.
+        ValueError: if the model is not available, has no safetensors files, or is an adapter other than plain LoRA.
     """
     from hftlight.model_files import ADAPTER_CONFIG, base_of, model_path
 
@@ -279,10 +299,10 @@ def stored(model: str | Path) -> Weights:
 
 
 def stored_updates(folder: Path) -> dict[str, LowRank]:
-    """Return the updates of a LoRA adapter folder by the name of the weight they belong to, in that weight's layout.
+    """Return the updates in a LoRA adapter folder by the name of their weight, in the layout of that weight.
 
     Raises:
-        ValueError: as ``stored_factors``.
+        ValueError: as for ``stored_factors``.
     """
     from peft import PeftConfig
 
@@ -298,7 +318,7 @@ def stored_factors(folder: Path) -> dict[str, LowRank]:
     """Return a LoRA adapter folder's B ``[out, rank]`` and A ``[rank, in]`` by the layer's name in its file.
 
     Raises:
-        ValueError: if it is anything but plain LoRA on linear layers.
+        ValueError: if the adapter is not plain LoRA on linear layers.
     """
     from peft import PeftConfig
     from safetensors.torch import load_file
@@ -308,8 +328,8 @@ def stored_factors(folder: Path) -> dict[str, LowRank]:
     state = load_file(file) if file.is_file() else {}
     if why := _not_plain(settings, state):
         raise ValueError(
-            f"{folder}: an adapter must be plain LoRA on linear layers, got {why}; merge it into its model and give"
-            " that."
+            f"{folder}: an adapter must be plain LoRA on linear layers, got {why}. Merge the adapter into its model"
+            " and give the merged model."
         )
     factors = {}
     for name in state:
@@ -321,12 +341,12 @@ def stored_factors(folder: Path) -> dict[str, LowRank]:
 
 
 def _not_plain(settings: Any, state: Mapping[str, Tensor]) -> str:
-    """Return what makes an adapter more than ``W + scale * B A``; empty for plain LoRA."""
+    """Return what makes an adapter differ from plain LoRA ``W + scale * B A``, or an empty text."""
     if str(getattr(settings.peft_type, "value", settings.peft_type)) != "LORA":
         return f"{settings.peft_type}"
     if settings.use_dora:
         return "DoRA"
-    if settings.init_lora_weights not in (True, False, None, "gaussian", "eva"):  # the others change the base model
+    if settings.init_lora_weights not in (True, False, None, "gaussian", "eva"):  # all others change the base model
         return f"init_lora_weights {settings.init_lora_weights!r}"
     if settings.layer_replication:
         return "layer_replication"
@@ -335,7 +355,7 @@ def _not_plain(settings: Any, state: Mapping[str, Tensor]) -> str:
 
 
 def _stored_scale(settings: Any, stem: str, rank: int) -> float:
-    """Return a layer's scale from an adapter's configuration, patterns included."""
+    """Return a layer's scale from an adapter's configuration and its patterns."""
     import re
 
     alpha = settings.lora_alpha
@@ -347,7 +367,10 @@ def _stored_scale(settings: Any, stem: str, rank: int) -> float:
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's or module's name without what PEFT, compilation, checkpointing and sharding put into it."""
+    """Return a parameter's or module's name without the parts that PEFT and wrappers of the module add.
+
+    The wrappers are those of compilation, sharding and checkpointing.
+    """
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -1,4 +1,4 @@
-"""Subject: a fine-tuned model that repairs edit, and what they may read."""
+"""Subject: a fine-tuned model that repairs edit, with the models and data that they may read."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,31 +14,32 @@ from hftlight.engine.weights.stored import Adapted, Difference, ModelWeights, We
 
 
 def no_batches(stream: str) -> Iterator[Any]:
-    """Refuse to give batches.
+    """Refuse to return batches.
 
     Raises:
         RuntimeError: always.
     """
-    raise RuntimeError(f"This repair reads the stream {stream!r}, and none was given.")
+    raise RuntimeError(f"This repair reads the stream {stream!r}, and none was given. Pass batches=... to Subject.")
 
 
 @dataclass
 class Subject:
-    """One fine-tuned model on the table.
+    """One fine-tuned model under repair.
 
     Attributes:
-        model: what is edited in place: a causal LM with all parameters trained, or a PEFT model around the aligned
-            model whose one active adapter is exactly the user's update.
-        aligned: the aligned model, where the user's fine-tuning started; None where only the PEFT model itself holds
+        model: the model, edited in place: a causal LM with all parameters trained, or a PEFT model around the aligned
+            model. The one active adapter of a PEFT model is exactly the user's update.
+        aligned: the aligned model, where the user's fine-tuning started. None means that only the PEFT model itself
+            contains it.
+        base: the model before its alignment. None if it is not known, or if ``aligned`` is ``Adapted`` and so contains
             it.
-        base: the model before its alignment; None where it is not known, or ``aligned`` is ``Adapted`` and so holds it.
-        batches: gives all batches of a stream once, on the model's device; the same number on every rank.
-        report: what was done, for the manifest: plain numbers, texts, lists and dictionaries.
-        applied: names of the repairs that were applied to this model before; none is applied twice.
-        context: what a forward pass runs in, such as autocast.
-        split: whether each rank's batches are a share of the stream, so that sums over them are added up over ranks.
-        dense: set by an edit that wrote into the weights under the adapter, and left the adapter zero: the artifact is
-            a whole model then.
+        batches: returns all batches of a stream once, on the model's device; the same number on every rank.
+        report: record of the repair for the manifest: plain numbers, texts, lists and dictionaries.
+        applied: names of the repairs that were applied to this model before; no repair is applied twice.
+        context: returns the context manager that a forward pass runs in, such as autocast.
+        split: whether each rank's batches are a share of the stream, so that sums over them are added over ranks.
+        dense: whether an edit wrote into the weights under the adapter and left the adapter zero. The repaired model is
+            then written as a whole model.
     """
 
     model: nn.Module
@@ -53,7 +54,7 @@ class Subject:
 
     @property
     def start(self) -> Weights | None:
-        """The weights that the user's fine-tuning started from: ``aligned``, or those under the adapter."""
+        """Weights that the user's fine-tuning started from: ``aligned``, or those under the adapter."""
         return self.aligned or self._under_adapter
 
     @cached_property
@@ -61,7 +62,9 @@ class Subject:
         return ModelWeights.of(self.model) if has_adapter(self.model) else None
 
     def alignment(self, name: str) -> LowRank | Difference | None:
-        """Return what the alignment moved in one weight; None where it did not.
+        """Return the displacement of one weight by the alignment.
+
+        None means that the alignment did not move the weight.
 
         Raises:
             RuntimeError: if the base model is not known.
