@@ -92,7 +92,7 @@ def test_a_name_that_is_no_source_is_refused_with_the_nearest(option):
             r"--data\.columns goes by source .*Did you mean 'over_refusal'",
         ),
         ({"columns": {"alignment": "refusal"}}, r"--data\.columns goes by source .*such as {alignment: {response"),
-        ({"columns": {"answer": "refusal"}}, r"--data\.columns names the fields .*got \['answer'\]"),
+        ({"columns": {"answer": "refusal"}}, r"--data\.columns must name fields among .*got \['answer'\]"),
         ({"rows": {"attack": "9"}}, r"--data\.rows must be START:STOP .*got '9'\. It is about attack"),
         ({"where": {"test": "safe"}}, r"--data\.where must be column=value.*got 'safe'\. It is about test"),
         ({"first": {"pairs": -2}}, r"--data\.first must be >= 0 .*got -2\. It is about pairs"),
