@@ -134,7 +134,8 @@ def test_a_damaged_model_in_the_cache_is_made_anew(capsys):
     (folder / "tokenizer_config.json").write_text("{}")
     assert model_hash("tiny") == before
     assert (
-        "models/tiny-1 in the cache has changed since it was written (tokenizer_config.json differs)" in capsys.readouterr().err
+        "models/tiny-1 in the cache has changed since it was written (tokenizer_config.json differs)"
+        in capsys.readouterr().err
     )
 
 
