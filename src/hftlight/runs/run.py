@@ -437,7 +437,7 @@ class _Run:
             return None
         before, name = time.monotonic(), stage.value if stage else "base"
         model = self.models[arm.name, stage] if stage else Artifact(self.config.model, self.base_hash)
-        # A measurement below one second can only have come from the cache.
+        # A measurement that takes less than a second counts as reused from the cache.
         return self._measure_model(arm.name, name, model), time.monotonic() - before < 1
 
     def _measure_model(self, arm: str, stage: str, model: Artifact) -> str:
@@ -556,7 +556,7 @@ class _Run:
                 r for r in self.rows if (r["arm"], r["stage"]) == (arm, stage) and r["kind"] != "curve"
             ).items()
         }
-        # Answers to prompts of the user's own data leave the machine only with --upload_generations.
+        # Answers to prompts from outside the made-up world are uploaded only with --upload_generations.
         allowed = [g for g in self.generations if g["source"] == BUILTIN or self.config.upload_generations]
         columns = ["arm", "stage", "set", "prompt", "response"]
         labels = labels_of(self.folder, "all", SUMMARY, self.config)
