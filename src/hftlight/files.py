@@ -18,7 +18,7 @@ from hftlight.errors import InputError
 WEIGHTS = {".safetensors", ".bin", ".pt"}  # suffixes of files that nobody edits by hand, so hard links are safe
 HASHES = "hashes"  # folder of the cache that stores digests of files
 REMEMBERED = 2**20  # smallest file size, in bytes, for which the cache stores the digest
-SETTLED = 2 * 10**9  # a digest is stored only if the file last changed more than so many nanoseconds ago
+SETTLED = 2 * 10**9  # nanoseconds that must pass after a file's last change before its digest is stored
 _digests: dict[tuple[Any, ...], str] = {}
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename onto an existing path
 

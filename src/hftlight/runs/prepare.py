@@ -543,7 +543,7 @@ def _explain_lowered_limit(notes: Sequence[str]) -> Iterator[None]:
         lowered = next((note for note in notes if note.startswith("--max_tokens")), None)
         if lowered is None:
             raise
-        # Raising the limit again is no way out, so that advice is cut off.
+        # Raising the limit above the positions cannot help, so this advice is cut off.
         reason = str(error).partition(" Raise max_tokens")[0]
         raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
 
