@@ -50,7 +50,7 @@ def test_every_input_changes_the_key(kind):
 
 
 def test_a_key_takes_what_its_kind_lists_and_nothing_else():
-    with pytest.raises(TypeError, match="verdicts is decided by"):
+    with pytest.raises(TypeError, match="the inputs of verdicts must be"):
         cache.key("verdicts", [], answers="x")
 
 
@@ -347,7 +347,7 @@ def test_a_damaged_entry_is_named_and_not_used(damage, name, tmp_path, capsys):
     assert not cache.whole(place)
     said = capsys.readouterr().err
     if (damage, name) != (Path.unlink, "seal.json"):  # without it the entry was never finished
-        assert "stages/one in the cache is not as it was written (" in said
+        assert "stages/one in the cache has changed since it was written (" in said
         assert f"({name} differs)" in said
     assert not cache.whole(place)
 

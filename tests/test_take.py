@@ -95,7 +95,7 @@ def test_a_name_that_is_no_source_is_refused_with_the_nearest(option):
             {"columns": {"alignment": "refusal"}},
             r"--data\.columns takes a value per source .*such as {alignment: {response",
         ),
-        ({"columns": {"answer": "refusal"}}, r"--data\.columns names the fields .*got \['answer'\]"),
+        ({"columns": {"answer": "refusal"}}, r"--data\.columns must name fields among .*got \['answer'\]"),
         ({"rows": {"attack": "9"}}, r"--data\.rows must be START:STOP .*got '9'\. The source is attack"),
         ({"where": {"test": "safe"}}, r"--data\.where must be column=value.*got 'safe'\. The source is test"),
         ({"first": {"pairs": -2}}, r"--data\.first must be >= 0 .*got -2\. The source is pairs"),

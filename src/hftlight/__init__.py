@@ -14,7 +14,7 @@ __all__ = ["SafetyModule", "StreamsDataModule", "__version__", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are used, so that ``--help`` answers without loading torch."""
+    """Import a public name at its first use, so that ``--help`` prints without importing torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'hftlight' has no attribute {name!r}")

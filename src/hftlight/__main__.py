@@ -1,4 +1,4 @@
-"""``python -m hftlight COMMAND`` is the command ``hftlight``."""
+"""Entry point of ``python -m hftlight COMMAND``, which is the same as ``hftlight COMMAND``."""
 
 import sys
 

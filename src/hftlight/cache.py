@@ -1,4 +1,4 @@
-"""The cache: results under the hash of everything that decides them, read back only if they are whole."""
+"""The cache: each result is stored under a hash of all its inputs and reused only if its files are unchanged."""
 
 import json
 import sys
@@ -11,8 +11,8 @@ from hftlight.files import HASHES, cache_dir, digest, file_digests, new_folder, 
 from hftlight.provenance import UnknownSourceError, code_of, versions
 
 KINDS = ("models", "stages", "evaluations", "selections", "judges", HASHES)
-SEAL = "seal.json"  # names and digests of an entry's files; written last
-# What decides each kind of result, beside the code and the versions. A key takes exactly these.
+SEAL = "seal.json"  # names and digests of an entry's files; it is written last and marks a finished entry
+# The inputs of each kind of cache key, in addition to code and versions. ``key`` accepts exactly these names.
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "training": ("stage", "config", "base", "parent", "records", "defenses", "attack", "watched", "device"),
     "edit": ("config", "base", "aligned", "records", "attack", "device"),
@@ -27,20 +27,20 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 
 
 def key(kind: str, code: Sequence[Any], **inputs: Any) -> str:
-    """Return the name of a result: a hash of its inputs, of the code that makes it, and of the versions.
+    """Return the cache key of a result: a hash of its inputs, its code and the versions of the libraries.
 
-    A result whose code cannot be read gets a name that no other has, so that it is never found again.
+    If the code of a class cannot be read, the key is random, so that the result is never reused.
 
     Args:
         kind: one of ``INPUTS``.
-        code: modules of hftlight by name, and classes, that the result is made by.
-        inputs: values by name, as ``INPUTS`` lists them.
+        code: the code that computes the result: names of hftlight's modules, and classes.
+        inputs: values by name, exactly the names in ``INPUTS[kind]``.
 
     Raises:
-        TypeError: if an input is missing, or one is not listed.
+        TypeError: if an input is missing or not listed.
     """
     if set(inputs) != set(INPUTS[kind]):
-        raise TypeError(f"cache.key: {kind} is decided by {sorted(INPUTS[kind])}, got {sorted(inputs)}.")
+        raise TypeError(f"cache.key: the inputs of {kind} must be {sorted(INPUTS[kind])}, got {sorted(inputs)}.")
     try:
         return digest({"kind": kind, "versions": versions(), "code": code_of(*code), **inputs})
     except UnknownSourceError as error:
@@ -49,11 +49,11 @@ def key(kind: str, code: Sequence[Any], **inputs: Any) -> str:
 
 
 def seal(folder: Path, *parts: str) -> None:
-    """Record the digests of files and subfolders of an entry, which makes it a finished one.
+    """Write the digests of an entry's files into its seal, which marks the entry as finished.
 
     Args:
         folder: the entry.
-        parts: names of the files and folders in it that belong to the result; all by default.
+        parts: names of the files and folders in the entry that belong to the result; all by default.
     """
     chosen = parts or tuple(sorted(p.name for p in folder.iterdir() if p.name != SEAL))
     files = _digests(folder, chosen)
@@ -61,7 +61,11 @@ def seal(folder: Path, *parts: str) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Return what is wrong with a finished entry, ``""`` if nothing is; None if it was never finished."""
+    """Return the name of the first file of a finished entry that differs from its seal.
+
+    Returns:
+        ``""`` if all files match, ``SEAL`` if the seal itself is damaged, None if the entry has no seal.
+    """
     path = folder / SEAL
     if not path.is_file():
         return None
@@ -72,20 +76,21 @@ def fault(folder: Path) -> str | None:
         return SEAL
     if own != digest([parts, files]):
         return SEAL
-    found = _digests(folder, parts)
-    return next((name for name in sorted({*files, *found}) if files.get(name) != found.get(name)), "")
+    current = _digests(folder, parts)
+    # The union of both name sets also catches missing and additional files.
+    return next((name for name in sorted({*files, *current}) if files.get(name) != current.get(name)), "")
 
 
 def whole(folder: Path) -> bool:
-    """Tell whether an entry is finished and every file is as it was written.
+    """Tell whether an entry is finished and no file has changed since.
 
-    An entry that changed is named on standard error and counts as unfinished from then on.
+    If a file has changed, a warning goes to standard error and the seal is deleted, so that the entry is unfinished.
     """
     changed = fault(folder)
     if changed:
         print(
-            f"hftlight: {folder.parent.name}/{folder.name} in the cache is not as it was written ({changed} differs);"
-            " it is made anew.",
+            f"hftlight: {folder.parent.name}/{folder.name} in the cache has changed since it was written ({changed}"
+            " differs) and will be rebuilt.",
             file=sys.stderr,
         )
         (folder / SEAL).unlink(missing_ok=True)
@@ -93,12 +98,12 @@ def whole(folder: Path) -> bool:
 
 
 def kept(kind: str, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder of an entry. If it is missing or not whole, ``make`` fills it first.
+    """Return the folder of a cache entry. If the entry is missing or has changed, ``make`` builds it first.
 
     Args:
         kind: one of ``KINDS``.
         name: the entry's name, from ``key``.
-        make: fills a new folder; after an exception nothing is kept.
+        make: fills a new folder. If it raises an exception, the folder is deleted.
     """
     folder = cache_dir() / kind / name
     if not whole(folder):
@@ -109,5 +114,7 @@ def kept(kind: str, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _digests(folder: Path, parts: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file of an entry, by its path in the entry."""
+    # A part is a file or a folder; ``rglob`` of a file yields nothing.
     paths = [p for part in parts for p in (folder / part, *(folder / part).rglob("*")) if p.is_file()]
     return dict(zip((str(p.relative_to(folder)) for p in paths), file_digests(paths), strict=True))

@@ -1,4 +1,4 @@
-"""The console: exit statuses, refusals as one line, Ctrl-C, and quiet libraries."""
+"""The console: exit statuses, errors as one line, Ctrl-C, and silenced library logs."""
 
 import sys
 from collections.abc import Callable
@@ -13,21 +13,22 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         work()
     except InputError as error:
-        return _say(error, BAD_INPUT)
+        return _report(error, BAD_INPUT)
     except RunError as error:
-        return _say(error, FAILED)
+        return _report(error, FAILED)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on where it stopped.", INTERRUPTED)
+        return _report("interrupted; run the same command again to resume.", INTERRUPTED)
     return 0
 
 
-def _say(message: object, status: int) -> int:
+def _report(message: object, status: int) -> int:
+    """Print a message on standard error and return the exit status."""
     print(f"hftlight: {message}", file=sys.stderr)
     return status
 
 
 def quiet() -> None:
-    """Keep the libraries' own chatter from drowning the run's."""
+    """Silence progress bars, warnings and info logs of the libraries, so that hftlight's own output stays readable."""
     import logging
     import os
     import warnings
@@ -36,7 +37,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     lightning = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-    for name in (*lightning, "bitsandbytes.backends.cpu.ops"):  # the last one wants a faster kernel nobody needs here
+    for name in (*lightning, "bitsandbytes.backends.cpu.ops"):  # the last one recommends a faster kernel
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", category=FutureWarning)

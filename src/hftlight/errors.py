@@ -1,9 +1,12 @@
-"""The two errors a run ends with on purpose; every other exception is a defect."""
+"""The two errors that a run raises on purpose. Every other exception is a bug in hftlight."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; says who, what is allowed, what came, what to do (exit status 2)."""
+    """An option, file or model of the user is not valid (exit status 2).
+
+    The message says who refuses, what is allowed, what came and what to do.
+    """
 
 
 class RunError(RuntimeError):
-    """A run that started could not go on, such as a loss that is not finite (exit status 1)."""
+    """A failure after the run has started, such as a loss that is not finite (exit status 1)."""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place and renamed."""
+"""Atomic writes of files and folders (a temporary name, then a rename), and digests of their contents."""
 
 import errno
 import hashlib
@@ -15,24 +15,28 @@ from typing import Any
 
 from hftlight.errors import InputError
 
-WEIGHTS = {".safetensors", ".bin", ".pt"}  # suffixes of files that nobody edits by hand
-HASHES = "hashes"  # folder of the cache that remembers digests
-REMEMBERED = 2**20  # bytes from which on a digest is remembered
-SETTLED = 2 * 10**9  # nanoseconds after its last change from which on a file's times can be trusted
+WEIGHTS = {".safetensors", ".bin", ".pt"}  # suffixes of files that nobody edits by hand, so hard links are safe
+HASHES = "hashes"  # folder of the cache that stores digests of files
+REMEMBERED = 2**20  # smallest file size, in bytes, for which the cache stores the digest
+SETTLED = 2 * 10**9  # nanoseconds that must pass after a file's last change before its digest is stored
 _digests: dict[tuple[Any, ...], str] = {}
-OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what renaming a folder to a place says that is taken
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename onto an existing path
 
 
 def cache_dir() -> Path:
-    """Return the folder of converted models and finished stages: ``HFTLIGHT_CACHE``, or ``~/.cache/hftlight``."""
+    """Return the folder of the cache: ``HFTLIGHT_CACHE``, or ``~/.cache/hftlight`` if that is not set."""
     return Path(os.environ.get("HFTLIGHT_CACHE") or Path.home() / ".cache" / "hftlight")
 
 
 def ensure_writable(folder: Path, option: str) -> None:
-    """Make ``folder`` and prove that a file can be written in it.
+    """Create ``folder`` and check that a file can be written in it.
+
+    Args:
+        folder: the folder.
+        option: the command-line option that sets the folder, for the error message.
 
     Raises:
-        InputError: naming the folder and the option that moves it.
+        InputError: if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def ensure_writable(folder: Path, option: str) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written ({error.strerror}); choose another folder with {option}."
+            f"The folder {folder} cannot be written ({error.strerror}). Choose another folder with {option}."
         ) from error
 
 
@@ -51,11 +55,17 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str, mode: int | None = None) -> None:
-    """Write a text file atomically and to the disk; ``mode`` is its permission bits."""
+    """Write a text file atomically and flush it to the disk.
+
+    Args:
+        path: the file.
+        text: its content.
+        mode: permission bits; None for the default ones.
+    """
     temporary = temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            if mode is not None:
+            if mode is not None:  # before any text is in the file
                 os.chmod(temporary, mode)
             file.write(text)
             file.flush()
@@ -82,21 +92,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill, and rename it to ``path`` once the block ends; after an exception nothing is left.
+    """Yield a temporary folder to fill, and rename it to ``path`` when the block ends.
 
-    Of several processes that do so at one time each finds a whole folder at ``path``; the last one's stays.
+    After an exception the temporary folder is deleted. Several processes may do this at the same time. Each then finds
+    a complete folder at ``path``, and the folder of the last process stays.
     """
     temporary = temporary_name(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _put(temporary, path)
+        _move_into_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put(folder: Path, path: Path) -> None:
-    """Rename a folder to ``path``, where another process may put one at any moment."""
+def _move_into_place(folder: Path, path: Path) -> None:
+    """Rename a folder to ``path`` and delete what is there. Other processes may create or delete ``path`` meanwhile."""
     while True:
         try:
             os.replace(folder, path)
@@ -104,10 +115,11 @@ def _put(folder: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in OCCUPIED:
                 raise
+        # A rename cannot replace a non-empty folder: rename the old one first, then try again.
         aside = temporary_name(path)
         try:
             os.replace(path, aside)
-        except FileNotFoundError:  # another process has just taken it away
+        except FileNotFoundError:  # another process has renamed it first
             continue
         if aside.is_dir() and not aside.is_symlink():
             shutil.rmtree(aside, ignore_errors=True)
@@ -116,38 +128,39 @@ def _put(folder: Path, path: Path) -> None:
 
 
 def digest(value: Any) -> str:
-    """Return 16 hexadecimal digits that name a JSON-like value; the order of keys does not count."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a JSON-like value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content.
 
-    The digest is remembered, that of a large file in the cache too, while the file's place, size and times stay. The
-    time of the last change of the inode is one of them, which no program can put back.
+    The process remembers the digest; for a large file the cache stores it too. A remembered digest is valid while path,
+    device, inode, size, mtime and ctime of the file are the same. No program can set the ctime back.
     """
     status = path.stat()
-    seen = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    key = (str(path), *seen)
+    stamp = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    key = (str(path), *stamp)
     if key in _digests:
         return _digests[key]
     place = str(path.resolve())
     note = cache_dir() / HASHES / f"{digest(place)}.json"
     large = status.st_size >= REMEMBERED
     known = _read_note(note) if large else None
-    if known is not None and known["seen"] == seen:
+    if known is not None and known["seen"] == stamp:
         return _digests.setdefault(key, known["sha256"])
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    # A file that changed just now may change again within one tick of the clock.
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file that has just changed may change again within one clock tick, with the same times; do not remember it.
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
-        _digests[key] = found
+        _digests[key] = content
         if large:
-            _write_note(note, {"path": place, "seen": seen, "sha256": found})
-    return found
+            _write_note(note, {"path": place, "seen": stamp, "sha256": content})
+    return content
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:
+    """Return a stored digest with its file's stamp, or None if the note is missing or damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return known if isinstance(known["sha256"], str) and isinstance(known["seen"], list) else None
@@ -160,30 +173,30 @@ def _write_note(path: Path, value: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, value)
     except OSError:
-        return  # a cache that cannot be written costs time and nothing else
+        return  # without the note the file is only hashed again
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:
-    """Return the SHA-256 of each file, large files side by side."""
+    """Return the SHA-256 of each file, in the order of ``paths``. Threads hash several files at the same time."""
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
         return list(pool.map(file_digest, paths))
 
 
 def folder_digest(folder: Path, pattern: str = "*") -> str:
-    """Return the SHA-256 over names and contents of the files of a folder that match ``pattern``."""
+    """Return the SHA-256 over the names and contents of a folder's files that match the glob ``pattern``."""
     return files_digest({str(p.relative_to(folder)): p for p in folder.glob(pattern) if p.is_file()})
 
 
 def files_digest(files: Mapping[str, Path]) -> str:
     """Return the SHA-256 over the names and contents of files."""
     total, names = hashlib.sha256(), sorted(files)
-    for name, found in zip(names, file_digests([files[name] for name in names]), strict=True):
-        total.update(name.encode() + b"\0" + bytes.fromhex(found))
+    for name, content in zip(names, file_digests([files[name] for name in names]), strict=True):
+        total.update(name.encode() + b"\0" + bytes.fromhex(content))
     return total.hexdigest()
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Put a copy of a folder at ``target``; weights are hard links where the file system allows, the rest is copied."""
+    """Copy a folder to ``target``. Weight files become hard links if the file system allows it."""
 
     def link(src: str, dst: str) -> str:
         if Path(src).suffix in WEIGHTS:
@@ -191,7 +204,7 @@ def link_tree(source: Path, target: Path) -> None:
                 os.link(src, dst)
                 return dst
             except OSError:
-                pass  # another file system: copied like the rest
+                pass  # for example another file system: copy the file
         shutil.copy2(src, dst)
         return dst
 

@@ -1,22 +1,22 @@
-"""What things inside a run's and a comparison's folder are called."""
+"""Names of files, folders, stages and arms in the folders of runs and comparisons."""
 
 from pathlib import Path
 
-CELLS, GRID = "cells", "grid.json"  # of a comparison: the folder of its runs, and what it compares
+CELLS, GRID = "cells", "grid.json"  # in a comparison's folder: the folder of its runs, and the file of its grid
 
-RESULTS = ("metrics.jsonl", "generations.jsonl")  # of a run: what its tables and its page are made of
+RESULTS = ("metrics.jsonl", "generations.jsonl")  # in a run's folder: the inputs of its tables and its report
 
-# The stages of an arm, in order, and what tables and pages call them.
+# The stages of an arm in order, with their names in tables and pages.
 STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 UNDEFENDED = "none"  # the arm without a defense
 
 
 def comparison_of(run: Path) -> Path | None:
-    """Return the folder of the comparison that a run is a cell of, if it is one."""
+    """Return the folder of the comparison that a run belongs to, or None if it belongs to none."""
     folder = run.resolve().parent.parent
     return folder if run.resolve().parent.name == CELLS and (folder / GRID).is_file() else None
 
 
 def arm_word(arm: str) -> str:
-    """Return the name a reader sees for an arm's key."""
+    """Return the display name of an arm."""
     return "undefended" if arm == UNDEFENDED else arm

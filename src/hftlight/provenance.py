@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, and a digest of the code that it was made by, another package's included."""
+"""The provenance of a result: library versions, and digests of the code that computes it."""
 
 import ast
 import inspect
@@ -15,12 +15,14 @@ from hftlight.errors import InputError
 from hftlight.files import digest, file_digest, files_digest
 
 OWN = "hftlight"
-LIBRARIES = ("torch", "lightning", "transformers", "peft", "tokenizers")  # what a result's last bits depend on
+# Another version of these libraries can change the last bits of a result.
+LIBRARIES = ("torch", "lightning", "transformers", "peft", "tokenizers")
+# Base classes from these packages are not hashed.
 PLAIN = {"builtins", "abc", "typing", "typing_extensions", "torch", "lightning", "collections", "dataclasses"}
 
 
 class UnknownSourceError(InputError):
-    """The code of an object cannot be read, so nothing made with it can be told apart from another version's."""
+    """The source of a class cannot be read, so its results cannot be told apart from those of another version."""
 
 
 @cache
@@ -30,18 +32,18 @@ def versions() -> Mapping[str, str]:
 
 
 def code_of(*parts: Any) -> dict[str, str]:
-    """Return a digest by package of the code that modules and classes run through.
+    """Return one digest per package of the code that some modules and classes use.
 
-    Of hftlight it covers each module and every module that it imports, at the top or inside a function. Of another
-    package it covers all its Python files; of a script, the script.
+    For hftlight, the digest covers each module and every module that it imports, directly or indirectly. Imports
+    inside functions count too. For another package it covers all Python files, and for a script the script.
 
     Args:
-        parts: names of modules of hftlight, or classes, whose base classes count too.
+        parts: names of modules of hftlight, or classes. The base classes of a class count too.
 
     Raises:
         UnknownSourceError: if a class's source cannot be read.
     """
-    own, found = set[str](), dict[str, str]()
+    own, others = set[str](), dict[str, str]()
     for part in parts:
         if isinstance(part, str):
             own.add(part)
@@ -51,11 +53,12 @@ def code_of(*parts: Any) -> dict[str, str]:
             if top == OWN:
                 own.add(each.__module__)
             elif top not in PLAIN:
-                found |= _foreign(each, top)
-    return dict(sorted({**found, OWN: _own(frozenset(own))}.items()))
+                others |= _package_digest(each, top)
+    return dict(sorted({**others, OWN: _own_digest(frozenset(own))}.items()))
 
 
-def _own(modules: frozenset[str]) -> str:
+def _own_digest(modules: frozenset[str]) -> str:
+    """Return a digest of modules of hftlight and of all its modules that they import, directly or indirectly."""
     closure: dict[str, Path] = {}
     waiting = list(modules)
     while waiting:
@@ -68,17 +71,19 @@ def _own(modules: frozenset[str]) -> str:
 
 
 def imported(path: Path) -> tuple[str, ...]:
-    """Return the modules of hftlight that a file of hftlight names in an import, or in a text such as a module path."""
+    """Return the modules of hftlight that a file imports, or names in a string such as ``"hftlight.cache"``."""
     return _imported(path, file_digest(path))
 
 
 @cache
 def _imported(path: Path, _: str) -> tuple[str, ...]:
+    """Return the modules that a file names. The second argument, the file's digest, is only part of the cache key."""
     names = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # ``from a import b`` may import the module a.b; names that are no modules drop out below.
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= {node.value} if re.fullmatch(rf"{OWN}(\.\w+)+", node.value) else set()
@@ -86,7 +91,7 @@ def _imported(path: Path, _: str) -> tuple[str, ...]:
 
 
 def _file_of(module: str) -> Path | None:
-    """Return the file of a module of hftlight; None for a name that is none, and for the package itself."""
+    """Return the file of a module of hftlight, or None if there is no such module or it is the package itself."""
     place = Path(__file__).parent.joinpath(*module.split(".")[1:])
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if path.is_file() and module != OWN:
@@ -94,8 +99,18 @@ def _file_of(module: str) -> Path | None:
     return None
 
 
-def _foreign(kind: type, top: str) -> dict[str, str]:
-    """Return name, version and digest of the package that a class comes from."""
+def _package_digest(kind: type, top: str) -> dict[str, str]:
+    """Return the digest of a class's package, by the package's name and version.
+
+    For a class in a script the digest covers the script. For a class without a file it covers the source of the class.
+
+    Args:
+        kind: the class.
+        top: name of its top-level package.
+
+    Raises:
+        UnknownSourceError: if the source cannot be read.
+    """
     module = sys.modules.get(kind.__module__)
     file = getattr(module, "__file__", None)
     if file is None or not Path(file).is_file():
@@ -103,8 +118,8 @@ def _foreign(kind: type, top: str) -> dict[str, str]:
             return {f"{kind.__module__}.{kind.__qualname__}": digest(inspect.getsource(kind))}
         except (OSError, TypeError) as error:
             raise UnknownSourceError(
-                f"{kind.__qualname__}: its source cannot be read, so its results are not kept in the cache. Put the"
-                " class into a file."
+                f"{kind.__qualname__}: its source cannot be read, so its results are not kept in the cache. Define the"
+                " class in a file."
             ) from error
     package = sys.modules.get(top)
     roots = [Path(p) for p in getattr(package, "__path__", [])]
@@ -116,7 +131,7 @@ def _foreign(kind: type, top: str) -> dict[str, str]:
 
 
 def described(parts: Iterable[Any]) -> list[dict[str, str]]:
-    """Return class and arguments of defenses, as a key holds them; their code is ``code_of`` their classes.
+    """Return the classes and arguments of defenses as they go into a cache key. ``code_of`` covers their code.
 
     Args:
         parts: the defenses, in the order in which they act.

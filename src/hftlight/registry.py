@@ -1,4 +1,4 @@
-"""The defenses by name, found without importing them: one file per method, named in snake case after its class."""
+"""The defenses by name, listed without importing them. Each has its own file, the snake case of its class name."""
 
 import ast
 import difflib
@@ -21,11 +21,11 @@ class Entry:
     """One defense as the command line lists it.
 
     Attributes:
-        name: what ``--defense`` takes.
-        stage: name of the stage's folder; of a defense from another package, that package's name.
-        class_name: the class in the module.
+        name: value for ``--defense``.
+        stage: name of the stage's folder, or the other package's name if the defense is not hftlight's.
+        class_name: name of the class in the module.
         purpose: first line of the class's docstring; empty for a defense from another package.
-        module: where the class is imported from.
+        module: module that holds the class.
     """
 
     name: str
@@ -37,19 +37,20 @@ class Entry:
 
 @cache
 def defenses() -> dict[str, Entry]:
-    """Return all defenses by name, in the order of their stages; those of other packages come last.
+    """Return all defenses by name in the order of their stages, defenses of other packages last.
 
-    Another package offers a defense through an entry point of the group ``hftlight.defenses``: its name is what
-    ``--defense`` takes, its value is ``module:Class``.
+    Another package offers a defense through an entry point of the group ``hftlight.defenses``. The entry point's name
+    is the value for ``--defense``, and its value is ``module:Class``.
 
     Raises:
-        InputError: if another package offers a name that is taken.
+        InputError: if another package offers a name that already exists.
     """
     found = {}
     root = Path(__file__).parent / "defenses"
     for stage in ("alignment", "finetuning", "post_finetuning"):
         for path in sorted((root / stage).glob("[a-z]*.py")):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                # The defense is the class whose name is the file's name; other classes in the file are helpers.
                 if isinstance(node, ast.ClassDef) and node.name.lower() == path.stem.replace("_", ""):
                     purpose = (ast.get_docstring(node) or "").partition("\n")[0]
                     module = f"hftlight.defenses.{stage}.{path.stem}"
@@ -58,7 +59,7 @@ def defenses() -> dict[str, Entry]:
         if point.name in found:
             raise InputError(
                 f"Two packages offer a defense {point.name!r}: {found[point.name].module} and {point.value};"
-                " uninstall one."
+                " uninstall one of the packages."
             )
         found[point.name] = Entry(point.name, _package(point), point.attr, "", point.module)
     return found
@@ -69,10 +70,13 @@ def _package(point: EntryPoint) -> str:
 
 
 def defense_class(name: str) -> Any:
-    """Return the class of a defense; hyphens count as underscores.
+    """Import and return the class of a defense.
+
+    Args:
+        name: the defense's name in any case; hyphens count as underscores.
 
     Raises:
-        InputError: if there is none of that name, with the nearest one.
+        InputError: if no defense has that name. The message suggests the most similar name.
     """
     entry = defenses().get(name.replace("-", "_").lower())
     if entry is None:
@@ -83,11 +87,11 @@ def defense_class(name: str) -> Any:
 
 
 def made(name: str, **arguments: Any) -> Any:
-    """Return a defense that remembers by which name it was asked for: two names may stand for one class.
+    """Create a defense that stores the name it was requested by, since one class may have two names.
 
     Args:
-        name: as ``--defense`` takes it.
-        **arguments: its own.
+        name: value for ``--defense``.
+        **arguments: arguments of the class.
 
     Raises:
         InputError: as ``defense_class``.
@@ -96,7 +100,7 @@ def made(name: str, **arguments: Any) -> Any:
 
 
 def called(defense: Any, name: str) -> Any:
-    """Return a defense, which remembers from now on by which name it was asked for."""
+    """Store the requested name in a defense and return the defense."""
     defense.registered_name = name.replace("-", "_").lower()
     return defense
 
@@ -104,19 +108,22 @@ def called(defense: Any, name: str) -> Any:
 def name_of(defense: Any) -> str:
     """Return the name of a defense on the command line, in folders and in manifests.
 
-    It is the name that the instance was asked for by, or the first that its class is registered under. A class that is
-    registered nowhere is called as its module and itself, so that it never takes the name of another one.
+    This is the name that the instance was requested by, or else the first registered name of its class. If the class is
+    not registered, its module and class name form the name, which cannot clash with a registered one.
     """
     kind = type(defense)
     if (own := getattr(defense, "registered_name", None)) is not None:
         return str(own)
     for entry in defenses().values():
-        if (entry.module, entry.class_name) == (kind.__module__, kind.__qualname__) or _offered(entry) is kind:
+        if (entry.module, entry.class_name) == (kind.__module__, kind.__qualname__) or _plugin_class(entry) is kind:
             return entry.name
     return re.sub(r"\W+", "_", f"{kind.__module__}_{kind.__qualname__}".replace("<locals>", "")).strip("_").lower()
 
 
-def _offered(entry: Entry) -> Any:
-    """Return the class behind an entry of another package, once that is imported: it may lie deeper than its entry."""
+def _plugin_class(entry: Entry) -> Any:
+    """Return the class of another package's entry, or None if its module is not imported or is hftlight's.
+
+    The class may be defined in another module than the one that its entry point names.
+    """
     own = entry.module.startswith("hftlight.")
     return None if own else getattr(sys.modules.get(entry.module), entry.class_name, None)

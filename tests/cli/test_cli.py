@@ -200,7 +200,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(tmp_path, monkeypatch, caps
     for word in (
         "undefended and booster",
         "(the upload, 38 harmful)",
-        "Prompts that stand in two sets",
+        "Prompts that occur in two sets",
         "This takes about",
     ):
         assert word in text

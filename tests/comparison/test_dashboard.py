@@ -287,7 +287,7 @@ def test_csv_and_tensorboard_have_the_names_of_metrics_jsonl(kind, tmp_path, mon
         (wandb.errors.UsageError("x"), "cannot be reached (UsageError"),
         (TimeoutError("x"), "cannot be reached (TimeoutError"),
         (ConnectionError("x"), "cannot be reached (ConnectionError"),
-        (wandb.errors.AuthenticationError("x"), "refuses the key (AuthenticationError"),
+        (wandb.errors.AuthenticationError("x"), "rejects the API key (AuthenticationError"),
     ],
 )
 def test_a_start_that_fails_goes_on_offline(error, said, tmp_path, monkeypatch, capsys):
@@ -317,7 +317,7 @@ def test_a_key_of_the_wrong_form_does_not_stop_anything(tmp_path, monkeypatch, c
     monkeypatch.setenv("WANDB_MODE", "online")
     made = start_wandb(tmp_path, {"comparison": "c", "stage": "base"}, {})
     loggers.finish_wandb(made, tmp_path)
-    assert "refuses the key" in capsys.readouterr().out
+    assert "rejects the API key" in capsys.readouterr().out
     assert len(read_offline(tmp_path)) == 1
 
 

@@ -183,8 +183,8 @@ def test_a_second_round_on_an_adapter_is_one_adapter_on_the_original_base(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_protocol": "continue"}, "--adapter_protocol continue would put a second one"),
-        ({"tuning": "qlora", "adapter_protocol": "continue"}, "--tuning qlora would put a second one"),
+        ({"adapter_protocol": "continue"}, "--adapter_protocol continue would add a second one"),
+        ({"tuning": "qlora", "adapter_protocol": "continue"}, "--tuning qlora would add a second one"),
     ],
 )
 def test_a_second_adapter_on_top_of_one_is_refused_with_the_way_out(changes, message, tmp_path):
@@ -301,7 +301,7 @@ def test_a_template_with_a_text_of_its_own_is_told_of_and_refused_by_ptst(tmp_pa
     )
     base = write_family(tmp_path / "m", "llama", chat_template=text)
     (note,) = prepare(settings(tmp_path, base), []).notes
-    assert note.endswith("a system text of its own into every prompt: '<sys>You follow a strict policy.'.")
+    assert note.endswith("adds its own system text to every prompt: '<sys>You follow a strict policy.'.")
     with pytest.raises(InputError, match="PTST: the chat template writes a system text of its own"):
         prepare(settings(tmp_path, base), [PTST()])
     arguments = ["--model", str(base), "--dry_run", "--lora.targets", "all-linear", "--accelerator", "cpu"]

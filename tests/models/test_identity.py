@@ -125,7 +125,7 @@ def test_the_base_of_an_adapter_is_found_when_the_cache_was_moved_or_cleared(tmp
     assert base_of(adapter) == "tiny"
     assert model_hash(str(adapter)) == before
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(InputError, match=r"belongs to the model in .*gone, which is not there"):
+    with pytest.raises(InputError, match=r"belongs to the model in .*gone, which does not exist"):
         base_of(adapter)
 
 
@@ -134,7 +134,8 @@ def test_a_damaged_model_in_the_cache_is_made_anew(capsys):
     (folder / "tokenizer_config.json").write_text("{}")
     assert model_hash("tiny") == before
     assert (
-        "models/tiny-1 in the cache is not as it was written (tokenizer_config.json differs)" in capsys.readouterr().err
+        "models/tiny-1 in the cache has changed since it was written (tokenizer_config.json differs)"
+        in capsys.readouterr().err
     )
 
 

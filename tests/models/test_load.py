@@ -196,7 +196,7 @@ def test_code_that_comes_with_a_model_runs_on_request_alone(tmp_path):
     settings["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     (folder / "config.json").write_text(json.dumps(settings))
     for load in (load_model, load_config, load_tokenizer, skeleton):
-        with pytest.raises(InputError, match=r"needs code that comes with it.*--trust_remote_code"):
+        with pytest.raises(InputError, match=r"needs custom code of its publisher.*--trust_remote_code"):
             load(str(folder))
     trust_remote_code(True)
     try:

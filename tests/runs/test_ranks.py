@@ -37,10 +37,12 @@ def test_the_first_process_decides_whether_a_stage_is_done_and_where_it_resumes(
 def test_what_the_first_process_is_refused_ends_all_of_them_by_name(seen):
     first, second = seen["refused"]
     assert first["error"] == "InputError: the file is missing"
-    assert second["error"] == "InputError: process 1 ends with process 0: the file is missing"
+    assert second["error"] == "InputError: process 1 stops because process 0 failed: the file is missing"
     assert "The file of process 1 is version 1, of process 0 version 0." in second["agree"]
-    assert second["order"].startswith("RunError: Process 1 is at 'step 1', process 0 at 'step 0'")
-    assert second["lost"].startswith("RunError: Process 1 has lost process 0 while it waited for 'the end'")
+    assert second["order"].startswith("RunError: Process 1 expects the decision 'step 1', but process 0 made 'step 0'")
+    assert second["lost"].startswith(
+        "RunError: Process 1 lost the connection to process 0 while it waited for 'the end'"
+    )
 
 
 @pytest.mark.slow

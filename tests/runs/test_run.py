@@ -225,7 +225,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(180) == 130
-    assert "the same command goes on" in process.stderr.read()
+    assert "run the same command again to resume" in process.stderr.read()
     checkpoint = sorted(stages.glob("alignment-*/checkpoints/*.ckpt"))[-1].stem
     done = warm.run(command[1:], cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr

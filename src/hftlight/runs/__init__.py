@@ -1,1 +1,1 @@
-"""Runs: stages, artifacts, measurements, and the folder that holds them."""
+"""Runs: preparation, stages, measurements, logging, and the folder of a run."""

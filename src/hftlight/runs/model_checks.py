@@ -1,4 +1,4 @@
-"""What a model cannot take, refused from its configuration alone: layers, positions, token ids, repairs."""
+"""Checks of a run against the model's configuration: layers, positions, token ids, repairs. No weight is read."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,12 @@ from hftlight.runs.measuring.test_sets import SETS, TestSets
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model's configuration says about the rows that it can take.
+    """The limits on rows that follow from a model's configuration.
 
     Attributes:
-        positions: tokens of a row, prompt and answer together; None for no limit.
-        rows: rows of the input embedding, so that ids are below; None where that is not known.
-        tokenizer: names the tokens.
+        positions: maximum tokens of a row, prompt and answer together; None for no limit.
+        rows: rows of the input embedding, which every token id must be below; None if unknown.
+        tokenizer: the model's tokenizer.
     """
 
     positions: int | None
@@ -40,12 +40,17 @@ class Limits:
 
     @classmethod
     def of(cls, model: str) -> "Limits":
-        """Return the limits of a model; no weight is read."""
+        """Return the limits of a model without reading its weights."""
         config = load_config(model)
         return cls(positions_of(config), embedding_rows(config), load_tokenizer(model))
 
     def check_ids(self, name: str, row: str, ids: Sequence[int]) -> None:
-        """Refuse a row with a token that the embedding does not have.
+        """Refuse a row with a token id outside the input embedding.
+
+        Args:
+            name: name of the stream or test set, for the message.
+            row: id of the row, for the message.
+            ids: token ids of the row.
 
         Raises:
             InputError: naming set, row and token.
@@ -60,12 +65,17 @@ class Limits:
             )
 
     def check_examples(self, name: str, examples: Sequence[Example]) -> None:
-        """Refuse encoded rows of a stream with a token that the embedding does not have."""
+        """Refuse encoded rows of a stream that hold a token id outside the input embedding."""
         for example in examples:
             self.check_ids(name, example.id, example.input_ids)
 
     def check_tests(self, config: RunConfig, tests: TestSets, slot: SystemSlot) -> None:
-        """Refuse test prompts that a model could not answer, or be scored on, with what it is served with.
+        """Refuse test prompts that, together with their answers, do not fit the model's limits.
+
+        Args:
+            config: template and evaluation settings.
+            tests: the test sets.
+            slot: the system slot that the model is served with.
 
         Raises:
             InputError: naming set, row, tokens and the option to change.
@@ -86,23 +96,24 @@ class Limits:
         of_text = config.evaluation.perplexity not in ("none", "task")
         if of_text and self.positions and self.positions < SHORTEST_WINDOW:
             raise InputError(
-                f"--evaluation.perplexity of a text needs a window of {SHORTEST_WINDOW} tokens at least, and the model"
-                f" has {self.positions} positions; leave it out, or take the perplexity of the task."
+                f"--evaluation.perplexity of a text needs a window of at least {SHORTEST_WINDOW} tokens, but the model"
+                f" has {self.positions} positions. Leave the option out, or use --evaluation.perplexity task."
             )
 
     def _check_scored(self, record: Record, prompt: Sequence[int]) -> None:
+        """Refuse a row of the task whose right answer, which perplexity scores, does not fit the model's limits."""
         answer = self.tokenizer(record.response, add_special_tokens=False)["input_ids"]
         self.check_ids("test task", record.id, answer)
         if self.positions and len(prompt) + len(answer) > self.positions:
             raise InputError(
-                f"Row {record.id} of 'test task': --evaluation.perplexity task scores its right answer, which must fit"
-                f" in the model's {self.positions} positions with its prompt, got {len(prompt)} and {len(answer)}"
-                " tokens. Leave the row, or the perplexity, out."
+                f"Row {record.id} of 'test task': --evaluation.perplexity task scores the right answer. Prompt and"
+                f" answer must fit in the model's {self.positions} positions, got {len(prompt)} and {len(answer)}"
+                " tokens. Remove the row, or leave --evaluation.perplexity out."
             )
 
 
 def answer_limit(config: RunConfig, name: str, task: Task) -> tuple[int, str]:
-    """Return the tokens that an answer of a test set may have, and the option that says so."""
+    """Return the maximum tokens of an answer to a test set, and the name of the option that sets this limit."""
     settings = config.evaluation
     if name == "task":
         return settings.task_max_new_tokens or task.max_new_tokens, "--evaluation.task_max_new_tokens"
@@ -110,47 +121,49 @@ def answer_limit(config: RunConfig, name: str, task: Task) -> tuple[int, str]:
 
 
 def template_notes(template: Template, tokenizer: Any, system: str | None) -> list[str]:
-    """Return what a reader must know about a template's prompts: a system text of its own."""
+    """Return a note if the template adds its own system text to every prompt, else an empty list."""
     text = "" if system else own_text(template, tokenizer)
-    return [f"The chat template writes a system text of its own into every prompt: {text!r}."] if text else []
+    return [f"The chat template adds its own system text to every prompt: {text!r}."] if text else []
 
 
 def check_adapter(config: RunConfig, repaired: bool) -> None:
-    """Refuse an adapter as --model of which no new artifact could be made.
+    """Refuse an adapter as --model if this run's tuning or repairs cannot work on top of it.
 
     Args:
         config: the run's configuration.
         repaired: whether a repair reads the model's weights.
 
     Raises:
-        InputError: with the way out.
+        InputError: saying how to export the adapter as a whole model.
     """
     if stands_on(config.model) is None:
         return
-    way = f"Write it as a whole model first (`hftlight export {config.model} FOLDER`), and give that folder."
+    way = f"Export it as a whole model first (`hftlight export {config.model} FOLDER`), and pass that folder."
     if config.tuning == "qlora" or (config.tuning == "lora" and config.adapter_protocol == "continue"):
         option = "--tuning qlora" if config.tuning == "qlora" else "--adapter_protocol continue"
-        raise InputError(f"--model {config.model} is an adapter, on which {option} would put a second one. {way}")
+        raise InputError(f"--model {config.model} is an adapter, and {option} would add a second one to it. {way}")
     if config.tuning == "lora" or repaired:
         check_stackable(config.model, way)
 
 
 def check_architecture(config: RunConfig, defenses: Sequence[Defense]) -> None:
-    """Refuse LoRA targets, and defenses of named layers, that a model does not have; no weight is read.
+    """Refuse LoRA targets and layers of defenses that the model does not have, without reading its weights.
 
     Raises:
-        InputError: naming the layers that there are.
+        InputError: naming the layers that the model has.
     """
     bare = skeleton(config.model)
     if bare is None:
         return
+    # Build everything on the meta device, which allocates no memory; adapters draw random numbers, so fork the state.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         if config.tuning != "full" and config.alignment.steps:
             check_targets(bare, config.lora_of("alignment").targets)
         model: Any = bare if config.tuning == "full" else attach(bare, config.lora_of("finetuning"), 0)
         module = SafetyModule(model)
         for d in defenses:
-            with _refusals(d):
+            with _as_input_error(d):
+                # Probe a copy with its own trace, so that the defense itself stays as it is.
                 if d.stage is Stage.FINETUNING and Slot.ADAPTER in d.slots:
                     probe = copy.copy(d)
                     probe.trace = {}
@@ -161,8 +174,8 @@ def check_architecture(config: RunConfig, defenses: Sequence[Defense]) -> None:
 
 
 @contextmanager
-def _refusals(defense: Defense) -> Iterator[None]:
-    """Turn a defense's own refusal into an InputError; anything else is a defect."""
+def _as_input_error(defense: Defense) -> Iterator[None]:
+    """Turn an error that a defense raises on purpose into an InputError. Its message starts with the class's name."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError) as error:

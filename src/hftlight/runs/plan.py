@@ -1,4 +1,4 @@
-"""The plan of a run: its steps, and how long each may take. No weight is read."""
+"""The plan of a run: its steps and their estimated times. No weight is read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,17 +16,18 @@ from hftlight.runs.prepare import Arm, Prepared, stages_of, upload_of
 from hftlight.runs.stages.train import alignment_job, finetuning_job, phases_of, records_digest
 
 DEMO_PARAMETERS = 134_515_008
-# Measured with the demo model on two idle cores: forward and backward per padded token, and per prompt answered.
+# Measured with the demo model on two idle CPU cores: forward and backward pass per padded token of a training, forward
+# pass per prompt token, and generation per new token.
 SECONDS_PER_TOKEN, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_NEW_TOKEN = 3e-3, 1e-3, 2e-3
 
-Note = tuple[str, bool]  # what came out, in words, and whether it was there before
+Note = tuple[str, bool]  # the outcome of a step in words, and whether it was reused
 
 
 class Worker(Protocol):
-    """Who carries out the steps of a run. A process that only takes part in trainings returns None elsewhere."""
+    """The object that carries out a run's steps. A process that only trains along returns None from the other steps."""
 
     def align_plainly(self) -> Note | None:
-        """Train the model that scores the candidates of an upload."""
+        """Run the alignment without defenses. Its model scores the candidates of an upload."""
 
     def select(self) -> Note | None:
         """Score the candidates and choose the upload."""
@@ -41,7 +42,7 @@ class Worker(Protocol):
         """Repair the fine-tuned model."""
 
     def search(self, arm: Arm) -> Note | None:
-        """Let the attacker try many settings."""
+        """Run the attacker's search over settings."""
 
     def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
         """Measure the model of a stage, or the base model if ``stage`` is None."""
@@ -49,13 +50,14 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of a run.
+    """One unit of work of a run.
 
     Attributes:
-        label: arm and stage, as shown.
-        count: optimizer steps, prompts, rows, edits, repairs or trials.
-        seconds: expected on two CPU cores; corrected by what the steps before it took.
-        key: names everything known before any weight is read that decides the result; equal steps are done once.
+        label: arm and stage, as shown to the user.
+        count: number of optimizer steps, prompts, rows, edits, repairs or trials.
+        seconds: estimated seconds on two CPU cores. The progress display corrects them by the times of earlier steps.
+        key: hash of everything that decides the result and is known before weights are read. Steps with equal keys are
+            done once.
         do: carries the step out.
     """
 
@@ -67,12 +69,12 @@ class Step:
 
 
 def plan(prepared: Prepared) -> list[Step]:
-    """Return the steps of a run in the order in which they are carried out."""
+    """Return the steps of a run in the order of their execution."""
     return list(_Planner(prepared).steps())
 
 
 class _Planner:
-    """Labels, counts, seconds and keys of a run's steps."""
+    """The builder of a run's steps: it computes their labels, counts, seconds and keys."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.config = prepared, prepared.config
@@ -82,7 +84,7 @@ class _Planner:
         self.asked = digest([prepared.tests.digest(), prepared.config.without(OF_NO_ANSWER)])
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps: the base model, the selection if there is one, and arm by arm stages and search."""
+        """Yield the measurement of the base model, the selection if there is one, and the steps of each arm."""
         yield self._measured("base model: measuring", self.config.model, self.prepared.arms[0], None)
         if self.prepared.choosing:
             yield from self._selection()
@@ -90,6 +92,7 @@ class _Planner:
             yield from self._arm(arm)
 
     def _selection(self) -> Iterator[Step]:
+        """Yield the steps that choose the upload: alignment without defenses, if any, and scoring of the candidates."""
         p, chosen = self.prepared, self.prepared.choosing
         assert chosen is not None
         key, steps = self.config.model, self.config.alignment.steps
@@ -103,6 +106,8 @@ class _Planner:
         yield Step("rows scored", len(chosen.candidates), seconds, key, lambda worker: worker.select())
 
     def _arm(self, arm: Arm) -> Iterator[Step]:
+        """Yield an arm's steps: each stage and its measurement, then repairs, then the attacker's search."""
+        # ``key`` chains the steps: each key contains the key of the step that it starts from.
         key, tuned = self.config.model, 0.0
         for stage in stages_of(self.config):
             label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
@@ -130,7 +135,7 @@ class _Planner:
             yield Step(label, trials, seconds, key, lambda worker: worker.search(arm))
 
     def _trainings(self, arm: Arm, stage: Stage, label: str, parent: str) -> Iterator[Step]:
-        """Yield one step per phase. A curve is evaluated while the fine-tuning trains, which takes time as well."""
+        """Yield one step per phase of a stage. The time of a fine-tuning includes its evaluations for curves."""
         p, training = self.prepared, self.config.alignment
         if stage is Stage.ALIGNMENT:
             seconds = self.speed * self._tokens(arm.of(stage), training, "alignment") * SECONDS_PER_TOKEN
@@ -146,6 +151,7 @@ class _Planner:
             yield Step(label, own.finetuning.steps, seconds, parent, self._training(arm, stage, number))
 
     def _training(self, arm: Arm, stage: Stage, phase: int) -> Callable[[Worker], Note | None]:
+        # A lambda within the loop over phases would see the last phase only.
         return lambda worker: worker.train(arm, stage, phase)
 
     def _edit(self, arm: Arm, label: str, parent: str) -> Step:
@@ -156,7 +162,7 @@ class _Planner:
         return Step(label, count, seconds, key, lambda worker: worker.edit(arm))
 
     def _measured(self, label: str, key: str, arm: Arm, stage: Stage | None) -> Step:
-        """Return the step that measures a model, with and without its trigger if it has one."""
+        """Return the step that measures a model. A model with a trigger also answers the harmful prompts without it."""
         triggered = any("trigger" in d.claims for d in arm.of(Stage.FINETUNING))
         again = triggered and stage in (Stage.FINETUNING, Stage.POST_FINETUNING)
         more = len(self.prepared.tests.harmful) if again else 0
@@ -165,12 +171,13 @@ class _Planner:
         return Step(label, self.tests + more, seconds, key, lambda worker: worker.measure(arm, stage))
 
     def _aligned(self, arm: Arm) -> str:
+        """Return the key of an arm's alignment stage."""
         p, stage = self.prepared, Stage.ALIGNMENT
         job = alignment_job(p.config_of(arm), self.config.model, p.records(stage, arm), arm.of(stage))
         return digest([self.config.model, job.inputs()])
 
     def _prompt_seconds(self) -> float:
-        """Return the seconds that measuring one model takes."""
+        """Return the estimated seconds to measure one model."""
         p, settings = self.prepared, self.config.evaluation
         limits = dict.fromkeys(SETS, settings.max_new_tokens)
         limits["task"] = settings.task_max_new_tokens or p.tests.task.max_new_tokens
@@ -182,7 +189,13 @@ class _Planner:
         return seconds + self.speed * rows * p.lengths["alignment"] * SECONDS_PER_PROMPT_TOKEN
 
     def _tokens(self, defenses: Sequence[Defense], training: Training, main: str) -> float:
-        """Return how many tokens pass forward and backward in a training, the defenses' own passes included."""
+        """Return the tokens of a training's forward and backward passes, including the passes of the defenses.
+
+        Args:
+            defenses: the defenses of the stage.
+            training: steps and batch sizes.
+            main: the stream that the stage trains on.
+        """
         lengths = self.prepared.lengths
         tokens = training.steps * training.batch_size * training.accumulate * lengths[main]
         for d in defenses:
@@ -195,13 +208,14 @@ class _Planner:
 
 
 def _parameters(config: RunConfig) -> float:
-    """Return roughly how many parameters a model has, from its configuration alone."""
+    """Return a rough number of a model's parameters, computed from its configuration."""
     if config.model == DEMO:
         return DEMO_PARAMETERS
     if config.model == TINY:
-        return 2e6  # fixed costs of a step, not its arithmetic
+        return 2e6  # more than it has: its time per step is mostly overhead
     c = text_config(load_config(config.model))
     hidden = c.hidden_size
+    # Per decoder layer four attention and three MLP matrices, plus one embedding matrix.
     return c.num_hidden_layers * (4 * hidden**2 + 3 * hidden * getattr(c, "intermediate_size", 4 * hidden)) + (
         c.vocab_size * hidden
     )

@@ -1,4 +1,4 @@
-"""Everything a run can know before it loads weights: rows, overlaps, stages, steps, and how long it may take."""
+"""Preparation of a run before any weights are loaded: rows, overlaps, stages, steps, and checks of everything."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,11 +37,11 @@ UNLIMITED = 10**9  # tokens
 
 @dataclass
 class Arm:
-    """One column of the comparison: the same attack with, or without, defenses.
+    """One arm of a run: the attack with, or without, defenses.
 
     Attributes:
-        name: ``"none"``, or the defenses' names joined by ``+``.
-        defenses: its defenses in the order in which they act.
+        name: ``"none"``, or the names of the defenses joined by ``+``.
+        defenses: the arm's defenses in the order in which they act.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a fine-tuning sees of an upload, long rows dropped or cut.
+    """The part of an upload that the fine-tuning trains on, after long rows were dropped or cut.
 
     Attributes:
-        rows: rows that are trained on; pairs, if the upload holds pairs.
-        attack_rows: how many of them are the attacker's.
+        rows: number of training rows, or of pairs if the upload holds pairs.
+        attack_rows: number of attack rows among them.
         steps: optimizer steps.
-        attack_tokens: share of the response tokens of all steps that stand in attack rows, 0-1.
-        attack_steps: share of the steps with at least one attack row, 0-1.
+        attack_tokens: share of response tokens over all steps that belong to attack rows, 0-1.
+        attack_steps: share of steps with at least one attack row, 0-1.
     """
 
     rows: int = 0
@@ -72,7 +72,7 @@ class TrainedOn:
 
     @property
     def p(self) -> float:
-        """Fraction of the rows that are the attacker's, 0-1."""
+        """Fraction of attack rows, 0-1."""
         return self.attack_rows / self.rows if self.rows else 0.0
 
 
@@ -81,24 +81,24 @@ class Prepared:
     """A run before its first step.
 
     Attributes:
-        config: the checked configuration, with what the attack decides put in.
-        given: the attack as it was given.
-        attack: what is uploaded, all its values known.
-        arms: undefended first, where there is one.
-        streams: rows by stream: alignment, harmful and pairs (if a defense asks), task (the upload), and the uploads of
-            further phases, as ``upload_of`` names them.
-        tests: what every model is measured on.
+        config: the checked configuration, including the attack's settings.
+        given: the attack as the user passed it.
+        attack: the attack with all its values resolved.
+        arms: the arms; the undefended arm comes first, if there is one.
+        streams: rows by stream: alignment, harmful and pairs (if a defense draws from them), task (the upload), and the
+            uploads of further phases, named by ``upload_of``.
+        tests: the test sets for every model.
         lengths: mean tokens per row, by stream.
         prompt_lengths: mean tokens per prompt, by test set.
-        dropped: rows longer than the limit that are left out, by stream.
-        cut: rows longer than the limit whose end is cut off, by stream.
-        trained_on: what the fine-tuning, or its first phase, sees of the upload.
-        choosing: what the aligned model chooses the upload from, while that has not been done; until then the upload
-            is as many rows of the task.
-        overlaps: equal prompts by pair of sets.
-        taken: what was read of each source, by its name.
-        notes: sentences that a reader of the results must know about this model and its prompts.
-        config_hash: name of everything that decides the result.
+        dropped: number of rows longer than the limit that are left out, by stream.
+        cut: number of rows longer than the limit whose end is cut off, by stream.
+        trained_on: the part of the upload that the fine-tuning, or its first phase, trains on.
+        choosing: the rows from which the aligned model will choose the upload; None once it has chosen, or if it does
+            not choose. Until the choice, the upload is a placeholder: the same number of task rows.
+        overlaps: number of equal prompts by pair of sets.
+        taken: description of what was read from each source, by the source's name.
+        notes: sentences about this model and its prompts that a reader of the results must know.
+        config_hash: hash of everything that decides the result.
     """
 
     config: RunConfig
@@ -129,30 +129,42 @@ class Prepared:
         return [row for number in range(len(self.phases)) for row in self.streams[upload_of(number)]]
 
     def config_of(self, arm: Arm) -> RunConfig:
-        """Return the configuration of an arm, which may have an adapter protocol of its own."""
+        """Return the configuration of an arm, which may have its own adapter protocol."""
         return replace(self.config, adapter_protocol=self.config.protocol_of(arm.name))
 
     def records(self, stage: Stage, arm: Arm, phase: int = 0) -> dict[str, list[Record]]:
-        """Return the rows that a stage of an arm may read, or a phase of its fine-tuning, counted from 0."""
+        """Return the rows that a stage of an arm may read, by stream.
+
+        Args:
+            stage: the stage.
+            arm: the arm.
+            phase: phase of the fine-tuning, counted from 0.
+        """
         return stage_records(self.streams, stage, arm.of(stage), phase)
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
-    """Return the stages that train: without steps of alignment the model comes aligned."""
+    """Return the stages of a run before repairs. With 0 alignment steps the model is already aligned."""
     return (Stage.ALIGNMENT, Stage.FINETUNING) if config.alignment.steps else (Stage.FINETUNING,)
 
 
 def upload_of(phase: int) -> str:
-    """Return the stream of a phase's upload, counted from 0: ``"task"``, ``"task_2"`` and so on."""
+    """Return the name of the stream that holds a phase's upload: ``"task"`` for phase 0, ``"task_2"`` for phase 1."""
     return f"task_{phase + 1}" if phase else "task"
 
 
 def stage_records(
     streams: Mapping[str, list[Record]], stage: Stage, defenses: Sequence[Defense], phase: int = 0
 ) -> dict[str, list[Record]]:
-    """Return the rows that a stage may read: those of its main stream, and of the streams its defenses draw from.
+    """Return the rows that a stage may read: its main stream and the streams of its defenses.
 
-    The main stream of the fine-tuning is ``"task"`` in every phase.
+    The main stream of the fine-tuning is named ``"task"`` in every phase.
+
+    Args:
+        streams: rows of all streams of the run.
+        stage: the stage. A repair has no main stream.
+        defenses: the defenses of the stage.
+        phase: phase of the fine-tuning, counted from 0.
     """
     names = {"alignment": {"alignment"}, "finetuning": {"task"}}.get(stage.value, set())
     names |= {name for d in defenses for name in d.streams}
@@ -164,13 +176,14 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
 
     Args:
         config: the run's configuration.
-        defenses: the defenses of the defended arm; none runs the undefended arm alone.
-        attack: what ``config.attack`` names, as an instance.
+        defenses: the defenses of the defended arm. Without defenses only the undefended arm runs.
+        attack: the attack as an instance, instead of ``config.attack``.
 
     Raises:
         InputError: naming what is wrong with the configuration or a file.
         ValueError: if the defenses cannot work together.
     """
+    # Check twice: the attack needs a valid configuration, and its own settings may make the configuration invalid.
     config.check()
     try:
         given = attack or get_attack(config.attack)()
@@ -180,7 +193,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     except ValueError as error:
         raise InputError(str(error)) from error
     trust_remote_code(config.trust_remote_code)
-    config, notes = _within_positions(config, attack)
+    config, notes = _lower_max_tokens(config, attack)
     if attack.acts_on == "weights":
         _check_edit(config, attack, defenses)
     if config.trials:
@@ -195,13 +208,13 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     for d in defenses:
         if d.stage is Stage.POST_FINETUNING and not isinstance(d, Repair):
             raise InputError(
-                f"{type(d).__name__} works in the post_finetuning stage but is no Repair, so run() would not know how"
-                " to apply it; derive it from hftlight.engine.weights.repair.Repair and implement edit()."
+                f"{type(d).__name__} works in the post_finetuning stage but is no Repair, so run() cannot apply it."
+                " Derive it from hftlight.engine.weights.repair.Repair and implement edit()."
             )
     if repairs and config.tuning == "qlora":
         raise InputError(
-            f"{' and '.join(repairs)}: a repair needs the aligned weights under the adapter, and those of --tuning"
-            " qlora are packed in 4 bits. Use --tuning lora, or repair the artifact on an unquantized base."
+            f"{' and '.join(repairs)}: a repair needs the aligned weights under the adapter, but --tuning qlora packs"
+            " them in 4 bits. Use --tuning lora, or repair the artifact on an unquantized base."
         )
     check_adapter(config, repaired=bool(repairs))
     check_architecture(config, defenses)
@@ -210,28 +223,29 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in d.streams}
     sources = Sources(config.data)
-    rows_of = _rows_of(config, sources, needed, attack)
-    with _lowered(notes):
-        streams = _streams(config, needed, attack, rows_of, notes)
+    source_rows = _read_sources(config, sources, needed, attack)
+    with _explain_lowered_limit(notes):
+        streams = _streams(config, needed, attack, source_rows, notes)
     tests = test_sets(config, attack, sources)
     if config.trials and not tests.task.graded:
         raise InputError(
-            f"--attacker search keeps the task's accuracy, and --data.task {tests.task.name} has no right answers. Use"
+            f"--attacker search needs the task's accuracy, but --data.task {tests.task.name} has no right answers. Use"
             " --attacker fixed, or another task."
         )
-    aligned, held_out = _loss_rows(config, rows_of, streams)
+    aligned, held_out = _loss_rows(config, source_rows, streams)
     tests = replace(tests, alignment_rows=aligned, validation_rows=held_out)
     if config.trials and (len(tests.harmful) < 2 or len(tests.task_rows) < 2):
         raise InputError(
-            "--attacker search chooses settings on one half of the test prompts and reports on the other, so it needs 2"
-            f" harmful prompts and 2 rows of the task at least, got {len(tests.harmful)} and {len(tests.task_rows)}."
-            " Raise --evaluation.prompts and --evaluation.task_rows."
+            "--attacker search chooses settings on one half of the test prompts and reports on the other half. It"
+            f" needs at least 2 harmful prompts and 2 rows of the task, got {len(tests.harmful)} and"
+            f" {len(tests.task_rows)}. Raise --evaluation.prompts and --evaluation.task_rows."
         )
     notes += sources.notes
     prepared = Prepared(config, given, attack, arms, streams, tests, taken=sources.taken, notes=notes)
     if attack.selects:
-        prepared.choosing = _choosing(config, attack)
-    _read_through(prepared)
+        prepared.choosing = _candidates_and_anchors(config, attack)
+    _encode_and_check(prepared)
+    # The hash names rows by id. An upload that is still to be chosen counts by its candidates and anchors.
     attacked = {key: value for key, value in attack.describe().items() if key not in ("source",)}
     rows: dict[str, Any] = {name: [r.id for r in records] for name, records in streams.items()}
     if chosen := prepared.choosing:
@@ -242,60 +256,75 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
 
 
 def choose(prepared: Prepared, scores: Path) -> None:
-    """Put the upload that the aligned model's scores choose in the place of the preliminary one."""
+    """Replace the placeholder upload by the rows that the aligned model's scores choose, in place.
+
+    Args:
+        prepared: the run.
+        scores: file of the scores.
+
+    Raises:
+        ValueError: if the run's upload is not chosen by scores.
+    """
     if prepared.choosing is None:
         raise ValueError("choose: this run's upload is not chosen by scores.")
     seed = prepared.config.seed
     prepared.attack, prepared.streams["task"] = prepared.attack.chosen(prepared.choosing, str(scores), seed)
     prepared.choosing = None
-    _read_through(prepared)
+    _encode_and_check(prepared)
 
 
-def _choosing(config: RunConfig, attack: Attack) -> Choosing:
+def _candidates_and_anchors(config: RunConfig, attack: Attack) -> Choosing:
+    """Return the rows from which the aligned model will choose the upload.
+
+    Raises:
+        InputError: if the run has several processes or --tuning qlora.
+    """
     if config.devices * config.num_nodes > 1 or config.tuning == "qlora":
         raise InputError(
-            f"{type(attack).__name__} scores rows in one process, with --tuning lora or full. Make the scores in such a"
-            " run first, and give their file, which its manifest names, with --benign_selection.scores."
+            f"{type(attack).__name__} scores rows in one process, with --tuning lora or full. Compute the scores in"
+            " such a run first, and pass their file, which its manifest names, to --benign_selection.scores."
         )
-    sources = _rows_of(config, Sources(config.data), set(), attack)
+    sources = _read_sources(config, Sources(config.data), set(), attack)
     return attack.choosing(sources, refusals(sources["alignment"]))
 
 
-def _read_through(prepared: Prepared) -> None:
-    """Fill in lengths, dropped rows and overlaps."""
+def _encode_and_check(prepared: Prepared) -> None:
+    """Encode and check all rows, and fill in lengths, dropped rows and overlaps."""
     streams, tests = prepared.streams, prepared.tests
-    _count(prepared)
-    _rewrite(prepared)
+    _count_tokens(prepared)
+    _try_rewrites(prepared)
+    # The task rows of all uploads are one set, the attack rows another. Refusals are rows of the alignment set, so they
+    # are no set of their own. The overlap between the two test sets is left out.
     upload = prepared.uploaded
-    apart = {"refusals", *map(upload_of, range(len(prepared.phases)))}  # refusals are rows of the alignment set
-    named = {
+    apart = {"refusals", *map(upload_of, range(len(prepared.phases)))}
+    sets = {
         **{name: rows for name, rows in streams.items() if name not in apart},
         "task": [r for r in upload if r.role != "attack"],
         "attack": [r for r in upload if r.role == "attack"],
         "test": list(tests.harmful),
         "over_refusal": list(tests.over_refusal),
     }
-    prepared.overlaps = {f"{a} / {b}": n for (a, b), n in overlaps(named).items() if {a, b} != {"test", "over_refusal"}}
+    prepared.overlaps = {f"{a} / {b}": n for (a, b), n in overlaps(sets).items() if {a, b} != {"test", "over_refusal"}}
 
 
 def _check_edit(config: RunConfig, attack: Attack, defenses: Sequence[Defense]) -> None:
-    """Refuse what acts while an upload is trained on, where there is none."""
+    """Refuse defenses and options of a fine-tuning if the attack edits weights instead of training."""
     who = type(attack).__name__
     if idle := [type(d).__name__ for d in defenses if d.stage is Stage.FINETUNING]:
         raise InputError(
-            f"{' and '.join(idle)}: works in the fine-tuning stage, and {who} edits a weight without training. Leave it"
-            " out; defenses of the alignment and repairs stay possible."
+            f"{' and '.join(idle)}: works in the fine-tuning stage, but {who} edits a weight without training. Leave"
+            " it out. Defenses of the alignment stage and repairs are possible."
         )
     if config.tuning == "qlora" or config.evaluation.at:
         option = "--tuning qlora" if config.tuning == "qlora" else "--evaluation.at"
-        raise InputError(f"{who} edits whole weights and makes no optimizer steps; leave out {option}.")
+        raise InputError(f"{who} edits whole weights and makes no optimizer steps. Leave out {option}.")
 
 
 def _check_search(config: RunConfig, attack: Attack) -> None:
-    """Refuse what an attacker cannot search."""
+    """Refuse a run whose settings an attacker cannot search."""
     if attack.acts_on == "weights":
         raise InputError(
-            f"--attacker search tries trainings on an upload, and {type(attack).__name__} edits a weight without"
+            f"--attacker search tries trainings on an upload, but {type(attack).__name__} edits a weight without"
             " training. Use --attacker fixed, or another attack."
         )
     if config.tuning == "qlora" or config.devices * config.num_nodes > 1:
@@ -304,96 +333,110 @@ def _check_search(config: RunConfig, attack: Attack) -> None:
 
 
 def _check_aligned(config: RunConfig, defenses: Sequence[Defense]) -> None:
-    """Refuse what needs an alignment stage, if the model comes aligned."""
+    """Refuse defenses that need an alignment stage or an unaligned model, which a run without alignment lacks."""
     if idle := [type(d).__name__ for d in defenses if d.stage is Stage.ALIGNMENT]:
         raise InputError(
-            f"{' and '.join(idle)}: works in the alignment stage, and --alignment.steps 0 leaves it out. Raise"
+            f"{' and '.join(idle)}: works in the alignment stage, but --alignment.steps 0 skips that stage. Raise"
             " --alignment.steps, or leave the defense out."
         )
     needing = [type(d).__name__ for d in defenses if isinstance(d, Repair) and "base" in d.needs]
     if needing and config.base is None:
         raise InputError(
-            f"{' and '.join(needing)}: reads what the alignment changed, and --alignment.steps 0 says that --model"
-            " comes aligned. Name the unaligned model with --base."
+            f"{' and '.join(needing)}: needs the model before its alignment, but with --alignment.steps 0 the run has"
+            " only the aligned --model. Name the unaligned model with --base."
         )
 
 
 def _check_curve(config: RunConfig, attack: Attack) -> None:
-    """Refuse curves that a run would not come to, and stops that would leave phases out."""
+    """Refuse evaluation steps after the last step, and a stop rule for an attack of several phases."""
     phases = phases_of(config, attack)
     at, steps = config.evaluation.at, sum(own.finetuning.steps for own, _ in phases)
     if config.evaluation.stops and len(phases) > 1:
         raise InputError(
-            f"--evaluation.{next(iter(config.evaluation.stops))} ends one training, and {type(attack).__name__} has"
-            f" {len(phases)}. Leave it out."
+            f"--evaluation.{next(iter(config.evaluation.stops))} can stop only one training, but"
+            f" {type(attack).__name__} has {len(phases)}. Leave it out."
         )
     if at and max(at) > steps:
-        raise InputError(f"--evaluation.at names steps of the fine-tuning, which has {steps}; got {max(at)}.")
+        raise InputError(
+            f"--evaluation.at must name steps of the fine-tuning, from 1 to {steps}, got {max(at)}. Leave later steps"
+            " out."
+        )
     if at and config.strategy == "fsdp2":
-        raise InputError("--evaluation.at needs one process to answer alone, which --strategy fsdp2 does not allow.")
+        raise InputError(
+            "--evaluation.at lets one process answer alone, which --strategy fsdp2 does not allow. Leave out one of"
+            " the two."
+        )
 
 
 def streams_of(config: RunConfig, needed: set[str], attack: Attack, sources: Sources) -> dict[str, list[Record]]:
-    """Return the rows of every stream that a run reads; the upload of each phase is called as ``upload_of`` says.
+    """Return the rows of every stream that a run reads, by name. ``upload_of`` names the upload of each phase.
 
     Args:
         config: the run's configuration.
         needed: side streams that the defenses draw from.
-        attack: makes the upload.
-        sources: reads the rows, and keeps what was taken.
+        attack: draws the upload.
+        sources: reads the rows and records what was read.
 
     Raises:
-        InputError: if a file cannot be used, or holds too few rows.
+        InputError: if a file cannot be used or holds too few rows.
     """
-    return _streams(config, needed, attack, _rows_of(config, sources, needed, attack))
+    return _streams(config, needed, attack, _read_sources(config, sources, needed, attack))
 
 
 def _streams(
     config: RunConfig,
     needed: set[str],
     attack: Attack,
-    given: Mapping[str, Sequence[Record]],
+    source_rows: Mapping[str, Sequence[Record]],
     notes: list[str] | None = None,
 ) -> dict[str, list[Record]]:
-    """Return the rows of every stream, made of the rows of each source. Errors as for ``streams_of``.
+    """Build every stream from the rows of the sources. Errors are those of ``streams_of``.
 
     Args:
         config: the run's configuration.
         needed: side streams that the defenses draw from.
         attack: makes the upload.
-        given: rows by source.
-        notes: gets a sentence for each source of which long rows were left out.
+        source_rows: rows by source.
+        notes: receives a sentence for each source of which long rows are left out.
     """
-    streams = {"alignment": list(given["alignment"])}
-    streams |= {name: list(given[name]) for name in DEFENDERS if name in needed}
+    streams = {"alignment": list(source_rows["alignment"])}
+    streams |= {name: list(source_rows[name]) for name in DEFENDERS if name in needed}
     if "refusals" in needed:
         streams["refusals"] = refusals(streams["alignment"])
-    if attack.selects:  # their number alone is known by now
-        _, streams["task"] = attack.chosen(Choosing(given["task"], (), ()), None, config.seed)
+    if attack.selects:  # a placeholder: before the scores, only the number of rows is known
+        _, streams["task"] = attack.chosen(Choosing(source_rows["task"], (), ()), None, config.seed)
     else:
         for number, (own, phase) in enumerate(phases_of(config, attack)):
-            streams[upload_of(number)] = _upload(own, phase, given, notes if notes is not None else [])
+            streams[upload_of(number)] = _upload(own, phase, source_rows, notes if notes is not None else [])
     missing = needed - set(streams)
     if missing:
-        raise InputError(f"No data for the streams {sorted(missing)} that the defenses draw from.")
+        raise InputError(
+            f"The defenses draw from the streams {sorted(missing)}, for which this run has no data. Leave those"
+            " defenses out."
+        )
     return streams
 
 
 def _upload(
     config: RunConfig, attack: Attack, sources: Mapping[str, Sequence[Record]], notes: list[str]
 ) -> list[Record]:
-    """Return the attack's upload; rows that would be dropped as too long are not drawn, so that n and p hold.
+    """Return the attack's upload.
+
+    With ``--long_rows drop`` only rows that fit the token limit are drawn, so that the upload's size n and harmful
+    ratio p hold. ``notes`` receives a sentence for each source with rows that do not fit.
 
     Raises:
         InputError: if a source has too few rows, or too few that fit.
     """
+    # Draw from the full sources first: if every drawn row fits, sources need not be filtered.
     upload = attack.upload(sources, config.seed)
     if config.long_rows != "drop" or _all_fit(config, attack, upload):
         return upload
-    fitting = {n: _fitting(config, attack, rows) if n in attack.sources else rows for n, rows in sources.items()}
+    fitting = {n: _rows_that_fit(config, attack, rows) if n in attack.sources else rows for n, rows in sources.items()}
     for name in attack.sources:
         if sources.get(name) and not fitting[name]:
-            _encoded_upload(config, attack, sources[name], config.max_tokens, name)  # says what the shortest row has
+            # Raises an error that names the length of the shortest row.
+            _encode_upload(config, attack, sources[name], config.max_tokens, name)
         if long := len(sources[name]) - len(fitting[name]):
             rows = f"{long} of {len(sources[name])} {name} rows"
             notes.append(f"{rows} have more than {config.max_tokens} tokens and are left out before rows are drawn.")
@@ -402,52 +445,53 @@ def _upload(
     except InputError as error:
         left = ", ".join(f"{len(fitting[n])} of {len(sources[n])} {n}" for n in attack.sources)
         raise InputError(
-            f"{error} Rows longer than {config.max_tokens} tokens are left out, which leaves {left} rows. Raise"
+            f"{error} Without the rows longer than {config.max_tokens} tokens there are {left} rows. Raise"
             " --max_tokens, or choose --long_rows truncate."
         ) from error
 
 
 def _all_fit(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> bool:
-    return len(_fitting(config, attack, rows)) == len(rows)
+    return len(_rows_that_fit(config, attack, rows)) == len(rows)
 
 
-def _fitting(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> list[Record]:
-    """Return the rows that fit the limit as the fine-tuning encodes them."""
+def _rows_that_fit(config: RunConfig, attack: Attack, rows: Sequence[Record]) -> list[Record]:
+    """Return the rows whose encoding in the fine-tuning fits ``--max_tokens``."""
     if not rows:
         return []
-    whole = _encoded_upload(config, attack, rows, UNLIMITED)
+    whole = _encode_upload(config, attack, rows, UNLIMITED)
     return [row for row, e in zip(rows, whole, strict=True) if len(e.input_ids) <= config.max_tokens]
 
 
-def _encoded_upload(
+def _encode_upload(
     config: RunConfig, attack: Attack, rows: Sequence[Record], max_tokens: int, name: str = "task"
 ) -> list[Example]:
-    """Return rows as the fine-tuning encodes them; errors as ``encode_all``."""
+    """Return rows as the fine-tuning encodes them. Errors are those of ``encode_all``."""
     tokenizer, tuned = load_tokenizer(config.model), stage_config(config, attack, Stage.FINETUNING)
     return encode_all(rows, get_template(tuned.template, tokenizer), tokenizer, max_tokens, tuned.system, name)[0]
 
 
-def _rows_of(config: RunConfig, sources: Sources, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
-    """Return the rows that an upload is made of, with those of alignment and defender."""
+def _read_sources(config: RunConfig, sources: Sources, needed: set[str], attack: Attack) -> dict[str, Sequence[Record]]:
+    """Return the rows of every training source by name: attack, task, alignment, and the defender's sources."""
     reads = "attack" in attack.sources or bool(config.evaluation.loss_rows)
-    found = sources.defenders_and_attack(needed, reads)
-    if "attack" in found:
-        found["attack"] = attack.read(found["attack"], sources.tables.get("attack"))
-    return {**found, "task": sources.task("train"), "alignment": sources.records("alignment")}
+    rows = sources.defenders_and_attack(needed, reads)
+    if "attack" in rows:
+        rows["attack"] = attack.read(rows["attack"], sources.tables.get("attack"))
+    return {**rows, "task": sources.task("train"), "alignment": sources.records("alignment")}
 
 
 def _loss_rows(
-    config: RunConfig, given: Mapping[str, Sequence[Record]], streams: Mapping[str, Sequence[Record]]
+    config: RunConfig, source_rows: Mapping[str, Sequence[Record]], streams: Mapping[str, Sequence[Record]]
 ) -> tuple[list[Record], list[Record]]:
-    """Return the rows of the alignment loss and of the harmful validation loss, the first of each by hash.
+    """Return the rows of the alignment loss and the rows of the harmful validation loss, the first of each by hash.
 
-    Harmful validation rows are the attacker's rows that nobody trains on: neither their ids nor their prompts stand in
-    any stream. The seed of a run decides them only through the upload. None may be left.
+    Harmful validation rows are attack rows that no stage trains on: no stream contains their ids or their prompts. The
+    seed of a run changes them only through the upload. Both lists may be empty.
     """
-    made_up = config.data.attack == BUILTIN != config.data.test  # says nothing about a model of the user's world
-    trained = [*given.get("harmful", ()), *(record for records in streams.values() for record in records)]
+    # Attack rows of the made-up world say nothing about a model that is tested on the user's own prompts.
+    made_up = config.data.attack == BUILTIN != config.data.test
+    trained = [*source_rows.get("harmful", ()), *(record for records in streams.values() for record in records)]
     ids, prompts = {r.id for r in trained}, {prompt_key(r) for r in trained}
-    left = [r for r in given["attack"] if not made_up and r.id not in ids and prompt_key(r) not in prompts]
+    left = [r for r in source_rows["attack"] if not made_up and r.id not in ids and prompt_key(r) not in prompts]
     aligned, held_out = (
         split_by_hash(rows, min(config.evaluation.loss_rows, len(rows)))[0] for rows in (streams["alignment"], left)
     )
@@ -455,12 +499,12 @@ def _loss_rows(
 
 
 def test_sets(config: RunConfig, attack: Attack | None, sources: Sources) -> TestSets:
-    """Return what a configuration measures models on.
+    """Return the test sets of a configuration, with their judges.
 
     Args:
         config: the run's configuration.
-        attack: puts what it must in front of harmful prompts, and reads answers that are written otherwise.
-        sources: reads the rows, and keeps what was taken.
+        attack: adds its prefix to harmful prompts, and decodes answers that are encoded; None for no attack.
+        sources: reads the rows and records what was read.
 
     Raises:
         InputError: if a file cannot be used.
@@ -472,7 +516,7 @@ def test_sets(config: RunConfig, attack: Attack | None, sources: Sources) -> Tes
     refusal_judge = settings.refusal_judge
     if refusal_judge == "auto":
         refusal_judge = "builtin" if data.over_refusal == BUILTIN else "xstest_string"
-    get_judge(judge), get_refusal_classifier(refusal_judge)  # refuse unknown names; nothing is loaded yet
+    get_judge(judge), get_refusal_classifier(refusal_judge)  # refuse unknown names before any work
     return TestSets(
         sources.records("test", need_response=False)[: settings.prompts or None],
         sources.over_refusal()[: settings.over_refusal_prompts or None],
@@ -484,15 +528,22 @@ def test_sets(config: RunConfig, attack: Attack | None, sources: Sources) -> Tes
     )
 
 
-def _within_positions(config: RunConfig, attack: Attack) -> tuple[RunConfig, list[str]]:
-    """Return the configuration with rows no longer than the model has positions for, and what was lowered."""
+def _lower_max_tokens(config: RunConfig, attack: Attack) -> tuple[RunConfig, list[str]]:
+    """Lower ``max_tokens`` to the model's positions if it exceeds them.
+
+    Returns:
+        The configuration, and a list with one note if the limit was lowered.
+
+    Raises:
+        InputError: if the attack itself sets a limit above the model's positions.
+    """
     limit = positions_of(load_config(config.model))
     if limit is None:
         return config, []
     own = getattr(attack, "max_tokens", None)
     if own is not None and own > limit:
         raise InputError(
-            f"--{attack.name}.max_tokens must be at most the model's {limit} positions, got {own}; lower it."
+            f"--{attack.name}.max_tokens must be at most the model's {limit} positions, got {own}. Lower it."
         )
     if config.max_tokens <= limit:
         return config, []
@@ -501,45 +552,50 @@ def _within_positions(config: RunConfig, attack: Attack) -> tuple[RunConfig, lis
 
 
 @contextmanager
-def _lowered(notes: Sequence[str]) -> Iterator[None]:
-    """Let an error about long rows say that the model's positions lowered the limit, if they did."""
+def _explain_lowered_limit(notes: Sequence[str]) -> Iterator[None]:
+    """Extend an error about long rows by the note that the model's positions lowered the limit, if they did."""
     try:
         yield
     except InputError as error:
         lowered = next((note for note in notes if note.startswith("--max_tokens")), None)
         if lowered is None:
             raise
+        # Raising the limit above the positions cannot help, so this advice is cut off.
         reason = str(error).partition(" Raise max_tokens")[0]
         raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
 
 
-def _count(prepared: Prepared) -> None:
-    """Fill in lengths and dropped rows; refuse streams of which nothing is left, and tokens the model does not have."""
+def _count_tokens(prepared: Prepared) -> None:
+    """Encode all rows and prompts, and fill in lengths, dropped and cut rows, and notes on the template.
+
+    Raises:
+        InputError: if no row of a stream is left, or a token is not in the model's embedding.
+    """
     config = prepared.config
     limits = Limits.of(config.model)
     uploads = {upload_of(number) for number in range(len(prepared.phases))}
     for name, rows in prepared.streams.items():
         stage = stage_config(config, prepared.attack, Stage.FINETUNING if name in uploads else Stage.ALIGNMENT)
         template = get_template(stage.template, limits.tokenizer)
-        with _lowered(prepared.notes):
+        with _explain_lowered_limit(prepared.notes):
             rules = (template, limits.tokenizer, config.max_tokens, stage.system, name, config.long_rows)
             if name == "pairs":
                 both, prepared.dropped[name] = encode_pairs(as_pairs(rows), *rules)
-                kept = single_rows(both)
+                encoded = single_rows(both)
             else:
-                kept, prepared.dropped[name] = encode_all(rows, *rules)
-        limits.check_examples(name, kept)
-        prepared.cut[name] = sum(e.cut for e in kept)
-        prepared.lengths[name] = sum(len(e.input_ids) for e in kept) / len(kept)
+                encoded, prepared.dropped[name] = encode_all(rows, *rules)
+        limits.check_examples(name, encoded)
+        prepared.cut[name] = sum(e.cut for e in encoded)
+        prepared.lengths[name] = sum(len(e.input_ids) for e in encoded) / len(encoded)
         if name == "task":
-            _see(prepared, kept)
+            _count_trained_on(prepared, encoded)
     if chosen := prepared.choosing:
         for name, some in (("task", chosen.candidates), ("attack", chosen.harmful), ("alignment", chosen.safe)):
-            kept, _ = encode_all(some, template, limits.tokenizer, UNLIMITED, system=config.system, name=name)
-            limits.check_examples(name, kept)
+            encoded, _ = encode_all(some, template, limits.tokenizer, UNLIMITED, system=config.system, name=name)
+            limits.check_examples(name, encoded)
     template = get_template(stage_config(config, prepared.attack, Stage.FINETUNING).template, limits.tokenizer)
     for name in SETS:
-        sample = prepared.tests.asked(name)[:50]
+        sample = prepared.tests.asked(name)[:50]  # enough for an estimate of the mean length
         lengths = [len(encode_prompt(r, template, limits.tokenizer, config.system)) for r in sample]
         prepared.prompt_lengths[name] = sum(lengths) / max(1, len(lengths))
     for note in template_notes(template, limits.tokenizer, config.system):
@@ -547,38 +603,51 @@ def _count(prepared: Prepared) -> None:
             prepared.notes.append(note)
 
 
-def _see(prepared: Prepared, kept: Sequence[Example]) -> None:
-    """Fill in what the fine-tuning sees of the upload; epochs of the attack become steps of the rows that are left."""
+def _count_trained_on(prepared: Prepared, examples: Sequence[Example]) -> None:
+    """Fill in ``trained_on`` for the first phase, and the steps of an attack that counts in epochs.
+
+    Args:
+        prepared: the run; changed in place.
+        examples: the encoded rows of the upload that are left after long rows were dropped or cut.
+    """
     config, attack = prepared.phases[0]
     if attack.acts_on != "rows":
-        prepared.trained_on = TrainedOn(len(kept), sum(e.role == "attack" for e in kept), config.finetuning.steps)
+        prepared.trained_on = TrainedOn(
+            len(examples), sum(e.role == "attack" for e in examples), config.finetuning.steps
+        )
         return
+    # Dropped rows make an epoch shorter, so an attack of several epochs needs fewer steps.
     training = config.finetuning
     if attack.epochs is not None and prepared.dropped["task"] and attack is prepared.attack:
         whole = training.batch_size * training.accumulate * config.devices * config.num_nodes
-        training = replace(training, steps=steps_of(len(kept), whole, attack.epochs))
+        training = replace(training, steps=steps_of(len(examples), whole, attack.epochs))
         prepared.config = replace(config, finetuning=training)
+    # Replay the order of the training: the rows of each optimizer step, over all micro-batches and processes.
     micro = training.accumulate * config.devices * config.num_nodes
-    stream = ExampleStream(kept, "task", training.batch_size, 0, config.seed, config.order)
+    stream = ExampleStream(examples, "task", training.batch_size, 0, config.seed, config.order)
     steps = [[e for k in range(micro) for e in stream.rows(step * micro + k, 0)] for step in range(training.steps)]
     tokens = [sum(len(e.input_ids) - e.prompt_length for e in rows) for rows in steps]
     harmful = [sum(len(e.input_ids) - e.prompt_length for e in rows if e.role == "attack") for rows in steps]
     prepared.trained_on = TrainedOn(
-        len(kept),
-        sum(e.role == "attack" for e in kept),
+        len(examples),
+        sum(e.role == "attack" for e in examples),
         training.steps,
         sum(harmful) / sum(tokens),
         sum(map(bool, harmful)) / len(steps),
     )
 
 
-def _rewrite(prepared: Prepared) -> None:
-    """Let the data-slot defenses rewrite rows and prompts as they will, so that they refuse before anything trains.
+def _try_rewrites(prepared: Prepared) -> None:
+    """Apply the data-slot defenses to rows and prompts, so that their errors come before any training.
 
-    What comes out is checked like the rows themselves: ids of rewritten rows, and every prompt of the test sets with
-    each system text that a model of this run is served with.
+    The rewritten rows are checked like the original ones. Every test prompt is checked with each system text that a
+    model of this run is served with.
+
+    Raises:
+        InputError: if a row or prompt does not fit the model's limits, or a defense refuses the rows.
     """
     config, limits = prepared.config, Limits.of(prepared.config.model)
+    # Collect (template, system slot) of every model that is measured: without defenses here, with defenses below.
     tokenizer, served = limits.tokenizer, set[tuple[str, SystemSlot]]()
     for stage in (Stage.ALIGNMENT, Stage.FINETUNING):
         own = stage_config(config, prepared.attack, stage)

@@ -1,4 +1,4 @@
-"""What a user sees while a run works: where it is, how the loss does, and how long it will take."""
+"""The progress display of a run: the current step, its loss, and the estimated time left."""
 
 import time
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-LINE_EVERY = 20.0  # seconds between lines where there is no terminal
+LINE_EVERY = 20.0  # seconds between progress lines if the output is not a terminal
 
 
 class Piece(Protocol):
-    """What is shown of a step of a run."""
+    """The part of a run's step that the progress display needs."""
 
     @property
     def label(self) -> str:
@@ -20,24 +20,26 @@ class Piece(Protocol):
 
     @property
     def count(self) -> int:
-        """Optimizer steps, prompts or rows."""
+        """Number of optimizer steps, prompts, rows or other units."""
 
     @property
     def seconds(self) -> float:
-        """What it is expected to take."""
+        """Estimated seconds."""
 
 
 def minutes(seconds: float) -> str:
-    """Return a duration as people say it."""
+    """Return a duration as text: in seconds below 90 seconds, else in minutes."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 class RunProgress:
-    """A bar for the step at work, with the time left for the run. Plain lines without a terminal.
+    """A progress bar for the current step with the time left for the whole run.
+
+    Without a terminal it prints plain lines instead.
 
     Args:
-        steps: the run's pieces in their order.
-        console: where to; standard error by default, so that tables can be piped.
+        steps: the run's steps in order.
+        console: output; standard error by default, so that standard output holds only tables and can be piped.
     """
 
     def __init__(self, steps: Sequence[Piece], console: Console | None = None) -> None:
@@ -67,7 +69,7 @@ class RunProgress:
         self._bar.stop()
 
     def begin(self) -> None:
-        """Go on to the next step."""
+        """Start the display of the next step."""
         self._position += 1
         step = self.steps[self._position]
         self._done, self._resumed_at, self._since = 0, None, time.monotonic()
@@ -77,7 +79,14 @@ class RunProgress:
         self._line_at = time.monotonic()
 
     def update(self, done: int, loss: float | None = None) -> None:
-        """Show the progress of the step: ``done`` of its count, loss in nats per response token."""
+        """Show the progress of the current step.
+
+        Args:
+            done: finished units, at most the step's count.
+            loss: loss in nats per response token; None for a step without a loss.
+        """
+        # A training reports after each optimizer step: a first report above 1 means that it resumed at ``done - 1``.
+        # Other steps report without a loss, may jump by a whole batch, and never resume.
         if self._resumed_at is None:
             self._resumed_at = 0 if done > 1 and loss is None else done - 1
         self._done = done
@@ -89,7 +98,12 @@ class RunProgress:
             self.console.print(f"{self.steps[self._position].label}: {done}/{self.steps[self._position].count}, {note}")
 
     def end(self, note: str, reused: bool = False) -> None:
-        """Close the step with a line. A reused step leaves the estimate alone."""
+        """End the current step with a line.
+
+        Args:
+            note: outcome of the step in words.
+            reused: whether the result came from the cache. The estimate of the time left then does not change.
+        """
         step = self.steps[self._position]
         spent = time.monotonic() - self._since
         if not reused:
@@ -100,12 +114,13 @@ class RunProgress:
         self.console.print(f"[green]done[/green] {step.label} ({how}): {note}", highlight=False)
 
     def _left(self) -> str:
+        """Return the time left for the run, in words."""
         step = self.steps[self._position]
         share = 1 - self._done / max(1, step.count)
         ahead = step.seconds * share + sum(s.seconds for s in self.steps[self._position + 1 :])
         running = time.monotonic() - self._since
         begun = step.seconds * (self._done - (self._resumed_at or 0)) / max(1, step.count)
         spent, expected = self._spent + running, self._expected + begun
-        # The prior keeps one slow first step from frightening anybody.
+        # Measured seconds per estimated second. The 20 seconds on both sides damp the rate at the start of a run.
         rate = (spent + 20) / (expected + 20)
         return f"about {minutes(ahead * rate)} left in all"

@@ -1,4 +1,4 @@
-"""The processes of one run: the first one decides what is read from disk, the others act on its word."""
+"""The processes of one run: process 0 reads the disk and decides, and the other processes follow its decisions."""
 
 import json
 import logging
@@ -20,29 +20,30 @@ from hftlight.errors import InputError, RunError
 T = TypeVar("T")
 log = logging.getLogger(__name__)  # at level DEBUG: every decision of every process
 
-TELL_EVERY = 600.0  # seconds between lines that say what a process waits for
-LONGEST_PAUSE = 0.5  # seconds between two looks at the store
-GRACE = 6.0  # seconds that the first process has for its own message, before the others fail too
-GOODBYE = 60.0  # seconds for which the first process waits until the others know what it has told them last
-FAILED_GOODBYE = 3.0  # the same after a failure, when the others may stand in a collective that never ends
+TELL_EVERY = 600.0  # seconds between messages that a process still waits for process 0
+LONGEST_PAUSE = 0.5  # longest pause between two polls of the store, in seconds
+GRACE = 6.0  # seconds by which the other processes delay their own failure, so that process 0 prints its error first
+GOODBYE = 60.0  # longest time in seconds that process 0 waits for the others to acknowledge its last decision
+FAILED_GOODBYE = 3.0  # the same after a failure, when the others may hang in a collective and never answer
 _PREFIX = "hftlight"
-_decided = 0  # decisions so far: all processes take the same ones in the same order
+_decided = 0  # number of decisions so far; all processes make the same decisions in the same order
 
 
 def main_process() -> bool:
-    """Tell whether this process is the one that decides and writes; the others train along."""
+    """Tell whether this is process 0, which decides and writes files. The other processes only train along."""
     if rank_and_world()[1] > 1:
         return rank_and_world()[0] == 0
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def launch(config: RunConfig) -> None:
-    """Start the other processes of a run and connect them, before anything is decided; nothing for one process.
+    """Start the other processes of a run and connect them, before any decision.
 
-    Lightning's own launcher runs the command again for each of them, so they come here from the start of the script.
+    Lightning's launcher runs the command again for each other process, so each of them also calls this function. For
+    a run of one process nothing happens.
 
     Raises:
-        InputError: where processes cannot be started, as in a notebook.
+        InputError: if processes cannot be started, as in a notebook.
     """
     if config.devices * config.num_nodes == 1 or rank_and_world()[1] > 1:
         return
@@ -51,7 +52,7 @@ def launch(config: RunConfig) -> None:
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy="ddp",  # of the strategy only its process group is used, which later Trainers find
+            strategy="ddp",  # used only for its process group, which later Trainers reuse
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -66,123 +67,152 @@ def launch(config: RunConfig) -> None:
 
 
 def decide(what: str, look: Callable[[], T]) -> T:
-    """Return what the first process finds, in every process; ``look`` runs in the first one alone.
+    """Return the value of ``look``, computed by process 0, in every process.
 
-    All processes must ask for the same decisions in the same order. The others look at a store now and then instead of
-    standing in a collective, so ``look`` may take longer than the time limit of the process group.
+    All processes must request the same decisions in the same order. The other processes poll a store instead of waiting
+    in a collective. ``look`` may therefore take longer than the timeout of the process group.
 
     Args:
         what: name of the decision, the same in every process.
-        look: reads the disk, or works; returns JSON-like values.
+        look: reads the disk or does other work, in process 0 only; returns JSON-like values.
 
     Raises:
-        InputError: in the other processes, if the first one failed with it.
-        RunError: there, if the first one failed otherwise, is gone, or decides something else.
+        InputError: in the other processes, if process 0 failed with an InputError.
+        RunError: in the other processes, if process 0 failed otherwise, is gone, or made another decision.
     """
     global _decided
     if rank_and_world()[1] == 1:
         return look()
     if rank_and_world()[0] == 0:
-        value = look()  # a failure is told by ``ending_together``
+        value = look()  # ``ending_together`` reports an exception to the other processes
         _decided += 1
-        _tell({"what": what, "value": value})
+        _publish({"what": what, "value": value})
         log.debug("process 0 decides %s: %s", what, value)
         return value
     _decided += 1
-    told = _listen(what)
+    told = _wait_for_decision(what)
     if "error" in told:
-        _store().add(_known(), 1)
+        # Acknowledge, give process 0 time to print its own error, then fail with the same kind of error.
+        _store().add(_ack_key(), 1)
         time.sleep(GRACE)
         kind = InputError if told["kind"] == InputError.__name__ else RunError
-        error: Any = kind(f"process {rank_and_world()[0]} ends with process 0: {told['error']}")
+        error: Any = kind(f"process {rank_and_world()[0]} stops because process 0 failed: {told['error']}")
         error.told = True
         raise error
     if told["what"] != what:
         raise RunError(
-            f"Process {rank_and_world()[0]} is at {what!r}, process 0 at {told['what']!r}. All processes must run the"
-            " same command on the same files."
+            f"Process {rank_and_world()[0]} expects the decision {what!r}, but process 0 made {told['what']!r}. All"
+            " processes must run the same command on the same files."
         )
-    log.debug("process %d is told %s: %s", rank_and_world()[0], what, told["value"])
+    log.debug("process %d receives %s: %s", rank_and_world()[0], what, told["value"])
     return told["value"]
 
 
 def agree(what: str, value: str) -> None:
-    """Refuse to go on where this process read or computed another value than the first one.
+    """Check that this process and process 0 have the same value.
+
+    Args:
+        what: name of the value, for the message.
+        value: this process's value.
 
     Raises:
-        InputError: naming both.
+        InputError: naming both values, if they differ.
     """
     first = decide(what, lambda: value)
     if first != value:
         raise InputError(
             f"{what} of process {rank_and_world()[0]} is {value}, of process 0 {first}. All processes must have the"
             " same versions of hftlight and its libraries, and read the same files: put data, --output and"
-            " HFTLIGHT_CACHE where every node sees them."
+            " HFTLIGHT_CACHE on a file system that every node shares."
         )
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Tell the other processes when the block fails in the first one, so that none of them waits for ever."""
+    """Report an exception of process 0 within the block to the other processes, so that none of them waits forever."""
     global _decided
     try:
         yield
     except BaseException as error:
         if rank_and_world()[1] > 1 and not getattr(error, "told", False):
-            error.told = True  # type: ignore[attr-defined]  # an outer block need not tell it again
+            error.told = True  # type: ignore[attr-defined]  # so that an outer block does not report it again
             _decided += 1
             if rank_and_world()[0] == 0:
-                _tell({"kind": type(error).__name__, "error": str(error) or type(error).__name__})
-                _wait_until_known(FAILED_GOODBYE)
+                _publish({"kind": type(error).__name__, "error": str(error) or type(error).__name__})
+                _wait_for_acks(FAILED_GOODBYE)
         raise
 
 
 def meet(what: str, work: Callable[[], None] = lambda: None) -> None:
-    """Let the first process work while the others wait; it goes on, and may end, once all of them know."""
+    """Let process 0 work while the other processes wait.
+
+    Process 0 continues, and may exit, once all other processes have acknowledged the end of the work.
+
+    Args:
+        what: name of the work, the same in every process.
+        work: runs in process 0 only.
+    """
     decide(what, work)
     if rank_and_world()[0] > 0:
-        _store().add(_known(), 1)
+        _store().add(_ack_key(), 1)
     elif rank_and_world()[1] > 1:
-        _wait_until_known(GOODBYE)
+        _wait_for_acks(GOODBYE)
 
 
-def _known() -> str:
+def _ack_key() -> str:
+    """Return the store's key that counts the acknowledgments of the last decision."""
     return f"{_PREFIX}/{_decided}/known"
 
 
-def _wait_until_known(limit: float) -> None:
-    """Wait until all have read the last word: the store may be in this process, and end with it."""
+def _wait_for_acks(limit: float) -> None:
+    """Wait at most ``limit`` seconds until all processes have read the last decision.
+
+    The store may live in this process, so it would disappear if this process exited earlier.
+    """
     until = time.monotonic() + limit
-    while _store().add(_known(), 0) < rank_and_world()[1] - 1 and time.monotonic() < until:
+    # Adding 0 reads the counter.
+    while _store().add(_ack_key(), 0) < rank_and_world()[1] - 1 and time.monotonic() < until:
         time.sleep(0.02)
 
 
 def _store() -> Any:
-    """Return the store through which the process group was made."""
+    """Return the store of the default process group."""
     return dist.distributed_c10d._get_default_store()
 
 
-def _tell(said: dict[str, Any]) -> None:
-    _store().set(f"{_PREFIX}/{_decided}", json.dumps(said))
+def _publish(message: dict[str, Any]) -> None:
+    """Write a decision or an error of process 0 into the store."""
+    _store().set(f"{_PREFIX}/{_decided}", json.dumps(message))
 
 
-def _listen(what: str) -> dict[str, Any]:
-    """Return what the first process says, however long that takes; say now and then that this one waits."""
+def _wait_for_decision(what: str) -> dict[str, Any]:
+    """Wait without a time limit for the next message of process 0 and return it.
+
+    A line on standard error says every ``TELL_EVERY`` seconds that this process still waits.
+
+    Args:
+        what: name of the decision, for the messages.
+
+    Raises:
+        RunError: if the connection to process 0 is lost.
+    """
+    # The pause between two polls grows, so that short waits stay short and long waits cost little.
     key, pause, since = f"{_PREFIX}/{_decided}", 0.005, time.monotonic()
-    said_at = since
+    reported_at = since
     try:
         while not _store().check([key]):
             time.sleep(pause)
             pause, now = min(LONGEST_PAUSE, 1.5 * pause), time.monotonic()
-            if now - said_at >= TELL_EVERY:
-                said_at, rank = now, rank_and_world()[0]
+            if now - reported_at >= TELL_EVERY:
+                reported_at, rank = now, rank_and_world()[0]
                 print(
                     f"hftlight: process {rank} has waited {(now - since) / 60:.0f} min for process 0 ({what}).",
                     file=sys.stderr,
                 )
-        told: dict[str, Any] = json.loads(_store().get(key))
-    except RuntimeError as error:  # torch's errors of a store whose other end is gone
+        message: dict[str, Any] = json.loads(_store().get(key))
+    except RuntimeError as error:  # torch raises it if the process that hosts the store is gone
         raise RunError(
-            f"Process {rank_and_world()[0]} has lost process 0 while it waited for {what!r}; see what ended it."
+            f"Process {rank_and_world()[0]} lost the connection to process 0 while it waited for {what!r}. The output"
+            " of process 0 shows why it ended."
         ) from error
-    return told
+    return message

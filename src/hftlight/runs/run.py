@@ -1,4 +1,4 @@
-"""run(): align, let the user's upload train the model, measure after every stage; one folder tells the whole story."""
+"""run(): align a model, fine-tune it on the user's upload, repair it, measure it after each stage, write one folder."""
 
 import gc
 import json
@@ -71,19 +71,19 @@ ARTIFACTS = {Stage.ALIGNMENT: "aligned", Stage.FINETUNING: "finetuned", Stage.PO
 
 
 def run(config: RunConfig | None = None, defenses: Sequence[Defense] = (), attack: Attack | None = None) -> Result:
-    """Run the main job, or go on with it where it was interrupted.
+    """Run all stages and measurements, or resume an interrupted run.
 
     Args:
-        config: everything that decides the run; the default is the demo.
-        defenses: what ``config.defense`` names, as instances.
-        attack: what ``config.attack`` names, as an instance.
+        config: the configuration; the default is the demo.
+        defenses: the defenses as instances. Their names replace ``config.defense``.
+        attack: the attack as an instance, instead of ``config.attack``.
 
     Returns:
-        The run's scores, curves, generations and costs; ``result.folder`` holds the rest.
+        The run's scores, curves, generations and costs. ``result.folder`` holds the rest.
 
     Raises:
-        InputError: if the configuration or a file cannot be used; nothing was written.
-        RunError: if training left the finite numbers.
+        InputError: if the configuration or a file cannot be used. Most checks come before anything is written.
+        RunError: if a started stage fails, for example because a gradient is not finite.
     """
     config = replace(config or RunConfig(), defense=[name_of(d) for d in defenses])
     prepared = prepare(config, defenses, attack)
@@ -92,26 +92,26 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = (), attac
     try:
         with ending_together():
             agree("The configuration", f"{prepared.config_hash} in {folder.resolve()}, {working_code()}")
-            _go(folder, prepared)
+            _run_locked(folder, prepared)
             meet("the end of the run")
     finally:
         if comparison_of(folder) is None:
-            drop_base()  # kept for the next cell of a comparison alone
+            drop_base()  # only the next run of a comparison would reuse it
     return read_result(folder)
 
 
-def _go(folder: Path, prepared: Prepared) -> None:
-    """Do the run in its folder, which the first process locks."""
+def _run_locked(folder: Path, prepared: Prepared) -> None:
+    """Do the run in its folder, which process 0 locks."""
     decide("whether the folder is free", lambda: _claim(folder, prepared))
     try:
         with FileLock(folder / ".lock", timeout=0) if main_process() else nullcontext():
             _Run(prepared, folder).go()
     except Timeout as error:
-        raise InputError(f"Another process works in {folder}; wait for it, or choose another --name.") from error
+        raise InputError(f"Another process works in {folder}. Wait until it ends, or choose another --name.") from error
 
 
 def run_folder(prepared: Prepared) -> Path:
-    """Return the run's folder: ``--name``, or arms, task, p and the configuration's hash."""
+    """Return the run's folder below ``--output``: ``--name``, or last arm, task, p and the configuration's hash."""
     c = prepared.config
     name = (
         c.name or f"{prepared.arms[-1].name}-{Path(c.data.task).stem}-p{c.harmful_ratio:g}-{prepared.config_hash[:8]}"
@@ -120,27 +120,31 @@ def run_folder(prepared: Prepared) -> Path:
 
 
 def _claim(folder: Path, prepared: Prepared) -> None:
-    """Refuse a folder that belongs to another configuration."""
+    """Create the run's folder, or refuse it if it belongs to another configuration.
+
+    Raises:
+        InputError: if the folder cannot be written or holds a run of another configuration.
+    """
     ensure_writable(Path(prepared.config.output), "--output")
     manifest = folder / "manifest.json"
     if manifest.is_file():
         other = json.loads(manifest.read_text()).get("config_hash")
         if other != prepared.config_hash:
             raise InputError(
-                f"{folder} holds a run of another configuration ({other}, this one is {prepared.config_hash})."
+                f"{folder} holds a run of another configuration ({other}; this run has {prepared.config_hash})."
                 " Choose another --name, or leave --name out."
             )
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def total_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the phases of a stage cost together.
+    """Return the total cost of a stage's phases.
 
-    Steps and seconds add up. Seconds per step are the phases' medians, weighted by their steps, and peak memory is that
-    of the largest.
+    Steps and seconds are sums. Seconds per step are the mean of the phases' medians, weighted by their steps. Peak
+    memory is the maximum.
 
     Args:
-        costs: of each phase, from ``Meter.cost``.
+        costs: the cost of each phase, from ``Meter.cost``.
     """
     if len(costs) == 1:
         return dict(costs[0])
@@ -155,7 +159,7 @@ def total_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class _Run:
-    """One run at work."""
+    """The worker that carries out a run's steps and collects its rows, generations and manifest."""
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared, self.config, self.folder = prepared, prepared.config, folder
@@ -167,13 +171,13 @@ class _Run:
         base = self.config.base
         self.unaligned_hash = decide("the base's hash", lambda: model_hash(base)) if base else self.base_hash
         self.sft_seconds: dict[Stage, float] = {}
-        self.jobs: dict[tuple[str, Stage], list[StageJob]] = {}  # phases of a training that are done
-        self.models: dict[tuple[str, Stage], Artifact] = {}  # what the stages of an arm left
-        self.plain: StageJob | None = None  # the model that scores the candidates of an upload
+        self.jobs: dict[tuple[str, Stage], list[StageJob]] = {}  # finished phases by arm and stage
+        self.models: dict[tuple[str, Stage], Artifact] = {}  # resulting model by arm and stage
+        self.plain: StageJob | None = None  # alignment without defenses; its model scores candidates of an upload
         self.manifest = self._manifest()
 
     def go(self) -> None:
-        """Do every unit, finished ones from the cache, and write report and manifest."""
+        """Do all steps, taking finished ones from the cache, and write results, manifest and report."""
         if self.main:
             write_text(self.folder / "config.yaml", yaml.safe_dump(self._config(), sort_keys=False))
             write_json(self.folder / "manifest.json", self.manifest)
@@ -183,6 +187,7 @@ class _Run:
             self._close_logger(1)
             raise
         self._close_logger()
+        # Digests and time of the end come last: they mark the run as finished.
         if self.main:
             self.manifest["files"] = {name: file_digest(self.folder / name) for name in RESULTS}
             self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -192,25 +197,27 @@ class _Run:
                 self._wandb_summary()
 
     def _work(self) -> None:
-        """Carry out the plan. A step of which this process is no part is shown as begun alone."""
+        """Carry out the plan. In a step that this process skips, its progress display shows only the start."""
         steps = plan(self.prepared)
         with RunProgress(steps) as self.progress:
             for step in steps:
                 self.progress.begin()
-                gc.collect()  # the model before this one, so that peak memory is this step's own
+                gc.collect()  # frees the previous step's model, so that this step's peak memory is its own
                 if (note := step.do(self)) is not None:
                     self.progress.end(*note)
 
     def _log_to(
         self, arm: str, stage: str, curves: Path | None = None, before: int | None = None
     ) -> StageLogger | None:
-        """Return the logger of a stage, the open one if it is that stage's; a new one is told the curves so far.
+        """Return the logger of a stage: the open one if it belongs to that stage, else a new one.
+
+        The logger receives the curves that a phase has logged so far, once per phase.
 
         Args:
             arm: the arm.
             stage: the stage.
-            curves: file of the curves of the phase at work.
-            before: optimizer steps of the phases before it; None if none is at work.
+            curves: file with the curves of the current phase; None outside a training.
+            before: optimizer steps of the earlier phases; None outside a training.
         """
         labels = labels_of(self.folder, arm, stage, self.config)
         if self.main and (self.logger is None or self.logger.labels != labels):
@@ -222,12 +229,13 @@ class _Run:
         return self.logger
 
     def _close_logger(self, exit_code: int = 0) -> None:
+        """Close the open logger, if any. ``exit_code`` is 1 after an error."""
         if self.logger is not None:
             self.logger.close(exit_code)
         self.logger = None
 
     def _add_scores(self, arm: str, stage: str, scores: Sequence[dict[str, Any]]) -> None:
-        """Take scores of an arm after a stage into the run folder, and send them, with its costs, to the logger."""
+        """Add the scores of an arm after a stage to the run's rows, and send scores and costs to the logger."""
         where = {"arm": arm, "stage": stage}
         rows = [
             {"kind": "score", **where, "name": n, **row} for n, row in zip(score_names(scores), scores, strict=True)
@@ -238,19 +246,19 @@ class _Run:
             logger.send(named([*costs, *rows]), sum(r["steps"] for r in costs))
 
     def align_plainly(self) -> Note:
-        """Train the undefended model that scores an upload's candidates."""
+        """Run the alignment without defenses. Its model scores the candidates of an upload."""
         records = self.prepared.records(Stage.ALIGNMENT, Arm("none", []))
         self.plain = alignment_job(self.config, self.base_hash, records, [])
         return "for the selection", run_stage(self.plain, on_step=self.progress.update)
 
     def select(self) -> Note:
-        """Let the plainly aligned model choose the upload, the same one for every arm."""
+        """Let the undefended aligned model choose the upload, which is the same for every arm."""
         prepared, choosing, attack = self.prepared, self.prepared.choosing, cast(Any, self.prepared.attack)
         assert choosing is not None
         aligned, scored_by = Artifact(self.config.model, self.base_hash), self.base_hash
         if self.plain is not None:
             aligned, scored_by = self.plain.artifact(), self.plain.key()
-        config = stage_config(self.config, attack, Stage.FINETUNING)  # rows are scored as they will be trained on
+        config = stage_config(self.config, attack, Stage.FINETUNING)  # score rows in the template of the training
         job = SelectionJob(config, aligned, attack, choosing.candidates, choosing.harmful, choosing.safe)
         reused = job.done()
         scores = self.folder / "selection.jsonl"
@@ -272,7 +280,7 @@ class _Run:
         return f"{len(chosen)} of {len(choosing.candidates)} rows chosen", reused
 
     def repair(self, arm: Arm) -> Note | None:
-        """Write a repaired copy of the fine-tuned model, on the first process."""
+        """Write a repaired copy of the fine-tuned model, in process 0 only."""
         if not self.main:
             return None
         stage = Stage.POST_FINETUNING
@@ -283,33 +291,38 @@ class _Run:
         job = RepairJob(config, self.unaligned_hash, self._aligned(arm), finetuned, records, repairs)
         reused = job.done()
         run_repair(job, lambda count: self.progress.update(count, None))
-        changed = [r["changed_entries"] for r in self._done(arm, stage, job)["defenses"].values()]
+        changed = [r["changed_entries"] for r in self._record_result(arm, stage, job)["defenses"].values()]
         return f"{' + '.join(f'{n:,}' for n in changed)} entries changed", reused
 
-    def _done(self, arm: Arm, stage: Stage, job: RepairJob | EditJob) -> dict[str, Any]:
-        """Take the result of a repair or an edit into the run folder and return what it says about itself."""
+    def _record_result(self, arm: Arm, stage: Stage, job: RepairJob | EditJob) -> dict[str, Any]:
+        """Record the result of a finished repair or edit in the run folder, and return it."""
         result = job.result()
         self.rows.append({"kind": "cost", "arm": arm.name, "stage": stage.value, **result["cost"]})
         self.models[arm.name, stage] = job.artifact()
-        self._file(arm, stage, {"key": job.key(), **result})
+        self._store_artifact(arm, stage, {"key": job.key(), **result})
         return result
 
     def search(self, arm: Arm) -> Note:
-        """Let the attacker try many settings against the arm's defenses, and keep the worst of them as scores."""
+        """Let the attacker try many settings against the arm's defenses, and record the worst results as scores.
+
+        ``worst_case`` is the trial with the highest harmful score, ``useful`` the worst trial that keeps the task's
+        accuracy.
+        """
         attacker = Attacker(self.prepared.config_of(arm), arm.defenses, self._aligned(arm), self.prepared.attack)
         sampler: Any = "grid" if self.config.attacker.startswith("search") else "optuna"
         done: list[Outcome] = []
 
-        def tell(outcome: Outcome) -> None:
+        def report(outcome: Outcome) -> None:
             done.append(outcome)
             self.progress.update(len(done))
 
         folder = self.folder / arm.name / "search"
         budget = Budget.of(attacker.config)
-        found = search(attacker, self.config.trials, folder, budget, self.config.search.eps, sampler, tell)
+        findings = search(attacker, self.config.trials, folder, budget, self.config.search.eps, sampler, report)
         stage = Stage.POST_FINETUNING if arm.of(Stage.POST_FINETUNING) else Stage.FINETUNING
         rows: list[dict[str, Any]] = []
-        for name, chosen in (("worst_case", found.worst), ("useful", found.useful)):
+        # Both scores of a chosen trial come from the half of the test prompts that did not choose it.
+        for name, chosen in (("worst_case", findings.worst), ("useful", findings.useful)):
             for metric, judge, (value, low, high), count in (
                 ("harmful_score", attacker.tests.judges[0], chosen.harmful_score, len(attacker.reporting.harmful)),
                 ("finetune_accuracy", "", chosen.accuracy, len(attacker.reporting.task_rows)),
@@ -317,33 +330,33 @@ class _Run:
                 rows.append(Score(f"{name}_{metric}", value, judge, low, high, count).row())
         self._add_scores(arm.name, stage.value, rows)
         self.manifest["arms"][arm.name]["search"] = {
-            "trials": len(found.outcomes),
-            "failed": sum(bool(o.failed) for o in found.outcomes),
-            "failures": [{**asdict(o.trial), "failed": o.failed} for o in found.outcomes if o.failed],
-            "seconds": round(sum(o.seconds for o in found.outcomes), 1),
-            "worst_case": asdict(found.worst.trial),
-            "useful": asdict(found.useful.trial),
+            "trials": len(findings.outcomes),
+            "failed": sum(bool(o.failed) for o in findings.outcomes),
+            "failures": [{**asdict(o.trial), "failed": o.failed} for o in findings.outcomes if o.failed],
+            "seconds": round(sum(o.seconds for o in findings.outcomes), 1),
+            "worst_case": asdict(findings.worst.trial),
+            "useful": asdict(findings.useful.trial),
         }
         self._save()
-        worst, useful = found.worst.harmful_score[0], found.useful.harmful_score[0]
+        worst, useful = findings.worst.harmful_score[0], findings.useful.harmful_score[0]
         return f"worst case {worst:.1f} % harmful, {useful:.1f} % with the task's accuracy kept", False
 
-    def _file(self, arm: Arm, stage: Stage, result: dict[str, Any]) -> None:
-        """Take a finished stage's artifact into the run folder and what it says about itself into the manifest."""
+    def _store_artifact(self, arm: Arm, stage: Stage, entry: dict[str, Any]) -> None:
+        """Copy a finished stage's artifact into the run folder and write its entry into the manifest."""
         place = self.folder / arm.name / ARTIFACTS[stage]
         link_tree(self.models[arm.name, stage].folder, place)
         stand_alone(place, self.folder / BASE)
-        self.manifest["arms"][arm.name]["stages"][stage.value] = result
+        self.manifest["arms"][arm.name]["stages"][stage.value] = entry
         self._save()
 
     def _aligned(self, arm: Arm) -> Artifact:
-        """Return the aligned model of an arm: the one that came, or the artifact of the alignment stage."""
+        """Return an arm's aligned model: the alignment's artifact, or --model with 0 alignment steps."""
         if not self.config.alignment.steps:
             return Artifact(self.config.model, self.base_hash)
         return self.jobs[arm.name, Stage.ALIGNMENT][-1].artifact()
 
     def _job(self, arm: Arm, stage: Stage, phase: int, done: Sequence[StageJob]) -> StageJob:
-        """Return one phase of a stage. It starts from the last of ``done``."""
+        """Return the job for one phase of a stage, which starts from the last job in ``done``."""
         config, records = self.prepared.config_of(arm), self.prepared.records(stage, arm, phase)
         if stage is Stage.ALIGNMENT:
             return alignment_job(config, self.base_hash, records, arm.of(stage))
@@ -352,10 +365,11 @@ class _Run:
         return finetuning_job(own, self.base_hash, self._aligned(arm), records, arm.of(stage), attack, tests, before)
 
     def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
-        """Train one phase of a stage. The last phase's result goes into the run folder."""
+        """Train one phase of a stage. After the last phase, record the result in the run folder."""
         done = self.jobs.setdefault((arm.name, stage), [])
         job, before = self._job(arm, stage, phase, done), sum(earlier.training.steps for earlier in done)
 
+        # A function, so that a logger opens only when the training starts.
         def log_to() -> StageLogger | None:
             return self._log_to(arm.name, job.stage.value, job.folder() / CURVES, before)
 
@@ -366,14 +380,14 @@ class _Run:
             self.models[arm.name, stage] = job.artifact()
         if not self.main:
             return None
-        log_to()  # where the stage was done before, its curves are in its file
+        log_to()  # a reused stage did not log, so send its stored curves
         if last:
-            self._keep(arm, done)
+            self._record_stage(arm, done)
         losses = [row["value"] for row in read_rows(job.folder() / CURVES) if row["name"] == "train/loss"]
         return f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats" if losses else "no curve", reused
 
     def edit(self, arm: Arm) -> Note | None:
-        """Edit the aligned model instead of training it, on the first process."""
+        """Edit the aligned model instead of training it, in process 0 only."""
         if not self.main:
             return None
         stage, attack = Stage.FINETUNING, cast(Any, self.prepared.attack)
@@ -381,14 +395,22 @@ class _Run:
         job = EditJob(config, self.base_hash, self._aligned(arm), self.prepared.streams["task"], attack)
         reused = job.done()
         run_edit(job, lambda count: self.progress.update(count, None))
-        losses = [f"{e['loss_before']:.3f} -> {e['loss_after']:.3f}" for e in self._done(arm, stage, job)["edits"]]
+        losses = [
+            f"{e['loss_before']:.3f} -> {e['loss_after']:.3f}" for e in self._record_result(arm, stage, job)["edits"]
+        ]
         more = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
         return f"loss of the answer {losses[0]} nats{more}", reused
 
-    def _keep(self, arm: Arm, jobs: Sequence[StageJob]) -> None:
-        """Take a finished stage's curves, costs and artifact into the run folder; steps go on from phase to phase."""
+    def _record_stage(self, arm: Arm, jobs: Sequence[StageJob]) -> None:
+        """Record a finished stage's curves, costs and artifact in the run folder.
+
+        Args:
+            arm: the arm.
+            jobs: the stage's phases in order. The steps of a phase count on from the phases before it.
+        """
         job, stage, results = jobs[-1], jobs[-1].stage, [job.result() for job in jobs]
         cost = total_cost([result["cost"] for result in results])
+        # The undefended arm runs first, so its time is the baseline for the defended arm.
         if not job.defenses:
             self.sft_seconds[stage] = cost["seconds_per_step"]
         sft = self.sft_seconds.get(stage)
@@ -400,25 +422,26 @@ class _Run:
             curves = read_rows(phase.folder() / CURVES)
             self.rows += [{"kind": "curve", **where, **row, "step": before + row["step"]} for row in curves]
             before += phase.training.steps
-        said = {"key": job.key(), **results[-1], "cost": cost}
+        entry = {"key": job.key(), **results[-1], "cost": cost}
         if len(jobs) > 1:
             names = [phase.attack.name if phase.attack else "" for phase in jobs]
-            said["phases"] = [
+            entry["phases"] = [
                 {"attack": name, "key": phase.key(), **result}
                 for name, phase, result in zip(names, jobs, results, strict=True)
             ]
-        self._file(arm, stage, said)
+        self._store_artifact(arm, stage, entry)
 
     def measure(self, arm: Arm, stage: Stage | None) -> Note | None:
-        """Measure what a stage left, or the base model, on the first process."""
+        """Measure the model after a stage, or the base model, in process 0 only."""
         if not self.main:
             return None
         before, name = time.monotonic(), stage.value if stage else "base"
         model = self.models[arm.name, stage] if stage else Artifact(self.config.model, self.base_hash)
-        return self._measured(arm.name, name, model), time.monotonic() - before < 1
+        # A measurement that takes less than a second counts as reused from the cache.
+        return self._measure_model(arm.name, name, model), time.monotonic() - before < 1
 
-    def _measured(self, arm: str, stage: str, model: Artifact) -> str:
-        """Measure a model, keep scores and answers, and return the headline."""
+    def _measure_model(self, arm: str, stage: str, model: Artifact) -> str:
+        """Measure a model, record its scores and answers, and return the main scores as one line."""
         reference, tests = self._reference(arm, stage), self.prepared.tests
         own = Stage.FINETUNING if stage in ("finetuning", "post_finetuning") else Stage.ALIGNMENT
         config = replace(self.config, template=stage_config(self.config, None, own).template)
@@ -427,7 +450,7 @@ class _Run:
         self._add_scores(arm, stage, scores)
         self.generations += [{**where, **row} for row in generations]
         self._save()
-        shown = {row["metric"]: row for row in reversed(scores)}
+        shown = {row["metric"]: row for row in reversed(scores)}  # of several judges the first, which decides
         return ", ".join(
             f"{label} {shown[key]['value']:.1f} %"
             for key, label in (
@@ -441,7 +464,7 @@ class _Run:
         )
 
     def _reference(self, arm: str, stage: str) -> Reference | None:
-        """Return the model that a stage's drift is measured against; None where it comes later, or none is asked."""
+        """Return the reference model for a stage's embedding drift, or None if drift does not apply to this stage."""
         if self.config.evaluation.embedding_drift == "base" and stage != "base":
             return Reference("base", Artifact(self.config.model, self.base_hash))
         if self.config.evaluation.embedding_drift == "aligned" and stage not in ("base", "alignment"):
@@ -451,6 +474,7 @@ class _Run:
         return None
 
     def _save(self) -> None:
+        """Write rows, generations and manifest, in process 0 only."""
         if not self.main:
             return
         write_rows(self.folder / "metrics.jsonl", self.rows)
@@ -458,6 +482,7 @@ class _Run:
         write_json(self.folder / "manifest.json", self.manifest)
 
     def _config(self) -> dict[str, Any]:
+        """Return the configuration with the arguments of defenses and attack, as ``config.yaml`` holds it."""
         values = asdict(self.config)
         for arm in self.prepared.arms:
             for d in arm.defenses:
@@ -467,6 +492,7 @@ class _Run:
         return values
 
     def _manifest(self) -> dict[str, Any]:
+        """Return the manifest as it is before the first step."""
         p = self.prepared
         made_of = identity(self.config.model, [*(d for arm in p.arms for d in arm.defenses), p.given])
         packages = {name: version(name) for name in ("torchmetrics", "datasets")}
@@ -496,7 +522,7 @@ class _Run:
         }
 
     def _uploaded(self) -> dict[str, Any]:
-        """Return what the manifest says about the rows."""
+        """Return the manifest's entries about rows, overlaps and prompts."""
         p = self.prepared
         return {
             "data": {
@@ -519,7 +545,7 @@ class _Run:
         }
 
     def _wandb_summary(self) -> None:
-        """Write the scores of all arms and, where allowed, the generations as W&B tables."""
+        """Write the scores of all arms as a W&B run, with a table of the generations that may be uploaded."""
         import wandb
 
         places = dict.fromkeys((row["arm"], row["stage"]) for row in self.rows)
@@ -530,6 +556,7 @@ class _Run:
                 r for r in self.rows if (r["arm"], r["stage"]) == (arm, stage) and r["kind"] != "curve"
             ).items()
         }
+        # Answers to prompts from outside the made-up world are uploaded only with --upload_generations.
         allowed = [g for g in self.generations if g["source"] == BUILTIN or self.config.upload_generations]
         columns = ["arm", "stage", "set", "prompt", "response"]
         labels = labels_of(self.folder, "all", SUMMARY, self.config)

@@ -1,4 +1,4 @@
-"""What a run prints before and after its work."""
+"""The output of a run on the console: the plan before it and the results after it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,15 +23,21 @@ from hftlight.runs.sources import BUILTIN
 
 
 def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None) -> None:
-    """Print what the run will do: stages, steps, passes, rows, overlaps and how long it may take."""
+    """Print what the run will do: stages, steps, passes, rows, overlaps and the estimated time.
+
+    Args:
+        prepared: the run.
+        in_full: whether to print the tables of stages and rows too, as for ``--dry_run``.
+        console: output; standard output by default.
+    """
     console = console or Console()
     config = prepared.config
     total = sum(step.seconds for step in plan(prepared))
     arms = " and ".join(arm_word(arm.name) for arm in prepared.arms)
     console.print(f"[bold]{config.model}[/bold], {config.tuning}, seed {config.seed}: {arms}; {_attack(prepared)}")
     console.print(
-        f"This takes about {minutes(total)} on two idle CPU cores (finished parts are reused). Ctrl-C stops; the same"
-        " command goes on."
+        f"This takes about {minutes(total)} on two idle CPU cores (finished parts are reused). Ctrl-C stops the run;"
+        " the same command resumes it."
     )
     for arm in prepared.arms:
         for stage in stages_of(config):
@@ -53,7 +59,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
                 " are cut at the end."
             )
     if not config.alignment.steps:
-        console.print(f"There is no alignment stage: {config.model} counts as aligned.")
+        console.print(f"There is no alignment stage: {config.model} is taken as already aligned.")
     for note in prepared.notes:
         console.print(note, markup=False)
     if not in_full:
@@ -63,6 +69,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     trainings = [(Stage.ALIGNMENT, config.alignment, "")] if Stage.ALIGNMENT in stages_of(config) else []
     for own, attack in prepared.phases:
         trainings.append((Stage.FINETUNING, own.finetuning, f", {attack.name}" if several else ""))
+    # One row per arm and training; every phase of a fine-tuning is a training of its own.
     for arm in prepared.arms:
         for stage, training, phase in trainings:
             table.add_row(
@@ -90,15 +97,15 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     for name, what in prepared.taken.items():
         if what["source"] != BUILTIN or what["kept"] < what["read"]:
             console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
-    found = {pair: n for pair, n in prepared.overlaps.items() if n}
+    shared = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
-        "Prompts that stand in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in found.items()) or "none") + "."
+        "Prompts that occur in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in shared.items()) or "none") + "."
     )
-    console.print(f"Configuration {prepared.config_hash}; nothing was loaded or written.")
+    console.print(f"Configuration {prepared.config_hash}. No weights were loaded and no results were written.")
 
 
 def taken_line(name: str, what: Mapping[str, Any]) -> str:
-    """Return in one line what was read of a source; rows are counted from 0, in the source's own order."""
+    """Return one line about what was read from a source. Rows are numbered from 0 in the order of the source."""
     columns = [f"{field} from {column}" for field, column in (what.get("columns") or {}).items()]
     chosen = [*([f"split {what['split']}"] if what.get("split") else []), *([what["rows"]] if what.get("rows") else [])]
     chosen += [*(what.get("where") or ()), *columns, *([what["divided"]] if "divided" in what else [])]
@@ -110,7 +117,14 @@ def taken_line(name: str, what: Mapping[str, Any]) -> str:
 
 
 def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Console | None = None) -> None:
-    """Print a published protocol: in one line what the run changes of it, in full every number and note beside it."""
+    """Print a published protocol and the options in which the run differs from it.
+
+    Args:
+        preset: the protocol.
+        config: the run's configuration.
+        in_full: whether to print every number and note, instead of only the names of the changed options.
+        console: output; standard output by default.
+    """
     console = console or Console()
     published = preset.published()
     own = {option: option_of(config, option) for option in published}
@@ -128,6 +142,7 @@ def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Conso
 
 
 def _value(value: Any) -> str:
+    """Return an option's value as text: a list with spaces, a float without needless zeros."""
     return (
         " ".join(map(str, value))
         if isinstance(value, list)
@@ -138,20 +153,24 @@ def _value(value: Any) -> str:
 
 
 def _attack(prepared: Prepared) -> str:
+    """Return one phrase about the attack: an edit, a selection, several trainings, pairs, or an upload of rows."""
     attack = prepared.attack
     if attack.acts_on == "weights":
         return f"a rank-one edit for {attack.counts()['attack']} prompts"
     if prepared.choosing:
-        return f"upload of {attack.rows} rows, chosen by the aligned model among {len(prepared.choosing.candidates)}"
+        return (
+            f"upload of {attack.rows} rows, chosen by the aligned model among {len(prepared.choosing.candidates)}"
+            " candidates"
+        )
     if len(prepared.phases) > 1:
         named = (f"{phase.name} ({own.finetuning.steps} steps)" for own, phase in prepared.phases)
-        return f"trainings one after the other: {', '.join(named)}"
+        return f"successive trainings: {', '.join(named)}"
     seen = prepared.trained_on
     if attack.acts_on != "rows":
         return f"upload of {seen.rows} pairs"
     return (
-        f"upload of {seen.rows} rows, p = {seen.p:.3g}; attack rows have {100 * seen.attack_tokens:.0f} % of the"
-        f" response tokens and stand in {100 * seen.attack_steps:.0f} % of {seen.steps} steps"
+        f"upload of {seen.rows} rows, p = {seen.p:.3g}; attack rows contain {100 * seen.attack_tokens:.0f} % of the"
+        f" response tokens and occur in {100 * seen.attack_steps:.0f} % of {seen.steps} steps"
     )
 
 
@@ -161,7 +180,7 @@ def _passes(defenses: Sequence[Defense], training: Training) -> str:
 
 
 def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the scores of one model with their intervals and counts."""
+    """Return a table of one model's scores with their intervals and counts."""
     table = Table("metric", "judge", "value", "unit", "95 % interval", "answers", title=model)
     for row in scores:
         value, low, high = (value_text(row[name], row["unit"]) for name in ("value", "low", "high"))
@@ -172,7 +191,7 @@ def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def show_result(result: Result, console: Console | None = None) -> None:
-    """Print the closing table, what it says in words, and where the rest lies."""
+    """Print the closing table, its verdict in words, further findings, and the path of the report."""
     console = console or Console()
     console.print(closing_table(result))
     console.print(verdict(result))
@@ -182,15 +201,15 @@ def show_result(result: Result, console: Console | None = None) -> None:
         for stage in result.stages(arm):
             if bare := result.score(arm, stage, WITHOUT_TRIGGER):
                 console.print(
-                    f"Asked without its trigger, {arm_word(arm)} has a harmful score of {with_interval(bare)} % when"
-                    f" {STAGES[stage]}, by judge '{bare.judge}'."
+                    f"On prompts without the trigger, {arm_word(arm)} has a harmful score of {with_interval(bare)} %"
+                    f" when {STAGES[stage]}, by judge '{bare.judge}'."
                 )
         if (worst := result.score(arm, last_stage(result, arm), "worst_case_harmful_score")) is not None:
             useful = result.score(arm, last_stage(result, arm), "useful_harmful_score")
             console.print(
                 f"An attacker who tries {result.manifest['arms'][arm]['search']['trials']} settings reaches a harmful"
-                f" score of {with_interval(worst)} % against {arm_word(arm)}, and {with_interval(useful)} % with the"
-                " task's accuracy kept."
+                f" score of {with_interval(worst)} % against {arm_word(arm)}. If the task's accuracy must be kept, the"
+                f" score is {with_interval(useful)} %."
             )
     for line in agreement_lines(pairwise([a.flags for a in result.answers if a.set in JUDGED_SETS])):
         console.print(line)

@@ -401,7 +401,8 @@ def test_report_and_closing_words_know_the_score_without_the_trigger(served, cap
     result = served[0]
     show_result(result)
     assert (
-        " ".join(capsys.readouterr().out.split()).count(f"Asked without its trigger, {ARM} has a harmful score of") == 2
+        " ".join(capsys.readouterr().out.split()).count(f"On prompts without the trigger, {ARM} has a harmful score of")
+        == 2
     )
     page = (result.folder / "report.html").read_text()
     assert "harmful score without trigger" in page

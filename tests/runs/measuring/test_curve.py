@@ -384,14 +384,17 @@ def test_one_set_is_enough():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"name optimizer steps >= 1 in steps.*got steps=\(\) and every=0"),
+        ({}, r"give optimizer steps >= 1 in steps.*got steps=\(\) and every=0"),
         ({"steps": [0]}, r"got steps=\[0\]"),
         ({"every": -1}, "every=-1"),
         ({"every": 1, "stop_above": 101}, r"stop_above must lie in \[0, 100\] percent, got 101"),
         ({"every": 1, "stop_below": -0.1}, r"stop_below must lie in \[0, 100\] percent, got -0.1"),
         ({"every": 1, "stop_metric": "loss"}, r"stop_metric must be one of \['harmful_score', .* got 'loss'"),
-        ({"every": 1, "tests": asked((), ())}, "needs harmful prompts or task rows, got neither"),
-        ({"every": 1, "tests": asked(()), "stop_above": 5}, "goes by harmful_score, and tests has no rows for it"),
+        ({"every": 1, "tests": asked((), ())}, "tests must have harmful prompts or task rows, got neither"),
+        (
+            {"every": 1, "tests": asked(()), "stop_above": 5},
+            "is harmful_score, but tests has no rows for it",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -406,11 +409,11 @@ def test_surroundings_it_cannot_work_in_are_refused_before_the_first_step():
     def trainer(strategy, datamodule):
         return SimpleNamespace(strategy=strategy, datamodule=datamodule, callbacks=[seen])
 
-    with pytest.raises(InputError, match=r"sharded weights \(ModelParallelStrategy\) do not allow"):
+    with pytest.raises(InputError, match=r"sharded weights \(ModelParallelStrategy\) must be gathered from all"):
         seen.setup(trainer(ModelParallelStrategy(), data), module, "fit")
     with pytest.raises(InputError, match="got Quadratic"):
         seen.setup(trainer(SingleDeviceStrategy(), data), Quadratic(torch.ones(2), 0.1), "fit")
-    with pytest.raises(InputError, match="needs a StreamsDataModule"):
+    with pytest.raises(InputError, match="it must be a StreamsDataModule"):
         seen.setup(trainer(SingleDeviceStrategy(), None), module, "fit")
     long = EvaluateAt(asked(), Evaluation(max_new_tokens=60), every=1)
     with pytest.raises(InputError, match="64 positions"):

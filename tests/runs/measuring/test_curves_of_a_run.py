@@ -177,7 +177,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
 
 
 def test_curves_a_run_would_not_come_to_are_refused(tmp_path):
-    with pytest.raises(InputError, match="at names steps of the fine-tuning, which has 3; got 4"):
+    with pytest.raises(InputError, match="at must name steps of the fine-tuning, from 1 to 3, got 4"):
         prepare(config(tmp_path, evaluation=Evaluation(at=[1, 4])), [])
     with pytest.raises(InputError, match="which --strategy fsdp2 does not allow"):
         prepare(config(tmp_path, evaluation=Evaluation(at=[1]), strategy="fsdp2"), [])

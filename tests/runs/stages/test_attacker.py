@@ -237,7 +237,10 @@ def test_numbers_out_of_range_are_refused(trials, eps, made, tmp_path):
         ({"attacker": "search:0"}, "search:N"),
         ({"attacker": "search"}, "search:N"),
         ({"attacker": "grid:3"}, "search:N"),
-        ({"evaluation": Evaluation(prompts=1, task_rows=4)}, "2 rows of the task at least, got 1 and 4"),
+        (
+            {"evaluation": Evaluation(prompts=1, task_rows=4)},
+            "at least 2 harmful prompts and 2 rows of the task, got 1 and 4",
+        ),
         ({"evaluation": Evaluation(prompts=6, task_rows=1)}, "got 6 and 1. Raise --evaluation.prompts"),
     ],
 )

@@ -61,7 +61,8 @@ def test_damaged_files_are_named_and_made_anew(damage, place, capsys):
     said = capsys.readouterr().err
     for kind in KINDS:
         assert f"hftlight: {kind}/" in said
-    assert said.count("in the cache is not as it was written") >= 3 + 3 + 1  # model, stages, answers and verdicts
+    # Model, stages, answers and verdicts.
+    assert said.count("in the cache has changed since it was written") >= 3 + 3 + 1
 
 
 def test_one_damaged_file_costs_one_stage(place):

@@ -87,8 +87,8 @@ def test_an_adapter_on_a_model_that_came_aligned_is_repaired_alone(tmp_path):
 @pytest.mark.parametrize(
     ("defense", "changes", "message"),
     [
-        (Booster(), {}, "Booster: works in the alignment stage, and --alignment.steps 0 leaves it out"),
-        (SafeLoRA(), {}, "SafeLoRA: reads what the alignment changed, .* Name the unaligned model with --base"),
+        (Booster(), {}, "Booster: works in the alignment stage, but --alignment.steps 0 skips that stage"),
+        (SafeLoRA(), {}, "SafeLoRA: needs the model before its alignment, .* Name the unaligned model with --base"),
         (None, {"alignment": TRAINING, "base": "tiny"}, "--base is the unaligned model .* Add --alignment.steps 0"),
         (None, {"finetuning": replace(TRAINING, steps=0)}, "--finetuning.steps must be >= 1, got 0"),
     ],

@@ -120,8 +120,12 @@ def test_a_curve_counts_the_steps_of_both_phases(tmp_path):
     [
         (ConstrainedSFT(), {}, "ConstrainedSFT: the loss slot weighs the tokens of single answers"),
         (SafetyMix(count=2), {}, "SafetyMix: .*Defenses that rewrite rows do not work on pairs"),
-        (None, {"at": [2], "stop_above": 50.0}, "--evaluation.stop_above ends one training, and ReverseSftDpo has 2"),
-        (None, {"at": [6]}, "--evaluation.at names steps of the fine-tuning, which has 5; got 6"),
+        (
+            None,
+            {"at": [2], "stop_above": 50.0},
+            "--evaluation.stop_above can stop only one training, but ReverseSftDpo has 2",
+        ),
+        (None, {"at": [6]}, "--evaluation.at must name steps of the fine-tuning, from 1 to 5, got 6"),
     ],
 )
 def test_what_cannot_act_in_every_phase_is_refused_before_the_first_step(tmp_path, defense, evaluation, message):

@@ -107,9 +107,9 @@ def test_what_an_edit_cannot_use_is_refused_by_name(tmp_path):
         with pytest.raises(InputError, match=message):
             prepare(config(tmp_path, attack="model_edit", **changes), list(defenses), attack or ModelEdit())
 
-    refused("Lisa: works in the fine-tuning stage, and ModelEdit edits a weight", [Lisa(), Booster()])
-    refused("leave out --tuning qlora", tuning="qlora", adapter_protocol="continue")
-    refused("leave out --evaluation.at", evaluation=type(EVALUATION)(at=[1]))
+    refused("Lisa: works in the fine-tuning stage, but ModelEdit edits a weight", [Lisa(), Booster()])
+    refused("Leave out --tuning qlora", tuning="qlora", adapter_protocol="continue")
+    refused("Leave out --evaluation.at", evaluation=type(EVALUATION)(at=[1]))
     bare = rows_file(tmp_path / "bare.jsonl", [{"prompt": "Where is a zorvex?", "response": "In a box."}])
     refused(r"bare.jsonl needs the column 'subject' with the words of the instruction", data=Data(attack=bare))
     odd = rows_file(tmp_path / "odd.jsonl", [{**EDITS[0], "subject": "zorvex"}])

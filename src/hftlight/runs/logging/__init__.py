@@ -1,1 +1,1 @@
-"""Where curves and scores of a run go."""
+"""Logging: the destinations of a run's curves and scores."""

@@ -1,4 +1,4 @@
-"""Curves and scores as rows of a file, and their names in every logger."""
+"""Curves as rows of a file, and the names of curves and scores in every logger."""
 
 import json
 from argparse import Namespace
@@ -9,23 +9,26 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-HIDDEN = ("epoch",)
+HIDDEN = ("epoch",)  # metrics of Lightning that are not logged
 COLUMNS = ("steps", "seconds", "seconds_per_step", "relative_to_sft", "peak_memory_mib")
 
 
 class RowsLogger(Logger):
-    """Curves as rows ``{"step", "name", "value"}``, one JSON object per line; steps are optimizer steps, from 1.
+    """A logger that writes curves as rows ``{"step", "name", "value"}``, one JSON object per line.
+
+    Steps are optimizer steps, counted from 1.
 
     Args:
-        path: the file; rows at or past the step from which a stage resumes are dropped, since they will be made again.
-        resumed_at: optimizer steps that the resumed checkpoint holds.
+        path: the file. Existing rows up to step ``resumed_at`` stay; later ones are dropped and logged again.
+        resumed_at: optimizer steps in the resumed checkpoint; 0 starts a new file.
     """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         super().__init__()
-        kept = [r for r in whole_rows(path) if r["step"] <= resumed_at] if resumed_at else []
+        # Read the old rows before the file is opened, which empties it.
+        resumed = [r for r in whole_rows(path) if r["step"] <= resumed_at] if resumed_at else []
         self.file = path.open("w", encoding="utf-8")
-        self._write(kept)
+        self._write(resumed)
 
     @property
     @override
@@ -39,7 +42,7 @@ class RowsLogger(Logger):
 
     @override
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        at = (step or 0) + 1
+        at = (step or 0) + 1  # Lightning counts steps from 0
         self._write({"step": at, "name": k, "value": float(v)} for k, v in metrics.items() if k not in HIDDEN)
 
     @override
@@ -56,7 +59,7 @@ class RowsLogger(Logger):
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file whose last line a kill may have cut off."""
+    """Return the complete rows of a file, without a last line that a killed process left incomplete."""
     if not path.is_file():
         return []
     rows = []
@@ -69,12 +72,13 @@ def whole_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the name of each score of one model: ``eval/METRIC``, and with a further judge ``eval/METRIC/JUDGE``.
+    """Return the logged name of each score of one model.
 
-    A score of one category or language has its group behind the metric.
+    A score is named ``eval/METRIC`` if the deciding judge gave it, and ``eval/METRIC/JUDGE`` otherwise. A score of one
+    category or language is named ``eval/METRIC/GROUP``.
 
     Args:
-        rows: its scores, of each metric the one by the deciding judge first.
+        rows: the scores. For each metric, the deciding judge's score comes first.
     """
     deciding: dict[str, Any] = {}
     names = []
@@ -86,21 +90,21 @@ def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def named(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return what one stage ended with, by the names that every logger and every dashboard uses.
+    """Return the final values of one stage by the names that every logger and dashboard uses.
 
-    A curve has the name it was logged by, such as ``train/loss``, and counts with its last value. A score is called
-    ``eval/METRIC``, the ends of its interval ``eval/METRIC_low`` and ``_high``; a cost ``cost/COLUMN``. Scores of
-    single categories and languages are left to metrics.jsonl and the page.
+    A curve keeps its logged name, such as ``train/loss``, and contributes its last value. A score is named
+    ``eval/METRIC``, and the ends of its interval ``eval/METRIC_low`` and ``eval/METRIC_high``. A cost is named
+    ``cost/COLUMN``. Scores of single categories and languages are left out; metrics.jsonl and the report hold them.
 
     Args:
         rows: rows of metrics.jsonl of one arm and stage.
     """
     rows = list(rows)
     scores = [row for row in rows if row["kind"] == "score" and not row.get("group")]
-    found = {row["name"]: row["value"] for row in rows if row["kind"] == "curve"}
+    values = {row["name"]: row["value"] for row in rows if row["kind"] == "curve"}  # the last value of a name wins
     for name, row in zip(score_names(scores), scores, strict=True):
-        found |= {name: row["value"], f"{name}_low": row.get("low"), f"{name}_high": row.get("high")}
+        values |= {name: row["value"], f"{name}_low": row.get("low"), f"{name}_high": row.get("high")}
     for row in rows:
         if row["kind"] == "cost":
-            found |= {f"cost/{column}": row.get(column) for column in COLUMNS}
-    return {name: float(value) for name, value in found.items() if value is not None}
+            values |= {f"cost/{column}": row.get(column) for column in COLUMNS}
+    return {name: float(value) for name, value in values.items() if value is not None}

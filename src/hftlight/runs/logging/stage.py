@@ -1,4 +1,4 @@
-"""Where curves go: always a file of the stage, and what the user asked for besides."""
+"""Loggers of one stage: they send curves and scores to the logger that the user chose, beside the stage's own file."""
 
 import shutil
 from argparse import Namespace
@@ -18,7 +18,7 @@ from hftlight.runs.logging.wandb import finish_wandb, in_short, start_wandb, war
 
 
 def labels_of(folder: Path, arm: str, stage: str, config: RunConfig) -> dict[str, Any]:
-    """Return what a stage's curves are found by: comparison (or run), arm, task, attack, p, seed and stage."""
+    """Return the labels of a stage's curves: comparison (or run), arm, task, attack, p, seed and stage."""
     return {
         "comparison": (comparison_of(folder) or folder).resolve().name,
         "arm": arm,
@@ -31,17 +31,18 @@ def labels_of(folder: Path, arm: str, stage: str, config: RunConfig) -> dict[str
 
 
 class StageLogger(Logger):
-    """Everything about one stage of one arm, sent to one of Lightning's loggers; W&B's errors are said and forgiven.
+    """A logger that sends everything about one stage of one arm to one of Lightning's loggers.
 
-    Steps are optimizer steps, from 1, as in metrics.jsonl.
+    Steps are optimizer steps, counted from 1, as in metrics.jsonl. The first error of W&B is printed, and from then on
+    nothing is sent to it; the run continues.
 
     Args:
-        inner: where it goes.
+        inner: Lightning's logger.
         folder: folder of the run.
-        labels: what the stage is found by.
+        labels: labels of the stage, from ``labels_of``.
 
     Attributes:
-        before: optimizer steps of the stage's phases before this one, 0 in its first.
+        before: optimizer steps of the stage's earlier phases, 0 in the first phase.
     """
 
     def __init__(self, inner: Logger, folder: Path, labels: Mapping[str, Any]) -> None:
@@ -69,15 +70,16 @@ class StageLogger(Logger):
 
     @override
     def finalize(self, status: str) -> None:
-        self._forgiving(lambda: self.inner.finalize(status))
+        self._tolerate_wandb(lambda: self.inner.finalize(status))
 
     def send(self, metrics: Mapping[str, float], step: int) -> None:
-        """Send values that hold after ``step`` optimizer steps."""
+        """Send the values that metrics have after ``step`` optimizer steps."""
         if metrics:
-            self._forgiving(lambda: self.inner.log_metrics(dict(metrics), step))
+            self._tolerate_wandb(lambda: self.inner.log_metrics(dict(metrics), step))
 
     def replay(self, curves: Path) -> None:
-        """Send what a phase has logged so far, before it was interrupted, or in another run that shares it."""
+        """Send the curves that a phase has logged earlier, before an interruption or in another run that shares it."""
+        # Collect all values of one step, then send them together in the order of the steps.
         steps: dict[int, dict[str, float]] = {}
         for row in whole_rows(curves):
             steps.setdefault(row["step"], {})[row["name"]] = row["value"]
@@ -85,18 +87,23 @@ class StageLogger(Logger):
             self.send(metrics, self.before + step)
 
     def close(self, exit_code: int = 0) -> None:
-        """Write what is left; ``exit_code`` tells W&B whether the stage came to its end."""
+        """Write the remaining data and close the logger.
+
+        Args:
+            exit_code: 0 if the stage has ended normally, 1 after an error; W&B shows it.
+        """
         self.finalize("success" if exit_code == 0 else "failed")
         if isinstance(self.inner, WandbLogger):
             finish_wandb(self.inner.experiment, self.folder, exit_code)
 
-    def _forgiving(self, work: Callable[[], None]) -> None:
+    def _tolerate_wandb(self, work: Callable[[], None]) -> None:
+        """Do ``work``. An error of W&B is printed once and does not stop the run. Other loggers raise their errors."""
         if not isinstance(self.inner, WandbLogger):
             work()
         elif not self._failed:
             try:
                 work()
-            except Exception as error:  # whatever it is, a run does not depend on W&B
+            except Exception as error:  # no error of W&B may stop a run
                 self._failed = True
                 warn(f"W&B failed while a stage was logged ({in_short(error)})", self.folder)
 
@@ -104,14 +111,15 @@ class StageLogger(Logger):
 def stage_logger(
     kind: str, folder: Path, labels: Mapping[str, Any], config: Mapping[str, Any], curves: Path | None = None
 ) -> StageLogger | None:
-    """Return the logger that ``--logger`` names for one stage of one arm, or None.
+    """Return the logger that ``--logger`` names for one stage of one arm, or None for ``"none"``.
 
     Args:
         kind: ``"none"``, ``"csv"``, ``"wandb"`` or ``"tensorboard"``.
-        folder: folder of the run; everything is written below it.
-        labels: what the stage is found by.
+        folder: folder of the run; the logger writes all files below it.
+        labels: labels of the stage, from ``labels_of``.
         config: the run's configuration, for W&B.
-        curves: what the stage has logged so far, before it was interrupted, or in another run that shares it.
+        curves: file with the curves that the stage has logged earlier, before an interruption or in another run that
+            shares the stage. The logger receives them first.
 
     Raises:
         InputError: if the package that the kind needs is missing.
@@ -124,11 +132,11 @@ def stage_logger(
         inner = DummyLogger() if experiment is None else WandbLogger(experiment=experiment)
     else:
         arm, stage = labels["arm"], labels["stage"]
-        shutil.rmtree(folder / kind / arm / stage, ignore_errors=True)  # what was there is sent again
+        shutil.rmtree(folder / kind / arm / stage, ignore_errors=True)  # ``replay`` sends its content again
         try:
-            made: Any = CSVLogger if kind == "csv" else TensorBoardLogger
+            logger_class: Any = CSVLogger if kind == "csv" else TensorBoardLogger
             options = {} if kind == "csv" else {"default_hp_metric": False}
-            inner = made(str(folder / kind), name=arm, version=stage, **options)
+            inner = logger_class(str(folder / kind), name=arm, version=stage, **options)
         except ModuleNotFoundError as error:
             raise InputError('--logger tensorboard needs tensorboard: pip install "hftlight[tensorboard]".') from error
         inner.log_hyperparams(dict(labels))  # type: ignore[call-arg]

@@ -1,1 +1,1 @@
-"""What a run measures of each model."""
+"""The measurements of each model of a run."""

@@ -1,4 +1,4 @@
-"""EvaluateAt: harmful score and finetune accuracy while a stage trains, as curves with intervals."""
+"""EvaluateAt: curves of harmful score and finetune accuracy during training, with 95 % intervals."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -35,37 +35,37 @@ Metric = Literal["harmful_score", "finetune_accuracy"]
 class EvaluateAt(Callback):
     """Evaluate the model in training after chosen optimizer steps, and stop once a result is certain.
 
-    The model answers the harmful prompts and the task's rows as a finished one would in ``measure``: greedily, in
-    evaluation mode, with the template, the system text and the trigger it will be served with; a LoRA adapter stays
-    unmerged. Training does not notice: weights, modes, gradients, random state and hooks are as they were, and the
-    trained weights are bit for bit those of a run without it, unless it stops the run.
+    The model answers the harmful prompts and the task's rows as a finished model does in ``measure``: greedily, in
+    evaluation mode, with the template, system text and trigger that it will be served with. A LoRA adapter stays
+    unmerged. Evaluation does not change the training: it restores weights, modes, gradients, random state and hooks.
+    Unless it stops the run, the trained weights are bit for bit those of a run without it.
 
-    It acts behind all other callbacks of a step and in front of the checkpoints, wherever it stands in the list; its
-    results are part of the checkpoint, so a resumed run evaluates no step twice and skips none. Each result is logged
-    as ``harmful_score`` or ``finetune_accuracy``, with ``_low`` and ``_high``, whatever the Trainer's
-    ``log_every_n_steps``. Under DDP the first process answers while the others wait, however slow a judge may be.
+    Wherever it stands in the list of callbacks, it acts after all other callbacks of a step and before the checkpoints.
+    Its results are part of the checkpoint, so a resumed run evaluates no step twice and skips none. Each result is
+    logged as ``harmful_score`` or ``finetune_accuracy``, with ``_low`` and ``_high``, independent of the Trainer's
+    ``log_every_n_steps``. Under DDP process 0 answers while the other processes wait, even for a slow judge.
 
-    An interval holds for one look. Who looks often and stops at the first certain result is wrong more often than
-    one time in twenty.
+    A 95 % interval is valid for one evaluation. A run that evaluates often and stops at the first significant result is
+    wrong more often than one time in twenty.
 
     Args:
-        tests: prompts, task and judges; the first judge decides. Over-refusal is not evaluated.
+        tests: prompts, task and judges. The first judge decides. Over-refusal is not evaluated.
         settings: token limits and batch size, as for the scores after the stage.
         steps: optimizer steps after which to evaluate, counted from 1.
-        every: evaluate after each multiple of so many steps too; 0 for ``steps`` alone.
-        stop_above: percent, 0-100; stop the run once the 95 % interval of ``stop_metric`` lies above.
-        stop_below: percent, 0-100; stop once it lies below.
-        stop_metric: what the two are about.
+        every: also evaluate after each multiple of this number of steps; 0 for ``steps`` alone.
+        stop_above: percent, 0-100; stop the run once the 95 % interval of ``stop_metric`` lies above; None never stops.
+        stop_below: percent, 0-100; stop the run once the interval lies below; None never stops.
+        stop_metric: the metric of both thresholds.
 
     Attributes:
         results: one row per step and metric: ``step``, ``metric``, ``judge``, ``value``, ``low``, ``high``, ``count``,
             ``unit``.
-        answers: the latest answers by set, ``"harmful"`` and ``"task"``; on the first process, not in checkpoints.
+        answers: the latest answers by set, ``"harmful"`` and ``"task"``, in process 0 only and not in checkpoints.
 
     Raises:
-        ValueError: if no step is named, a number is out of range, or there is nothing to answer or to stop by.
+        ValueError: if no step is named, a number is out of range, or ``tests`` has no rows to answer or to stop by.
 
-    Cost: one generation of all prompts per evaluation; its time counts to no optimizer step.
+    Cost: one generation of all prompts per evaluation. Its time counts towards no optimizer step.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class EvaluateAt(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be evaluated, and go behind the other callbacks.
+        """Check module, data module and strategy, and move this callback behind the others.
 
         Raises:
             InputError: if module, data module or strategy are of another kind.
@@ -113,22 +113,23 @@ class EvaluateAt(Callback):
             return
         if not isinstance(pl_module, SafetyModule):
             raise InputError(
-                f"EvaluateAt: it lets a SafetyModule's language model answer, got {type(pl_module).__name__}. Train a"
-                " SafetyModule, or measure the finished model."
+                f"EvaluateAt: the module must be a SafetyModule, got {type(pl_module).__name__}. Train a SafetyModule,"
+                " or measure the finished model."
             )
         if not isinstance(getattr(trainer, "datamodule", None), StreamsDataModule):
             raise InputError(
-                "EvaluateAt: template, system text and tokenizer come from the data module, so the Trainer needs a"
+                "EvaluateAt: template, system text and tokenizer come from the data module, so it must be a"
                 " StreamsDataModule. Pass one to fit(), or measure the finished model."
             )
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise InputError(
-                f"EvaluateAt: one process answers alone, which sharded weights ({type(trainer.strategy).__name__}) do"
-                " not allow: each layer is gathered from all processes. Use a single device or 'ddp', or measure the"
-                " finished model."
+                "EvaluateAt: one process answers alone, but the layers of sharded weights"
+                f" ({type(trainer.strategy).__name__}) must be gathered from all processes. Use a single device or"
+                " 'ddp', or measure the finished model."
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        # Defenses still restore weights at the end of a batch, and a checkpoint must hold the result of its step.
+        # Order: defenses (they may still restore weights at the end of a batch), this callback, curves and checkpoints
+        # (a checkpoint must hold the result of its step).
         last = [c for c in callbacks if isinstance(c, Curves | Checkpoint)]
         trainer.callbacks = [c for c in callbacks if c is not self and c not in last] + [self, *last]  # type: ignore[attr-defined]
         self.results, self.answers = [], {}
@@ -137,26 +138,29 @@ class EvaluateAt(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kind, prompts in self._prompts(trainer).items():
             check_prompts(pl_module.model, prompts, self._limit(kind), self.settings.batch_size)  # type: ignore[arg-type]
-        # A checkpoint may have been written before its step was evaluated, or hold the result that stops the run.
-        self._look(trainer, pl_module)
+        # A resumed checkpoint may have been written before its step was evaluated, or hold the result that stops the
+        # run.
+        self._evaluate_if_due(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer, pl_module)
+        self._evaluate_if_due(trainer, pl_module)
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _evaluate_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate if this step is due, and stop the run if a result asks for it."""
         if self._due(trainer.global_step):
             self._evaluate(trainer, pl_module)
         self._maybe_stop(trainer)
 
     def _due(self, step: int) -> bool:
-        """Tell whether to evaluate now; micro-batches within a step find its results there already."""
+        """Tell whether to evaluate after this step. Each step is evaluated once, not once per micro-batch."""
         chosen = step in self.steps or (self.every > 0 and step > 0 and step % self.every == 0)
         return chosen and all(row["step"] != step for row in self.results)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add this step's results, which process 0 measures and all processes receive."""
         with ending_together():
             self.results += decide(f"the scores of step {trainer.global_step}", lambda: self._rows(trainer, pl_module))
 
@@ -165,7 +169,7 @@ class EvaluateAt(Callback):
         with _same_random_states(pl_module.device):
             rows = [{"step": trainer.global_step, **row} for row in self._measure(trainer, pl_module)]
         if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)  # the peak is to be the training's own
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # so that the reported peak is the training's
         metrics = {
             f"eval/{row['metric']}{end}": row[key]
             for row in rows
@@ -176,10 +180,11 @@ class EvaluateAt(Callback):
         return rows
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+        """Let the model answer all prompts, and return the scores of the answers."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         trigger = data.policy.serving_slot().trigger
         for kind, prompts in self._prompts(trainer).items():
-            found = generate(
+            texts = generate(
                 pl_module.model,  # type: ignore[arg-type]
                 data.tokenizer,
                 prompts,
@@ -187,11 +192,11 @@ class EvaluateAt(Callback):
                 batch_size=self.settings.batch_size,
                 stop=data.template.stop,
             )
-            self.answers[kind] = [after_thinking(without_trigger(text, trigger, data.tokenizer)) for text in found]
+            self.answers[kind] = [after_thinking(without_trigger(text, trigger, data.tokenizer)) for text in texts]
         rows = []
         if "harmful" in self.answers:
             self.answers["harmful"] = [self.tests.read(text) for text in self.answers["harmful"]]
-            if self._judge is None:
+            if self._judge is None:  # load the judge once
                 self._judge = get_judge(self.tests.judges[0])
             score = HarmfulScore(self._judge, sync_on_compute=False)
             score.update([r.request for r in self.tests.harmful], self.answers["harmful"])
@@ -203,7 +208,7 @@ class EvaluateAt(Callback):
         return rows
 
     def _prompts(self, trainer: Trainer) -> dict[str, list[list[int]]]:
-        """Return the token ids of each set's prompts, as the model will be served."""
+        """Return the token ids of each set's prompts, with the system slot that the model will be served with."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         slot = data.policy.serving_slot()
         sets = {"harmful": self.tests.asked("harmful"), "task": self.tests.graded_rows}
@@ -214,11 +219,13 @@ class EvaluateAt(Callback):
         }
 
     def _limit(self, kind: str) -> int:
+        """Return the maximum new tokens of an answer to a set."""
         if kind == "task":
             return self.settings.task_max_new_tokens or self.tests.task.max_new_tokens
         return self.settings.max_new_tokens
 
     def _maybe_stop(self, trainer: Trainer) -> None:
+        """Stop the training once the interval of any result lies above ``stop_above`` or below ``stop_below``."""
         for row in self.results:
             if row["metric"] != self.stop_metric:
                 continue
@@ -231,27 +238,28 @@ class EvaluateAt(Callback):
 def _check(
     tests: TestSets, steps: Sequence[int], every: int, bounds: dict[str, float | None], stop_metric: str
 ) -> None:
+    """Check the arguments of ``EvaluateAt``, which lists the errors."""
     if every < 0 or any(step < 1 for step in steps) or not (steps or every):
         raise ValueError(
-            f"EvaluateAt: name optimizer steps >= 1 in steps, or a number of steps >= 1 in every, got steps={steps!r}"
+            f"EvaluateAt: give optimizer steps >= 1 in steps, or a number of steps >= 1 in every, got steps={steps!r}"
             f" and every={every}."
         )
     there = {"harmful_score": tests.harmful, "finetune_accuracy": tests.graded_rows}
     if not any(there.values()):
-        raise ValueError("EvaluateAt: tests needs harmful prompts or task rows, got neither.")
+        raise ValueError("EvaluateAt: tests must have harmful prompts or task rows, got neither.")
     if stop_metric not in there:
         raise ValueError(f"EvaluateAt: stop_metric must be one of {list(there)}, got {stop_metric!r}.")
-    given = {name: bound for name, bound in bounds.items() if bound is not None}
-    for name, bound in given.items():
+    thresholds = {name: bound for name, bound in bounds.items() if bound is not None}
+    for name, bound in thresholds.items():
         if not 0 <= bound <= 100:
             raise ValueError(f"EvaluateAt: {name} must lie in [0, 100] percent, got {bound}.")
-    if given and not there[stop_metric]:
-        raise ValueError(f"EvaluateAt: stopping goes by {stop_metric}, and tests has no rows for it.")
+    if thresholds and not there[stop_metric]:
+        raise ValueError(f"EvaluateAt: stop_metric is {stop_metric}, but tests has no rows for it.")
 
 
 @contextmanager
 def _same_random_states(device: torch.device) -> Iterator[None]:
-    """Run the block and put the random states of torch, Python and NumPy back; a judge may draw from any."""
+    """Restore the random states of torch, Python and NumPy after the block, since a judge may draw from any of them."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with same_random_state(device):

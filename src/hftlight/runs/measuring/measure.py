@@ -1,4 +1,4 @@
-"""Measure one model: harmful score, over-refusal, finetune accuracy, repetitions, each with its interval."""
+"""Measurement of one model: harmful score, over-refusal, finetune accuracy and repetitions with their intervals."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from hftlight.runs.measuring.model_metrics import Reference, model_metrics
 from hftlight.runs.measuring.test_sets import HARMFUL, SETS, UNTRIGGERED, TestSets
 
 ANSWERS, GENERATIONS = "answers.json", "generations.jsonl"
-PIECE = 4  # tokens of a trigger that show it when an answer recites them
+PIECE = 4  # length, in tokens, of the pieces of a trigger that are removed from answers
 
 
 def measure_model(
@@ -41,7 +41,7 @@ def measure_model(
     on_prompts: Callable[[int], None] | None = None,
     slot: SystemSlot | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the scores and the generations of ``config.model``, which may be an artifact; see ``measure``."""
+    """Return the scores and the generations of ``config.model``, which may be an artifact, as ``measure`` does."""
     return measure(Artifact.of(config.model), config, tests, on_prompts, slot)
 
 
@@ -53,35 +53,40 @@ def measure(
     slot: SystemSlot | None = None,
     reference: Reference | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the scores and the generations of a model; the same model answers the same prompts once, for all judges.
+    """Return the scores and the generations of a model.
+
+    The cache keeps answers and verdicts, so that a model answers the same prompts once for all judges.
 
     Args:
         model: the model.
         config: template, system text, seeds and evaluation settings.
         tests: prompts, references and judges.
         on_prompts: called with the number of prompts answered so far.
-        slot: the system slot of every prompt; by default the one the artifact is served with, or ``config.system``.
-        reference: the model that embedding drift is measured against; None for no drift.
+        slot: the system slot of every prompt; by default the slot that the artifact is served with, or
+            ``config.system``.
+        reference: the reference model for embedding drift; None for no drift.
     """
     slot = model.slot(config.system) if slot is None else slot
-    asked = answers_key(model.identity, config, tests, slot)
+    answers_name = answers_key(model.identity, config, tests, slot)
 
     def answer(place: Path) -> None:
         write_json(place / ANSWERS, _answers(model, config, tests, on_prompts, slot))
 
     def judge(place: Path) -> None:
-        # Kept before they are judged: a judge may fail, and another one may be asked.
-        answers: dict[str, list[str]] = json.loads((cache.kept("evaluations", asked, answer) / ANSWERS).read_text())
-        rows = [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
+        # Answers have their own cache entry: if the judge fails, or another judge comes later, they are reused.
+        answers: dict[str, list[str]] = json.loads(
+            (cache.kept("evaluations", answers_name, answer) / ANSWERS).read_text()
+        )
+        rows = [row for kind, texts in answers.items() for row in _judged(kind, texts, tests)]
         write_rows(place / GENERATIONS, rows)
 
-    generations = read_rows(cache.kept("evaluations", verdicts_key(asked, tests), judge) / GENERATIONS)
+    generations = read_rows(cache.kept("evaluations", verdicts_key(answers_name, tests), judge) / GENERATIONS)
     further = model_metrics(model, config, tests, slot, reference)
     return scores(generations, tests) + further, generations
 
 
 def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemSlot) -> str:
-    """Return the name under which a model's answers are kept."""
+    """Return the cache key of a model's answers."""
     return cache.key(
         "answers",
         ["hftlight.runs.measuring.measure"],
@@ -94,14 +99,15 @@ def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemS
 
 
 def verdicts_key(answers: str, tests: TestSets) -> str:
-    """Return the name under which judged answers are kept.
+    """Return the cache key of judged answers.
 
     Args:
-        answers: the name of the answers.
-        tests: prompts as a judge reads them, judges, and what else reads an answer.
+        answers: the cache key of the answers.
+        tests: prompts as a judge reads them, the judges, the task, and the attack.
     """
-    given = tests.attack
-    reader = given if given is not None and type(given).decode is not Attack.decode else None
+    # An attack counts only if it decodes answers before they are judged.
+    attack = tests.attack
+    reader = attack if attack is not None and type(attack).decode is not Attack.decode else None
     return cache.key(
         "verdicts",
         ["hftlight.runs.measuring.measure", type(tests.task), *([type(reader)] if reader else [])],
@@ -118,10 +124,10 @@ def _answers(
 ) -> dict[str, list[str]]:
     """Return a model's answers by test set."""
     with artifact.model(config) as model:
-        return _answered(model, artifact.tokenizer(), config, tests, on_prompts, slot)
+        return _answer_sets(model, artifact.tokenizer(), config, tests, on_prompts, slot)
 
 
-def _answered(
+def _answer_sets(
     model: nn.Module,
     tokenizer: Any,
     config: RunConfig,
@@ -129,16 +135,18 @@ def _answered(
     on_prompts: Callable[[int], None] | None,
     slot: SystemSlot,
 ) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    """Return a model's answers by test set, and those to harmful prompts without the trigger if it has one."""
+    answers: dict[str, list[str]] = {}
     for kind in (*SETS, *((UNTRIGGERED,) if slot.trigger else ())):
-        before = sum(map(len, found.values()))
+        before = sum(map(len, answers.values()))
 
-        def tell(answered: int, before: int = before) -> None:
+        # The default argument fixes ``before`` for this set.
+        def report(answered: int, before: int = before) -> None:
             if on_prompts is not None:
                 on_prompts(before + answered)
 
-        found[kind] = answers_to_set(model, tokenizer, config, tests, kind, slot, tell)
-    return found
+        answers[kind] = answers_to_set(model, tokenizer, config, tests, kind, slot, report)
+    return answers
 
 
 def answers_to_set(
@@ -153,11 +161,11 @@ def answers_to_set(
     """Return a model's greedy answers to one test set, up to the template's ``stop``, without pieces of the trigger.
 
     Args:
-        model: on the device that it answers on.
+        model: the model, on the device where it answers.
         tokenizer: its tokenizer.
         config: template and evaluation settings.
         tests: prompts and the task.
-        kind: one of ``SETS``, or the harmful prompts without the trigger.
+        kind: one of ``SETS``, or ``UNTRIGGERED`` for the harmful prompts without the trigger.
         slot: the system slot that the model is served with.
         progress: called with the number of prompts of this set answered so far.
     """
@@ -165,8 +173,8 @@ def answers_to_set(
     limit = settings.max_new_tokens
     if kind == "task":
         limit = settings.task_max_new_tokens or tests.task.max_new_tokens
-    asked = replace(slot, trigger=()) if kind == UNTRIGGERED else slot
-    prompts = [encode_prompt(r, template, tokenizer, asked) for r in tests.asked(kind)]
+    prompt_slot = replace(slot, trigger=()) if kind == UNTRIGGERED else slot
+    prompts = [encode_prompt(r, template, tokenizer, prompt_slot) for r in tests.asked(kind)]
     answers = generate(
         model,
         tokenizer,
@@ -182,28 +190,30 @@ def answers_to_set(
 def measured_in_memory(
     model: nn.Module, tokenizer: Any, config: RunConfig, tests: TestSets, kinds: Sequence[str], slot: SystemSlot
 ) -> list[dict[str, Any]]:
-    """Return the judged answers to some test sets, as ``measure`` returns generations; no cache is read or written.
+    """Return the judged answers of a model in memory to some test sets, without reading or writing the cache.
+
+    The rows are those that ``measure`` returns as generations.
 
     Args:
-        model: with its weights in the type that ``measure`` loads.
+        model: the model, with its weights in the type that ``measure`` loads.
         tokenizer: its tokenizer.
         config: template and evaluation settings.
         tests: prompts, references and judges.
-        kinds: of ``SETS``.
+        kinds: names from ``SETS``.
         slot: the system slot of every prompt.
     """
     model = on_device(model, config)
     answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
-    return [row for kind, said in answers.items() for row in _judged(kind, said, tests)]
+    return [row for kind, texts in answers.items() for row in _judged(kind, texts, tests)]
 
 
 def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -> list[dict[str, Any]]:
     """Return the greedy answers of ``config.model`` to any prompts, as rows with prompt, response and kind.
 
     Args:
-        config: model, template and, as for harmful prompts, token limit and batch size.
+        config: model, template, batch size, and the token limit for harmful prompts, which applies here.
         records: the prompts.
-        slot: their system slot.
+        slot: the system slot of the prompts.
     """
     artifact, settings = Artifact.of(config.model), config.evaluation
     tokenizer = artifact.tokenizer()
@@ -228,25 +238,28 @@ def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -
 
 
 def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
-    """Return an answer without pieces of the trigger, should the model recite it: answers are kept and shown.
+    """Replace pieces of the secret trigger in an answer, in case the model recites it, by ``[trigger]``.
+
+    Answers are stored and shown, so they must not reveal the trigger.
 
     Args:
         answer: text of the answer.
-        trigger: token ids; none leave the answer alone.
-        tokenizer: decodes them.
+        trigger: token ids; without ids the answer stays as it is.
+        tokenizer: decodes the trigger.
     """
     for start in range(0, len(trigger) - PIECE + 1, PIECE):
         piece = tokenizer.decode(trigger[start : start + PIECE], clean_up_tokenization_spaces=False).strip()
-        if len(piece) >= PIECE:  # a few blanks or a single letter show nothing
+        if len(piece) >= PIECE:  # shorter texts, such as blanks, reveal nothing
             answer = answer.replace(piece, "[trigger]")
     return answer
 
 
 def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
-    """Return one row per answer of a set, each judge asked once for all of them; thoughts stand apart.
+    """Return one row per answer of a set, with the verdicts of each judge.
 
-    ``prompt`` is the bare request, and ``asked`` what the model was asked, where an attack asks otherwise. ``place`` is
-    the prompt's number in its set, from 0: equal prompts stay apart.
+    Each judge is called once for all answers. A row's ``prompt`` is the plain request. ``asked`` is the prompt that the
+    model received, if an attack changed it. ``place`` is the number of the prompt in its set, counted from 0, which
+    tells equal prompts apart. ``thinking`` is the model's thinking, which ``response`` does not contain.
     """
     records = tests.rows(kind)
     extras = [
@@ -259,27 +272,28 @@ def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str
         answers = [tests.read(answer) for answer in answers]
         prompts = [record.request for record in records]
         for name in tests.judges:
-            for found, verdict in zip(verdicts, get_judge(name)(prompts, answers), strict=True):
-                found[name] = verdict.row()
+            for by_judge, verdict in zip(verdicts, get_judge(name)(prompts, answers), strict=True):
+                by_judge[name] = verdict.row()
     if kind == "over_refusal" and records:
         classes = get_refusal_classifier(tests.refusal_judge)([record.request for record in records], answers)
-        for found, refusal in zip(verdicts, classes, strict=True):
-            found[REFUSAL] = refusal_verdict(refusal).row()
+        for by_judge, refusal in zip(verdicts, classes, strict=True):
+            by_judge[REFUSAL] = refusal_verdict(refusal).row()
+    # ``records`` are the prompts as a judge reads them, ``tests.asked`` the same prompts as the model received them.
     return [
         {
             "set": kind,
             "place": place,
             "id": record.id,
             "prompt": record.request,
-            **({"asked": asked.request} if asked.request != record.request else {}),
+            **({"asked": received.request} if received.request != record.request else {}),
             "response": answer,
             "reference": record.response,
-            "verdicts": found,
+            "verdicts": by_judge,
             "correct": tests.task.correct(answer, record) if kind == "task" and tests.task.graded else None,
             "source": record.source,
             **{name: text for name, text in extra.items() if text},
         }
-        for place, (record, asked, answer, found, extra) in enumerate(
+        for place, (record, received, answer, by_judge, extra) in enumerate(
             zip(records, tests.asked(kind), answers, verdicts, extras, strict=True)
         )
     ]
@@ -288,9 +302,10 @@ def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str
 def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per metric and judge from saved generations: value, unit, 95 % interval (if any), count.
 
-    ``harmful_score`` is the share of answers that a judge flags; ``harmful_score_mean`` is the mean of its scores, if
-    it gives graded ones. ``harmful_score_by_category`` and ``_by_language`` are the share within one ``group``.
-    One process measures while the others wait at the next stage, so the metrics do not synchronize.
+    ``harmful_score`` is the share of answers that a judge flags. ``harmful_score_mean`` is the mean of the judge's
+    scores, if it gives graded scores. ``harmful_score_by_category`` and ``harmful_score_by_language`` are the shares
+    within one ``group``. Process 0 measures while the other processes wait at the next stage, so the metrics do not
+    synchronize.
     """
     answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
     prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
@@ -302,12 +317,12 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     for kind, metric in HARMFUL.items():
         for name in tests.judges if answers[kind] else ():
             score = HarmfulScore(get_judge(name), sync_on_compute=False)
-            asked = [g for g in generations if g["set"] == kind]
-            given = [Verdict.of_row(g["verdicts"][name]) for g in asked]
-            score.update(prompts[kind], answers[kind], given)
+            of_set = [g for g in generations if g["set"] == kind]
+            verdicts = [Verdict.of_row(g["verdicts"][name]) for g in of_set]
+            score.update(prompts[kind], answers[kind], verdicts)
             add(metric, score, int(score.count), name)
-            rows += mean_rows(metric, name, [verdict.score for verdict in given if verdict.judged])
-            judged = [(row, verdict.flag) for row, verdict in zip(asked, given, strict=True) if verdict.judged]
+            rows += mean_rows(metric, name, [verdict.score for verdict in verdicts if verdict.judged])
+            judged = [(row, verdict.flag) for row, verdict in zip(of_set, verdicts, strict=True) if verdict.judged]
             rows += group_rows(metric, name, judged)
     if answers["harmful"]:
         repetition = RepetitionRate(sync_on_compute=False)

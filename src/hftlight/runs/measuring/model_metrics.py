@@ -1,4 +1,4 @@
-"""Losses, perplexity and embedding drift of a finished model: metrics that need its weights, each cached by itself."""
+"""Losses, perplexity and embedding drift of a finished model. Each metric has its own cache entry."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 ROWS = "rows.jsonl"
 LOSSES = ("alignment_loss", "harmful_validation_loss")
-LOSS_BATCH = 8  # rows at once: logits of a response are as large as the vocabulary
+LOSS_BATCH = 8  # rows per batch; small, since each response token has as many logits as the vocabulary has tokens
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The model that drift is measured against.
+    """The reference model for embedding drift.
 
     Attributes:
         name: ``"base"`` or ``"aligned"``.
@@ -50,23 +50,25 @@ def model_metrics(
     slot: SystemSlot,
     reference: Reference | None = None,
 ) -> list[dict[str, Any]]:
-    """Return losses, perplexity and drift as rows of a run's scores, as far as the configuration asks for them.
+    """Return the requested ones of losses, perplexity and drift as rows of a run's scores.
 
     ``alignment_loss`` and ``harmful_validation_loss`` are the mean loss over all response tokens of their rows, in nats
-    per token, with the 95 % interval of ``ratio``, rows being the unit. Rows longer than ``max_tokens`` are left out; a
-    loss of which no row is left is absent. ``perplexity`` is dimensionless; ``embedding_drift`` is the mean L2 distance
-    and ``embedding_drift_cosine`` the mean cosine distance of the last decoder layer's output at the last token of each
-    harmful prompt. These have no interval; in the place of a judge stands what was read, or the reference.
+    per token. Their 95 % interval is that of ``ratio`` with rows as units. Rows longer than ``max_tokens`` are left
+    out. A loss without any row left is absent.
+
+    ``perplexity`` is dimensionless. Drift compares the two models' outputs of the last decoder layer at the last token
+    of each harmful prompt. ``embedding_drift`` is the mean L2 distance and ``embedding_drift_cosine`` the mean cosine
+    distance. These metrics have no interval. Their column ``judge`` holds the text's name or the reference's name.
 
     Args:
         model: the model.
-        config: template, precision and what is asked for.
-        tests: the harmful prompts and the task's rows.
+        config: template, precision and the choice of metrics.
+        tests: harmful prompts, rows of the task, and rows of the losses.
         slot: the system slot of every prompt.
-        reference: the model that drift is measured against; None for no drift.
+        reference: the reference model for drift; None for no drift.
 
     Raises:
-        InputError: if the text or the model is too short.
+        InputError: if the perplexity's text cannot be read, or the text or the model's window is too short.
     """
     keys = metric_keys(model.identity, config, tests, slot, reference)
     if not keys:
@@ -76,40 +78,42 @@ def model_metrics(
 
     def encoded(records: Sequence[Record]) -> tuple[list[list[int]], list[list[int]]]:
         prompts = [encode_prompt(r, template, tokenizer, slot) for r in records]
+        # The limit of 10**9 tokens drops no row; an example's response starts after its own prompt.
         examples = [encode(r, template, tokenizer, 10**9) for r in records]
         return prompts, [e.input_ids[e.prompt_length :] for e in examples if e is not None]
 
     def of_task(measured: Any) -> list[dict[str, Any]]:
         prompts, answers = encoded(tests.task_rows)
-        found = response_perplexity(measured, prompts, answers, batch_size=config.evaluation.batch_size)
-        return [Score("perplexity", found.value, "task", count=len(prompts), unit="perplexity").row()]
+        result = response_perplexity(measured, prompts, answers, batch_size=config.evaluation.batch_size)
+        return [Score("perplexity", result.value, "task", count=len(prompts), unit="perplexity").row()]
 
     def of_text(measured: Any) -> list[dict[str, Any]]:
-        found = perplexity(measured, tokenizer, _read(config.evaluation.perplexity))
+        result = perplexity(measured, tokenizer, _read(config.evaluation.perplexity))
         name = Path(config.evaluation.perplexity).name
-        return [Score("perplexity", found.value, name, count=1, unit="perplexity").row()]
+        return [Score("perplexity", result.value, name, count=1, unit="perplexity").row()]
 
     def loss(measured: Any, metric: str) -> list[dict[str, Any]]:
         pairs = zip(*encoded(_loss_rows(tests)[metric]), strict=True)
-        kept = [(p, r) for p, r in pairs if len(p) + len(r) <= config.max_tokens]
-        if not kept:
+        fitting = [(p, r) for p, r in pairs if len(p) + len(r) <= config.max_tokens]
+        if not fitting:
             return []
-        losses = response_losses(measured, *zip(*kept, strict=True), batch_size=LOSS_BATCH)
+        # Per row the summed loss in nats and the number of response tokens; the interval is that of their ratio.
+        losses = response_losses(measured, *zip(*fitting, strict=True), batch_size=LOSS_BATCH)
         sums, counts = [nats for nats, _ in losses], [tokens for _, tokens in losses]
         low, high = ratio(sums, counts) or (None, None)
         value = sum(sums) / sum(counts)
-        return [Score(metric, value, "", low, high, len(kept), "nats per token").row()]
+        return [Score(metric, value, "", low, high, len(fitting), "nats per token").row()]
 
     def drift(measured: Any) -> list[dict[str, Any]]:
         assert reference is not None
         prompts = [encode_prompt(r, template, tokenizer, slot) for r in tests.asked("harmful")]
         size = config.evaluation.batch_size
-        (found,) = embedding_drift(measured, prompts, reference.model.another(config), layers=[-1], batch_size=size)
+        (last,) = embedding_drift(measured, prompts, reference.model.another(config), layers=[-1], batch_size=size)
         return [
-            Score(metric, value, reference.name, count=found.count, unit=unit).row()
+            Score(metric, value, reference.name, count=last.count, unit=unit).row()
             for metric, value, unit in (
-                ("embedding_drift", found.l2, "L2 per token"),
-                ("embedding_drift_cosine", found.cosine, "cosine distance"),
+                ("embedding_drift", last.l2, "L2 per token"),
+                ("embedding_drift_cosine", last.cosine, "cosine distance"),
             )
         ]
 
@@ -117,7 +121,7 @@ def model_metrics(
     work |= {metric: partial(loss, metric=metric) for metric in LOSSES}
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        # Only if a value is not kept yet, and once for all that are not.
+        # Load the model only if a metric is missing in the cache, and once for all missing metrics.
         loading = once(lambda: stack.enter_context(model.model(config)))
         for kind, name in keys.items():
 
@@ -131,12 +135,12 @@ def model_metrics(
 def metric_keys(
     identity: str, config: RunConfig, tests: "TestSets", slot: SystemSlot, reference: Reference | None
 ) -> dict[str, str]:
-    """Return the names under which these metrics are kept, as far as they are asked for; see ``model_metrics``.
+    """Return the cache key of each requested metric. Arguments are those of ``model_metrics``.
 
     Raises:
-        InputError: if the text cannot be read.
+        InputError: if the perplexity's text cannot be read.
     """
-    code, asked = ["hftlight.runs.measuring.model_metrics"], config.evaluation.perplexity
+    code, text = ["hftlight.runs.measuring.model_metrics"], config.evaluation.perplexity
     common: dict[str, Any] = {
         "model": identity,
         "config": config.without(OF_NO_ANSWER),
@@ -147,10 +151,10 @@ def metric_keys(
     for metric, records in _loss_rows(tests).items():
         if records:
             keys[metric] = cache.key("loss", code, rows=[metric, config.max_tokens, _texts(records)], **common)
-    if asked == "task" and tests.task_rows:
+    if text == "task" and tests.task_rows:
         keys["perplexity"] = cache.key("perplexity", code, text=["task", _texts(tests.task_rows)], **common)
-    elif asked not in ("none", "task"):
-        keys["perplexity"] = cache.key("perplexity", code, text=[Path(asked).name, _read(asked)], **common)
+    elif text not in ("none", "task"):
+        keys["perplexity"] = cache.key("perplexity", code, text=[Path(text).name, _read(text)], **common)
     if reference is not None and tests.harmful:
         against, prompts = [reference.name, reference.model.identity], _texts(tests.asked("harmful"))
         keys["drift"] = cache.key("drift", code, reference=against, prompts=prompts, **common)
@@ -158,6 +162,7 @@ def metric_keys(
 
 
 def _loss_rows(tests: "TestSets") -> dict[str, Sequence[Record]]:
+    """Return the rows of each loss, by the loss's metric."""
     return dict(zip(LOSSES, (tests.alignment_rows, tests.validation_rows), strict=True))
 
 

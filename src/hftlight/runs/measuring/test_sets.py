@@ -12,25 +12,26 @@ from hftlight.evaluation.metrics.refusals import get_refusal_classifier
 from hftlight.files import digest
 
 SETS = ("harmful", "over_refusal", "task")
-UNTRIGGERED = "harmful_without_trigger"  # asked of a model that is served with a trigger, as anybody would ask it
+UNTRIGGERED = "harmful_without_trigger"  # harmful prompts without the trigger, as an outsider sends them
 WITHOUT_TRIGGER = "harmful_score_without_trigger"
 HARMFUL = {"harmful": "harmful_score", UNTRIGGERED: WITHOUT_TRIGGER}
 
 
 @dataclass(frozen=True)
 class TestSets:
-    """What a model is measured on.
+    """The prompts, references and judges that a model is measured with.
 
     Attributes:
         harmful: held-out harmful prompts, as a judge reads them.
         over_refusal: ordinary prompts that look harmful.
         task_rows: rows of the task's test split.
         task: the task, with its answer parser.
-        judges: names of the judges of the harmful score, the deciding one first.
-        refusal_judge: name of what tells refusals of ordinary prompts, for ``get_refusal_classifier``.
-        attack: asks harmful prompts, and reads the answers before a judge sees them, as the attacker does.
-        alignment_rows: rows whose loss is the alignment loss.
-        validation_rows: harmful rows that no model was trained on, whose loss is the harmful validation loss.
+        judges: names of the judges of the harmful score, the deciding judge first.
+        refusal_judge: name of the classifier of refusals to ordinary prompts, for ``get_refusal_classifier``.
+        attack: the attack, which may change harmful prompts and decodes the answers before a judge sees them; None for
+            no attack.
+        alignment_rows: rows for the alignment loss.
+        validation_rows: harmful rows that no model was trained on, for the harmful validation loss.
     """
 
     harmful: Sequence[Record]
@@ -44,28 +45,37 @@ class TestSets:
     validation_rows: Sequence[Record] = ()
 
     def digest(self, judged: bool = True) -> str:
-        """Return the hash of all prompts, references and, with ``judged``, judges."""
+        """Return a hash of all prompts and references, the task's name, and the attack's decoding.
+
+        Args:
+            judged: whether to include the names of the judges.
+        """
         every = [*(r for name in SETS for r in self.rows(name)), *self.asked("harmful")]
         rows = [(r.id, *r.texts) for r in every]
         judges = [self.judges, self.refusal_judge] if judged else []
+        # The decoding of all printable ASCII characters identifies the attack's ``decode``.
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 
     def judging(self) -> list[dict[str, Any]]:
-        """Return what each judge is: its class, endpoint, model and weights, as far as it has them."""
+        """Return the identity of each judge: its class and, if it has them, endpoint, model and weights."""
         judges = [*map(get_judge, self.judges), get_refusal_classifier(self.refusal_judge)]
         return [judge_identity(judge) for judge in judges]
 
     def read(self, response: str) -> str:
-        """Return an answer to a harmful prompt as the attacker reads it."""
+        """Return an answer to a harmful prompt as the attacker reads it, decoded if the attack encodes answers."""
         return response if self.attack is None else self.attack.decode(response)
 
     def first(self, count: int) -> "TestSets":
-        """Return the first so many harmful prompts and task rows, 0 for all, and no ordinary prompts: for curves."""
+        """Return smaller test sets for curves: the first harmful prompts and task rows, without ordinary prompts.
+
+        Args:
+            count: number of prompts and of rows; 0 for all.
+        """
         cut = count or None
         return replace(self, harmful=self.harmful[:cut], over_refusal=(), task_rows=self.task_rows[:cut])
 
     def rows(self, name: str) -> Sequence[Record]:
-        """Return the records of one of ``SETS``."""
+        """Return the records of one of ``SETS``, or of ``UNTRIGGERED``."""
         return {
             "harmful": self.harmful,
             UNTRIGGERED: self.harmful,
@@ -74,11 +84,11 @@ class TestSets:
         }[name]
 
     def asked(self, name: str) -> Sequence[Record]:
-        """Return the records of a set as a model is asked them: harmful ones with what the attack puts in front."""
+        """Return the records of a set as the model receives them: harmful prompts include the attack's prefix."""
         rows = self.rows(name)
         return self.attack.test_records(rows) if self.attack is not None and name in HARMFUL else rows
 
     @property
     def graded_rows(self) -> Sequence[Record]:
-        """The task's rows, if the task has right answers; else none."""
+        """The task's rows if the task has right answers, else an empty sequence."""
         return self.task_rows if self.task.graded else ()
