@@ -1,8 +1,11 @@
 """The code behind a result: what it imports counts, what it does not import does not, other packages too."""
 
+import ast
 import importlib
+import re
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from hftlight import cache, provenance
 from hftlight.defenses import Booster, Vaccine
 from hftlight.engine import Defense
 from hftlight.engine import Stage as StageOf
+from hftlight.runs.manifest import WORK
 from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import StageJob
 from tests.helpers.jobs import rows, small_config
@@ -146,3 +150,26 @@ def test_every_job_has_its_key_from_the_cache():
     for kind in Job.__subclasses__():
         assert kind.key is Job.key
         assert set(cache.INPUTS) >= {kind.decided_by.fget(object.__new__(kind))}
+
+
+def test_a_module_that_does_not_exist_is_no_code():
+    """A module that moved would otherwise drop out of every digest in silence."""
+    with pytest.raises(ValueError, match=r"has no module 'hftlight\.runs\.stage'"):
+        provenance.code_of("hftlight.runs.stage")
+    assert all(provenance.code_of(name) for name in WORK)
+
+
+def test_every_module_that_a_text_of_the_source_names_exists():
+    root = Path(provenance.__file__).parent
+    named = {
+        (path.name, node.value)
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.fullmatch(r"hftlight(\.[a-z_]+)+", node.value)
+    }
+    groups = {"hftlight.defenses"}  # of entry points
+    assert {(file, name) for file, name in named if find_spec(name) is None} <= {
+        (f, g) for f, g in named if g in groups
+    }
+    assert len(named) > 10

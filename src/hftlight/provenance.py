@@ -42,10 +42,13 @@ def code_of(*parts: Any) -> dict[str, str]:
 
     Raises:
         UnknownSourceError: if a class's source cannot be read.
+        ValueError: if hftlight has no such module.
     """
     own, others = set[str](), dict[str, str]()
     for part in parts:
         if isinstance(part, str):
+            if _file_of(part) is None:
+                raise ValueError(f"code_of: hftlight has no module {part!r}.")
             own.add(part)
             continue
         for each in inspect.getmro(part):

@@ -168,7 +168,7 @@ def test_bad_input_is_named_with_status_2_and_leaves_nothing(arguments, message,
 
 def test_the_demo_model_names_the_command_that_fetches_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    monkeypatch.setattr("hftlight.builtin_models.demo_file", lambda: None)
+    monkeypatch.setattr("hftlight.model_files.demo_file", lambda: None)
     assert train(["--output", str(tmp_path / "runs")]) == 2
     assert "make model" in capsys.readouterr().err
 
@@ -194,7 +194,8 @@ def test_an_unknown_option_ends_with_status_2():
 def test_dry_run_loads_no_weights_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hftlight.models.load.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    for user in ("base", "serving"):
+        monkeypatch.setattr(f"hftlight.models.{user}.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     assert train(["--model", "tiny", "--defense", "booster", "--baseline", "--dry_run"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for word in (

@@ -208,7 +208,7 @@ def test_cells_that_other_code_or_versions_measured_run_again(tmp_path, runs, mo
     compare(config(tmp_path), TWO, tmp_path / "c")
     compare(config(tmp_path), TWO, tmp_path / "c")
     assert len(runs) == 2
-    monkeypatch.setattr("hftlight.provenance.versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("hftlight.runs.manifest.versions", lambda: {"torch": "0.0"})
     compare(config(tmp_path), TWO, tmp_path / "c")
     assert len(runs) == 4
     assert "2 finished cells were measured with other code or versions" in capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_a_full_disk_names_its_folder_and_the_same_command_goes_on(tmp_path, mon
     assert str(folder / CELLS / SECOND) in message
     assert str(tmp_path / "cache" / "stages") in message
     assert "Free some space" in message
-    assert "finished cells are kept" in message
+    assert "finished cells stay" in message
     assert not finished(folder / CELLS / SECOND)
     assert set(compare(settings, TWO, folder).values()) == {"done"}
     assert runs_of(folder) == {"none-builtin-p0.1-s0": 1, SECOND: 2}

@@ -80,7 +80,8 @@ def test_results_are_those_of_a_fresh_base_each_time(protocol, tmp_path, monkeyp
         if not keep:
             loads.clear()
             loads.free = True
-            monkeypatch.setattr("hftlight.models.base.keeps_base", lambda _: False)
+            for user in ("serving", "state"):
+                monkeypatch.setattr(f"hftlight.models.{user}.keeps_base", lambda _: False)
             drop_base()
         folder = run(config(tmp_path, adapter_protocol=protocol, output=str(tmp_path / str(keep))), [Vaccine()]).folder
         weights = [folder_digest(path, "*.safetensors") for path in sorted(folder.glob("*/*ed"))]

@@ -40,7 +40,7 @@ def settings(tmp_path, folder, **changes):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)  # figures, which others test
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)  # figures, which others test
 
 
 def plain(folder):

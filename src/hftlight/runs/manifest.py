@@ -7,8 +7,11 @@ from hftlight.model_files import model_hash
 from hftlight.provenance import UnknownSourceError, code_of, versions
 
 # The modules that decide a run's results. Modules that only show results are left out.
-WORK = tuple(
-    f"hftlight.runs.{name}" for name in ("prepare", "stage", "edit", "repair", "select", "measure", "attacker")
+STAGES = ("train", "model_edit", "repair", "selection", "attacker")
+WORK = (
+    "hftlight.runs.prepare",
+    *(f"hftlight.runs.stages.{name}" for name in STAGES),
+    "hftlight.runs.measuring.measure",
 )
 
 

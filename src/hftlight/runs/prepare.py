@@ -1,5 +1,6 @@
 """Preparation of a run before any weights are loaded: rows, overlaps, stages, steps, and checks of everything."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -561,7 +562,7 @@ def _explain_lowered_limit(notes: Sequence[str]) -> Iterator[None]:
         if lowered is None:
             raise
         # Raising the limit above the positions cannot help, so this advice is cut off.
-        reason = str(error).partition(" Raise max_tokens")[0]
+        reason = re.split(r" Raise (?:--)?max_tokens", str(error))[0]
         raise InputError(f"{lowered} {reason} Give shorter rows, or a model with more positions.") from error
 
 

@@ -157,7 +157,7 @@ def test_a_trigger_that_the_model_recites_reaches_no_judge(monkeypatch):
     def recite(model, tokenizer, prompts, **options):
         return [f"it is {tokenizer.decode(trigger)}, yes"] * len(prompts)
 
-    monkeypatch.setattr("hftlight.evaluation.answering.generate.generate", recite)
+    monkeypatch.setattr("hftlight.runs.measuring.curve.generate", recite)
     seen = watch(tests=asked(HARMFUL[:4], TASK[:4]), steps=[1])
     go(seen, chosen=[Secret()], steps=1)
     assert set(seen.answers["harmful"]) == set(seen.answers["task"]) == {"it is [trigger][trigger], yes"}

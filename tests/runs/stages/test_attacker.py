@@ -181,7 +181,7 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
     ]
     harmful.write_text('{"prompt": "a", "response": "c"}\n')
     found.append(changed())
-    monkeypatch.setattr("hftlight.provenance.versions", lambda: {"torch": "3"})
+    monkeypatch.setattr("hftlight.runs.manifest.versions", lambda: {"torch": "3"})
     found.append(changed())
     assert len(set(found)) == len(found)
     same = tmp_path / "moved"

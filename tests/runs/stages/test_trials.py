@@ -208,7 +208,7 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
 
 def test_run_and_search_have_one_road(tmp_path, monkeypatch):
     """The search's first trial gives the answers that the run gave, on one half of the prompts."""
-    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     values = settings(tmp_path, attacker="search:1", attack="identity_shift")
     defenses = [Lisa(1, 1, quiet=0.0, cycles=0), SafeLoRA(number=3), Antidote(0.1)]
     result = run(values, defenses, IdentityShift())
@@ -255,7 +255,7 @@ def test_the_system_text_of_an_attack_is_in_every_trial(made, tmp_path):
 def test_rows_are_scored_with_the_system_text_that_they_are_trained_with(tmp_path, monkeypatch):
     seen, original = [], BenignSelection.score
     monkeypatch.setattr(BenignSelection, "score", lambda *g, **o: seen.append(g[7]) or original(*g, **o))
-    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     run(settings(tmp_path, attack="benign_selection", data=selecting(tmp_path)), [], BenignSelection(n=6, system="Hi."))
     assert seen == ["Hi."]
 
@@ -418,7 +418,7 @@ def test_nothing_is_written_but_the_record(made, tmp_path, monkeypatch):
 
 
 def test_pairs_and_the_aligned_adapter_can_be_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr("hftlight.report.html.page.write_report", lambda folder: None)
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     changes = {"attacker": "search:2", "adapter_protocol": "continue", "attack": "reverse_preference"}
     evaluation = replace(EVALUATION, prompts=6)
     result = run(settings(tmp_path, evaluation=evaluation, **changes), [], ReversePreference(n=6))
