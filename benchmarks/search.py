@@ -75,7 +75,7 @@ def search_here(options: argparse.Namespace) -> None:
 
     quiet()
     first = [f"--finetuning.lr={LR[0]}", f"--finetuning.steps={options.steps}", f"--harmful_ratio={RATIOS[0]}"]
-    config, _, attack, _ = parse_train([*settings(options, options.prompts), *first])
+    config, _, attack, *_ = parse_train([*settings(options, options.prompts), *first])
     folder = Path(options.folder)
     attacker = Attacker(config, [], folder / "warm" / "none" / "aligned", prepare(config, [], attack).attack)
     budget = Budget((options.steps,), LR, (config.lora.r,), (config.num_samples,), RATIOS)

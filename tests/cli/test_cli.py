@@ -10,7 +10,6 @@ import pytest
 import hftlight
 from hftlight.attacks.attack import option_of
 from hftlight.attacks.protocols.protocol import PRESETS, get_preset
-from hftlight.cli.arguments import plain_names
 from hftlight.cli.cache import cache
 from hftlight.cli.compare import compare
 from hftlight.cli.main import COMMANDS, main
@@ -75,7 +74,7 @@ def test_help_of_a_defense_shows_unit_range_and_default():
 
 
 def test_names_come_first_then_their_arguments():
-    config, defenses, _, dry = parse_train(
+    config, defenses, _, dry, _ = parse_train(
         ["--defense", "booster", "--booster.lam", "20", "--harmful-ratio", "0.3", "--dry-run", "--baseline"]
     )
     assert (config.defense, config.harmful_ratio, config.baseline, dry) == (["booster"], 0.3, True, True)
@@ -95,12 +94,8 @@ def test_what_is_taken_of_a_source_is_said_at_once_or_by_its_name():
 
 
 def test_hyphens_stay_in_values():
-    assert plain_names(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"]) == [
-        "--data.alignment",
-        "my-file.jsonl",
-        "--model=a-b/c-d",
-        "--dry_run",
-    ]
+    config, *_, dry, _ = parse_train(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"])
+    assert (config.data.alignment, config.model, dry) == ("my-file.jsonl", "a-b/c-d", True)
 
 
 def test_a_printed_configuration_is_read_back(tmp_path):
@@ -277,7 +272,7 @@ def test_the_configuration_of_a_run_is_read_back(name, tmp_path, monkeypatch):
 def test_a_preset_on_the_command_line_is_the_published_protocol(name):
     """Every option of the protocol, as the attack puts it into the configuration, is the published one."""
     preset = get_preset(name)
-    config, _, attack, _ = parse_train(["--preset", name])
+    config, _, attack, *_ = parse_train(["--preset", name])
     applied = attack.applied(config)
     assert type(attack) is type(preset.attack)
     assert attack.resolved(config).counts() == preset.attack.resolved(preset.config()).counts()
@@ -286,11 +281,11 @@ def test_a_preset_on_the_command_line_is_the_published_protocol(name):
 
 
 def test_an_option_after_a_preset_wins():
-    config, _, attack, _ = parse_train(["--preset=booster25", "--harmful_ratio", "0.3", "--harmful_mix.epochs", "10"])
+    config, _, attack, *_ = parse_train(["--preset=booster25", "--harmful_ratio", "0.3", "--harmful_mix.epochs", "10"])
     assert attack.applied(config).harmful_ratio == 0.3
     assert attack.applied(config).finetuning.steps == 1000  # 1000 rows in batches of 10, 10 times
     assert config.data.task == "sst2"
-    own, _, _, _ = parse_train(["--preset", "booster25:gsm8k", "--data.task", "builtin"])
+    own, *_ = parse_train(["--preset", "booster25:gsm8k", "--data.task", "builtin"])
     assert (own.data.task, own.harmful_ratio, own.evaluation.task_max_new_tokens) == ("builtin", 0.05, 200)
 
 

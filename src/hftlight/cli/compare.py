@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hftlight.cli.arguments import (
-    asks_for_all,
-    chosen_preset,
-    formatter,
-    plain_names,
-    preset_help,
-    show_in_short,
-    with_presets,
-)
+from hftlight.cli.arguments import add_common, chosen_preset, methods_except, show_in_short
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
@@ -22,7 +14,7 @@ from hftlight.registry import defense_class
 
 NO_DEFENSE = ("none", "unaligned")  # arms of a comparison without a defense
 GRID_FIELDS = {"defense", "baseline", "attack", "harmful_ratio", "seed", "name"}  # set by the grid in every cell
-Backend = Literal["processes", "ray"]
+BACKEND: Any = Literal["processes", "ray"]
 # What ``--help`` shows; ``--help all`` shows the rest.
 COMMON = (
     *("defenses", "attacks", "harmful_ratios", "tasks", "seeds", "jobs", "comparison", "dry_run", "report_only"),
@@ -39,23 +31,19 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         attacks: names of the compared attacks.
         everything: whether the help shows every option, not only those that most people set.
     """
-    from jsonargparse import ArgumentParser
-
     from hftlight.attacks.registry import get_attack
+    from hftlight.cli.parser import Parser
 
-    parser = ArgumentParser(
+    parser = Parser(
         prog="hftlight compare",
         usage="hftlight compare --defenses none booster booster+lisa [options]",
         description=(
             "Compare combinations of defenses: one run per combination, attack, task, harmful ratio and seed, then a\n"
             "table, figures and every answer. The same command continues a comparison that was killed."
         ),
-        formatter_class=formatter(),
-        default_env=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these values")
+    add_common(parser)
     add = parser.add_argument
-    add("--preset", type=str, default=None, help=preset_help())
     add(
         "--defenses",
         nargs="+",
@@ -83,7 +71,7 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
     )
     add("--share_gpus", type=bool, default=False, help="let cells share GPUs if --jobs needs more GPUs than there are")
     add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
-    add("--backend", type=Backend, default="processes", help="processes (this machine) or ray (a Ray cluster)")
+    add("--backend", type=BACKEND, default="processes", help="processes (this machine) or ray (a Ray cluster)")
     add("--comparison", type=str, default="comparison", help="name of the comparison's folder in --output")
     add("--report_only", action="store_true", help="write table and report of the finished cells, and run nothing")
     add("--dry_run", action="store_true", help="print the cells and a time estimate, then stop")
@@ -93,6 +81,7 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
     for name in attacks:
         parser.add_class_arguments(get_attack(name), name, as_group=True)
     parser.add_class_arguments(RunConfig, as_group=True, skip={*GRID_FIELDS, "data.task"})
+    parser.ease()
     if not everything:
         show_in_short(parser, COMMON, [*names, *(a for a in attacks if a != "harmful_mix")])
     return parser
@@ -102,21 +91,23 @@ def compare(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight compare`` and return its exit status, 1 if a cell failed."""
 
     def work() -> None:
-        raw, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
-        arguments = plain_names(raw)
-        words = words_of(arguments, "--defenses")
-        names = list(dict.fromkeys(n.replace("-", "_") for w in words for n in w.split("+") if n not in NO_DEFENSE))
-        preset = chosen_preset(arguments)
-        attacks = [n.replace("-", "_") for n in words_of(arguments, "--attacks")]
-        attacks = attacks or [preset.attack.name if preset else "harmful_mix"]
-        parser = compare_parser(names, attacks, everything)
+        from hftlight.cli.parser import preset_values, read_names
+
+        names = read_names(sys.argv[1:] if argv is None else argv, ["defenses", "attacks"], ["preset"])
+        for_grid(names.defaults)
+        combinations = names.listed("defenses") or ["none"]
+        chosen = list(dict.fromkeys(n for word in combinations for n in word.split("+") if n not in NO_DEFENSE))
+        preset = chosen_preset(names.defaults.get("preset"))
+        attacks = names.listed("attacks") or [preset.attack.name if preset else "harmful_mix"]
+        parser = compare_parser(chosen, attacks, names.help != "short")
         if preset:
-            known, defaults = {a.dest for a in parser._actions}, preset.defaults(names)
-            # A preset sets options of one run. A grid takes lists of two of them.
-            columns = {"harmful_ratios": "harmful_ratio", "tasks": "data.task"}
-            defaults |= {option: [defaults[one]] for option, one in columns.items() if one in defaults}
-            parser.set_defaults({k: v for k, v in defaults.items() if k in known})
-        values = parser.parse_args(with_presets(arguments, names))
+            known, defaults = {a.dest for a in parser._actions}, preset.defaults(chosen)
+            for_grid(defaults)
+            parser.take_defaults({k: v for k, v in defaults.items() if k in known})
+        named = {"defenses": combinations, "attacks": attacks}
+        parser.take_defaults({**names.defaults, **named}, methods_except([*chosen, *attacks]))
+        parser.take_defaults(preset_values(names, chosen))
+        values = parser.parse(names)
         try:
             ready = parser.instantiate_classes(values.clone())
         except (ValueError, TypeError) as error:  # a defense or an attack refuses its arguments
@@ -133,7 +124,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             tuple(values.tasks),
             values.seeds,
             values.first_seed,
-            {name: values[name].as_dict() for name in [*names, *attacks]},
+            {name: values[name].as_dict() for name in [*chosen, *attacks]},
             tuple(attacks),
         )
         folder = Path(config.output) / values.comparison
@@ -143,14 +134,25 @@ def compare(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def words_of(arguments: Sequence[str], option: str) -> list[str]:
-    """Return the values of an option that takes several values, ``[]`` if the option is absent."""
-    words: list[str] = []
-    inside = False
-    for argument in arguments:
-        if argument.startswith("--"):
-            inside = argument.partition("=")[0] == option
-            words += [w for w in argument.partition("=")[2].strip("[]").replace(",", " ").split() if inside]
-        elif inside:
-            words.append(argument)
-    return words
+def for_grid(values: dict[str, Any]) -> None:
+    """Turn options of one run, from its configuration or from a preset, into lists of the grid. Changes ``values``.
+
+    Args:
+        values: by option name. Options that a grid sets in every cell are removed.
+    """
+    task = values.pop("data.task", None) or (values.get("data") or {}).pop("task", None)
+    defense = values.pop("defense", None)
+    defense = [defense] if isinstance(defense, str) else defense
+    one = {
+        "defenses": "+".join(defense) if defense else None,
+        "attacks": values.pop("attack", None),
+        "harmful_ratios": values.pop("harmful_ratio", None),
+        "tasks": task,
+    }
+    for option, value in one.items():
+        if value is not None:
+            values.setdefault(option, [value])
+    for name in ("baseline", "name"):
+        values.pop(name, None)
+    if (seed := values.pop("seed", None)) is not None:
+        values.setdefault("first_seed", seed)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hftlight.cli.arguments import asks_for_all, formatter, plain_names, show_in_short
+from hftlight.cli.arguments import methods_except, show_in_short
 from hftlight.config import Evaluation, RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
@@ -33,13 +33,15 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight evaluate`` and return its exit status."""
 
     def work() -> None:
-        from jsonargparse import ArgumentParser
+        from hftlight.cli.parser import Parser, read_names
 
-        parser = ArgumentParser(
+        parser = Parser(
             prog="hftlight evaluate",
             usage="hftlight evaluate --model MODEL [options]",
             description="Measure any model: an artifact of a run, a folder, or a hub id.",
-            formatter_class=formatter(),
+        )
+        parser.add_argument(
+            "--config", type=str, default=None, help="YAML file with any of these values, such as a run's config.yaml"
         )
         parser.add_argument("--save", type=str, default=None, help="folder for scores.json and generations.jsonl")
         parser.add_argument(
@@ -49,10 +51,12 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
             help="file with AlpacaEval's instructions; the answers for its judge go to alpaca_eval.json in --save",
         )
         parser.add_class_arguments(RunConfig, as_group=True, skip=set(RunConfig.__dataclass_fields__) - MEASURING)
-        words, everything = asks_for_all(sys.argv[1:] if argv is None else argv)
-        if not everything:
+        parser.ease()
+        names = read_names(sys.argv[1:] if argv is None else argv, [])
+        if names.help == "short":
             show_in_short(parser, COMMON)
-        values = parser.parse_args(plain_names(words))
+        parser.take_defaults(names.defaults, {*RunConfig.__dataclass_fields__, *methods_except([])} - MEASURING)
+        values = parser.parse(names)
         ready = parser.instantiate_classes(values)
         config = RunConfig(**{key: ready[key] for key in MEASURING})
         config.check()

@@ -4,20 +4,9 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from hftlight.cli.arguments import (
-    asks_for_all,
-    chosen_attack,
-    chosen_defenses,
-    chosen_preset,
-    formatter,
-    listed,
-    plain_names,
-    preset_help,
-    show_in_short,
-    with_presets,
-)
+from hftlight.cli.arguments import add_common, chosen_preset, methods_except, show_in_short
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
@@ -53,9 +42,8 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
     Raises:
         InputError: if a name is unknown.
     """
-    from jsonargparse import ArgumentParser
-
     from hftlight.attacks.registry import get_attack
+    from hftlight.cli.parser import Parser
 
     offered = _listed(everything)
     presets = {name: defense_class(name).presets for name in names}
@@ -66,28 +54,24 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
     )
     if shown:
         offered += f"\n\npublished settings:{shown}"
-    parser = ArgumentParser(
+    parser = Parser(
         prog="hftlight train",
         usage="hftlight train [--defense NAME ...] [options]",
         description=(
             "Align a model, let a user's upload train it, and measure its refusals after every stage."
             f"\n\ndefenses (--defense NAME ... --help shows their arguments):\n{offered}"
         ),
-        formatter_class=formatter(),
-        default_env=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of these values, such as a run's config.yaml"
-    )
+    add_common(parser)
     parser.add_argument(
         "--dry_run", action="store_true", help="print stages, steps, rows, overlaps and a time estimate, then stop"
     )
-    parser.add_argument("--preset", type=str, default=None, help=preset_help())
     for name in names:  # before all other options, so that the help of a defense starts with them
         known = set(inspect.signature(defense_class(name).__init__).parameters)
         parser.add_class_arguments(defense_class(name), name, skip=OWN_TRAINER & known, as_group=True)
     parser.add_class_arguments(get_attack(attack), attack, as_group=True)
     parser.add_class_arguments(RunConfig, as_group=True)
+    parser.ease()
     if not everything:
         show_in_short(parser, COMMON, names if attack == "harmful_mix" else (*names, attack))
     return parser
@@ -108,45 +92,63 @@ def _listed(everything: bool) -> str:
     return lines
 
 
-def parse_train(argv: Sequence[str]) -> tuple[RunConfig, list[Any], Any, bool]:
-    """Return the configuration, the defenses, the attack and whether the command is a dry run.
+class TrainCommand(NamedTuple):
+    """What the arguments of ``hftlight train`` ask for.
+
+    Attributes:
+        config: the run's configuration.
+        defenses: the chosen defenses.
+        attack: the attack.
+        dry_run: whether the command only shows the plan.
+        preset: the published protocol, or None.
+    """
+
+    config: RunConfig
+    defenses: list[Any]
+    attack: Any
+    dry_run: bool
+    preset: Any
+
+
+def parse_train(argv: Sequence[str]) -> TrainCommand:
+    """Read the arguments of ``hftlight train``.
 
     Raises:
-        InputError: if a name or a value cannot be used.
-        SystemExit: from argparse, with status 2 for an unknown option and 0 after ``--help``.
+        InputError: if a name, an option or a value cannot be used.
+        SystemExit: with status 0 after ``--help``.
     """
-    raw, everything = asks_for_all(argv)
-    arguments = plain_names(raw)
-    names = list(dict.fromkeys(name.replace("-", "_") for name in chosen_defenses(arguments)))
-    # --defense goes to the parser once, as one list with underscores.
-    known = [a for a in with_presets(arguments, names) if a.partition("=")[0] != "--defense"]
-    if any(a.partition("=")[0] == "--defense" for a in arguments):
-        known.append("--defense=" + listed(names))
-    attack = chosen_attack(arguments)
-    parser = train_parser(names, attack, everything)
-    if preset := chosen_preset(arguments):
-        parser.set_defaults(preset.defaults(names))
-    values = parser.parse_args(known)
+    from hftlight.cli.parser import preset_values, read_names
+
+    names = read_names(argv, ["defense"], ["attack", "preset", "data.task"])
+    chosen = [name for name in names.listed("defense") if name != "none"]
+    preset = chosen_preset(names.defaults.get("preset"), names.defaults.get("data.task"))
+    attack = str(names.defaults.get("attack") or (preset.attack.name if preset else "harmful_mix")).replace("-", "_")
+    parser = train_parser(chosen, attack, names.help != "short")
+    parser.take_defaults(preset.defaults(chosen) if preset else {})
+    named = {"defense": chosen, "attack": attack}
+    parser.take_defaults({**names.defaults, **named}, methods_except([*chosen, attack]))
+    parser.take_defaults(preset_values(names, chosen))
+    values = parser.parse(names)
     try:
         ready = parser.instantiate_classes(values)
     except (ValueError, TypeError) as error:  # a defense refuses its arguments
         raise InputError(str(error)) from error
     config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__})
-    return config, [called(ready[name], name) for name in names], ready[attack], bool(values.dry_run)
+    instances = [called(ready[name], name) for name in chosen]
+    return TrainCommand(config, instances, ready[attack], bool(values.dry_run), preset)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight train`` and return its exit status."""
 
     def work() -> None:
-        config, instances, attack, dry = parse_train(sys.argv[1:] if argv is None else argv)
+        config, instances, attack, dry, preset = parse_train(sys.argv[1:] if argv is None else argv)
         config.check()
         quiet()
         from hftlight.runs.prepare import prepare
         from hftlight.runs.ranks import main_process
         from hftlight.runs.show import show_plan, show_preset, show_result
 
-        preset = chosen_preset(plain_names(sys.argv[1:] if argv is None else argv))
         if preset and main_process():  # before any file is read, so that a dry run shows it even if files are missing
             show_preset(preset, attack.applied(config), in_full=dry)
         try:

@@ -1,0 +1,137 @@
+"""Two steps of parsing: configurations in every shape, lists, switches, presets, and what is told of a typo."""
+
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from hftlight.cli.compare import compare
+from hftlight.cli.train import parse_train, train
+from hftlight.config import RunConfig
+from hftlight.errors import InputError
+
+
+def file(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["defense: booster", "defense: [booster]", "defense:\n- booster\n", "defense: 'booster'", "defense: [Booster]"],
+)
+def test_a_configuration_names_its_defenses_as_a_text_or_a_list(tmp_path, text):
+    if "Booster" in text:
+        text = text.lower()
+    config, (defense,), *_ = parse_train(["--config", file(tmp_path, text)])
+    assert (config.defense, type(defense).__name__) == (["booster"], "Booster")
+
+
+@pytest.mark.parametrize(
+    "text", ["defense: null", "defense: []", "defense: none", "defense: [none]", "", "{}", "# nothing"]
+)
+def test_a_configuration_may_name_no_defense(tmp_path, text):
+    assert parse_train(["--config", file(tmp_path, text)]).config == parse_train([]).config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\x00\x01\xff", "is not a UTF-8 text file"),
+        ("a: [1\nb", "is not valid YAML: .*line 1"),
+        ("- a\n- b\n", "must hold options with their values, such as 'seed: 1', got list"),
+        ("5", "got int"),
+        ("1: 2", "must hold options"),
+        ("sed: 1", r"there is no option 'sed'\. Did you mean seed\?"),
+        ("finetuning: {lrr: 1}", r"no option 'finetuning\.lrr'\. Did you mean finetuning\.lr\?"),
+        ("finetuning: 5", "no option 'finetuning'"),
+        ("seed: x", r"--seed must be a whole number, got x\."),
+        ("lora: {targets: null}", r"lora\.targets must be a list, got null"),
+        ("defense: lisa\nlisa: {proximl: 1}", r"no option 'lisa\.proximl'\. Did you mean lisa\.proximal\?"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_named(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        parse_train(["--config", file(tmp_path, text)])
+
+
+def test_options_win_over_the_configuration_in_any_position(tmp_path):
+    place = file(
+        tmp_path, "seed: 1\nfinetuning: {steps: 5}\nevaluation: {at: [1, 2]}\ndefense: lisa\nlisa: {proximal: 2}"
+    )
+    for argv in (["--seed", "7", "--config", place], ["--config", place, "--seed=7"]):
+        config, (lisa,), *_ = parse_train(argv)
+        assert (config.seed, config.finetuning.steps, config.evaluation.at, lisa.proximal) == (7, 5, [1, 2], 2.0)
+
+
+def test_a_later_configuration_adds_to_an_earlier_one(tmp_path):
+    (tmp_path / "more.yaml").write_text("finetuning: {lr: 0.5}")
+    first = file(tmp_path, "finetuning: {steps: 5}")
+    config = parse_train(["--config", first, "--config", str(tmp_path / "more.yaml")]).config
+    assert (config.finetuning.steps, config.finetuning.lr) == (5, 0.5)
+
+
+def test_the_configuration_of_a_run_serves_another_defense_and_another_attack(tmp_path):
+    """Arguments of methods that are not chosen stay in the file."""
+    own = {**asdict(RunConfig(defense=["booster"], seed=4)), "booster": {"lam": 3.0}, "harmful_mix": {"epochs": 2.0}}
+    place = file(tmp_path, yaml.safe_dump(own))
+    config, (lisa,), attack, *_ = parse_train(["--config", place, "--defense", "lisa", "--attack", "benign"])
+    assert (config.defense, type(lisa).__name__, type(attack).__name__, config.seed) == (["lisa"], "Lisa", "Benign", 4)
+
+
+def test_the_configuration_of_a_run_serves_a_comparison(tmp_path, capsys):
+    own = {
+        **asdict(RunConfig(model="tiny", defense=["lisa"], seed=4, output=str(tmp_path / "runs"))),
+        "lisa": {"proximal": 2.0},
+    }
+    place = file(tmp_path, yaml.safe_dump(own))
+    assert compare(["--config", place, "--seeds", "1", "--dry_run"]) == 0
+    assert "lisa-builtin-p0.1-s4" in " ".join(capsys.readouterr().out.split())
+    assert compare(["--config", place, "--defenses", "none", "--seeds", "1", "--dry_run", "--lisa.proximal", "3"]) == 2
+    assert "There is no option --lisa.proximal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"], ["[q_proj, v_proj]"], ["[q_proj,", "v_proj]"]],
+)
+def test_a_list_is_words_commas_or_brackets(words):
+    assert parse_train(["--lora.targets", *words]).config.lora.targets == ["q_proj", "v_proj"]
+    assert parse_train([f"--lora.targets={' '.join(words)}"]).config.lora.targets == ["q_proj", "v_proj"]
+
+
+def test_a_switch_needs_no_value_and_takes_one():
+    asked = [["--baseline"], ["--baseline", "--seed", "1"], ["--baseline", "true"], ["--baseline=true"]]
+    assert all(parse_train(argv).config.baseline for argv in asked)
+    assert not parse_train(["--baseline", "false"]).config.baseline
+
+
+def test_arguments_win_over_a_defenses_preset_in_any_position():
+    for argv in (["--lisa.proximal", "7", "--lisa.preset", "paper"], ["--lisa.preset=paper", "--lisa.proximal=7"]):
+        assert parse_train(["--defense", "lisa", *argv]).defenses[0].proximal == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sede", "1"], r"There is no option --sede\. Did you mean --seed\?"),
+        (["--harmful-ratoi=1"], r"Did you mean --harmful_ratio\?"),
+        (["--freeze.mode", "rewind"], "--defense rewind"),
+        (["--booster.lam", "1"], r"There is no option --booster\.lam"),
+        (["--defense", "lisa", "--booster.preset", "x"], r"booster is not among the chosen defenses \(lisa\)"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--config"], "--config: expected one argument"),
+        (["--baseline", "maybe"], r"--baseline must be true or false, got maybe\."),
+        (["--evaluation.at", "10", "x"], "element 2 must be a whole number, got x"),
+        (["--config", "nowhere.yaml"], r"there is no file 'nowhere\.yaml'"),
+    ],
+)
+def test_a_typo_is_answered_in_one_sentence(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse_train(argv)
+
+
+def test_a_typo_ends_with_status_2_and_no_usage(capsys):
+    assert train(["--sede", "1"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
