@@ -1,7 +1,8 @@
 """Write the generated parts of the READMEs: ``python benchmarks/pages.py``, or ``make pages``.
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- /generated -->``. It comes from the code of the
-defenses and from ``benchmarks/defenses.json``. Text outside of the marks is left unchanged.
+defenses, from their rows in ``tests/defenses/rows`` and from ``benchmarks/defenses.json``. Text outside of the marks is
+left unchanged.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.defenses import table
 from hftlight.defenses.cards import cards, overview, pairs
+from tests.helpers.lightning import table as lightning
 
 ROOT = Path(__file__).parents[1]
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", flags=re.DOTALL)
@@ -22,7 +24,13 @@ def parts() -> dict[str, str]:
     measured = json.loads((ROOT / "benchmarks/defenses.json").read_text())
     costs = "\n\n".join(f"*{place}*\n\n{table(rows)}" for place, rows in measured.items())
     first = next(iter(measured.values()))
-    return {"overview": overview(), "pairs": pairs(), "cards": cards(first), "costs": costs}
+    return {
+        "overview": overview(),
+        "pairs": pairs(),
+        "lightning": lightning(),
+        "cards": cards(first),
+        "costs": costs,
+    }
 
 
 def pages() -> dict[Path, set[str]]:

@@ -40,7 +40,7 @@ class Row:
         records: data slot: an independent computation of the rows that are trained on.
         per_micro_batch: why the result depends on how a step is cut into micro-batches; empty if it does not.
         tunings: what it works on.
-        refuses: strategy -> words of the refusal.
+        refuses: strategy, or callback of Lightning's -> words of the refusal.
     """
 
     make: Callable[[], Defense]
@@ -138,7 +138,7 @@ def train(
 ) -> SafetyModule:
     """Train the tiny model with some defenses by plain SGD and return the module."""
     stage = stage or (chosen[0].stage if chosen else Stage.FINETUNING)
-    model = model or model_of(tuning, dtype=dtype)
+    model = model_of(tuning, dtype=dtype) if model is None else model
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

@@ -93,4 +93,5 @@ ROW = Row(
         ({"score": "actsvd"}, "use Rewind"),
     ],
     slow=SlowFreeze,
+    refuses={name: f"Freeze: {name} averages" for name in ("StochasticWeightAveraging", "EMAWeightAveraging")},
 )

@@ -19,6 +19,7 @@ from hftlight.engine import (
     Vector,
     add_to_grad,
     difference,
+    extend,
     gradient,
     norm,
     packed,
@@ -105,7 +106,8 @@ class EWC(Defense):
     update; here that does not happen. It keys F by module, and continues training the alignment adapter. In Booster's
     repository F comes from other rows, including the upload's harmful rows. The Lisa paper describes an unweighted
     distance, which is ``L2SP``. Under LoRA, F and the distance are those of the factors. In a new adapter B is 0, so
-    that the gradient of A, and the pull on A, is 0.
+    that the gradient of A, and the pull on A, is 0. If a callback unfreezes weights later, their F is estimated at
+    that step, since it was not known before.
     """
 
     stage, slots, streams = Stage.FINETUNING, (Slot.GRADIENT,), ("alignment",)
@@ -140,7 +142,7 @@ class EWC(Defense):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = state_dict
+        self._loaded = state_dict if state_dict["start"] else None  # empty in a checkpoint from before the first step
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -156,6 +158,9 @@ class EWC(Defense):
             self._start, self._diagonal = (placed(loaded[name], pl_module) for name in ("start", "diagonal"))
             return
         self._start, self._diagonal = snapshot(pl_module), self._estimate_fisher(pl_module)
+        self._check_fisher()
+
+    def _check_fisher(self) -> None:
         total = sum(float(whole(f.sum())) for f in self._diagonal.values())
         if not math.isfinite(total):
             raise RuntimeError(
@@ -167,6 +172,10 @@ class EWC(Defense):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self.lam == 0:
             return
+        if late := extend(self._start, pl_module):
+            fisher = self._estimate_fisher(pl_module)
+            self._diagonal |= {name: fisher[name] for name in late}
+            self._check_fisher()
         weights = {name: p.detach() for name, p in trainable(pl_module).items()}
         term = ewc_term(weights, self._start, self._diagonal, self.lam)
         add_to_grad(pl_module, term)

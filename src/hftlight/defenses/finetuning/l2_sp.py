@@ -16,6 +16,7 @@ from hftlight.engine import (
     Vector,
     add_to_grad,
     difference,
+    extend,
     norm,
     packed,
     placed,
@@ -81,7 +82,7 @@ class L2SP(Defense):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = state_dict["start"]
+        self._loaded = state_dict["start"] or None  # empty in a checkpoint from before the first step
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,6 +100,7 @@ class L2SP(Defense):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self.lam == 0:
             return
+        extend(self._start, pl_module)
         weights = {name: p.detach() for name, p in trainable(pl_module).items()}
         term = l2_sp_term(weights, self._start, self.lam)
         add_to_grad(pl_module, term)

@@ -18,6 +18,7 @@ from hftlight.engine import (
     Vector,
     add_to_grad,
     difference,
+    extend,
     norm,
     packed,
     placed,
@@ -199,7 +200,8 @@ class Lisa(Defense):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = state_dict
+        # A checkpoint from before the first step, such as that of the learning rate finder, holds no plan yet.
+        self._loaded = state_dict if state_dict["planned"] or state_dict["anchor"] else None
 
     @override
     def manifest(self) -> dict[str, Any]:
@@ -269,6 +271,8 @@ class Lisa(Defense):
         on_alignment = self.stream_at(step) == "alignment"
         recorded: dict[str, float | Tensor] = {"alignment_steps": float(on_alignment)}
         logged: dict[str, float | Tensor] = {"lisa/alignment": float(on_alignment)}
+        if self.proximal > 0 and extend(self._anchor, pl_module) and self.space == "delta":
+            self._pairs = _factor_pairs(pl_module)
         # At a phase switch the current weights are the other phase's last iterate: they become the anchor before the
         # pull is computed, so that the first step of a phase has no pull.
         if self.proximal > 0 and step > 0 and self.stream_at(step) != self.stream_at(step - 1):

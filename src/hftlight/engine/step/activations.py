@@ -3,6 +3,7 @@
 Every hook is removed when its block ends, also after an exception.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hftlight.engine.step.passes import same_random_state
 
+# Arguments of a decoder layer that hold the cache of keys and values, with the value that turns it off.
+NO_CACHE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")  # what attention is called in decoder layers
 
 
@@ -33,6 +36,7 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Any], Any], in
         inputs: act on the first positional input instead of the output.
     """
     with ExitStack() as stack:
+        _run_eagerly(stack)
         for name, module in modules.items():
             if inputs:
 
@@ -226,6 +230,7 @@ def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
         modules: such as decoder layers; no module may lie inside another.
     """
     with ExitStack() as stack:
+        _run_eagerly(stack)
         for module in modules:
             if getattr(module, "gradient_checkpointing", False):
                 continue
@@ -238,7 +243,18 @@ def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    # Backward runs the layer a second time, and a cache of keys and values would grow with every run.
+    without_cache = {name: value for name, value in NO_CACHE.items() if name in kwargs}
+    return checkpoint(forward, *args, use_reentrant=False, **{**kwargs, **without_cache})
+
+
+def _run_eagerly(stack: ExitStack) -> None:
+    """Let ``torch.compile``d modules run uncompiled until the stack closes.
+
+    Compiled code leaves out the hooks that are set after its compilation.
+    """
+    if "torch._dynamo" in sys.modules:  # without it nothing is compiled
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -85,6 +85,20 @@ def snapshot(module: nn.Module) -> Vector:
     return {name: p.detach().clone() for name, p in trainable(module).items()}
 
 
+def extend(anchor: Vector, module: nn.Module) -> list[str]:
+    """Add copies of the parameters that have become trainable since the snapshot, and return their names.
+
+    A callback may unfreeze parameters during training. Before their first update they have the values of the start.
+
+    Args:
+        anchor: snapshot of earlier trainable parameters. It is changed in place.
+        module: module that is trained.
+    """
+    late = {name: p for name, p in trainable(module).items() if name not in anchor}
+    anchor |= {name: p.detach().clone() for name, p in late.items()}
+    return list(late)
+
+
 def packed(vector: Vector) -> dict[str, Tensor]:
     """Return the vector as whole tensors on the CPU, for a checkpoint.
 
@@ -95,7 +109,7 @@ def packed(vector: Vector) -> dict[str, Tensor]:
 
 def placed(plain: Mapping[str, Tensor], module: nn.Module) -> Vector:
     """Return whole tensors with the device and the sharding of the parameters of the same names."""
-    parameters = trainable(module)
+    parameters = dict(module.named_parameters())  # a callback may freeze some of them by now
     result = {}
     for name, tensor in plain.items():
         p = parameters[name]

@@ -275,10 +275,16 @@ class Repair(Defense):
         self._trained = True
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After every ``on_train_end``: callbacks that average weights write the average into the model there, and
+        # checkpoints of the trained weights are written there.
+        if not self._trained:  # Lightning resumed a finished run, so no training started or ended
+            self._refuse_repaired()
+            raise RuntimeError(
+                f"{type(self).__name__}: the resumed run had ended already, so nothing was trained and the model in"
+                f" memory is not repaired. If that run completed, its repaired model is in {self.output}."
+            )
         self._refuse_repaired()
-        for callback in trainer.checkpoint_callbacks:
-            callback.on_train_end(trainer, pl_module)  # before the edit: checkpoints must hold the trained weights
         subject = Subject(
             _model_of(pl_module),
             batches=self._batches,
@@ -291,15 +297,6 @@ class Repair(Defense):
         assert self.output is not None
         save_repaired(Path(self.output), subject)
         trainer.strategy.barrier("repaired model written")
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._trained:  # Lightning resumed a finished run, so no training started or ended
-            self._refuse_repaired()
-            raise RuntimeError(
-                f"{type(self).__name__}: the resumed run had ended already, so nothing was trained and the model in"
-                f" memory is not repaired. If that run completed, its repaired model is in {self.output}."
-            )
 
     def _refuse_repaired(self) -> None:
         if self.applied:
