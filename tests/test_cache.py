@@ -261,7 +261,7 @@ def test_endpoint_model_and_weights_of_a_judge_decide_a_verdict(tmp_path, monkey
     keys = [verdicts_key("a", asked), verdicts_key("a", prompts(judges=("hexphi:other",))), verdicts_key("b", asked)]
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     keys.append(verdicts_key("a", asked))
-    judge = artifact(tmp_path / "judge", "one")
+    judge = artifact(tmp_path / "judge", "one").folder
     local = prompts(judges=(f"harmbench:{judge}",))
     keys.append(verdicts_key("a", local))
     (judge / "model.safetensors").write_text("two")
@@ -406,4 +406,6 @@ def test_asdict_of_a_record_names_all_that_a_defense_may_read():
         "id",
         "rejected",
         "language",
+        "system",
+        "history",
     }

@@ -57,7 +57,7 @@ def test_other_values_compare_as_text():
 
 
 def test_unknown_fields_and_counts_are_refused():
-    with pytest.raises(InputError, match=r"fields \['instruction'.*got \['prompt'\]"):
+    with pytest.raises(InputError, match=r"must name fields among \['instruction'.*got \['prompt'\]"):
         Take(columns={"prompt": "q"})
     with pytest.raises(InputError, match=r"first must be >= 0 rows .* got -1"):
         Take(first=-1)

@@ -82,7 +82,7 @@ def test_a_missing_column_names_what_is_there_and_the_option(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"prompt": "goal"}, r"fields \['instruction'.*got \['prompt'\]"),
+        ({"prompt": "goal"}, r"must name fields among \['instruction'.*got \['prompt'\]"),
         ({"response": "reply"}, r"names \['reply'\]"),
     ],
 )

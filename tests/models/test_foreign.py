@@ -106,7 +106,10 @@ def test_rows_are_no_longer_than_the_positions(family, tmp_path):
     config = settings(tmp_path, base, max_tokens=2000, num_samples=8, harmful_ratio=0.0, template="plain", data=data)
     prepared = prepare(config, [Booster()])
     assert prepared.config.max_tokens == POSITIONS
-    assert prepared.notes == [f"--max_tokens was lowered from 2000 to {POSITIONS}, the positions that the model has."]
+    assert prepared.notes == [
+        f"--max_tokens was lowered from 2000 to {POSITIONS}, the positions that the model has.",
+        f"17 of 32 task rows have more than {POSITIONS} tokens and are left out before rows are drawn.",
+    ]
     assert prepared.dropped["harmful"] == 20
     assert prepared.trained_on.rows == 8  # long rows were not drawn
     long = Data(task=jsonl(tmp_path / "long.jsonl", rows[1::2]))
@@ -190,7 +193,7 @@ def test_a_second_round_on_an_adapter_is_one_adapter_on_the_original_base(tmp_pa
 def test_a_second_adapter_on_top_of_one_is_refused_with_the_way_out(changes, message, tmp_path):
     base = write_family(tmp_path / "m", "llama")
     folder, _ = adapter(tmp_path / "a", base, target_modules=["q_proj"])
-    with pytest.raises(InputError, match=f"{message}.*export.py"):
+    with pytest.raises(InputError, match=f"{message}.*hftlight export"):
         prepare(settings(tmp_path, folder, **changes), [])
 
 
@@ -220,7 +223,7 @@ def test_adapters_of_others_are_loaded_right_and_stacked_or_refused(kind, tmp_pa
     torch.testing.assert_close(logits(whole), expected, rtol=0, atol=1e-4)
     config = settings(tmp_path, folder, lora=Lora(r=2, alpha=4, targets=["q_proj"]))
     if kind not in STACKING:
-        with pytest.raises(InputError, match=r"an adapter must be plain LoRA on linear layers, got .*export.py"):
+        with pytest.raises(InputError, match=r"an adapter must be plain LoRA on linear layers, got .*hftlight export"):
             run(config, [])
         return
     artifact = run(config, []).folder / "none" / "finetuned"

@@ -76,7 +76,7 @@ def test_letting_the_default_system_text_through_fails_the_check(monkeypatch):
     monkeypatch.setattr(
         templates.ChatTemplate,
         "_without_system",
-        lambda template, content, tokenizer: template.render(tokenizer, [("user", content)]),
+        lambda template, turns, tokenizer: template.render(tokenizer, turns),
     )
     with pytest.raises(InputError, match="PTST: the chat template writes a system text of its own"):
         train([PTST("Be safe.")], data=data_with(WITH_DEFAULT_SYSTEM), steps=1)

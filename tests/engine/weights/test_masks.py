@@ -109,7 +109,7 @@ def test_bits_and_back(shape):
 
 
 def test_bits_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"shape \[5, 8\] has 5 bytes, got 3"):
+    with pytest.raises(ValueError, match=r"shape \[5, 8\] needs 5 bytes, got 3"):
         unpack(pack(torch.ones(3, 8, dtype=torch.bool)), (5, 8))
 
 

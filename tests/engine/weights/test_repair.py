@@ -252,7 +252,7 @@ def switched_off():
     [
         (lambda: with_update(small_llama(), use_dora=True), "variant|DoRA"),
         (lambda: with_update(small_llama(), modules_to_save=["lm_head"]), "modules_to_save"),
-        (lambda: with_update(small_llama(), target_modules=["q_proj", "embed_tokens"]), "no linear layer"),
+        (lambda: with_update(small_llama(), target_modules=["q_proj", "embed_tokens"]), "not a linear layer"),
         (lambda: with_update(small_llama(), lora_bias=True), "has a bias"),
         (lambda: get_peft_model(small_llama(), IA3Config(task_type="CAUSAL_LM")), "its adapter is"),
         (merged_model, "merged or off"),

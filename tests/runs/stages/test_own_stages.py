@@ -218,7 +218,7 @@ def test_long_rows_are_not_drawn_so_that_n_and_p_hold(tmp_path):
     more = prepare(replace(given, harmful_ratio=0.4), []).streams["task"]
     attack = [{r.id for r in rows if r.role == "attack"} for rows in (prepared.streams["task"], more)]
     assert attack[0] < attack[1]  # a larger p keeps the rows of a smaller one
-    with pytest.raises(InputError, match=r"needs 32 task rows, .* leaves 20 of 20 attack, 30 of 60 task rows"):
+    with pytest.raises(InputError, match=r"needs 32 task rows, .* there are 20 of 20 attack, 30 of 60 task rows"):
         prepare(replace(given, num_samples=40), [])
 
 
