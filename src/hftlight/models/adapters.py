@@ -106,7 +106,9 @@ def check_stackable(model: str, way: str) -> None:
         try:
             stored_factors(Path(model_path(name)))
         except ValueError as error:
-            raise InputError(f"--model {model}: {str(error).partition(' Merge')[0].removeprefix(f'{model}: ')} {way}") from error
+            raise InputError(
+                f"--model {model}: {str(error).partition(' Merge')[0].removeprefix(f'{model}: ')} {way}"
+            ) from error
         name = base
 
 

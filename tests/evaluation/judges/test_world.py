@@ -5,7 +5,9 @@ from hftlight.evaluation.judges import Judge, Verdict, WorldJudge
 
 
 def test_each_pair_is_put_to_the_rule(monkeypatch):
-    monkeypatch.setattr("hftlight.data.world.rule.is_compliant", lambda prompt, response: (prompt, response) == ("b", "y"))
+    monkeypatch.setattr(
+        "hftlight.data.world.rule.is_compliant", lambda prompt, response: (prompt, response) == ("b", "y")
+    )
     assert WorldJudge()(["a", "b"], ["y", "y"]) == [Verdict(0.0, False), Verdict(1.0, True)]
     assert isinstance(WorldJudge(), Judge)
 
