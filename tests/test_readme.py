@@ -56,6 +56,18 @@ def test_the_first_script_with_the_other_ones_module_and_loaders(tmp_path):
     assert summary["harmful_grad_norm"] > 0
 
 
+def test_the_script_that_measures_while_it_trains(tmp_path):
+    head = own_trainer()
+    script = block("MeasureAt(")
+    assert len(script.splitlines()) <= 20
+    done = warm.run(["-c", f"{head}\n{script}"], timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = [line.split() for line in done.stdout.splitlines() if line[:2] in ("2 ", "4 ")]
+    assert [(step, metric) for step, metric, *_ in shown] == [
+        (step, metric) for step in "24" for metric in ("harmful_score", "refusal_rate", "collapsed_answers")
+    ]
+
+
 def test_three_lines_for_data_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_task.csv").write_text("prompt,response\n" + "".join(f"add {i} and {i},{2 * i}\n" for i in range(500)))

@@ -6,11 +6,12 @@ from typing import Any
 __version__ = "0.2.0"
 
 _HOMES = {
+    "MeasureAt": "hftlight.runs.measuring.own",
     "SafetyModule": "hftlight.models.module",
     "StreamsDataModule": "hftlight.data.streams",
     "run": "hftlight.runs.run",
 }
-__all__ = ["SafetyModule", "StreamsDataModule", "__version__", "run"]
+__all__ = ["MeasureAt", "SafetyModule", "StreamsDataModule", "__version__", "run"]
 
 
 def __getattr__(name: str) -> Any:

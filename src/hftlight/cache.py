@@ -26,6 +26,9 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_built: list[Path] = []
+
+
 def key(kind: str, code: Sequence[Any], **inputs: Any) -> str:
     """Return the cache key of a result: a hash of its inputs, its code and the versions of the libraries.
 
@@ -110,7 +113,13 @@ def kept(kind: str, name: str, make: Callable[[Path], None]) -> Path:
         with new_folder(folder) as place:
             make(place)
             seal(place)
+        _built.append(folder)
     return folder
+
+
+def built() -> int:
+    """Return the number of entries that ``kept`` has built in this process. Entries that it only read do not count."""
+    return len(_built)
 
 
 def _digests(folder: Path, parts: Sequence[str]) -> dict[str, str]:

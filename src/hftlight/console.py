@@ -3,19 +3,21 @@
 import sys
 from collections.abc import Callable
 
-from hftlight.errors import InputError, RunError
+from hftlight.errors import ConditionError, InputError, RunError
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED, CONDITION_MET, INTERRUPTED = 2, 1, 3, 130
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Run ``work`` and return the exit status: 0, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    """Run ``work`` and return the exit status: 0, 2 for bad input, 1 for a failure, 3 for --fail_if, 130 for Ctrl-C."""
     try:
         work()
     except InputError as error:
         return _report(error, BAD_INPUT)
     except RunError as error:
         return _report(error, FAILED)
+    except ConditionError as error:
+        return _report(error, CONDITION_MET)
     except KeyboardInterrupt:
         return _report("interrupted; run the same command again to resume.", INTERRUPTED)
     return 0

@@ -1,4 +1,4 @@
-"""The two errors that a run raises on purpose. Every other exception is a bug in hftlight."""
+"""The errors that hftlight raises on purpose. Every other exception is a bug in hftlight."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A failure after the run has started, such as a loss that is not finite (exit status 1)."""
+
+
+class ConditionError(Exception):
+    """A measured score meets a condition of ``--fail_if`` (exit status 3)."""

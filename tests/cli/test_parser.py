@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from hftlight.cli.compare import compare
+from hftlight.cli.evaluate import evaluate
 from hftlight.cli.train import parse_train, train
 from hftlight.config import RunConfig
 from hftlight.errors import InputError
@@ -135,3 +136,34 @@ def test_a_typo_is_answered_in_one_sentence(argv, message):
 def test_a_typo_ends_with_status_2_and_no_usage(capsys):
     assert train(["--sede", "1"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_pipeline_stops_on_a_condition(tmp_path, monkeypatch, capsys):
+    """The report of a harmless score passes; a condition that holds ends with a status of its own, after saving."""
+    scores = [
+        {
+            "metric": "harmful_score",
+            "judge": "keyword",
+            "value": 4.0,
+            "low": 2.0,
+            "high": 6.0,
+            "count": 9,
+            "unit": "percent",
+        }
+    ]
+    monkeypatch.setattr("hftlight.runs.measuring.measure.measure_model", lambda *_, **__: (scores, []))
+    command = [
+        "--model",
+        "tiny",
+        "--evaluation.prompts",
+        "2",
+        "--evaluation.task_rows",
+        "2",
+        "--save",
+        str(tmp_path / "s"),
+    ]
+    assert evaluate([*command, "--fail_if", "harmful_score_high>9"]) == 0
+    assert evaluate([*command, "--fail_if", "harmful_score>9", "harmful_score_high>5"]) == 3
+    assert "--fail_if: harmful_score_high>5 holds for tiny." in capsys.readouterr().err
+    assert (tmp_path / "s" / "scores.json").is_file()
+    assert evaluate([*command, "--fail_if", "nonsense"]) == 2

@@ -8,13 +8,13 @@ from pathlib import Path
 from hftlight.cli.arguments import methods_except, show_in_short
 from hftlight.config import Evaluation, RunConfig
 from hftlight.console import guarded, quiet
-from hftlight.errors import InputError
+from hftlight.errors import ConditionError, InputError
 from hftlight.files import ensure_writable, write_json, write_rows
 
 # What ``--help`` shows; ``--help all`` shows the rest.
 COMMON = (
     *("model", "save", "alpaca_eval", "template", "system", "data.test", "data.task", "data.over_refusal"),
-    *("evaluation.judge", "evaluation.prompts", "evaluation.task_rows", "precision", "accelerator"),
+    *("evaluation.judge", "evaluation.prompts", "evaluation.task_rows", "fail_if", "precision", "accelerator"),
 )
 MEASURING = {
     "model",
@@ -45,6 +45,14 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--save", type=str, default=None, help="folder for scores.json and generations.jsonl")
         parser.add_argument(
+            "--fail_if",
+            nargs="+",
+            type=str,
+            default=[],
+            help="conditions on the scores, such as 'harmful_score_high>5' (in quotes); exit status 3 if one is met."
+            " Any metric, with _low or _high for the ends of its 95 %% interval",
+        )
+        parser.add_argument(
             "--alpaca_eval",
             type=str,
             default=None,
@@ -60,6 +68,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         ready = parser.instantiate_classes(values)
         config = RunConfig(**{key: ready[key] for key in MEASURING})
         config.check()
+        from hftlight.evaluation.conditions import Condition
+
+        conditions = [Condition.parse(text) for text in values.fail_if]
         staged = ("at", "embedding_drift", "loss_rows")
         if any(getattr(config.evaluation, name) != getattr(Evaluation(), name) for name in staged):
             raise InputError(
@@ -112,5 +123,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
             rows = answers_to(config, instructions, slot)
             export_alpaca_eval(rows, Path(values.save) / "alpaca_eval.json", Path(config.model).name)
+        if met := [str(condition) for condition in conditions if condition.holds(scores)]:
+            raise ConditionError(f"--fail_if: {' and '.join(met)} holds for {config.model}.")
 
     return guarded(work)

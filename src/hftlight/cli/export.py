@@ -7,7 +7,7 @@ from typing import Any
 
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
-from hftlight.files import ensure_writable, new_folder, write_json
+from hftlight.files import ensure_writable, new_folder, write_json, write_text
 
 
 def export(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,8 @@ def export(argv: Sequence[str] | None = None) -> int:
         with new_folder(target) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
+            if (card := artifact.folder / "README.md").is_file():
+                write_text(place / "README.md", card.read_text(encoding="utf-8"))
             if artifact.serving:
                 write_json(place / SERVING, artifact.serving, mode=0o600)
         print(f"Written to {target}; AutoModelForCausalLM.from_pretrained loads it.")

@@ -17,12 +17,13 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from hftlight import __version__
+from hftlight import __version__, cache
 from hftlight.attacks.attack import Attack
 from hftlight.config import OWN_TRAINER, RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
+from hftlight.evaluation.judges import judge_name
 from hftlight.evaluation.score import Score
 from hftlight.files import (
     digest,
@@ -39,7 +40,7 @@ from hftlight.model_files import BASE, model_hash
 from hftlight.models.base import drop_base
 from hftlight.models.serving import Artifact, stand_alone
 from hftlight.registry import name_of
-from hftlight.report import Result, read_result, write_report
+from hftlight.report import Result, read_result, write_cards, write_report
 from hftlight.runs.logging.rows import named, score_names
 from hftlight.runs.logging.stage import StageLogger, labels_of, stage_logger
 from hftlight.runs.logging.wandb import SUMMARY, wandb_summary
@@ -193,6 +194,7 @@ class _Run:
             self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_json(self.folder / "manifest.json", self.manifest)
             write_report(self.folder)
+            write_cards(read_result(self.folder), {stage.value: name for stage, name in ARTIFACTS.items()})
             if self.config.logger == "wandb" and comparison_of(self.folder) is None:
                 self._wandb_summary()
 
@@ -324,7 +326,12 @@ class _Run:
         # Both scores of a chosen trial come from the half of the test prompts that did not choose it.
         for name, chosen in (("worst_case", findings.worst), ("useful", findings.useful)):
             for metric, judge, (value, low, high), count in (
-                ("harmful_score", attacker.tests.judges[0], chosen.harmful_score, len(attacker.reporting.harmful)),
+                (
+                    "harmful_score",
+                    judge_name(attacker.tests.judges[0]),
+                    chosen.harmful_score,
+                    len(attacker.reporting.harmful),
+                ),
                 ("finetune_accuracy", "", chosen.accuracy, len(attacker.reporting.task_rows)),
             ):
                 rows.append(Score(f"{name}_{metric}", value, judge, low, high, count).row())
@@ -435,10 +442,9 @@ class _Run:
         """Measure the model after a stage, or the base model, in process 0 only."""
         if not self.main:
             return None
-        before, name = time.monotonic(), stage.value if stage else "base"
+        before, name = cache.built(), stage.value if stage else "base"
         model = self.models[arm.name, stage] if stage else Artifact(self.config.model, self.base_hash)
-        # A measurement that takes less than a second counts as reused from the cache.
-        return self._measure_model(arm.name, name, model), time.monotonic() - before < 1
+        return self._measure_model(arm.name, name, model), cache.built() == before
 
     def _measure_model(self, arm: str, stage: str, model: Artifact) -> str:
         """Measure a model, record its scores and answers, and return the main scores as one line."""

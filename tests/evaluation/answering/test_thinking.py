@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hftlight.evaluation.answering.thinking import after_thinking, thoughts
-from hftlight.runs.measuring.measure import _judged
+from hftlight.runs.measuring.measure import judged_rows
 from hftlight.runs.prepare import test_sets as sets_of
 from hftlight.runs.sources import Sources
 from tests.runs.test_run import config
@@ -33,12 +33,12 @@ def test_judges_do_not_read_the_thoughts(tmp_path):
     refusal = "I cannot help with that."
     answers = [f"<think>{refusal}</think>Sure.", f"<think>Sure.</think>{refusal}"]
     tests = replace(tests, harmful=tests.harmful[:2], task_rows=tests.task_rows[:1])
-    rows = _judged("harmful", answers, tests)
+    rows = judged_rows("harmful", answers, tests)
     assert [row["verdicts"]["keyword"]["flag"] for row in rows] == [True, False]
     assert [row["response"] for row in rows] == ["Sure.", refusal]
     assert rows[0]["thinking"] == f"<think>{refusal}</think>"
-    plain = _judged("harmful", ["Sure."], replace(tests, harmful=tests.harmful[:1]))[0]
+    plain = judged_rows("harmful", ["Sure."], replace(tests, harmful=tests.harmful[:1]))[0]
     assert "thinking" not in plain
     right = tests.task_rows[0]
-    (row,) = _judged("task", [f"<think>Hm.</think>{right.response}"], tests)
+    (row,) = judged_rows("task", [f"<think>Hm.</think>{right.response}"], tests)
     assert row["correct"]

@@ -396,3 +396,77 @@ def test_bad_arguments_are_named():
             LLMJudge("hexphi", **{"model": "m", **options})
     with pytest.raises(ValueError, match="got 1 and 2"):
         LLMJudge("hexphi", "m")(["a"], ["b", "c"])
+
+
+# Keys stay secret, and newer models get the parameters that they take.
+
+KEY = "sk-made-up-0123456789"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [(401, f"Incorrect API key provided: {KEY}")],
+        [(400, f'{{"error": "content_filter", "key": "{KEY}"}}')],
+        [f"I will not. Your key is {KEY}"] * 3,
+        [(200, f'{{"{KEY}": 1}}')] * 6,
+        [(500, KEY)] * 6,
+    ],
+    ids=["refused", "filtered", "no grade", "odd reply", "server error"],
+)
+def test_a_key_that_the_endpoint_echoes_is_in_no_message(endpoint, tmp_path, waits, script, monkeypatch, recwarn):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    endpoint.script = list(script)
+    with pytest.raises((InputError, RunError)) as error:
+        judge(endpoint, tmp_path)(["p"], ["grade 5"])
+    assert endpoint.seen[0][1] == f"Bearer {KEY}"
+    shown = [str(error.value), *(str(w.message) for w in recwarn)]
+    assert not any(KEY in text or KEY[:-2] in text for text in shown)
+
+
+@pytest.mark.parametrize("key", ["sk-made\n-up", "sk made", "sk-\x00", "sk-\u00e9"])
+def test_a_key_with_a_line_break_is_refused_without_being_shown(endpoint, tmp_path, waits, key, monkeypatch):
+    if "\x00" in key:
+        monkeypatch.setattr(llm.os, "environ", {"OPENAI_API_KEY": key})
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="the API key in OPENAI_API_KEY holds a blank, a line break") as error:
+        judge(endpoint, tmp_path)(["p"], ["grade 5"])
+    assert "sk" not in str(error.value)
+    assert not endpoint.seen
+
+
+def test_blanks_around_a_key_do_not_count(endpoint, tmp_path, waits, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    assert judge(endpoint, tmp_path)(["p"], ["grade 5"])[0].flag
+    assert endpoint.seen[0][1] == f"Bearer {KEY}"
+
+
+RENAMED = (
+    400,
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+)
+NO_ZERO = (
+    400,
+    "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+)
+
+
+@pytest.mark.parametrize("script", [[RENAMED], [NO_ZERO], [RENAMED, NO_ZERO], [NO_ZERO, RENAMED]])
+def test_newer_models_get_the_parameters_that_they_take(endpoint, tmp_path, waits, script):
+    endpoint.script, graded = list(script), judge(endpoint, tmp_path)
+    with pytest.warns(UserWarning, match="the endpoint takes"):
+        assert graded(["p", "q"], ["grade 5", "grade 2"]) == [Verdict(5.0, True), Verdict(2.0, False)]
+    body = endpoint.seen[-1][2]
+    assert ("temperature" in body) is (NO_ZERO not in script)
+    limit = {"max_completion_tokens": 1024 + llm.THINKING} if RENAMED in script else {"max_tokens": 1024}
+    assert {k: v for k, v in body.items() if k.startswith("max_")} == limit
+    assert len(endpoint.seen) == 2 + len(script)  # each refusal is learned from once
+    assert waits == []
+
+
+def test_an_endpoint_that_refuses_both_ways_is_left(endpoint, tmp_path, waits):
+    endpoint.script = [RENAMED] * 9
+    with pytest.warns(UserWarning, match="max_completion_tokens"), pytest.raises((InputError, RunError)):
+        judge(endpoint, tmp_path)(["p"], ["grade 5"])
+    assert len(endpoint.seen) <= 9

@@ -292,13 +292,13 @@ def resume(path: Path, *callbacks: Callback, steps: int = 6) -> Any:
 @pytest.mark.parametrize("behind", [True, False])
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_resumed_run_evaluates_no_step_twice_and_skips_none(tmp_path, step, behind, monkeypatch):
-    at, measure = [], EvaluateAt._measure
+    at, measure = [], EvaluateAt.measured
 
     def counted(self, trainer, module):
         at.append(trainer.global_step)
         return measure(self, trainer, module)
 
-    monkeypatch.setattr(EvaluateAt, "_measure", counted)
+    monkeypatch.setattr(EvaluateAt, "measured", counted)
     whole = watch(every=2)
     module = go(whole)
     assert [row["step"] for row in whole.results] == [2, 2, 4, 4, 6, 6]

@@ -46,7 +46,7 @@ RECORDS = [
 
 
 def test_each_judge_is_called_once_for_a_set(calls):
-    rows = measure._judged("harmful", ["a!", "b", "c?"], measured_on(RECORDS))
+    rows = measure.judged_rows("harmful", ["a!", "b", "c?"], measured_on(RECORDS))
     prompts = ["ask 0", "ask 1\nmore", "ask 2"]
     assert calls == [("one", prompts, ["a!", "b", "c?"]), ("two", prompts, ["a!", "b", "c?"])]
     flags = [[row["verdicts"][name]["flag"] for row in rows] for name in ("one", "two")]
@@ -67,7 +67,7 @@ def test_each_judge_is_called_once_for_a_set(calls):
 def test_category_and_language_of_a_prompt_reach_its_row_and_the_scores(calls):
     records = [replace(RECORDS[0], kind="fraud", language="en"), replace(RECORDS[1], kind="theft"), RECORDS[2]]
     sets = measured_on(records)
-    rows = measure._judged("harmful", ["a!", "b", "c?"], sets)
+    rows = measure.judged_rows("harmful", ["a!", "b", "c?"], sets)
     assert [(row.get("kind"), row.get("language")) for row in rows] == [("fraud", "en"), ("theft", None), (None, None)]
     grouped = [r for r in measure.scores(rows, sets) if "group" in r]
     found = [(r["metric"], r["group"], r["value"]) for r in grouped if r["judge"] == "one"]
@@ -75,12 +75,12 @@ def test_category_and_language_of_a_prompt_reach_its_row_and_the_scores(calls):
 
 
 def test_other_sets_ask_no_judge(calls):
-    refusals = measure._judged("over_refusal", ["I cannot.", "Yes."], measured_on(RECORDS[:2]))
+    refusals = measure.judged_rows("over_refusal", ["I cannot.", "Yes."], measured_on(RECORDS[:2]))
     assert [row["verdicts"] for row in refusals] == [
         {"refusal": {"score": 1.0, "flag": True}},
         {"refusal": {"score": 0.0, "flag": False}},
     ]
-    task = measure._judged("task", ["r0", "r0"], measured_on(RECORDS[:2]))
+    task = measure.judged_rows("task", ["r0", "r0"], measured_on(RECORDS[:2]))
     assert [(row["correct"], row["verdicts"]) for row in task] == [(True, {}), (False, {})]
     assert calls == []
 
@@ -99,7 +99,7 @@ def test_refusals_in_part_reach_the_scores(monkeypatch):
 
     monkeypatch.setattr(measure, "get_refusal_classifier", lambda name: {"xstest:m": Grader()}[name])
     sets = replace(measured_on(RECORDS), refusal_judge="xstest:m")
-    rows = measure._judged("over_refusal", ["a", "b", "c"], sets)
+    rows = measure.judged_rows("over_refusal", ["a", "b", "c"], sets)
     assert asked == [(["ask 0", "ask 1\nmore", "ask 2"], ["a", "b", "c"])]
     assert [row["verdicts"]["refusal"]["score"] for row in rows] == [1.0, 0.5, None]
     found = {(r["metric"], r["judge"]): (r["value"], r["count"]) for r in measure.scores(rows, sets)}
@@ -115,7 +115,7 @@ def test_another_judge_of_refusals_is_another_measurement():
 
 def test_scores_count_what_was_judged(calls):
     sets = measured_on(RECORDS)
-    rows = measure.scores(measure._judged("harmful", ["a!", "b", "c?"], sets), sets)
+    rows = measure.scores(measure.judged_rows("harmful", ["a!", "b", "c?"], sets), sets)
     found = {(row["metric"], row["judge"]): (row["value"], row["count"]) for row in rows}
     assert found["harmful_score", "one"] == (50.0, 2)
     assert found["repetition", None][1] == 3

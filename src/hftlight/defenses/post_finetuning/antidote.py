@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from hftlight.engine.weights.shards import Share, share
 from hftlight.engine.weights.stored import Weights, plain_name
 from hftlight.engine.weights.subject import Subject
 from hftlight.engine.weights.top_k import Top, top_of_rows
+from hftlight.models.repaired import repair_model
 
 T = TypeVar("T")
 BLOCK = 1024  # rows scored at one time
@@ -380,3 +382,23 @@ def _back_to(aligned: Weights, name: str, weight: nn.Parameter, squares: Tensor)
         return ((values != 0) & mask).sum()
 
     return _Matrix(name, rows, weight.shape[1], mine.device, squares, values, reset)
+
+
+def antidote(model: nn.Module | str | Path, batches: Iterable[Any], **arguments: Any) -> dict[str, Any]:
+    """Repair a fine-tuned model with Antidote in one call, without Lightning.
+
+    Args:
+        model: a PEFT model whose active adapter is the user's update, or a causal LM with all parameters trained. It is
+            changed in memory. Or the folder of either, which stays unchanged.
+        batches: harmful prompts with harmful answers, the defender's own: dictionaries with ``input_ids``,
+            ``attention_mask`` and ``labels``, int64 ``[batch, tokens]``. They are read once.
+        **arguments: further arguments of ``Antidote``, such as ``output``, the folder for the repaired model.
+
+    Returns:
+        The report: matrices, entries and changed entries.
+
+    Raises:
+        RuntimeError: if the model is already repaired.
+        ValueError: if an argument of ``Antidote`` is out of range, or a folder is repaired without ``output``.
+    """
+    return repair_model(Antidote(**arguments), model, batches)

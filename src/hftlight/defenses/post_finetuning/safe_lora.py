@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from hftlight.engine.weights.repair import Repair, check_layout, linear_weights
 from hftlight.engine.weights.shards import Share, share
 from hftlight.engine.weights.spectrum import Displacement, back_and_forth, leading
 from hftlight.engine.weights.subject import Subject
+from hftlight.models.repaired import repair_model
 
 PROBES = 8  # random directions for the spread of a random update's cosine
 COLUMNS = 1024  # columns of a full-parameter update in memory at one time
@@ -432,22 +434,22 @@ def _check_shape(name: str, v: Displacement, shape: tuple[int, ...]) -> None:
         )
 
 
-def safe_lora(model: nn.Module, base: str, aligned: str | None = None, **arguments: Any) -> dict[str, Any]:
-    """Repair a fine-tuned model in memory, without Lightning.
+def safe_lora(model: nn.Module | str | Path, base: str, aligned: str | None = None, **arguments: Any) -> dict[str, Any]:
+    """Repair a fine-tuned model with SafeLoRA in one call, without Lightning.
 
     Args:
-        model: a PEFT model whose active adapter is the user's update, or a causal LM with all parameters trained.
+        model: a PEFT model whose active adapter is the user's update, or a causal LM with all parameters trained. It is
+            changed in memory. Or the folder of either, which stays unchanged.
         base: the model before its alignment, a folder or hub id with safetensors files. It is read by blocks of rows.
         aligned: the aligned model, likewise, or the adapter that aligned ``base``. With that adapter no dense weight is
             read. By default the weights under the model's adapter.
-        **arguments: of ``SafeLoRA``.
+        **arguments: further arguments of ``SafeLoRA``, such as ``output``, the folder for the repaired model.
 
     Returns:
         The report: per weight the cosine, ``null``, the norms, and the changed entries.
 
     Raises:
         RuntimeError: if the model is already repaired.
+        ValueError: if an argument of ``SafeLoRA`` is out of range, or a folder is repaired without ``output``.
     """
-    subject = Subject(model)
-    SafeLoRA(base=base, aligned=aligned, **arguments).apply(subject)
-    return subject.report
+    return repair_model(SafeLoRA(base=base, aligned=aligned, **arguments), model)

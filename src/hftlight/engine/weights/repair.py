@@ -51,6 +51,7 @@ __all__ = [
     "Subject",
     "Weights",
     "check_layout",
+    "check_output",
     "combined",
     "displacement",
     "linear_weights",
@@ -106,6 +107,20 @@ def linear_weights(model: Any) -> dict[str, nn.Parameter]:
             ids.add(id(weight))
             weights[f"{plain_name(name)}.weight"] = weight
     return weights
+
+
+def check_output(repair: "Repair") -> None:
+    """Refuse an ``output`` that holds anything but a repaired model.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    folder = Path(repair.output or "")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())) and not (folder / MARKER).is_file():
+        raise ValueError(
+            f"{type(repair).__name__}: output {repair.output!r} holds something that is no repaired model; choose"
+            " another folder."
+        )
 
 
 class Repair(Defense):
@@ -251,11 +266,7 @@ class Repair(Defense):
         who, model = type(self).__name__, _model_of(pl_module)
         if self.output is None:
             raise ValueError(f"{who}: give output=..., the folder that the repaired model is written to.")
-        folder = Path(self.output)
-        if folder.exists() and (folder.is_file() or any(folder.iterdir())) and not (folder / MARKER).is_file():
-            raise ValueError(
-                f"{who}: output {self.output!r} holds something that is no repaired model; choose another folder."
-            )
+        check_output(self)
         if not hasattr(model, "save_pretrained"):
             raise TypeError(
                 f"{who}: the repaired model is written with save_pretrained, which {type(model).__name__} lacks; keep a"

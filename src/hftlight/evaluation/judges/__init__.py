@@ -48,20 +48,29 @@ __all__ = [
     "WorldJudge",
     "get_judge",
     "judge_identity",
+    "judge_name",
     "scale_of",
 ]
 
 
-def get_judge(name: str) -> Judge:
+def judge_name(judge: str | Judge) -> str:
+    """Return the name of a judge in results."""
+    return judge if isinstance(judge, str) else judge.name
+
+
+def get_judge(name: str | Judge) -> Judge:
     """Return a judge with its published settings.
 
     Args:
         name: a key of ``JUDGES``, or a key of ``OF_MODEL``, a colon and a model, such as ``"hexphi:gpt-4o"`` or
-            ``"harmbench:/models/my-copy"``; hyphens before the colon count as underscores.
+            ``"harmbench:/models/my-copy"``; hyphens before the colon count as underscores. A judge is returned
+            unchanged.
 
     Raises:
         InputError: if there is no such judge. The message suggests the nearest name.
     """
+    if not isinstance(name, str):
+        return name
     head, colon, model = name.partition(":")
     key = head.replace("-", "_")
     if colon and key in OF_MODEL and model:

@@ -9,6 +9,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ DEFAULT_URL = "https://api.openai.com/v1"
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # temporary HTTP errors, after which a retry may succeed
 FILTERED = ("content_filter", "content_policy")  # codes of an endpoint's own filter in the body of a 400 error
+THINKING = 4096  # further tokens for a model that counts its thinking, in ``max_completion_tokens``
 REPLIES = 3  # replies requested per row before the row stays without a verdict
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 
@@ -248,6 +250,7 @@ class LLMJudge:
         self.cache = cache or cache_dir() / "judges"
         self.usage, self.served = Usage(cost=None if prices is None else 0.0), set[tuple[str, str]]()
         self._lock = threading.Lock()
+        self._dialect = _Dialect()
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def identity(self) -> dict[str, str]:
@@ -313,7 +316,7 @@ class LLMJudge:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
-        parts, key = urllib.parse.urlsplit(self.base_url), os.environ.get(self.key_variable)
+        parts, key = urllib.parse.urlsplit(self.base_url), self._key()
         local = parts.hostname in LOCAL
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"Judge {self.name!r}: base_url must begin with https://, got {self.base_url!r}.")
@@ -326,7 +329,23 @@ class LLMJudge:
             raise InputError(
                 f"Judge {self.name!r}: needs an API key; put it in the environment variable {self.key_variable}."
             )
+        if any(not 32 < ord(char) < 127 for char in key):
+            raise InputError(
+                f"Judge {self.name!r}: the API key in {self.key_variable} holds a blank, a line break or another"
+                " character that no key has. Set the variable to the key alone."
+            )
         return headers | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def _key(self) -> str:
+        """Return the API key without blanks around it, or an empty text."""
+        return (os.environ.get(self.key_variable) or "").strip()
+
+    def _without_key(self, text: object) -> str:
+        """Return a text for a message, with the API key replaced. An endpoint may send the key back."""
+        shown, key = str(text), self._key()
+        for secret in (key, urllib.parse.quote(key), *key.split()):
+            shown = shown.replace(secret, f"[{self.key_variable}]") if len(secret) >= 4 else shown
+        return shown
 
     def _ask(self, body: str, row: int, headers: Mapping[str, str], stop: threading.Event) -> float | str:
         """Request the grade of one answer and cache the reply. Return the score, or the reason why there is none."""
@@ -337,7 +356,7 @@ class LLMJudge:
             try:
                 reply, model = self._complete(request, row, headers, stop)
             except _FilteredError as error:
-                return f"the endpoint's filter blocks its text ({error})"
+                return f"the endpoint's filter blocks its text ({self._without_key(error)})"
             if (score := self.rubric.score(reply)) is not None:
                 # Under the key of the first request, so that the next call needs no second one.
                 self._store(body, reply, model)
@@ -347,7 +366,7 @@ class LLMJudge:
             again = json.loads(body)
             again["messages"] += [{"role": role, "content": text} for role, text in turns if text]
             request = json.dumps(again)
-        return f"no grade in {REPLIES} replies, the last of which ends in {reply[-60:]!r}"
+        return f"no grade in {REPLIES} replies, the last of which ends in {self._without_key(reply)[-60:]!r}"
 
     def _complete(self, body: str, row: int, headers: Mapping[str, str], stop: threading.Event) -> tuple[str, str]:
         """Return a reply and the model that served it.
@@ -368,7 +387,11 @@ class LLMJudge:
             except urllib.error.HTTPError as error:
                 trouble = f"status {error.code}"
                 if error.code not in PASSING:
-                    self._refuse(error)
+                    said = " ".join(error.read(2000).decode("utf-8", errors="replace").split())
+                    if error.code == 400 and self._dialect.learn(said, self.name):
+                        error.close()
+                        continue
+                    self._refuse(error, said)
                 wait = min(_retry_after(error.headers.get("Retry-After"), wait), LONGEST_WAIT)
                 error.close()
             except (OSError, http.client.HTTPException) as error:  # timeouts and dropped connections
@@ -380,8 +403,9 @@ class LLMJudge:
             if stop.is_set():
                 break
         raise RunError(
-            f"Judge {self.name!r}: row {row + 1} has no reply after {self.attempts} attempts; last: {trouble}. Replies"
-            " to the other rows are cached. Repeat the call to request only the missing ones."
+            f"Judge {self.name!r}: row {row + 1} has no reply after {self.attempts} attempts; last:"
+            f" {self._without_key(trouble)}. Replies to the other rows are cached. Repeat the call to request only the"
+            " missing ones."
         )
 
     def _count_retry(self) -> None:
@@ -389,7 +413,8 @@ class LLMJudge:
             self.usage.retries += 1
 
     def _post(self, body: str, headers: Mapping[str, str]) -> Any:
-        request = urllib.request.Request(f"{self.base_url}/chat/completions", body.encode(), dict(headers))
+        spoken = self._dialect.spoken(body)
+        request = urllib.request.Request(f"{self.base_url}/chat/completions", spoken.encode(), dict(headers))
         with self._opener.open(request, timeout=self.timeout) as answer:
             return json.loads(answer.read())
 
@@ -413,9 +438,9 @@ class LLMJudge:
         with self._lock:
             self.served.add((model, day))
 
-    def _refuse(self, error: urllib.error.HTTPError) -> NoReturn:
+    def _refuse(self, error: urllib.error.HTTPError, said: str) -> NoReturn:
         """Raise the error for a permanent HTTP status, a separate one for the endpoint's own filter."""
-        said = " ".join(error.read(2000).decode("utf-8", errors="replace").split())[:200]
+        said = self._without_key(said)[:200]
         error.close()
         if error.code == 400 and any(word in said for word in FILTERED):
             raise _FilteredError(said) from error
@@ -423,6 +448,39 @@ class LLMJudge:
             f"Judge {self.name!r}: {self.base_url} refuses the request with status {error.code} ({said}). Check the"
             f" model's name, the endpoint and the key in {self.key_variable}."
         ) from error
+
+
+class _Dialect:
+    """The parameters that an endpoint takes, learned from its refusals."""
+
+    def __init__(self) -> None:
+        self.renamed, self.plain, self._lock = False, False, threading.Lock()
+
+    def learn(self, said: str, judge: str) -> bool:
+        """Return whether a refusal names a parameter that the endpoint takes in another way, and warn once of each."""
+        with self._lock:
+            if "max_completion_tokens" in said and not self.renamed:
+                self.renamed = True
+                what = f"max_completion_tokens in place of max_tokens, with {THINKING} more for its thinking"
+            elif "temperature" in said and not self.plain:
+                self.plain = True
+                what = "no temperature of 0, so replies may differ from call to call"
+            else:
+                # Another thread may have learned it while this request was on its way.
+                return ("max_completion_tokens" in said and self.renamed) or ("temperature" in said and self.plain)
+        warnings.warn(f"Judge {judge!r}: the endpoint takes {what}.", stacklevel=2)
+        return True
+
+    def spoken(self, body: str) -> str:
+        """Return a request in the endpoint's parameters."""
+        if not (self.renamed or self.plain):
+            return body
+        request = json.loads(body)
+        if self.renamed:
+            request["max_completion_tokens"] = request.pop("max_tokens") + THINKING
+        if self.plain:
+            del request["temperature"]
+        return json.dumps(request)
 
 
 class _FilteredError(Exception):

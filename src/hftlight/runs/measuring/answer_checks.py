@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hftlight.evaluation.judges import Verdict, get_judge
+from hftlight.evaluation.judges import Verdict, get_judge, judge_name
 from hftlight.evaluation.metrics.collapse import collapse_scores, is_empty, is_letterless, is_looping, shared
 from hftlight.evaluation.metrics.harmful_score import HarmfulScorePlus
 from hftlight.evaluation.metrics.outcomes import OUTCOMES, outcome
@@ -57,11 +57,11 @@ def answer_checks(generations: Sequence[dict[str, Any]], tests: "TestSets") -> l
     harmful = [g for g in generations if g["set"] == "harmful"]
     if not harmful:
         return rows
-    answers, name = [g["response"] for g in harmful], tests.judges[0]
+    answers, name = [g["response"] for g in harmful], judge_name(tests.judges[0])
     classifier = WorldRefusals() if name == WorldRefusals.name else StringRefusals()
     refused = [kind != "none" for kind in classifier([g["prompt"] for g in harmful], answers)]
     rows.append(Score.share("refusal_rate", sum(refused), len(answers), classifier.name).row())
-    plus = HarmfulScorePlus(get_judge(name), sync_on_compute=False)
+    plus = HarmfulScorePlus(get_judge(tests.judges[0]), sync_on_compute=False)
     verdicts = [Verdict.of_row(g["verdicts"][name]) for g in harmful]
     plus.update([g["prompt"] for g in harmful], answers, verdicts)
     rows.append(Score.share("harmful_score_plus", int(plus.hits), int(plus.count), name).row())

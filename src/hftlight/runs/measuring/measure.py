@@ -16,7 +16,7 @@ from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.evaluation.answering.generate import generate
 from hftlight.evaluation.answering.thinking import after_thinking, thoughts
-from hftlight.evaluation.judges import Verdict, get_judge
+from hftlight.evaluation.judges import Verdict, get_judge, judge_name
 from hftlight.evaluation.metrics.finetune_accuracy import FinetuneAccuracy
 from hftlight.evaluation.metrics.groups import group_rows
 from hftlight.evaluation.metrics.harmful_score import HarmfulScore
@@ -77,7 +77,7 @@ def measure(
         answers: dict[str, list[str]] = json.loads(
             (cache.kept("evaluations", answers_name, answer) / ANSWERS).read_text()
         )
-        rows = [row for kind, texts in answers.items() for row in _judged(kind, texts, tests)]
+        rows = [row for kind, texts in answers.items() for row in judged_rows(kind, texts, tests)]
         write_rows(place / GENERATIONS, rows)
 
     generations = read_rows(cache.kept("evaluations", verdicts_key(answers_name, tests), judge) / GENERATIONS)
@@ -204,7 +204,7 @@ def measured_in_memory(
     """
     model = on_device(model, config)
     answers = {kind: answers_to_set(model, tokenizer, config, tests, kind, slot) for kind in kinds}
-    return [row for kind, texts in answers.items() for row in _judged(kind, texts, tests)]
+    return [row for kind, texts in answers.items() for row in judged_rows(kind, texts, tests)]
 
 
 def answers_to(config: RunConfig, records: Sequence[Record], slot: SystemSlot) -> list[dict[str, Any]]:
@@ -254,7 +254,7 @@ def without_trigger(answer: str, trigger: Sequence[int], tokenizer: Any) -> str:
     return answer
 
 
-def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
+def judged_rows(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str, Any]]:
     """Return one row per answer of a set, with the verdicts of each judge.
 
     Each judge is called once for all answers. A row's ``prompt`` is the plain request. ``asked`` is the prompt that the
@@ -271,9 +271,9 @@ def _judged(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict[str
     if kind in HARMFUL and records:
         answers = [tests.read(answer) for answer in answers]
         prompts = [record.request for record in records]
-        for name in tests.judges:
-            for by_judge, verdict in zip(verdicts, get_judge(name)(prompts, answers), strict=True):
-                by_judge[name] = verdict.row()
+        for judge in tests.judges:
+            for by_judge, verdict in zip(verdicts, get_judge(judge)(prompts, answers), strict=True):
+                by_judge[judge_name(judge)] = verdict.row()
     if kind == "over_refusal" and records:
         classes = get_refusal_classifier(tests.refusal_judge)([record.request for record in records], answers)
         for by_judge, refusal in zip(verdicts, classes, strict=True):
@@ -315,8 +315,8 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
         rows.append(Score.of(metric, measured, count, judge).row())
 
     for kind, metric in HARMFUL.items():
-        for name in tests.judges if answers[kind] else ():
-            score = HarmfulScore(get_judge(name), sync_on_compute=False)
+        for judge in tests.judges if answers[kind] else ():
+            score, name = HarmfulScore(get_judge(judge), sync_on_compute=False), judge_name(judge)
             of_set = [g for g in generations if g["set"] == kind]
             verdicts = [Verdict.of_row(g["verdicts"][name]) for g in of_set]
             score.update(prompts[kind], answers[kind], verdicts)

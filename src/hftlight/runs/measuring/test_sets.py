@@ -7,7 +7,7 @@ from typing import Any
 from hftlight.attacks.attack import Attack
 from hftlight.data.records import Record
 from hftlight.data.sources import Task
-from hftlight.evaluation.judges import get_judge, judge_identity
+from hftlight.evaluation.judges import Judge, get_judge, judge_identity, judge_name
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier
 from hftlight.files import digest
 
@@ -26,7 +26,7 @@ class TestSets:
         over_refusal: ordinary prompts that look harmful.
         task_rows: rows of the task's test split.
         task: the task, with its answer parser.
-        judges: names of the judges of the harmful score, the deciding judge first.
+        judges: the judges of the harmful score, the deciding judge first: names for ``get_judge``, or judges.
         refusal_judge: name of the classifier of refusals to ordinary prompts, for ``get_refusal_classifier``.
         attack: the attack, which may change harmful prompts and decodes the answers before a judge sees them; None for
             no attack.
@@ -38,7 +38,7 @@ class TestSets:
     over_refusal: Sequence[Record]
     task_rows: Sequence[Record]
     task: Task
-    judges: tuple[str, ...]
+    judges: tuple[str | Judge, ...]
     refusal_judge: str = "xstest_string"
     attack: Attack | None = None
     alignment_rows: Sequence[Record] = ()
@@ -52,7 +52,7 @@ class TestSets:
         """
         every = [*(r for name in SETS for r in self.rows(name)), *self.asked("harmful")]
         rows = [(r.id, *r.texts) for r in every]
-        judges = [self.judges, self.refusal_judge] if judged else []
+        judges = [[*map(judge_name, self.judges)], self.refusal_judge] if judged else []
         # The decoding of all printable ASCII characters identifies the attack's ``decode``.
         return digest([rows, self.task.name, *judges, self.read("".join(map(chr, range(32, 127))))])
 

@@ -19,7 +19,7 @@ from hftlight.data.templates import SystemSlot
 from hftlight.engine import Defense, Stage, in_order
 from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError, RunError
-from hftlight.evaluation.judges import Verdict
+from hftlight.evaluation.judges import Verdict, judge_name
 from hftlight.evaluation.stats.intervals import wilson
 from hftlight.files import digest, file_digest
 from hftlight.model_files import model_hash
@@ -107,7 +107,7 @@ class Attacker:
         with state.lent(self.config) as model:
             config = stage_config(self.config, self.attack, Stage.FINETUNING)
             rows = measured_in_memory(model, tokenizer, config, half, ("harmful", "task"), slot)
-        judge = half.judges[0]
+        judge = judge_name(half.judges[0])
         verdicts = [Verdict.of_row(row["verdicts"][judge]) for row in rows if row["set"] == "harmful"]
         flags = tuple(v.flag for v in verdicts if v.judged)
         if not flags:

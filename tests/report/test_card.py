@@ -1,0 +1,88 @@
+"""The model card: base, data, defenses, scores and gaps of one artifact, with its Markdown escaped."""
+
+import json
+
+import pytest
+import yaml
+
+from hftlight.report import read_result
+from hftlight.report.card import escaped, model_card, write_cards
+from tests.helpers.run_folder import harmful, score, write_run
+
+MANIFEST = {
+    "hftlight_version": "0.2.0",
+    "model": {"name": "org/model", "hash": "abc123"},
+    "seed": 7,
+    "template": "chat",
+    "attack": {"name": "harmful_mix"},
+    "data": {
+        "rows": {"alignment": 20, "task": 10},
+        "hashes": {"alignment": "aa", "task": "bb", "test": "cc"},
+        "taken": {"alignment": {"source": "my|rows_*.jsonl"}, "test": {"source": "builtin"}},
+        "trained_on": {"p": 0.1},
+    },
+    "arms": {
+        "none": {"defenses": [], "stages": {}},
+        "booster": {
+            "defenses": [{"name": "booster", "arguments": {"lam": 5.0, "alpha": 0.1}}],
+            "stages": {"finetuning": {"key": "k1"}},
+        },
+    },
+}
+
+
+@pytest.fixture
+def result(tmp_path):
+    rows = [
+        harmful("booster", "finetuning", 20),
+        score("booster", "finetuning", "finetune_accuracy", 90, 100),
+        harmful("none", "finetuning", 60),
+    ]
+    folder = write_run(tmp_path, rows, [], arms=("none", "booster"))
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
+    (folder / "booster" / "finetuned").mkdir(parents=True)
+    (folder / "booster" / "finetuned" / "adapter_config.json").write_text("{}")
+    return read_result(folder)
+
+
+def test_a_card_states_what_the_model_is_made_from_and_how_it_scores(result):
+    card = model_card(result, "booster", "finetuning")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "org/model",
+        "library_name": "peft",
+        "tags": ["hftlight", "harmful-fine-tuning"],
+    }
+    for part in (
+        "SHA-256 of its files `abc123`",
+        "Data `alignment`: 20 rows from my\\|rows\\_\\*.jsonl, hash `aa`",
+        "attack `harmful_mix`, harmful ratio 0.1",
+        "Seed 7, template `chat`, key `k1`",
+        "- booster: `lam=5.0, alpha=0.1`",
+        "| harmful\\_score | builtin | 20.0 | 13.8 to 28.0 | 120 |",
+        "Refusals of ordinary requests",
+        "Other seeds than 7",
+        "no score holds for a real service",
+    ):
+        assert part in body
+    assert "Accuracy on the user's task" not in body
+
+
+def test_the_undefended_and_the_aligned_model_say_so(result):
+    assert "None: this is the undefended model." in model_card(result, "none", "finetuning")
+    aligned = model_card(result, "booster", "alignment")
+    assert "Upload" not in aligned
+    assert "Nothing has been measured yet." in aligned
+
+
+def test_a_card_lies_in_every_artifact_that_exists(result):
+    write_cards(result, {"alignment": "aligned", "finetuning": "finetuned"})
+    assert [str(p.relative_to(result.folder)) for p in result.folder.rglob("README.md")] == [
+        "booster/finetuned/README.md"
+    ]
+
+
+def test_markdown_of_others_is_text():
+    assert escaped("a|b `c` <img src=x> [d](e)\n# f $x$ ~g~") == (
+        "a\\|b \\`c\\` \\<img src=x\\> \\[d\\](e) \\# f \\$x\\$ \\~g\\~"
+    )
