@@ -1,6 +1,7 @@
 """RunConfig: every option of a run, with default, unit and range. This module does not import torch."""
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -304,6 +305,25 @@ class Search:
     harmful_ratio: list[float] | None = None
     eps: float = 2.0
 
+    def check(self) -> None:
+        """Refuse an empty axis and values out of range.
+
+        Raises:
+            InputError: naming the option, the allowed range and the value.
+        """
+        whole: Callable[[float], bool] = lambda value: value >= 1  # noqa: E731
+        axes: dict[str, tuple[str, Callable[[float], bool]]] = {
+            **dict.fromkeys(("steps", "rank", "num_samples"), (">= 1", whole)),
+            "lr": ("> 0", lambda value: value > 0),
+            "harmful_ratio": ("in [0, 1]", lambda value: 0 <= value <= 1),
+        }
+        for axis, (allowed, fits) in axes.items():
+            values = getattr(self, axis)
+            if values is not None and not (values and all(map(fits, values))):
+                raise InputError(f"--search.{axis} takes one or more values {allowed}, got {values}.")
+        if not self.eps >= 0:
+            raise InputError(f"--search.eps must be >= 0 points of accuracy, got {self.eps}.")
+
 
 @dataclass
 class RunConfig:
@@ -471,8 +491,13 @@ class RunConfig:
             for key, value in values.items():
                 if not ok(value):
                     raise InputError(f"--{key} must {allowed}, got {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed must lie in [0, 2^32), got {self.seed}.")
+        if self.name is not None:
+            inside(self.output, self.name, "--name")
         self.data.check()
         self.evaluation.check()
+        self.search.check()
         if self.base is not None and self.alignment.steps:
             raise InputError(
                 f"--base is the unaligned model that an aligned --model was made from, got {self.base!r} with"
@@ -550,6 +575,29 @@ class RunConfig:
         ):
             values.pop(key)
         return values
+
+
+def inside(output: str, name: str, option: str) -> Path:
+    """Return the folder of a run or a comparison, which must lie in ``--output``.
+
+    Args:
+        output: value of ``--output``.
+        name: name of the folder.
+        option: the option that names it, for the error.
+
+    Raises:
+        InputError: if the name leads out of the output folder, or is empty.
+    """
+    root = Path(output).expanduser()
+    folder = root / name
+    # Names are compared without looking at the disk, where a part may be a link.
+    parts = os.path.normpath(folder.absolute()), os.path.normpath(root.absolute())
+    if not parts[0].startswith(parts[1].rstrip(os.sep) + os.sep) or not name.strip() or "\0" in name:
+        raise InputError(
+            f"{option} names a folder in --output {output}, got {name!r}. Choose a name without '..', and change"
+            " --output for another place."
+        )
+    return folder
 
 
 _Part = TypeVar("_Part")

@@ -25,7 +25,27 @@ OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename 
 
 def cache_dir() -> Path:
     """Return the folder of the cache: ``HFTLIGHT_CACHE``, or ``~/.cache/hftlight`` if that is not set."""
-    return Path(os.environ.get("HFTLIGHT_CACHE") or Path.home() / ".cache" / "hftlight")
+    named = os.environ.get("HFTLIGHT_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "hftlight"
+
+
+def check_cache() -> None:
+    """Refuse a cache folder that cannot be one, before any work.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(folder / "probe")
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The cache folder {folder} cannot be written ({getattr(error, 'strerror', None) or error}). Set"
+            " HFTLIGHT_CACHE to a folder that can."
+        ) from error
 
 
 def ensure_writable(folder: Path, option: str) -> None:

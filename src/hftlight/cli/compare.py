@@ -3,11 +3,10 @@
 import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from hftlight.cli.arguments import add_common, chosen_preset, methods_except, show_in_short
-from hftlight.config import OWN_TRAINER, RunConfig
+from hftlight.config import OWN_TRAINER, RunConfig, inside
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
 from hftlight.registry import defense_class
@@ -117,7 +116,10 @@ def compare(argv: Sequence[str] | None = None) -> int:
         quiet()
         from hftlight.comparison.grid import Grid
         from hftlight.comparison.show import compare_and_show
+        from hftlight.models.base import check_accelerator
 
+        if values.backend == "processes":
+            check_accelerator(config)
         grid = Grid(
             tuple(values.defenses),
             tuple(values.harmful_ratios),
@@ -127,7 +129,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             {name: values[name].as_dict() for name in [*chosen, *attacks]},
             tuple(attacks),
         )
-        folder = Path(config.output) / values.comparison
+        folder = inside(config.output, values.comparison, "--comparison")
         how = {name: values[name] for name in ("jobs", "retries", "backend", "share_gpus")}
         compare_and_show(config, grid, folder, values.dry_run, values.report_only, **how)
 

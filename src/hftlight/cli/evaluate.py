@@ -9,7 +9,7 @@ from hftlight.cli.arguments import methods_except, show_in_short
 from hftlight.config import Evaluation, RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import ConditionError, InputError
-from hftlight.files import ensure_writable, write_json, write_rows
+from hftlight.files import check_cache, ensure_writable, write_json, write_rows
 
 # What ``--help`` shows; ``--help all`` shows the rest.
 COMMON = (
@@ -95,6 +95,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
         from hftlight.data.templates import get_template
         from hftlight.model_files import trust_remote_code
+        from hftlight.models.base import check_accelerator
         from hftlight.models.serving import Artifact
         from hftlight.runs.measuring.measure import answers_to, measure_model
         from hftlight.runs.model_checks import Limits, template_notes
@@ -102,6 +103,8 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         from hftlight.runs.show import scores_table
         from hftlight.runs.sources import Sources
 
+        check_cache()
+        check_accelerator(config)
         trust_remote_code(config.trust_remote_code)
         artifact = Artifact.of(config.model)
         # The artifact's own template wins over --template. --system wins over the artifact's system text.
@@ -112,9 +115,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         tests, limits = test_sets(config, None, Sources(config.data)), Limits.of(config.model)
         limits.check_tests(config, replace(tests, over_refusal=[*tests.over_refusal, *instructions]), slot)
         for note in template_notes(get_template(config.template, limits.tokenizer), limits.tokenizer, slot.text):
-            Console().print(note, markup=False)
+            Console(markup=False).print(note)
         scores, generations = measure_model(config, tests, slot=slot)
-        Console().print(scores_table(config.model, scores))
+        Console(markup=False).print(scores_table(config.model, scores))
         if values.save is not None:
             write_json(Path(values.save) / "scores.json", scores)
             write_rows(Path(values.save) / "generations.jsonl", generations)

@@ -145,10 +145,12 @@ def train(argv: Sequence[str] | None = None) -> int:
         config, instances, attack, dry, preset = parse_train(sys.argv[1:] if argv is None else argv)
         config.check()
         quiet()
+        from hftlight.models.base import check_accelerator
         from hftlight.runs.prepare import prepare
         from hftlight.runs.ranks import main_process
         from hftlight.runs.show import show_plan, show_preset, show_result
 
+        check_accelerator(config)
         if preset and main_process():  # before any file is read, so that a dry run shows it even if files are missing
             show_preset(preset, attack.applied(config), in_full=dry)
         try:

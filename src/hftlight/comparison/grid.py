@@ -104,6 +104,12 @@ class Grid:
         places: dict[str, Cell] = {}
         for cell in self.cells():
             if (other := places.setdefault(cell.name, cell)) != cell:
+                if other.harmful_ratio != cell.harmful_ratio:
+                    raise InputError(
+                        f"--harmful_ratios: {other.harmful_ratio!r} and {cell.harmful_ratio!r} both print as"
+                        f" {cell.harmful_ratio:g}, so their cells would share a folder. Choose values that differ in"
+                        " their first six digits."
+                    )
                 raise InputError(
                     f"--tasks: {other.task} and {cell.task} have the same name, so their cells would share a"
                     " folder. Rename one of them."

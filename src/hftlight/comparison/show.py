@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from hftlight.comparison.claims import claims
 from hftlight.comparison.dashboard import write_comparison_summary
@@ -38,7 +38,7 @@ def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool,
         InputError: if the comparison cannot start.
         RunError: if a cell failed. The table of the other cells is written.
     """
-    console, errors = Console(), {}
+    console, errors = Console(markup=False), {}
     if not report_only:
         seconds = plan(config, grid, [c for c in grid.cells() if not finished(folder / CELLS / c.name)])
         console.print(
@@ -57,7 +57,7 @@ def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool,
     comparison = read_comparison(folder)
     console.print(leaderboard_table(comparison))
     for sentence in claims(comparison):
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence, highlight=False)
     for path in [*write_leaderboard(comparison), write_comparison_report(folder)]:
         console.print(f"Written: {path}", soft_wrap=True)
     if config.logger == "wandb":
@@ -79,13 +79,13 @@ class CellProgress:
 
     def __init__(self, seconds: Mapping[Cell, float]) -> None:
         self.seconds, self.left = seconds, dict(seconds)
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self._since = time.monotonic()
         self._bar = Progress(
             TextColumn("cells"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,
@@ -111,5 +111,5 @@ class CellProgress:
         left = f"about {minutes(rate * sum(self.left.values()))} left"
         self._bar.update(self._task, completed=len(self.seconds) - len(self.left), note=left)
         color, said = ("green", "done") if what == "done" else ("red", "failed")
-        note = left if what == "done" else escape(what)
-        self.console.print(f"[{color}]{said}[/{color}] {cell.name}: {note}", highlight=False)
+        note = left if what == "done" else what
+        self.console.print(Text.assemble((said, color), f" {cell.name}: {note}"), highlight=False)

@@ -72,7 +72,7 @@ def rejudge_file(
         if (save / GENERATIONS).exists():
             raise InputError(f"--save: {save / GENERATIONS} exists already. Choose another folder.")
         ensure_writable(save, "--save")
-    after, console = rejudge(before, chosen), Console()
+    after, console = rejudge(before, chosen), Console(markup=False)
     console.print(scores_table(after))
     agreed = {prompts: agreements(after, sets) for prompts, sets in PROMPTS.items()}
     for prompts, pairs in agreed.items():

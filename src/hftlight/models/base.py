@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hftlight.config import RunConfig
+from hftlight.errors import InputError
 from hftlight.model_files import model_hash, model_path, stands_on
 from hftlight.models.load import load_adapter, load_model
 
@@ -53,6 +54,16 @@ def base_dtype(config: RunConfig) -> torch.dtype:
     """Return the dtype of the base weights: bfloat16 for adapters in bf16 precision without FSDP2, else float32."""
     frozen = config.tuning != "full" and config.strategy != "fsdp2"
     return torch.bfloat16 if frozen and config.precision.startswith("bf16") else torch.float32
+
+
+def check_accelerator(config: RunConfig) -> None:
+    """Refuse an accelerator that this machine does not have.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if config.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError("--accelerator gpu: torch finds no GPU on this machine. Use --accelerator auto or cpu.")
 
 
 def on_device(model: nn.Module, config: RunConfig) -> Any:

@@ -22,7 +22,7 @@ from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier
 from hftlight.evaluation.safety_rows import refusals
-from hftlight.files import digest
+from hftlight.files import check_cache, digest
 from hftlight.model_files import trust_remote_code
 from hftlight.models.load import load_config, load_tokenizer, positions_of
 from hftlight.models.preference import refuse_loss_terms
@@ -193,6 +193,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
         config.check()
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_cache()
     trust_remote_code(config.trust_remote_code)
     config, notes = _lower_max_tokens(config, attack)
     if attack.acts_on == "weights":

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 LINE_EVERY = 20.0  # seconds between progress lines if the output is not a terminal
 
@@ -44,12 +45,12 @@ class RunProgress:
 
     def __init__(self, steps: Sequence[Piece], console: Console | None = None) -> None:
         self.steps = list(steps)
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, markup=False)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,
@@ -111,7 +112,7 @@ class RunProgress:
             self._spent, self._expected = self._spent + spent, self._expected + step.seconds * share
         self._done = step.count
         how = "reused" if reused else minutes(spent)
-        self.console.print(f"[green]done[/green] {step.label} ({how}): {note}", highlight=False)
+        self.console.print(Text.assemble(("done", "green"), f" {step.label} ({how}): {note}"), highlight=False)
 
     def _left(self) -> str:
         """Return the time left for the run, in words."""

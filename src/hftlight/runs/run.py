@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from hftlight import __version__, cache
 from hftlight.attacks.attack import Attack
-from hftlight.config import OWN_TRAINER, RunConfig
+from hftlight.config import OWN_TRAINER, RunConfig, inside
 from hftlight.engine import Defense, Stage
 from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
@@ -37,7 +37,7 @@ from hftlight.files import (
 )
 from hftlight.folders import RESULTS, comparison_of
 from hftlight.model_files import BASE, model_hash
-from hftlight.models.base import drop_base
+from hftlight.models.base import check_accelerator, drop_base
 from hftlight.models.serving import Artifact, stand_alone
 from hftlight.registry import name_of
 from hftlight.report import Result, read_result, write_cards, write_report
@@ -89,6 +89,7 @@ def run(config: RunConfig | None = None, defenses: Sequence[Defense] = (), attac
     config = replace(config or RunConfig(), defense=[name_of(d) for d in defenses])
     prepared = prepare(config, defenses, attack)
     folder = run_folder(prepared)
+    check_accelerator(config)
     launch(config)
     try:
         with ending_together():
@@ -117,7 +118,7 @@ def run_folder(prepared: Prepared) -> Path:
     name = (
         c.name or f"{prepared.arms[-1].name}-{Path(c.data.task).stem}-p{c.harmful_ratio:g}-{prepared.config_hash[:8]}"
     )
-    return Path(c.output) / name
+    return inside(c.output, name, "--name")
 
 
 def _claim(folder: Path, prepared: Prepared) -> None:
@@ -126,7 +127,7 @@ def _claim(folder: Path, prepared: Prepared) -> None:
     Raises:
         InputError: if the folder cannot be written or holds a run of another configuration.
     """
-    ensure_writable(Path(prepared.config.output), "--output")
+    ensure_writable(Path(prepared.config.output).expanduser(), "--output")
     manifest = folder / "manifest.json"
     if manifest.is_file():
         other = json.loads(manifest.read_text()).get("config_hash")

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hftlight.attacks.attack import option_of
 from hftlight.attacks.protocols.protocol import Preset
@@ -30,11 +31,12 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         in_full: whether to print the tables of stages and rows too, as for ``--dry_run``.
         console: output; standard output by default.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     config = prepared.config
     total = sum(step.seconds for step in plan(prepared))
     arms = " and ".join(arm_word(arm.name) for arm in prepared.arms)
-    console.print(f"[bold]{config.model}[/bold], {config.tuning}, seed {config.seed}: {arms}; {_attack(prepared)}")
+    rest = f", {config.tuning}, seed {config.seed}: {arms}; {_attack(prepared)}"
+    console.print(Text.assemble((config.model, "bold"), rest))
     console.print(
         f"This takes about {minutes(total)} on two idle CPU cores (finished parts are reused). Ctrl-C stops the run;"
         " the same command resumes it."
@@ -61,7 +63,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     if not config.alignment.steps:
         console.print(f"There is no alignment stage: {config.model} is taken as already aligned.")
     for note in prepared.notes:
-        console.print(note, markup=False)
+        console.print(note)
     if not in_full:
         return
     table = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
@@ -96,7 +98,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     console.print(rows)
     for name, what in prepared.taken.items():
         if what["source"] != BUILTIN or what["kept"] < what["read"]:
-            console.print(taken_line(name, what), markup=False, highlight=False, soft_wrap=True)
+            console.print(taken_line(name, what), highlight=False, soft_wrap=True)
     shared = {pair: n for pair, n in prepared.overlaps.items() if n}
     console.print(
         "Prompts that occur in two sets: " + (", ".join(f"{pair}: {n}" for pair, n in shared.items()) or "none") + "."
@@ -125,17 +127,18 @@ def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Conso
         in_full: whether to print every number and note, instead of only the names of the changed options.
         console: output; standard output by default.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     published = preset.published()
     own = {option: option_of(config, option) for option in published}
     changed = [option for option, value in published.items() if own[option] != value]
-    console.print(f"Protocol [bold]{preset.name}[/bold] ({preset.source}), published on {preset.model}.")
+    published_on = f" ({preset.source}), published on {preset.model}."
+    console.print(Text.assemble("Protocol ", (preset.name, "bold"), published_on))
     if not in_full:
         console.print(f"This run changes: {', '.join(changed) or 'nothing'}. --dry_run prints every number.")
         return
     table = Table("option", "published", "this run")
     for option, value in sorted(published.items()):
-        table.add_row(option, _value(value), f"[bold]{_value(own[option])}[/bold]" if option in changed else "same")
+        table.add_row(option, _value(value), Text(_value(own[option]), "bold") if option in changed else "same")
     console.print(table)
     for note in preset.notes:
         console.print(f"- {note}.", highlight=False)
@@ -192,11 +195,11 @@ def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
 
 def show_result(result: Result, console: Console | None = None) -> None:
     """Print the closing table, its verdict in words, further findings, and the path of the report."""
-    console = console or Console()
+    console = console or Console(markup=False)
     console.print(closing_table(result))
     console.print(verdict(result))
     for remark in [*collapses(result), *stops(result)]:
-        console.print(f"[bold]{remark}[/bold]")
+        console.print(remark, style="bold")
     for arm in result.arms:
         for stage in result.stages(arm):
             if bare := result.score(arm, stage, WITHOUT_TRIGGER):
