@@ -1,10 +1,26 @@
-"""Files that are whole or not there, and rows that come back as they were."""
+"""Files: atomic writes, digests, what killed runs leave, full disks."""
 
+import errno
 import threading
+from pathlib import Path
 
 import pytest
 
-from hftlight.files import cache_dir, digest, new_folder, read_rows, write_rows, write_text
+from hftlight.console import guarded
+from hftlight.errors import InputError
+from hftlight.files import (
+    cache_dir,
+    check_cache,
+    digest,
+    full_disk,
+    new_folder,
+    read_rows,
+    remove,
+    temporaries,
+    temporary_name,
+    write_rows,
+    write_text,
+)
 
 
 def test_rows_with_any_line_separator_come_back(tmp_path):
@@ -76,3 +92,56 @@ def test_many_threads_put_folders_and_files_at_one_place(tmp_path):
         thread.join()
     assert not errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
+
+
+# What killed runs leave, full disks, and a cache folder that is none.
+
+
+def test_temporary_files_of_killed_runs_are_found_and_nothing_else(tmp_path):
+    left = temporary_name(tmp_path / "a.json"), temporary_name(tmp_path / "folder"), tmp_path / ".step=3.ckpt.tmp"
+    left[0].touch()
+    left[1].mkdir()
+    temporary_name(left[1] / "inner").touch()
+    left[2].touch()
+    for own in ("a.json", ".lock", ".hidden.tmp", "b.tmp"):
+        (tmp_path / own).touch()
+    assert temporaries(tmp_path) == sorted(left)
+    assert temporaries(tmp_path, age=60) == []
+    remove(temporaries(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".lock", ".hidden.tmp", "b.tmp"}
+
+
+def test_a_full_disk_is_found_behind_another_error(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x" / "file"))
+    try:
+        try:
+            raise full
+        except OSError as error:
+            raise RuntimeError("Lightning says something") from error
+    except RuntimeError as error:
+        text = full_disk(error)
+    assert str(tmp_path / "x") in text
+    assert "Free some space" in text
+    assert full_disk(RuntimeError("safetensors: No space left on device (os error 28)"), tmp_path).startswith(
+        "The disk of"
+    )
+    assert full_disk(OSError(errno.EACCES, "no")) is None
+
+
+def test_a_full_disk_ends_a_command_in_words(capsys):
+    def work():
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/where/file")
+
+    assert guarded(work) == 1
+    assert "The disk of /some/where is full. Free some space" in capsys.readouterr().err
+    with pytest.raises(OSError, match="other"):
+        guarded(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "other")))
+
+
+def test_a_cache_folder_that_is_a_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"The cache folder .*file/cache cannot be written .*HFTLIGHT_CACHE"):
+        check_cache()
+    monkeypatch.setenv("HFTLIGHT_CACHE", "~/made-up-cache")
+    assert cache_dir() == Path.home() / "made-up-cache"

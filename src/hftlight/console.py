@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 from hftlight.errors import ConditionError, InputError, RunError
+from hftlight.files import full_disk
 
 BAD_INPUT, FAILED, CONDITION_MET, INTERRUPTED = 2, 1, 3, 130
 
@@ -18,6 +19,10 @@ def guarded(work: Callable[[], None]) -> int:
         return _report(error, FAILED)
     except ConditionError as error:
         return _report(error, CONDITION_MET)
+    except Exception as error:
+        if (full := full_disk(error)) is None:
+            raise
+        return _report(full, FAILED)
     except KeyboardInterrupt:
         return _report("interrupted; run the same command again to resume.", INTERRUPTED)
     return 0

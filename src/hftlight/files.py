@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -20,6 +21,7 @@ HASHES = "hashes"  # folder of the cache that stores digests of files
 REMEMBERED = 2**20  # smallest file size, in bytes, for which the cache stores the digest
 SETTLED = 2 * 10**9  # nanoseconds that must pass after a file's last change before its digest is stored
 _digests: dict[tuple[Any, ...], str] = {}
+TEMPORARY = re.compile(r"\..+(\.[0-9a-f]{12}|\.ckpt)\.tmp")  # what ``temporary_name`` and checkpoints are called
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename onto an existing path
 
 
@@ -72,6 +74,58 @@ def ensure_writable(folder: Path, option: str) -> None:
 def temporary_name(path: Path) -> Path:
     """Return a name beside ``path`` that no other process, thread or node uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def temporaries(folder: Path, age: float = 0.0) -> list[Path]:
+    """Return the temporary files and folders that killed processes left below a folder.
+
+    Args:
+        folder: where to look.
+        age: seconds since the last change, at least. 0 is safe only if no other process writes below the folder.
+    """
+    paths = [p for p in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(p.name)]
+    now = time.time()
+    # Inner files of a temporary folder go with the folder.
+    outer = [p for p in paths if not any(parent in paths for parent in p.parents)]
+    return sorted(p for p in outer if now - p.stat().st_mtime >= age)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files and folders. A file that another process deleted is no error."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def no_space(error: BaseException) -> BaseException | None:
+    """Return the error of a full disk behind an error, or None. Safetensors says so only in its message."""
+    cause: BaseException | None = error
+    while cause is not None:
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(cause):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def full_disk(error: BaseException, folder: Path | None = None) -> str | None:
+    """Return the way out of a full disk in words, or None if no disk is full.
+
+    Args:
+        error: what was raised.
+        folder: a folder that was written to, such as that of a run.
+    """
+    cause = no_space(error)
+    if cause is None:
+        return None
+    file = getattr(cause, "filename", None)
+    places = dict.fromkeys([*([str(folder)] if folder else []), str(Path(file).parent if file else cache_dir())])
+    return (
+        f"The disk of {' or '.join(places)} is full. Free some space: `hftlight cache list` shows the cache,"
+        " HFTLIGHT_CACHE moves the cache, and --output moves the runs. Then repeat the command; finished parts stay."
+    )
 
 
 def write_text(path: Path, text: str, mode: int | None = None) -> None:

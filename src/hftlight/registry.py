@@ -11,9 +11,12 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from hftlight.config import RunConfig
 from hftlight.errors import InputError
 
 GROUP = "hftlight.defenses"
+# Names that the command line uses already.
+TAKEN = {*RunConfig.__dataclass_fields__, "config", "preset", "dry_run", "print_config", "help", "none", "unaligned"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,18 @@ def defenses() -> dict[str, Entry]:
                     module = f"hftlight.defenses.{stage}.{path.stem}"
                     found[path.stem] = Entry(path.stem, stage, node.name, purpose, module)
     for point in entry_points(group=GROUP):
-        if point.name in found:
+        name = point.name.replace("-", "_").lower()
+        who = f"The package {_package(point)} offers a defense {point.name!r} (entry point {point.value})"
+        if not re.fullmatch(r"[a-z]\w*", name):
+            raise InputError(f"{who}; a name must be letters, digits and hyphens, and begin with a letter. Rename it.")
+        if name in TAKEN:
+            raise InputError(f"{who}, but --{name} is an option of hftlight. Rename the entry point.")
+        if name in found:
             raise InputError(
-                f"Two packages offer a defense {point.name!r}: {found[point.name].module} and {point.value};"
-                " uninstall one of the packages."
+                f"Two packages offer a defense {name!r}: {found[name].module} and {point.value}; uninstall one of the"
+                " packages."
             )
-        found[point.name] = Entry(point.name, _package(point), point.attr, "", point.module)
+        found[name] = Entry(name, _package(point), point.attr, "", point.module)
     return found
 
 
@@ -83,7 +92,28 @@ def defense_class(name: str) -> Any:
         near = difflib.get_close_matches(name.lower(), defenses(), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise InputError(f"Unknown defense {name!r}{hint} Known: {', '.join(defenses())}.")
-    return getattr(import_module(entry.module), entry.class_name)
+    return _imported(entry)
+
+
+def _imported(entry: Entry) -> Any:
+    """Return the class of an entry.
+
+    Raises:
+        InputError: if another package's class cannot be imported, or is no defense. It names package and entry point.
+    """
+    if entry.module.startswith("hftlight."):
+        return getattr(import_module(entry.module), entry.class_name)
+    who = f"The defense {entry.name!r} of the package {entry.stage} (entry point {entry.module}:{entry.class_name})"
+    try:
+        kind: Any = import_module(entry.module)
+        for part in entry.class_name.split("."):
+            kind = getattr(kind, part)
+    except Exception as error:  # another package's code can fail in any way
+        what = next(iter(str(error).splitlines()), "no message")
+        raise InputError(f"{who} cannot be imported: {type(error).__name__}: {what}. Mend or uninstall it.") from error
+    if not (isinstance(kind, type) and any(base.__qualname__ == "Defense" for base in kind.__mro__)):
+        raise InputError(f"{who} is no subclass of hftlight.engine.Defense. Mend or uninstall the package.")
+    return kind
 
 
 def made(name: str, **arguments: Any) -> Any:
@@ -102,6 +132,14 @@ def made(name: str, **arguments: Any) -> Any:
 def called(defense: Any, name: str) -> Any:
     """Store the requested name in a defense and return the defense."""
     defense.registered_name = name.replace("-", "_").lower()
+    try:
+        defense.arguments()
+    except AttributeError as error:
+        kind = type(defense)
+        raise InputError(
+            f"The defense {name!r} ({kind.__module__}.{kind.__qualname__}) keeps no attribute for one of its arguments"
+            f" ({error}). A defense stores each constructor argument under its own name."
+        ) from error
     return defense
 
 

@@ -167,3 +167,45 @@ def test_a_pipeline_stops_on_a_condition(tmp_path, monkeypatch, capsys):
     assert "--fail_if: harmful_score_high>5 holds for tiny." in capsys.readouterr().err
     assert (tmp_path / "s" / "scores.json").is_file()
     assert evaluate([*command, "--fail_if", "nonsense"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--name", "../outside"], "--name names a folder in --output runs, got '../outside'"),
+        (["--name", "/tmp/outside"], "--name names a folder"),
+        (["--name", "."], "--name names a folder"),
+        (["--seed", "-1"], r"--seed must lie in \[0, 2\^32\), got -1"),
+        (["--search.lr", "0"], r"--search\.lr takes one or more values > 0, got \[0\.0\]"),
+        (["--search.harmful_ratio", "5"], r"--search\.harmful_ratio takes one or more values in \[0, 1\]"),
+        (["--search.steps", "0", "4"], r"--search\.steps takes one or more values >= 1"),
+        (["--search.rank"], r"--search\.rank takes one or more values >= 1, got \[\]"),
+        (["--search.eps", "-1"], r"--search\.eps must be >= 0"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_the_start(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse_train(argv).config.check()
+
+
+def test_names_may_hold_brackets_dots_and_folders(tmp_path, capsys):
+    for name in ("runs[1]", "a..b", "group/run", "[bold]x[/bold]"):
+        RunConfig(name=name).check()
+    command = ["--model", "tiny", "--num_samples", "20", "--dry_run", "--data.task_train", str(tmp_path / "[/red] no")]
+    assert train(command) == 2
+    assert "[/red] no" in capsys.readouterr().err
+
+
+def test_a_comparison_stays_in_its_output_and_tells_equal_names_apart(tmp_path, capsys):
+    small = ["--model", "tiny", "--output", str(tmp_path), "--seeds", "1", "--dry_run"]
+    assert compare([*small, "--comparison", "../x"]) == 2
+    assert "--comparison names a folder in --output" in capsys.readouterr().err
+    assert compare([*small, "--harmful_ratios", "0.1", "0.1000000001"]) == 2
+    assert "both print as 0.1" in capsys.readouterr().err
+
+
+def test_an_accelerator_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert train(["--model", "tiny", "--accelerator", "gpu", "--dry_run"]) == 2
+    assert "--accelerator gpu: torch finds no GPU" in capsys.readouterr().err

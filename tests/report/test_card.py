@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from hftlight.report import read_result
-from hftlight.report.card import escaped, model_card, write_cards
+from hftlight.report.card import model_card, write_cards
+from hftlight.report.escape import in_latex, in_markdown
 from tests.helpers.run_folder import harmful, score, write_run
 
 MANIFEST = {
@@ -55,11 +56,11 @@ def test_a_card_states_what_the_model_is_made_from_and_how_it_scores(result):
     }
     for part in (
         "SHA-256 of its files `abc123`",
-        "Data `alignment`: 20 rows from my\\|rows\\_\\*.jsonl, hash `aa`",
+        "Data `alignment`: 20 rows from my\\|rows_\\*.jsonl, hash `aa`",
         "attack `harmful_mix`, harmful ratio 0.1",
         "Seed 7, template `chat`, key `k1`",
         "- booster: `lam=5.0, alpha=0.1`",
-        "| harmful\\_score | builtin | 20.0 | 13.8 to 28.0 | 120 |",
+        "| harmful_score | builtin | 20.0 | 13.8 to 28.0 | 120 |",
         "Refusals of ordinary requests",
         "Other seeds than 7",
         "no score holds for a real service",
@@ -82,7 +83,10 @@ def test_a_card_lies_in_every_artifact_that_exists(result):
     ]
 
 
-def test_markdown_of_others_is_text():
-    assert escaped("a|b `c` <img src=x> [d](e)\n# f $x$ ~g~") == (
-        "a\\|b \\`c\\` \\<img src=x\\> \\[d\\](e) \\# f \\$x\\$ \\~g\\~"
+def test_markdown_and_latex_of_others_are_text():
+    assert in_markdown("a|b `c` <img src=x> [d](e)\n# f $x$ ~g~ _h_ i_j") == (
+        "a\\|b \\`c\\` \\<img src=x\\> \\[d\\](e) \\# f \\$x\\$ \\~g\\~ \\_h\\_ i_j"
+    )
+    assert in_latex("a_b & 5 % {x} \\y ~ ^\n#") == (
+        "a\\_b \\& 5 \\% \\{x\\} \\textbackslash{}y \\textasciitilde{} \\textasciicircum{} \\#"
     )

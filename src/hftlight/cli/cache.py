@@ -1,13 +1,12 @@
 """``hftlight cache``: list or clear the cache."""
 
 import argparse
-import shutil
 from collections.abc import Sequence
 
 from hftlight.cache import KINDS
 from hftlight.console import guarded
 from hftlight.errors import InputError
-from hftlight.files import HASHES, cache_dir
+from hftlight.files import HASHES, cache_dir, remove, temporaries
 
 
 def cache(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +33,16 @@ def cache(argv: Sequence[str] | None = None) -> int:
             for size, name in named:
                 print(f"{kind:12} {size / 2**20:9.1f} MiB  {name}")
             total += sum(sizes)
-            for path in paths if clear else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if clear:
+                remove(paths)
+        if not options.kinds:
+            paths = temporaries(cache_dir(), age=3600)  # younger ones may belong to a process at work
+            size = sum(p.stat().st_size for path in paths for p in (path, *path.rglob("*")) if p.is_file())
+            if paths:
+                print(f"{'temporary':12} {size / 2**20:9.1f} MiB  {len(paths)} files and folders of killed runs")
+            total += size
+            if clear:
+                remove(paths)
         print(f"{'cleared' if clear else 'in all':12} {total / 2**20:9.1f} MiB")
 
     return guarded(work)

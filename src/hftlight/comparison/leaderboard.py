@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from hftlight.comparison.read import MEAN, METRICS, Comparison, Place, arm_of
 from hftlight.evaluation.stats.seeds import Spread
 from hftlight.files import write_text
 from hftlight.folders import arm_word
 from hftlight.report.claims import COLLAPSED
+from hftlight.report.escape import in_latex, in_markdown
 from hftlight.report.table import HEADLINE, headline
 
 HEADS = {
@@ -122,7 +124,7 @@ def leaderboard_table(comparison: Comparison) -> Table:
             for place in column:
                 texts = {m: number_text(comparison, place, m).replace(" (", "\n(") for m in metrics}
                 ends = headline(comparison.outcomes(place))
-                cells = [f"[bold]{text}[/bold]" if best[m] == place else text for m, text in texts.items()]
+                cells = [Text(text, "bold" if best[m] == place else "") for m, text in texts.items()]
                 time = comparison.seconds(place)
                 took = "-" if time is None else f"{time.mean:.2f}"
                 table.add_row(str(scene), f"{ratio:g}", arm_word(place.arm), ends, *cells, took)
@@ -139,14 +141,15 @@ def _narrow(head: str) -> str:
 def leaderboard_markdown(comparison: Comparison) -> str:
     """Return the table in Markdown."""
     head, *rows = table_rows(comparison, lambda text: f"**{text}**")
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *rows]
+    named = [[*map(in_markdown, row[:2]), *row[2:]] for row in rows]  # task and defense
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *named]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{caption(comparison)}\n{_missing(comparison)}"
 
 
 def _missing(comparison: Comparison) -> str:
     """Return the list of unfinished cells in Markdown, empty if all are finished."""
-    said = "\n".join(f"- {name}: {why}" for name, why in comparison.missing.items())
+    said = "\n".join(f"- {in_markdown(name)}: {in_markdown(why)}" for name, why in comparison.missing.items())
     return f"\nNot finished:\n\n{said}\n" if said else ""
 
 
@@ -182,7 +185,7 @@ def leaderboard_latex(comparison: Comparison) -> str:
 
 
 def _latex(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace(" ± ", r" $\pm$ ").replace(COLLAPSE_MARK, r"$^\dagger$")
+    return in_latex(text).replace(" ± ", r" $\pm$ ").replace(in_latex(COLLAPSE_MARK), r"$^\dagger$")
 
 
 def leaderboard_csv(comparison: Comparison) -> str:

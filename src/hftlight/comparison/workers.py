@@ -1,6 +1,5 @@
 """Workers: run the cells of a comparison in this process, in several processes, or on a Ray cluster."""
 
-import errno
 import json
 import os
 import socket
@@ -25,7 +24,7 @@ from hftlight.comparison.grid import Cell
 from hftlight.comparison.share import GPUS, threads
 from hftlight.config import RunConfig
 from hftlight.errors import InputError
-from hftlight.files import cache_dir, write_json, write_text
+from hftlight.files import full_disk, write_json, write_text
 from hftlight.registry import made
 from hftlight.runs.ranks import main_process
 
@@ -124,23 +123,8 @@ def _once_unlocked(folder: Path, work: Callable[[], object]) -> None:
 def _in_one_line(error: BaseException, folder: Path | None = None) -> str:
     """Return an error in one line. If a disk is full, the line names the folders and the way out."""
     said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
-    # A full disk may be the cause of the error, or the cause of its cause.
-    cause: BaseException | None = error
-    while cause is not None and not _no_space(cause):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None or folder is None:
-        return said
-    file = getattr(cause, "filename", None)
-    places = dict.fromkeys([str(folder), str(Path(file).parent if file else cache_dir())])
-    return (
-        f"{said}. The disk of {' or '.join(places)} is full. Free some space: `hftlight cache list` shows the cache,"
-        " HFTLIGHT_CACHE moves the cache, and --output moves the runs. Then repeat the command; finished cells stay."
-    )
-
-
-def _no_space(error: BaseException) -> bool:
-    """Return whether an error means a full disk. The errors of safetensors say so only in their message."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    full = full_disk(error, folder) if folder else None
+    return f"{said}. {full}" if full else said
 
 
 def _remove_cut_manifest(folder: Path) -> None:

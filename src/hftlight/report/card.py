@@ -9,6 +9,7 @@ import yaml
 
 from hftlight.files import write_text
 from hftlight.folders import STAGES, arm_word
+from hftlight.report.escape import in_markdown
 from hftlight.report.result import Result
 from hftlight.report.table import value_text
 
@@ -38,7 +39,7 @@ def model_card(result: Result, arm: str, stage: str) -> str:
         yaml.safe_dump(_front(result, arm, stage), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {escaped(arm_word(arm))}, {escaped(STAGES.get(stage, stage))}",
+        f"# {in_markdown(arm_word(arm))}, {in_markdown(STAGES.get(stage, stage))}",
         "",
         f"hftlight {manifest.get('hftlight_version', '')} wrote this model, and this card from the run's manifest.",
         "",
@@ -76,12 +77,6 @@ def write_cards(result: Result, folders: Mapping[str, str]) -> None:
                 write_text(place / "README.md", model_card(result, arm, stage))
 
 
-def escaped(text: Any) -> str:
-    """Return a text in which Markdown has no special characters, on one line."""
-    plain = " ".join(str(text).split())
-    return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~$" else char for char in plain)
-
-
 def _front(result: Result, arm: str, stage: str) -> dict[str, Any]:
     model = str((result.manifest.get("model") or {}).get("name", ""))
     adapter = any((result.folder / arm).glob("*/adapter_config.json"))
@@ -91,11 +86,13 @@ def _front(result: Result, arm: str, stage: str) -> dict[str, Any]:
 
 def _made_from(manifest: Mapping[str, Any], entry: Mapping[str, Any], stage: str) -> list[str]:
     model, data = manifest.get("model") or {}, manifest.get("data") or {}
-    lines = [f"- Base model: {escaped(model.get('name', 'unknown'))}, SHA-256 of its files `{model.get('hash', '')}`"]
+    lines = [
+        f"- Base model: {in_markdown(model.get('name', 'unknown'))}, SHA-256 of its files `{model.get('hash', '')}`"
+    ]
     hashes, rows = data.get("hashes") or {}, data.get("rows") or {}
     for name, value in hashes.items():
         source = ((data.get("taken") or {}).get(name) or {}).get("source")
-        where = f" from {escaped(source)}" if source else ""
+        where = f" from {in_markdown(source)}" if source else ""
         count = f"{rows[name]} rows" if name in rows else "prompts"
         lines.append(f"- Data `{name}`: {count}{where}, hash `{value}`")
     if stage != "alignment":
@@ -115,7 +112,7 @@ def _defenses(entry: Mapping[str, Any]) -> list[str]:
     lines = []
     for defense in entry.get("defenses") or []:
         arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in (defense.get("arguments") or {}).items())
-        lines.append(f"- {escaped(defense.get('name'))}: `{arguments.replace('`', '')}`")
+        lines.append(f"- {in_markdown(defense.get('name'))}: `{arguments.replace('`', '')}`")
     return lines
 
 
@@ -126,9 +123,9 @@ def _scores(result: Result, arm: str, stage: str) -> list[str]:
     lines = ["| metric | judge | value | 95 % interval | answers |", "| --- | --- | ---: | ---: | ---: |"]
     for score in rows:
         ends = "-" if score.low is None or score.high is None else f"{score.low:.1f} to {score.high:.1f}"
-        judge = escaped(score.judge) or "-"
-        value = escaped(value_text(score.value, score.unit))
-        lines.append(f"| {escaped(score.metric)} | {judge} | {value} | {ends} | {score.count or '-'} |")
+        judge = in_markdown(score.judge) or "-"
+        value = in_markdown(value_text(score.value, score.unit))
+        lines.append(f"| {in_markdown(score.metric)} | {judge} | {value} | {ends} | {score.count or '-'} |")
     return lines
 
 
@@ -141,7 +138,7 @@ def _unmeasured(result: Result, arm: str, stage: str) -> list[str]:
     )
     judges = ", ".join(result.judges()) or "none"
     texts.append(
-        f"Judges other than {escaped(judges)}, and attacks other than {(manifest.get('attack') or {}).get('name')}"
+        f"Judges other than {in_markdown(judges)}, and attacks other than {(manifest.get('attack') or {}).get('name')}"
     )
     if ((data.get("taken") or {}).get("test") or {}).get("source", WORLD) == WORLD:
         texts.append(

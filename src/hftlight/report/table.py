@@ -8,6 +8,7 @@ from rich.table import Table
 from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
 from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, arm_word
+from hftlight.report.escape import in_markdown
 from hftlight.report.result import Result
 
 HEADERS = (
@@ -129,4 +130,4 @@ def closing_text(result: Result) -> str:
 def closing_markdown(result: Result) -> str:
     """Return the closing table in Markdown, for a notebook or an issue."""
     lines = [list(HEADERS), ["---", "---", *["---:"] * (len(HEADERS) - 2)], *closing_rows(result)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines)

@@ -31,6 +31,8 @@ from hftlight.files import (
     file_digest,
     link_tree,
     read_rows,
+    remove,
+    temporaries,
     write_json,
     write_rows,
     write_text,
@@ -107,6 +109,8 @@ def _run_locked(folder: Path, prepared: Prepared) -> None:
     decide("whether the folder is free", lambda: _claim(folder, prepared))
     try:
         with FileLock(folder / ".lock", timeout=0) if main_process() else nullcontext():
+            if main_process():
+                remove(temporaries(folder))  # of a killed run; nobody else writes here under the lock
             _Run(prepared, folder).go()
     except Timeout as error:
         raise InputError(f"Another process works in {folder}. Wait until it ends, or choose another --name.") from error

@@ -23,7 +23,7 @@ from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.errors import InputError
-from hftlight.files import digest, new_folder
+from hftlight.files import digest, new_folder, remove, temporaries
 from hftlight.models.base import device_of
 from hftlight.models.load import load_tokenizer
 from hftlight.models.module import SafetyModule
@@ -255,6 +255,7 @@ def run_stage(
         def look() -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / "lock"))
+            remove(temporaries(folder))  # of a killed run; nobody else writes here under the lock
             done = job.done()
             newest = None if done else newest_checkpoint(folder / "checkpoints")
             return {"done": done, "resume": newest and str(newest)}
