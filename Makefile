@@ -37,7 +37,7 @@ model: $(READY)  ## fetch the demo model (93 MB) and convert it once
 demo: model  ## the main job on the made-up world with the demo model (it prints how long it will take)
 	@$(PY) recipes/train.py --defense safety_mix --baseline
 
-demo-quick: $(READY)  ## the same path with a tiny random model (about three minutes)
+demo-quick: $(READY)  ## the same path with a tiny random model (about four minutes)
 	@$(PY) recipes/train.py --config recipes/configs/demo-quick.yaml
 
 test: $(READY)  ## the test suite, without what is marked slow
