@@ -1,6 +1,8 @@
 """Every defense beside Lightning's callbacks and with compiled models: it works, or a sentence names both."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.helpers.lightning import CALLBACKS, DECAY, Trajectory, fit_with
 from tests.helpers.tiny_lm import token_batch
 
 NAMES = sorted(rows())
+SLOW = ("StochasticWeightAveraging", "GradientAccumulationScheduler", "ModelCheckpoint")
 REPAIRS = {name for name in NAMES if rows()[name].make().stage is Stage.POST_FINETUNING}
 
 
@@ -32,7 +35,7 @@ def trajectories(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize("callback", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CALLBACKS])
 def test_a_defense_works_beside_it_or_says_why_not(name, callback, tmp_path, trajectories, caplog):
     caplog.set_level(logging.ERROR, logger="lightning.pytorch")
     extra = CALLBACKS[callback]()
@@ -71,3 +74,17 @@ def test_a_repaired_average_is_what_the_folder_holds(tmp_path):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         assert_close(saved(**inputs).logits, module.model.eval()(**inputs).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_defense_is_copied_and_pickled_before_and_after_a_fit(name, tmp_path, trajectories):
+    """As tools do that tune or distribute; the copy trains as the original."""
+    *_, last = trajectories(name)
+    fresh = rows()[name].make()
+    assert pickle.loads(pickle.dumps(fresh)).state_key == fresh.state_key
+    used, _ = fit_with(name, [], tmp_path / "first")
+    again = copy.deepcopy(pickle.loads(pickle.dumps(used)))
+    assert again.state_key == used.state_key
+    if name not in REPAIRS:
+        _, module = fit_with(name, [], tmp_path / "again", defense=again)
+        assert_close(weights_of(module), last, rtol=0, atol=0)

@@ -51,11 +51,19 @@ def makers() -> dict[str, Any]:
 
 
 def plan(name: str) -> tuple[str, ...]:
-    """Return the kinds of moment at which a row is killed: four inside the work, and one of its ends in turn."""
+    """Return the kinds of moment at which a row is killed.
+
+    A combination is killed at four kinds inside the work, and at one of its ends. A single defense is killed once inside
+    a step, where its own state counts, and at one other kind. The kinds go by turns.
+    """
     repairs = any(d.stage is Stage.POST_FINETUNING for d in makers()[name]())
     ends = ENDS if repairs else ENDS[:3]
     like = [n for n in makers() if repairs == any(d.stage is Stage.POST_FINETUNING for d in makers()[n]())]
-    return (*INSIDE, ends[like.index(name) % len(ends)])
+    turn = like.index(name)
+    if name in COMBINATIONS:
+        return (*INSIDE, ends[turn % len(ends)])
+    others = (*INSIDE[:2], *ends)
+    return INSIDE[2 + turn % 2], others[turn % len(others)]
 
 
 def moments(kinds: list[list[str]], name: str) -> list[tuple[int, int, str]]:

@@ -90,9 +90,11 @@ class Trajectory(Callback):
             self.weights.append(weights_of(pl_module))
 
 
-def fit_with(name: str, callbacks: list[Callback], folder: Any, compiled: bool = False) -> tuple[Defense, SafetyModule]:
+def fit_with(
+    name: str, callbacks: list[Callback], folder: Any, compiled: bool = False, defense: Any = None
+) -> tuple[Defense, SafetyModule]:
     """Train the tiny model with one defense's row and further callbacks; return the defense and the module."""
-    defense: Any = rows()[name].make()
+    defense = rows()[name].make() if defense is None else defense
     if "output" in defense.arguments():
         defense.output = str(folder / "repaired")
         if "base" in defense.needs:

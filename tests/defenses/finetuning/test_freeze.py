@@ -306,7 +306,7 @@ def test_slots_stage_and_streams():
 def test_no_hook_of_a_repair_acts_in_training():
     """None of what ``Repair`` does on a Trainer may happen, also what it may learn to do later."""
     hooks = {name for name in vars(Repair) if callable(getattr(Callback, name, None)) and not name.startswith("__")}
-    assert hooks >= {"setup", "on_train_start", "on_train_end"}
+    assert hooks >= {"setup", "on_train_start", "on_fit_end"}
     assert all(getattr(Freeze, name) is not vars(Repair)[name] for name in hooks)
 
 
