@@ -53,8 +53,8 @@ def makers() -> dict[str, Any]:
 def plan(name: str) -> tuple[str, ...]:
     """Return the kinds of moment at which a row is killed.
 
-    A combination is killed at four kinds inside the work, and at one of its ends. A single defense is killed once inside
-    a step, where its own state counts, and at one other kind. The kinds go by turns.
+    A combination is killed at four kinds inside the work, and at one of its ends. A single defense is killed once
+    inside a step, where its own state counts, and at one other kind. The kinds go by turns.
     """
     repairs = any(d.stage is Stage.POST_FINETUNING for d in makers()[name]())
     ends = ENDS if repairs else ENDS[:3]
