@@ -11,7 +11,8 @@ LOOSE := python -m pip install --quiet --disable-pip-version-check
 SMALL := --model tiny --num_samples 40 --alignment.steps 4 --finetuning.steps 4 --evaluation.prompts 8 \
 	--evaluation.over_refusal_prompts 4 --evaluation.task_rows 8 --evaluation.max_new_tokens 8 --evaluation.loss_rows 4
 SHORT := tests/data/test_tokens.py tests/engine/step/test_step.py tests/models/test_load.py \
-	tests/defenses/alignment/test_booster.py tests/evaluation/metrics/test_metrics.py tests/runs/stages/test_phases.py
+	tests/defenses/alignment/test_booster.py tests/evaluation/metrics/test_metrics.py tests/runs/stages/test_phases.py \
+	tests/cli/test_parser.py
 LOWEST := import re, tomllib; print("\n".join(d.replace(">=", "==") for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
 
 .PHONY: help install model demo demo-quick test test-slow test-wheel test-lowest lint pages notebooks bench clean
