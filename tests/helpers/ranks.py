@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import hftlight.runs.measuring.curve as watch_module
 import hftlight.runs.measuring.measure as measure_module
+import hftlight.runs.measuring.test_sets as sets_module
 import hftlight.runs.run as run_module
 import hftlight.runs.stages.train as stage_module
 from hftlight.config import Data, Evaluation, Lora, RunConfig, Training
@@ -99,7 +100,7 @@ def slow_judge(rank: int) -> dict[str, Any]:
             time.sleep(SLOW)
             return [Verdict.of(False) for _ in responses]
 
-    for module in (watch_module, measure_module):
+    for module in (watch_module, measure_module, sets_module):
         module.get_judge = lambda name: Slow()
     evaluation = Evaluation(at=[2], max_new_tokens=2, task_max_new_tokens=2)
     tests = TestSets(rows(2, "test"), (), (), get_task("sst2"), ("slow",))

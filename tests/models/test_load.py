@@ -216,3 +216,13 @@ def test_every_file_of_pickles_is_read_as_tensors_alone(place):
             assert "weights_only=False" not in line, where
             assert "trust_remote_code=True" not in line, where
             assert ".fit(" not in line or "ckpt_path" not in line or "weights_only=True" in line, where
+
+
+def test_names_that_moved_are_found_with_a_warning():
+    from hftlight import models
+
+    for name in models.MOVED:
+        with pytest.warns(DeprecationWarning, match=rf"hftlight\.models\.{name} is now hftlight\.model"):
+            assert callable(getattr(models, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = models.nothing

@@ -56,7 +56,7 @@ def test_a_card_states_what_the_model_is_made_from_and_how_it_scores(result):
     }
     for part in (
         "SHA-256 of its files `abc123`",
-        "Data `alignment`: 20 rows from my\\|rows_\\*.jsonl, hash `aa`",
+        "Data `alignment`: 20 rows from my\\|rows\\_\\*.jsonl, hash `aa`",
         "attack `harmful_mix`, harmful ratio 0.1",
         "Seed 7, template `chat`, key `k1`",
         "- booster: `lam=5.0, alpha=0.1`",
