@@ -279,7 +279,7 @@ def test_a_full_disk_names_its_folder_and_the_same_command_goes_on(tmp_path, mon
     assert str(folder / CELLS / SECOND) in message
     assert str(tmp_path / "cache" / "stages") in message
     assert "Free some space" in message
-    assert "finished cells stay" in message
+    assert "finished parts stay" in message
     assert not finished(folder / CELLS / SECOND)
     assert set(compare(settings, TWO, folder).values()) == {"done"}
     assert runs_of(folder) == {"none-builtin-p0.1-s0": 1, SECOND: 2}
@@ -370,6 +370,7 @@ def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
     assert not (folder / CELLS).exists()
 
 
+@pytest.mark.slow
 def test_cells_in_other_processes_say_that_they_start(tmp_path):
     told = []
     compare(config(tmp_path), TWO, tmp_path / "c", jobs=2, on_cell=lambda cell, what: told.append((cell.arm, what)))
@@ -524,6 +525,7 @@ def test_the_plan_counts_an_aligned_model_once(tmp_path):
     assert seconds["booster"] < booster  # the base model was measured for the first cell
 
 
+@pytest.mark.slow
 def test_a_half_written_cell_is_run_and_the_others_are_not(tmp_path):
     """Real cells, two at a time; one manifest is cut off as a crash would leave it."""
     assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", jobs=2).values()) == {"done"}
