@@ -3,8 +3,8 @@
 The benchmark shows whether a low harmful score here is safety or breakage. It measures harmful score, refusals,
 collapse, accuracy and over-refusal. It measures them for the aligned model and after uploads at the four harmful ratios
 0, 0.05, 0.1 and 0.3. The strength of the attack and the share of general rows were chosen on the development prompts
-with seed 100. ``--test`` measures on the frozen test prompts instead. Finished measurements are not repeated. Results
-go to ``benchmarks/world.json``.
+with the seeds 101 and 102. ``--test`` measures on the frozen test prompts instead. Finished measurements are not
+repeated. Results go to ``benchmarks/world.json``.
 """
 
 import argparse

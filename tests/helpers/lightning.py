@@ -66,13 +66,12 @@ STRATEGIES = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy"}  # other t
 
 
 def table() -> str:
-    """Return a Markdown table: which defense works beside which callback, with compiled models and with strategies."""
-    columns = {**{name: f"`{name}`" for name in CALLBACKS}, **{name: f"`{kind}`" for name, kind in STRATEGIES.items()}}
-    lines = [f"| | {' | '.join(columns.values())} |", f"|---{'|:-:' * len(columns)}|"]
-    for name in defenses():
-        if name in rows():
-            cells = ["–" if column in rows()[name].refuses else "●" for column in columns]
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    """Return a Markdown table: which callback, compiled model and strategy works with which defense, by number."""
+    names = [name for name, entry in defenses().items() if entry.module.startswith("hftlight.")]
+    lines = [f"| | {' | '.join(str(i + 1) for i in range(len(names)))} |", f"|---{'|---' * len(names)}|"]
+    for place, word in {**{name: name for name in CALLBACKS}, **STRATEGIES}.items():
+        cells = ["–" if place in rows()[name].refuses else "●" for name in names]
+        lines.append(f"| `{word}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
