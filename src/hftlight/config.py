@@ -1,7 +1,7 @@
 """RunConfig: every option of a run, with default, unit and range. This module does not import torch."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -285,6 +285,21 @@ class Evaluation:
                 raise InputError(f"--evaluation.{name} needs a curve. Name its optimizer steps with --evaluation.at.")
 
 
+# The allowed values of each axis of a search.
+AXES = {"steps": ">= 1", "lr": "> 0", "rank": ">= 1", "num_samples": ">= 1", "harmful_ratio": "in [0, 1]"}
+
+
+def check_axis(axis: str, values: Sequence[float]) -> None:
+    """Refuse an empty axis of a search, and values out of range.
+
+    Raises:
+        InputError: naming the option, the allowed range and the values.
+    """
+    fits = {">= 1": lambda v: v >= 1, "> 0": lambda v: v > 0, "in [0, 1]": lambda v: 0 <= v <= 1}[AXES[axis]]
+    if not values or not all(map(fits, values)):
+        raise InputError(f"--search.{axis} takes one or more values {AXES[axis]}, got {list(values)}.")
+
+
 @dataclass
 class Search:
     """Search space of an attacker who tries many settings. An unset axis takes values around the run's own value.
@@ -311,16 +326,9 @@ class Search:
         Raises:
             InputError: naming the option, the allowed range and the value.
         """
-        whole: Callable[[float], bool] = lambda value: value >= 1  # noqa: E731
-        axes: dict[str, tuple[str, Callable[[float], bool]]] = {
-            **dict.fromkeys(("steps", "rank", "num_samples"), (">= 1", whole)),
-            "lr": ("> 0", lambda value: value > 0),
-            "harmful_ratio": ("in [0, 1]", lambda value: 0 <= value <= 1),
-        }
-        for axis, (allowed, fits) in axes.items():
-            values = getattr(self, axis)
-            if values is not None and not (values and all(map(fits, values))):
-                raise InputError(f"--search.{axis} takes one or more values {allowed}, got {values}.")
+        for axis in AXES:
+            if (values := getattr(self, axis)) is not None:
+                check_axis(axis, values)
         if not self.eps >= 0:
             raise InputError(f"--search.eps must be >= 0 points of accuracy, got {self.eps}.")
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from hftlight.attacks.attack import Attack
-from hftlight.config import RunConfig
+from hftlight.config import AXES, RunConfig, check_axis
 from hftlight.errors import InputError
 
 
@@ -63,16 +63,8 @@ class Budget:
     harmful_ratio: Sequence[float]
 
     def __post_init__(self) -> None:
-        for axis, allowed, good in (
-            ("steps", ">= 1", lambda v: v >= 1),
-            ("lr", "> 0", lambda v: v > 0),
-            ("rank", ">= 1", lambda v: v >= 1),
-            ("num_samples", ">= 1", lambda v: v >= 1),
-            ("harmful_ratio", "in [0, 1]", lambda v: 0 <= v <= 1),
-        ):
-            values = getattr(self, axis)
-            if not values or not all(good(v) for v in values):
-                raise InputError(f"--search.{axis} needs one value at least, each {allowed}, got {list(values)}.")
+        for axis in AXES:
+            check_axis(axis, getattr(self, axis))
 
     @classmethod
     def of(cls, config: RunConfig) -> "Budget":

@@ -109,7 +109,7 @@ def test_judges_read_the_bare_request_and_the_model_is_asked_the_attacks(tmp_pat
 def test_an_encoded_prompt_is_judged_in_plain_words():
     attack = Encoded(n=4, p=0.5)
     tests = Sets([Record(A, id="a")], (), (), get_task("builtin"), ("keyword",), attack=attack)
-    (row,) = measure._judged("harmful", [attack.substitution.encode("I will not.")], tests)
+    (row,) = measure.judged_rows("harmful", [attack.substitution.encode("I will not.")], tests)
     assert (row["prompt"], row["response"]) == (A, "I will not.")
     assert row["asked"] == attack.substitution.encode(A)
 

@@ -231,7 +231,7 @@ def test_numbers_out_of_range_are_refused(trials, eps, made, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"search": Search(lr=[-1.0])}, "--search.lr needs one value at least, each > 0"),
+        ({"search": Search(lr=[-1.0])}, "--search.lr takes one or more values > 0"),
         ({"devices": 2}, "one device"),
         ({"tuning": "qlora", "adapter_protocol": "continue"}, "one device"),
         ({"attacker": "search:0"}, "search:N"),
