@@ -15,12 +15,16 @@ MANIFEST = {
     "model": {"name": "org/model", "hash": "abc123"},
     "seed": 7,
     "template": "chat",
-    "attack": {"name": "harmful_mix"},
+    "attack": {"attack": "harmful_mix"},
     "data": {
         "rows": {"alignment": 20, "task": 10},
         "hashes": {"alignment": "aa", "task": "bb", "test": "cc"},
-        "taken": {"alignment": {"source": "my|rows_*.jsonl"}, "test": {"source": "builtin"}},
-        "trained_on": {"p": 0.1},
+        "taken": {
+            "alignment": {"source": "my|rows_*.jsonl"},
+            "task_train": {"source": "chats.jsonl"},
+            "test": {"source": "builtin"},
+        },
+        "trained_on": {"rows": 10, "attack_rows": 1},
     },
     "arms": {
         "none": {"defenses": [], "stages": {}},
@@ -57,7 +61,9 @@ def test_a_card_states_what_the_model_is_made_from_and_how_it_scores(result):
     for part in (
         "SHA-256 of its files `abc123`",
         "Data `alignment`: 20 rows from my\\|rows\\_\\*.jsonl, hash `aa`",
-        "attack `harmful_mix`, harmful ratio 0.1",
+        "Data `task`: 10 rows from chats.jsonl, hash `bb`",
+        "attack `harmful_mix`, 1 of 10 rows are the attacker's",
+        "attacks other than harmful_mix",
         "Seed 7, template `chat`, key `k1`",
         "- booster: `lam=5.0, alpha=0.1`",
         "| harmful_score | builtin | 20.0 | 13.8 to 28.0 | 120 |",

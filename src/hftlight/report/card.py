@@ -91,17 +91,21 @@ def _made_from(manifest: Mapping[str, Any], entry: Mapping[str, Any], stage: str
     ]
     hashes, rows = data.get("hashes") or {}, data.get("rows") or {}
     for name, value in hashes.items():
-        source = ((data.get("taken") or {}).get(name) or {}).get("source")
+        taken = data.get("taken") or {}
+        source = (taken.get(name) or taken.get(f"{name}_train") or {}).get("source")
         where = f" from {in_markdown(source)}" if source else ""
         count = f"{rows[name]} rows" if name in rows else "prompts"
         lines.append(f"- Data `{name}`: {count}{where}, hash `{value}`")
     if stage != "alignment":
-        attack = manifest.get("attack") or {}
         trained = data.get("trained_on") or {}
-        p = f", harmful ratio {trained['p']:g}" if isinstance(trained.get("p"), (int, float)) else ""
-        lines.append(f"- Upload: attack `{attack.get('name', 'unknown')}`{p}")
+        counts = f", {trained['attack_rows']} of {trained['rows']} rows are the attacker's" if trained else ""
+        lines.append(f"- Upload: attack `{_attack(manifest)}`{counts}")
     lines.append(f"- Seed {manifest.get('seed')}, template `{manifest.get('template')}`, key `{_key(entry, stage)}`")
     return lines
+
+
+def _attack(manifest: Mapping[str, Any]) -> str:
+    return str((manifest.get("attack") or {}).get("attack", "unknown"))
 
 
 def _key(entry: Mapping[str, Any], stage: str) -> str:
@@ -137,9 +141,7 @@ def _unmeasured(result: Result, arm: str, stage: str) -> list[str]:
         f"Other seeds than {manifest.get('seed')}: intervals cover the choice of prompts, not another training"
     )
     judges = ", ".join(result.judges()) or "none"
-    texts.append(
-        f"Judges other than {in_markdown(judges)}, and attacks other than {(manifest.get('attack') or {}).get('name')}"
-    )
+    texts.append(f"Judges other than {in_markdown(judges)}, and attacks other than {_attack(manifest)}")
     if ((data.get("taken") or {}).get("test") or {}).get("source", WORLD) == WORLD:
         texts.append(
             "Real harmful requests: the test prompts are about made-up things, so no score holds for a real service"
