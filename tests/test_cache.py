@@ -409,3 +409,12 @@ def test_asdict_of_a_record_names_all_that_a_defense_may_read():
         "system",
         "history",
     }
+
+
+def test_only_what_was_built_counts_as_work(tmp_path, monkeypatch):
+    """So that a run calls a step reused only if nothing of it was computed."""
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    before = cache.built()
+    for _ in range(2):
+        cache.kept("evaluations", "one", lambda place: (place / "rows.jsonl").write_text("x"))
+    assert cache.built() == before + 1
