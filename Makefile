@@ -36,7 +36,7 @@ model: $(READY)  ## fetch the demo model (93 MB) and convert it once
 	@$(PY) -m hftlight.models
 
 demo: model  ## the main job on the made-up world with the demo model (it prints how long it will take)
-	@$(PY) recipes/train.py --defense safety_mix --baseline
+	@$(PY) recipes/train.py --defense safety_mix --baseline --evaluation.task_rows 40 --evaluation.over_refusal_prompts 20
 
 demo-quick: $(READY)  ## the same path with a tiny random model (about four minutes)
 	@$(PY) recipes/train.py --config recipes/configs/demo-quick.yaml
