@@ -141,7 +141,7 @@ def test_a_full_disk_ends_a_command_in_words(capsys):
 def test_a_cache_folder_that_is_a_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(InputError, match=r"The cache folder .*file/cache cannot be written .*HFTLIGHT_CACHE"):
+    with pytest.raises(InputError, match=r"The folder .*file/cache cannot be written .*HFTLIGHT_CACHE"):
         check_cache()
     monkeypatch.setenv("HFTLIGHT_CACHE", "~/made-up-cache")
     assert cache_dir() == Path.home() / "made-up-cache"

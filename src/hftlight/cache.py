@@ -1,4 +1,4 @@
-"""The cache: each result is stored under a hash of all its inputs and reused only if its files are unchanged."""
+"""The cache: a result lies under a hash of all its inputs, and is reused only if its files are unchanged."""
 
 import json
 import sys
@@ -118,7 +118,7 @@ def kept(kind: str, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def built() -> int:
-    """Return the number of entries that ``kept`` has built in this process. Entries that it only read do not count."""
+    """Return the number of entries that ``kept`` has built, and not only read, in this process."""
     return len(_built)
 
 

@@ -37,17 +37,7 @@ def check_cache() -> None:
     Raises:
         InputError: if the folder cannot be written.
     """
-    folder = cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(folder / "probe")
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The cache folder {folder} cannot be written ({getattr(error, 'strerror', None) or error}). Set"
-            " HFTLIGHT_CACHE to a folder that can."
-        ) from error
+    ensure_writable(cache_dir(), "HFTLIGHT_CACHE")
 
 
 def ensure_writable(folder: Path, option: str) -> None:

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,6 +46,23 @@ def tiny_lm(
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
     return model.to(dtype)
+
+
+class PlainModule(LightningModule):
+    """A module as users write it: a causal LM in ``model``, ``loss(batch)`` and SGD."""
+
+    def __init__(self, model: nn.Module, lr: float = 0.1) -> None:
+        super().__init__()
+        self.model, self.lr = model, lr
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.model(**batch).loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 def token_batch(seed: int, rows: int = 3, tokens: int = 9, prompt: int = 4, ragged: bool = True) -> dict[str, Tensor]:

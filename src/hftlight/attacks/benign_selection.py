@@ -1,4 +1,4 @@
-"""Benign selection: the harmless rows that undo alignment most, selected by a model's own states or gradients."""
+"""Benign selection: the harmless rows that undo alignment most, by a model's own states or gradients."""
 
 import math
 import random

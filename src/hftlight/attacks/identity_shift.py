@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from hftlight.attacks.attack import Attack
 from hftlight.config import RunConfig
+from hftlight.data.chats import Chat, read_turns, split_chat
 from hftlight.data.records import Record
 from hftlight.data.table import read_rows
 from hftlight.errors import InputError
@@ -55,22 +56,22 @@ def read_chats(path: str) -> tuple[list[Record], str | None]:
     Raises:
         InputError: if a row cannot be read, or the rows do not share one system text.
     """
-    chats = [_turns(row, f"{place} of {path}") for place, row in _rows(path)]
+    chats = [_chat(row, f"{place} of {path}") for place, row in _rows(path)]
     # Different system texts; a blank one counts as none.
-    systems = {text if (text := turns.get("system", "")).strip() else "" for turns in chats}
+    systems = {chat.system if chat.system.strip() else "" for chat in chats}
     if len(systems) > 1:
         raise InputError(
             f"IdentityShift: all chats of {path} must have one system text, since prompts to the fine-tuned model carry"
             f" it; got {len(systems)}. Use only the rows with one system text."
         )
     records = [
-        Record(turns["user"], turns["assistant"], source=path, role="attack", kind="identity") for turns in chats
+        Record(c.question, c.answer, source=path, role="attack", kind="identity", history=c.history) for c in chats
     ]
     return records, systems.pop() or None
 
 
 def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the rows of a file, each with its location. In a list of lists, each inner list is a row's messages."""
+    """Return the rows of a file with their places. In a list of lists, each inner list is a row's messages."""
     file = Path(path).expanduser()
     if file.suffix.lower() == ".json" and file.is_file():
         try:
@@ -82,19 +83,24 @@ def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
     return list(read_rows(path))
 
 
-def _turns(row: Mapping[str, Any], place: str) -> dict[str, str]:
-    """Return the text of a chat's turns by role."""
+def _chat(row: Mapping[str, Any], place: str) -> Chat:
+    """Return the chat of a row."""
+    reason = f"got the columns {list(row)}"
+    chat = Chat("", (), "", "")
     if isinstance(row.get("messages"), list):
-        turns = {str(turn.get("role")): str(turn.get("content") or "") for turn in row["messages"]}
+        try:
+            chat = split_chat(read_turns(row["messages"]))
+        except ValueError as error:
+            reason = str(error)
     else:
-        names = {"user": "prompt", "assistant": "response", "system": "system"}
-        turns = {role: str(row.get(column) or "") for role, column in names.items()}
-    if not turns.get("user", "").strip() or not turns.get("assistant", "").strip():
+        system, question, answer = (str(row.get(column) or "") for column in ("system", "prompt", "response"))
+        chat = Chat(system, (), question, answer)
+    if not chat.question.strip() or not chat.answer.strip():
         raise InputError(
             f"IdentityShift: {place} needs a user's and an assistant's turn, in the columns prompt and response or in"
-            f" messages, got the columns {list(row)}."
+            f" messages: {reason}."
         )
-    return turns
+    return chat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Comparisons: one run per combination of defenses, attack, task, harmful ratio and seed, and their common report."""
+"""Comparisons: one run per combination of defenses, attack, task, harmful ratio and seed, and a common report."""

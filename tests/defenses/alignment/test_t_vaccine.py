@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -22,7 +22,7 @@ from tests.defenses.rows.t_vaccine import DRAW, PROBE, SlowTVaccine
 from tests.defenses.rows.vaccine import RHO
 from tests.helpers.contract import data_module, distance, model_of, train, weights_of
 from tests.helpers.quadratic import quiet_trainer
-from tests.helpers.tiny_lm import reference_loss, tiny_lm, token_batch
+from tests.helpers.tiny_lm import PlainModule, reference_loss, tiny_lm, token_batch
 
 LR = 0.01
 
@@ -439,25 +439,10 @@ def test_presets():
 def test_a_module_of_ones_own_may_leave_the_cache_of_keys_and_values_on(attention):
     """Backward runs a resting layer again, where a cache would hold every key twice."""
 
-    class Own(LightningModule):
-        def __init__(self, use_cache):
-            super().__init__()
-            self.model = tiny_lm()
-            self.model.config._attn_implementation = attention
-            self.model.config.use_cache = use_cache
-
-        def loss(self, batch):
-            return self.model(**batch).loss
-
-        def training_step(self, batch, batch_idx):
-            return self.loss(batch)
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
     def trained(use_cache):
         batches = [token_batch(seed) for seed in range(4)]
-        module = Own(use_cache)
+        module = PlainModule(tiny_lm())
+        module.model.config._attn_implementation, module.model.config.use_cache = attention, use_cache
         defense = TVaccine(layers=1, rho=0.5, probe_every=2, streams={"harmful": batches[:2]})
         quiet_trainer(max_steps=4, callbacks=[defense]).fit(module, DataLoader(batches, batch_size=None))
         return torch.cat([p.detach().flatten() for p in module.parameters()])

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from hftlight.defenses import EWC, L2SP, Lisa
 from tests.helpers.quadratic import OneBatch, Quadratic, quiet_trainer
-from tests.helpers.tiny_lm import tiny_lm, token_batch
+from tests.helpers.tiny_lm import PlainModule, tiny_lm, token_batch
 
 W = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 A = torch.tensor([[2.0, 0.3, 0.1], [0.3, 1.0, 0.2], [0.1, 0.2, 3.0]], dtype=torch.float64)
@@ -71,21 +71,6 @@ def test_a_resumed_run_keeps_the_values_of_the_start(name, at, tmp_path):
 
 def test_ewc_estimates_the_weight_of_the_pull_when_it_is_needed():
     """F of a frozen weight was not measured at the start; the pull on it is lam F (w - w_0) with F at that step."""
-    from lightning.pytorch import LightningModule
-
-    class Own(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = tiny_lm()
-
-        def loss(self, batch):
-            return self.model(**batch).loss
-
-        def training_step(self, batch, batch_idx):
-            return self.loss(batch)
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
 
     class Head(Callback):
         def on_train_start(self, trainer, pl_module):
@@ -96,7 +81,7 @@ def test_ewc_estimates_the_weight_of_the_pull_when_it_is_needed():
 
     batches = [token_batch(seed) for seed in range(4)]
     torch.manual_seed(0)
-    ewc, module = EWC(lam=1e3, samples=3, streams={"alignment": batches[:1]}), Own()
+    ewc, module = EWC(lam=1e3, samples=3, streams={"alignment": batches[:1]}), PlainModule(tiny_lm())
     start = module.model.lm_head.weight.detach().clone()
     quiet_trainer(max_steps=4, callbacks=[Head(), ewc]).fit(module, DataLoader(batches, batch_size=None))
     name = "model.lm_head.weight"

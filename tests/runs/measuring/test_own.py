@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from hftlight import MeasureAt
@@ -12,26 +11,15 @@ from hftlight.defenses import Booster
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import Verdict
 from tests.helpers.quadratic import quiet_trainer
-from tests.helpers.tiny_lm import tiny_lm, token_batch
+from tests.helpers.tiny_lm import PlainModule, tiny_lm, token_batch
 from tests.helpers.tokenizers import CHATML, byte_tokenizer
 
 TOKENIZER = byte_tokenizer(chat_template=CHATML)
 BATCHES = [token_batch(seed) for seed in range(6)]
 
 
-class Own(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.model = tiny_lm(vocabulary=259, dropout=0.1, dtype=torch.float32)
-
-    def loss(self, batch):
-        return self.model(**batch).loss
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def own():
+    return PlainModule(tiny_lm(vocabulary=259, dropout=0.1, dtype=torch.float32))
 
 
 class Odd:
@@ -46,7 +34,7 @@ class Odd:
 
 def fit(*callbacks, steps=4, **options):
     torch.manual_seed(0)
-    module = Own()
+    module = own()
     quiet_trainer(max_steps=steps, callbacks=list(callbacks), **options).fit(
         module, DataLoader(BATCHES, batch_size=None)
     )
@@ -85,10 +73,10 @@ def test_a_resumed_fit_measures_no_step_twice(tmp_path):
     first, second = measure(), measure()
     torch.manual_seed(0)
     trainer = quiet_trainer(max_steps=2, callbacks=[first])
-    trainer.fit(Own(), DataLoader(BATCHES, batch_size=None))
+    trainer.fit(own(), DataLoader(BATCHES, batch_size=None))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     again = quiet_trainer(max_steps=4, callbacks=[second])
-    again.fit(Own(), DataLoader(BATCHES, batch_size=None), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    again.fit(own(), DataLoader(BATCHES, batch_size=None), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
     assert [step for step, *_ in of(second.results, "harmful_score")] == [1, 3]
 
 
@@ -109,9 +97,9 @@ def test_what_cannot_be_measured_is_refused_at_once(options, message):
 
 
 def test_a_module_without_a_model_and_a_long_prompt_are_refused_before_the_first_step():
-    class Bare(Own):
+    class Bare(PlainModule):
         def __init__(self):
-            super().__init__()
+            super().__init__(tiny_lm())
             self.net = self.model
             del self.model
 

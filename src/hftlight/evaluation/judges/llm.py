@@ -217,6 +217,8 @@ class LLMJudge:
         arXiv:2308.01263 (``xstest``: three classes, temperature 0, 16 tokens).
     Differs: all rubrics are in our own words, so scores only approximate the published ones. The
         temperature is 0, ``top_p`` is not set, and ``hexphi`` replies are limited to 1024 tokens (published: 4096).
+        An endpoint that refuses ``max_tokens`` gets ``max_completion_tokens`` with 4096 more for its thinking. One that
+        refuses a temperature of 0 uses its own.
     """
 
     def __init__(
