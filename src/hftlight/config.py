@@ -15,7 +15,7 @@ from hftlight.take import SOURCES, Take
 OF_NO_STAGE = frozenset(
     {"defense", "baseline", "model", "attack", "attacker", "harmful_ratio", "num_samples", "accelerator",
      "checkpoint_every", "logger", "base", "adapter_protocols", "upload_generations", "output", "name", "data",
-     "search"}
+     "search", "hardening_steps"}
 )  # fmt: skip
 # Options that are left out of the configuration in the cache key of a finished model's answers.
 OF_NO_ANSWER = OF_NO_STAGE | {
@@ -385,6 +385,8 @@ class RunConfig:
         output: folder of all runs.
         name: name of the run folder; by default it is made from the configuration's hash.
         alignment: training of the alignment stage.
+        hardening_steps: optimizer steps of the alignment's second phase, >= 1; by default as many as
+            --alignment.steps. Only defenses that start from an aligned model have this phase.
         finetuning: training on the upload.
         lora: adapter geometry.
         data: sources of the rows.
@@ -428,6 +430,7 @@ class RunConfig:
     data: Data = field(default_factory=Data)
     evaluation: Evaluation = field(default_factory=Evaluation)
     search: Search = field(default_factory=Search)
+    hardening_steps: int | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -456,6 +459,7 @@ class RunConfig:
             "num_nodes": self.num_nodes,
             "checkpoint_every": self.checkpoint_every,
             "log_every": self.log_every,
+            "hardening_steps": 1 if self.hardening_steps is None else self.hardening_steps,
             "lora.r": self.lora.r,
             "evaluation.max_new_tokens": self.evaluation.max_new_tokens,
             "evaluation.batch_size": self.evaluation.batch_size,

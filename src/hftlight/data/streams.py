@@ -99,6 +99,17 @@ def _hide_attack(example: Example) -> Example:
     return replace(example, role="task", rejected=example.rejected and _hide_attack(example.rejected))
 
 
+def apart(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preferred rows of a batch of pairs, with the rejected rows as a batch under ``"rejected"``.
+
+    Args:
+        batch: as ``collate`` returns it for pairs.
+    """
+    # Even rows hold the preferred answers, odd rows the rejected ones.
+    preferred, rejected = ({key: value[k::2] for key, value in batch.items() if key != "pairs"} for k in (0, 1))
+    return {**preferred, "rejected": rejected}
+
+
 class Schedule(Protocol):
     """Methods of a stream-slot defense that the loader calls."""
 
@@ -121,7 +132,9 @@ class StreamsDataModule(LightningDataModule):
     Args:
         tokenizer: the model's tokenizer.
         template: how a record becomes a prompt; the same for training and evaluation.
-        main: the stream whose length is the epoch, ``"alignment"`` or ``"task"``.
+        main: the stream whose length is the epoch, ``"alignment"`` or ``"task"``. With ``"pairs"`` the Trainer trains
+            on the preferred answers. Each batch then holds the rejected rows as a batch of its own, under
+            ``"rejected"``. Both have the same prompts in the same places, and the same width.
         batch_size: rows per micro-batch and process, >= 1.
         max_tokens: longest row in tokens, prompt, response and end together.
         seed: decides the order of every stream.
@@ -169,6 +182,11 @@ class StreamsDataModule(LightningDataModule):
             raise InputError(f"StreamsDataModule: batch_size must be >= 1 row, got {batch_size}.")
         if average not in ("micro", "window"):
             raise InputError(f"StreamsDataModule: average must be 'micro' or 'window', got {average!r}.")
+        if main == "pairs" and average == "window":
+            raise InputError(
+                "StreamsDataModule: the main stream 'pairs' averages its losses over each micro-batch. Use"
+                " --alignment.average micro."
+            )
         if order not in get_args(Order):
             raise InputError(f"StreamsDataModule: order must be one of {get_args(Order)}, got {order!r}.")
         self.tokenizer, self.template, self.main = tokenizer, template, main
@@ -257,6 +275,8 @@ class StreamsDataModule(LightningDataModule):
                 first = self._schedule.steps_on(name, step) * self.accumulate
         stream = self._of_main_size(name)
         batch = stream.batch(first + micro)
+        if name == "pairs":
+            batch = apart(batch)
         if self.average == "window":
             # The mean token count per micro-batch and rank. Lightning's mean over both then weighs every token equally.
             tokens = sum(stream.tokens(first + k) for k in range(self.accumulate))

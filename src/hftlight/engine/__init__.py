@@ -2,11 +2,11 @@
 
 from hftlight.engine.step.activations import captured, first_tensor, hooked, shifted
 from hftlight.engine.step.defense import Defense, HasLoss
-from hftlight.engine.step.displacement import moved
+from hftlight.engine.step.displacement import moved, shifted_gradient
 from hftlight.engine.step.order import batches_per_pass, passes_order, rank_and_world
 from hftlight.engine.step.passes import Pass, Passes, add_to_grad, count_passes, gradient
 from hftlight.engine.step.side_streams import LoaderStream, Stream
-from hftlight.engine.step.slots import Slot, Stage, check, in_order
+from hftlight.engine.step.slots import Slot, Stage, check, in_order, main_stream
 from hftlight.engine.step.vectors import (
     Vector,
     difference,
@@ -43,6 +43,7 @@ __all__ = [
     "gradient",
     "hooked",
     "in_order",
+    "main_stream",
     "moved",
     "norm",
     "packed",
@@ -51,6 +52,7 @@ __all__ = [
     "rank_and_world",
     "scaled",
     "shifted",
+    "shifted_gradient",
     "snapshot",
     "trainable",
     "unit",

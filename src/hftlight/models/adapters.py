@@ -13,9 +13,10 @@ from hftlight.errors import InputError
 from hftlight.model_files import model_path, stands_on
 
 SECOND = 1_000_003  # added to the seed of an adapter on an aligned model
+HARDENING = 2_000_003  # added to the seed of an adapter that hardens an aligned model, before any upload
 
 
-def adapter_seed(seed: int, aligned: bool) -> int:
+def adapter_seed(seed: int, aligned: bool, hardening: bool = False) -> int:
     """Return the seed for a new adapter's A matrix.
 
     On an aligned model the seed is offset, so that A differs from the alignment adapter's A. With the same A, an upload
@@ -24,8 +25,9 @@ def adapter_seed(seed: int, aligned: bool) -> int:
     Args:
         seed: the run's seed.
         aligned: whether the adapter is put on an aligned model.
+        hardening: whether the adapter on an aligned model is the defender's, which has an offset of its own.
     """
-    return seed + SECOND if aligned else seed
+    return seed + (HARDENING if hardening else SECOND) if aligned else seed
 
 
 def attach(model: Any, lora: Lora, seed: int) -> nn.Module:

@@ -88,7 +88,7 @@ class Artifact:
 
 
 @contextmanager
-def trainable_model(config: RunConfig, parent: Artifact | None) -> Iterator[nn.Module]:
+def trainable_model(config: RunConfig, parent: Artifact | None, hardening: bool = False) -> Iterator[nn.Module]:
     """Yield the model that a stage trains, in training mode.
 
     If ``keeps_base`` allows it, the base model stays in memory for later stages and measurements.
@@ -96,6 +96,7 @@ def trainable_model(config: RunConfig, parent: Artifact | None) -> Iterator[nn.M
     Args:
         config: the run's configuration.
         parent: artifact of the previous stage; None starts from the run's model.
+        hardening: whether the defender trains the model, not a user.
 
     Raises:
         InputError: if the model cannot be loaded or adapted.
@@ -109,7 +110,7 @@ def trainable_model(config: RunConfig, parent: Artifact | None) -> Iterator[nn.M
         if continued:
             model = load_adapter(model, continued.folder, trainable=True)
         elif config.tuning != "full":
-            model = attach(model, config.lora, adapter_seed(config.seed, parent is not None))
+            model = attach(model, config.lora, adapter_seed(config.seed, parent is not None, hardening))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hftlight.builtin_models import DEMO, TINY
 from hftlight.config import OF_NO_ANSWER, RunConfig, Training
-from hftlight.engine import Defense, Stage
+from hftlight.engine import Defense, Stage, main_stream
 from hftlight.files import digest
 from hftlight.folders import STAGES, arm_word
 from hftlight.models.load import load_config, text_config
 from hftlight.provenance import described
 from hftlight.runs.measuring.test_sets import SETS
 from hftlight.runs.prepare import Arm, Prepared, stages_of, upload_of
-from hftlight.runs.stages.train import alignment_job, finetuning_job, phases_of, records_digest
+from hftlight.runs.stages.train import MAIN, alignment_job, finetuning_job, records_digest
 
 DEMO_PARAMETERS = 134_515_008
 # Measured with the demo model on two idle CPU cores: forward and backward pass per padded token of a training, forward
@@ -97,7 +97,7 @@ class _Planner:
         assert chosen is not None
         key, steps = self.config.model, self.config.alignment.steps
         if steps:
-            key = self._aligned(Arm("none", []))
+            key = digest([key, *self._deciding(Arm("none", []), Stage.ALIGNMENT, 0)])
             tokens = steps * self.config.alignment.batch_size * p.lengths["alignment"]
             seconds = self.speed * tokens * SECONDS_PER_TOKEN
             yield Step("plainly aligned", steps, seconds, key, lambda worker: worker.align_plainly())
@@ -136,19 +136,25 @@ class _Planner:
 
     def _trainings(self, arm: Arm, stage: Stage, label: str, parent: str) -> Iterator[Step]:
         """Yield one step per phase of a stage. The time of a fine-tuning includes its evaluations for curves."""
-        p, training = self.prepared, self.config.alignment
-        if stage is Stage.ALIGNMENT:
-            seconds = self.speed * self._tokens(arm.of(stage), training, "alignment") * SECONDS_PER_TOKEN
-            yield Step(label, training.steps, seconds, self._aligned(arm), lambda worker: worker.train(arm, stage, 0))
-            return
-        share = min(1.0, 2 * (self.config.evaluation.at_prompts or self.tests) / max(1, self.tests))
-        for number, (own, attack) in enumerate(phases_of(p.config_of(arm), p.attack)):
-            records, defenses = p.records(stage, arm, number), arm.of(stage)
-            job = finetuning_job(own, self.config.model, None, records, defenses, attack)
-            parent = digest([parent, job.inputs(), own.evaluation.at, own.evaluation.stops])
-            seconds = self.speed * self._tokens(defenses, own.finetuning, upload_of(number)) * SECONDS_PER_TOKEN
-            seconds += len(set(own.evaluation.at)) * share * self.measuring
-            yield Step(label, own.finetuning.steps, seconds, parent, self._training(arm, stage, number))
+        p, share = self.prepared, min(1.0, 2 * (self.config.evaluation.at_prompts or self.tests) / max(1, self.tests))
+        for number, phase in enumerate(p.trainings(arm, stage)):
+            parent = digest([parent, *self._deciding(arm, stage, number)])
+            main = main_stream(phase.defenses, MAIN[stage])
+            main = upload_of(number) if main == "task" else main
+            seconds = self.speed * self._tokens(phase.defenses, phase.training, main) * SECONDS_PER_TOKEN
+            if phase.attack is not None:
+                seconds += len(set(phase.config.evaluation.at)) * share * self.measuring
+            shown = f"{label}, {phase.name}" if phase.name and phase.attack is None else label
+            yield Step(shown, phase.training.steps, seconds, parent, self._training(arm, stage, number))
+
+    def _deciding(self, arm: Arm, stage: Stage, number: int) -> list[Any]:
+        """Return everything that decides the result of a phase, besides the model that it starts from."""
+        p = self.prepared
+        phase, records = p.trainings(arm, stage)[number], p.records(stage, arm, number)
+        if phase.attack is None:
+            return [alignment_job(phase.config, self.config.model, records, phase.defenses).inputs()]
+        job = finetuning_job(phase.config, self.config.model, None, records, phase.defenses, phase.attack)
+        return [job.inputs(), phase.config.evaluation.at, phase.config.evaluation.stops]
 
     def _training(self, arm: Arm, stage: Stage, phase: int) -> Callable[[Worker], Note | None]:
         # A lambda within the loop over phases would see the last phase only.
@@ -169,12 +175,6 @@ class _Planner:
         seconds = self.measuring * (1 + more / max(1, self.tests))
         key = digest([key, self.asked])
         return Step(label, self.tests + more, seconds, key, lambda worker: worker.measure(arm, stage))
-
-    def _aligned(self, arm: Arm) -> str:
-        """Return the key of an arm's alignment stage."""
-        p, stage = self.prepared, Stage.ALIGNMENT
-        job = alignment_job(p.config_of(arm), self.config.model, p.records(stage, arm), arm.of(stage))
-        return digest([self.config.model, job.inputs()])
 
     def _prompt_seconds(self) -> float:
         """Return the estimated seconds to measure one model."""

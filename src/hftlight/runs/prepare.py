@@ -9,14 +9,14 @@ from typing import Any
 
 from hftlight.attacks.attack import Attack, Choosing, steps_of
 from hftlight.attacks.registry import get_attack
-from hftlight.config import RunConfig
+from hftlight.config import RunConfig, Training
 from hftlight.data.pairs import PairsDataModule
 from hftlight.data.records import Record, overlaps, prompt_key, split_by_hash
 from hftlight.data.sources import get_task
 from hftlight.data.streams import ExampleStream, StreamsDataModule, as_pairs
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import Example, encode_all, encode_pairs, encode_prompt, single_rows
-from hftlight.engine import Defense, Slot, Stage, check, in_order
+from hftlight.engine import Defense, Slot, Stage, check, in_order, main_stream
 from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
@@ -30,7 +30,7 @@ from hftlight.registry import name_of
 from hftlight.runs.measuring.test_sets import SETS, TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
-from hftlight.runs.stages.train import phases_of, stage_config
+from hftlight.runs.stages.train import MAIN, alignment_phases, phases_of, stage_config
 from hftlight.search.space import Budget
 
 UNLIMITED = 10**9  # tokens
@@ -51,6 +51,28 @@ class Arm:
     def of(self, stage: Stage) -> list[Defense]:
         """Return the defenses that work in a stage."""
         return [d for d in self.defenses if d.stage is stage]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of an arm.
+
+    Attributes:
+        config: configuration of the arm, with the settings of this phase.
+        defenses: the defenses that work in this phase.
+        attack: the upload of this phase. None in the alignment stage.
+        name: what tells this phase from the other phases of its stage. Empty if there is one phase only.
+    """
+
+    config: RunConfig
+    defenses: list[Defense]
+    attack: Attack | None = None
+    name: str = ""
+
+    @property
+    def training(self) -> Training:
+        """Steps, learning rate, batches and the other training settings of the phase."""
+        return self.config.alignment if self.attack is None else self.config.finetuning
 
 
 @dataclass(frozen=True)
@@ -139,9 +161,20 @@ class Prepared:
         Args:
             stage: the stage.
             arm: the arm.
-            phase: phase of the fine-tuning, counted from 0.
+            phase: phase of the stage, counted from 0.
         """
-        return stage_records(self.streams, stage, arm.of(stage), phase)
+        defenses = arm.of(stage) if stage is Stage.POST_FINETUNING else self.trainings(arm, stage)[phase].defenses
+        return stage_records(self.streams, stage, defenses, phase)
+
+    def trainings(self, arm: Arm, stage: Stage) -> list[Phase]:
+        """Return the phases of an arm's alignment or fine-tuning, in order."""
+        config, defenses = self.config_of(arm), arm.of(stage)
+        if stage is Stage.ALIGNMENT:
+            alignments = alignment_phases(config, defenses)
+            names = ("plain", "hardening") if len(alignments) > 1 else ("",)
+            return [Phase(own, some, None, name) for (own, some), name in zip(alignments, names, strict=True)]
+        uploads = phases_of(config, self.attack)
+        return [Phase(own, defenses, attack, attack.name if len(uploads) > 1 else "") for own, attack in uploads]
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -165,10 +198,11 @@ def stage_records(
         streams: rows of all streams of the run.
         stage: the stage. A repair has no main stream.
         defenses: the defenses of the stage.
-        phase: phase of the fine-tuning, counted from 0.
+        phase: phase of the stage, counted from 0. In the alignment stage every phase reads the same streams.
     """
-    names = {"alignment": {"alignment"}, "finetuning": {"task"}}.get(stage.value, set())
-    names |= {name for d in defenses for name in d.streams}
+    names = {name for d in defenses for name in d.streams}
+    if stage in MAIN:
+        names.add(main_stream(defenses, MAIN[stage]))
     return {name: streams[upload_of(phase) if name == "task" else name] for name in sorted(names)}
 
 
@@ -223,7 +257,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     arms = [Arm("none", [])] if config.baseline or not defenses else []
     if defenses:
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
-    needed = {name for d in defenses for name in d.streams}
+    needed = {name for d in defenses for name in (*d.streams, d.main) if name}
     sources = Sources(config.data)
     source_rows = _read_sources(config, sources, needed, attack)
     with _explain_lowered_limit(notes):
@@ -655,17 +689,21 @@ def _try_rewrites(prepared: Prepared) -> None:
         own = stage_config(config, prepared.attack, stage)
         served.add((own.template, SystemSlot(own.system)))
     for arm in prepared.arms:
-        trainings = [(Stage.ALIGNMENT, 0), *((Stage.FINETUNING, number) for number in range(len(prepared.phases)))]
-        for stage, phase in trainings:
-            chosen = [d for d in arm.of(stage) if Slot.DATA in d.slots]
+        trainings = [
+            (stage, number, phase)
+            for stage in (Stage.ALIGNMENT, Stage.FINETUNING)
+            for number, phase in enumerate(prepared.trainings(arm, stage))
+        ]
+        for stage, number, phase in trainings:
+            chosen = [d for d in phase.defenses if Slot.DATA in d.slots]
             if not chosen:
                 continue
             own = stage_config(config, prepared.attack, stage)
             template = get_template(own.template, tokenizer)
-            streams = dict[str, Any](prepared.records(stage, arm, phase))
-            pairs = stage is Stage.FINETUNING and prepared.phases[phase][1].acts_on == "pairs"
+            streams = dict[str, Any](prepared.records(stage, arm, number))
+            pairs = phase.attack is not None and phase.attack.acts_on == "pairs"
             kind: Any = PairsDataModule if pairs else StreamsDataModule
-            main = "alignment" if stage is Stage.ALIGNMENT else "task"
+            main = main_stream(phase.defenses, MAIN[stage])
             options: dict[str, Any] = {"max_tokens": config.max_tokens, "long_rows": config.long_rows}
             data = kind(tokenizer, template, main, system=own.system, **options, **streams)
             for d in chosen:
@@ -676,7 +714,7 @@ def _try_rewrites(prepared: Prepared) -> None:
                 if not pairs:
                     raise
                 raise InputError(f"{' and '.join(type(d).__name__ for d in chosen)}: {error}") from error
-            prepared.dropped |= {upload_of(phase) if n == "task" else n: count for n, count in data.dropped.items()}
+            prepared.dropped |= {upload_of(number) if n == "task" else n: count for n, count in data.dropped.items()}
             for name, examples in read.items():
                 limits.check_examples(name, examples)
             served.add((own.template, data.policy.serving_slot()))

@@ -63,7 +63,6 @@ from hftlight.runs.stages.train import (
     StageJob,
     alignment_job,
     finetuning_job,
-    phases_of,
     run_stage,
     stage_config,
 )
@@ -369,12 +368,13 @@ class _Run:
 
     def _job(self, arm: Arm, stage: Stage, phase: int, done: Sequence[StageJob]) -> StageJob:
         """Return the job for one phase of a stage, which starts from the last job in ``done``."""
-        config, records = self.prepared.config_of(arm), self.prepared.records(stage, arm, phase)
-        if stage is Stage.ALIGNMENT:
-            return alignment_job(config, self.base_hash, records, arm.of(stage))
-        own, attack = phases_of(config, self.prepared.attack)[phase]
+        own, records = self.prepared.trainings(arm, stage)[phase], self.prepared.records(stage, arm, phase)
         before, tests = done[-1].artifact() if done else None, self.prepared.tests
-        return finetuning_job(own, self.base_hash, self._aligned(arm), records, arm.of(stage), attack, tests, before)
+        if own.attack is None:
+            return alignment_job(own.config, self.base_hash, records, own.defenses, before)
+        return finetuning_job(
+            own.config, self.base_hash, self._aligned(arm), records, own.defenses, own.attack, tests, before
+        )
 
     def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
         """Train one phase of a stage. After the last phase, record the result in the run folder."""
@@ -387,7 +387,7 @@ class _Run:
 
         reused = run_stage(job, log_to, self.progress.update)
         done.append(job)
-        last = stage is Stage.ALIGNMENT or phase + 1 == len(self.prepared.phases)
+        last = phase + 1 == len(self.prepared.trainings(arm, stage))
         if last:
             self.models[arm.name, stage] = job.artifact()
         if not self.main:
@@ -427,7 +427,9 @@ class _Run:
             self.sft_seconds[stage] = cost["seconds_per_step"]
         sft = self.sft_seconds.get(stage)
         where = {"arm": arm.name, "stage": stage.value}
-        relative = round(cost["seconds_per_step"] / sft, 3) if sft else None
+        # An alignment's first phase is the undefended one, so the last phase alone shows what the defenses cost.
+        per_step = (results[-1]["cost"] if stage is Stage.ALIGNMENT else cost)["seconds_per_step"]
+        relative = round(per_step / sft, 3) if sft else None
         self.rows.append({"kind": "cost", **where, **cost, "relative_to_sft": relative})
         before = 0
         for phase in jobs:
@@ -436,9 +438,10 @@ class _Run:
             before += phase.training.steps
         entry = {"key": job.key(), **results[-1], "cost": cost}
         if len(jobs) > 1:
-            names = [phase.attack.name if phase.attack else "" for phase in jobs]
+            names = [phase.name for phase in self.prepared.trainings(arm, stage)]
+            kind = "phase" if stage is Stage.ALIGNMENT else "attack"
             entry["phases"] = [
-                {"attack": name, "key": phase.key(), **result}
+                {kind: name, "key": phase.key(), **result}
                 for name, phase, result in zip(names, jobs, results, strict=True)
             ]
         self._store_artifact(arm, stage, entry)

@@ -43,10 +43,10 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     )
     for arm in prepared.arms:
         for stage in stages_of(config):
-            training = config.alignment if stage is Stage.ALIGNMENT else config.finetuning
             if arm.of(stage):
+                phase = prepared.trainings(arm, stage)[-1]  # an alignment's first phase may be without defenses
                 console.print(
-                    f"{arm_word(arm.name)}, {STAGES[stage.value]}: {_passes(arm.of(stage), training)} per step."
+                    f"{arm_word(arm.name)}, {STAGES[stage.value]}: {_passes(phase.defenses, phase.training)} per step."
                 )
     for name, count in prepared.dropped.items():
         if count:
@@ -67,19 +67,16 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
     if not in_full:
         return
     table = Table("arm", "stage", "steps", "rows per step", "passes per step", "learning rate")
-    several = len(prepared.phases) > 1
-    trainings = [(Stage.ALIGNMENT, config.alignment, "")] if Stage.ALIGNMENT in stages_of(config) else []
-    for own, attack in prepared.phases:
-        trainings.append((Stage.FINETUNING, own.finetuning, f", {attack.name}" if several else ""))
-    # One row per arm and training; every phase of a fine-tuning is a training of its own.
+    # One row per arm and training; every phase of a stage is a training of its own.
     for arm in prepared.arms:
-        for stage, training, phase in trainings:
+        for stage, phase in ((s, phase) for s in stages_of(config) for phase in prepared.trainings(arm, s)):
+            training, edited = phase.training, stage is Stage.FINETUNING and prepared.attack.acts_on == "weights"
             table.add_row(
                 arm_word(arm.name),
-                f"{STAGES[stage.value]}{phase}",
-                "-" if stage is Stage.FINETUNING and prepared.attack.acts_on == "weights" else str(training.steps),
+                f"{STAGES[stage.value]}{phase.name and f', {phase.name}'}",
+                "-" if edited else str(training.steps),
                 str(training.batch_size * training.accumulate * config.devices * config.num_nodes),
-                _passes(arm.of(stage), training),
+                _passes(phase.defenses, training),
                 f"{training.lr:g}",
             )
         for d in arm.of(Stage.POST_FINETUNING):

@@ -17,7 +17,7 @@ from hftlight.defenses import Booster
 from hftlight.defenses.post_finetuning import Antidote, SafeLoRA
 from hftlight.engine.weights import stored as engine_weights
 from hftlight.engine.weights.lora import lora_updates
-from hftlight.engine.weights.lowrank import LowRank, combined
+from hftlight.engine.weights.lowrank import LowRank, combined, reduced
 from hftlight.engine.weights.repair import Repair, linear_weights
 from hftlight.engine.weights.save import MARKER, repairs_of, save_repaired
 from hftlight.engine.weights.stored import (
@@ -97,6 +97,23 @@ def test_adapters_are_added_without_cross_terms():
     total = combined([(0.8, one), (-0.2, two)])
     assert total.scale == 1
     assert_close(total.rows(), 0.8 * one.rows() - 0.2 * two.rows(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 9])
+def test_a_reduced_sum_is_the_nearest_matrix_of_its_rank(rank):
+    """Eckart and Young: the error is the root of the discarded squared singular values, here of a signed sum."""
+    one, two = LowRank(normal(9, 3), normal(3, 7, seed=1), 0.5), LowRank(normal(9, 2, seed=2), normal(2, 7, seed=3))
+    total = combined([(1.0, one), (-0.4, two)])
+    small, left_out = reduced(total, rank)
+    s = torch.linalg.svdvals(total.rows())
+    assert small.b.shape[1] == min(rank, 5)
+    assert_close((small.rows() - total.rows()).square().sum(), s[rank:].square().sum(), rtol=0, atol=1e-12)
+    assert_close(left_out, float(s[rank:].square().sum() / s.square().sum()), rtol=0, atol=1e-12)
+
+
+def test_a_reduction_to_rank_zero_is_refused():
+    with pytest.raises(ValueError, match="rank must be >= 1, got 0"):
+        reduced(LowRank(normal(4, 2), normal(2, 3)), 0)
 
 
 def test_a_difference_is_read_by_blocks(monkeypatch, tmp_path):

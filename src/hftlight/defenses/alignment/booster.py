@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hftlight.engine import Defense, Passes, Slot, Stage, Vector, add_to_grad, difference, gradient, moved, unit
+from hftlight.engine import Defense, Passes, Slot, Stage, Vector, add_to_grad, difference, shifted_gradient
 from hftlight.engine.step.defense import Loader
 
 
@@ -70,11 +70,8 @@ class Booster(Defense):
         if self.lam == 0:
             return
         batch = self.draw("harmful")
-        here = gradient(pl_module, batch)
+        here, stepped = shifted_gradient(pl_module, batch, -self.alpha)
         length = here.norm
-        # The weights are one step away only inside this block; the gradient is added to .grad after they are back.
-        with moved(pl_module, unit(here.grad, length), -self.alpha):
-            stepped = gradient(pl_module, batch)
         add_to_grad(pl_module, booster_term(here.grad, stepped.grad, self.lam))
         self.record(harmful_grad_norm=length, zero_gradients=(length == 0).float())
         pl_module.log_dict({"booster/harmful_loss": here.loss, "booster/stepped_loss": stepped.loss})

@@ -44,12 +44,15 @@ class Defense(Callback):
         streams: loaders of the side streams by name. A loader takes precedence over a stream of the data module.
 
     Attributes:
-        stage: stage in which the defense works. An instance sets this and the next four attributes itself if its modes
+        stage: stage in which the defense works. An instance sets this and the next six attributes itself if its modes
             change them.
         slots: slots that the defense fills.
         streams: names of the side streams that the defense draws from.
         passes: work beside the stage's own forward and backward pass.
         claims: what the defense needs for itself alone beside the exclusive slots, such as ``"token weights"``.
+        main: stream that the stage trains on instead of its own, such as ``"pairs"``. Empty for the stage's own stream.
+        aligned_first: alignment stage: whether the stage trains without defenses first, so that all its defenses start
+            from a plainly aligned model.
         pauses: stream slot: whether the main stream waits while another stream is trained on, so that it loses no
             batches.
         presets: constructor arguments of published settings by name, such as ``"paper"``.
@@ -61,6 +64,8 @@ class Defense(Callback):
     streams: tuple[str, ...] = ()
     passes: tuple[Passes, ...] = ()
     claims: tuple[str, ...] = ()
+    main: str = ""
+    aligned_first: bool = False
     pauses: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

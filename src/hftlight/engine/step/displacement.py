@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
-from hftlight.engine.step.vectors import Vector, local, trainable
+from hftlight.engine.step.passes import Pass, gradient
+from hftlight.engine.step.vectors import Vector, local, trainable, unit
 
 
 @contextmanager
@@ -44,3 +47,22 @@ def moved(module: nn.Module, direction: Vector, distance: float) -> Iterator[Non
     finally:
         with torch.no_grad():
             torch._foreach_copy_(targets, saved)
+
+
+def shifted_gradient(module: LightningModule, shift_batch: Any, length: float, batch: Any = None) -> tuple[Pass, Pass]:
+    r"""Return the gradient g of a batch at w, and a gradient at :math:`w + \rho\, g / \|g\|_2`.
+
+    A negative length lowers the loss of ``shift_batch``, as one attack step does. A positive length raises it.
+
+    Args:
+        module: a LightningModule with ``loss(batch)``, attached to a Trainer.
+        shift_batch: the batch whose gradient gives the direction.
+        length: :math:`\rho`, L2 length of the shift over all trainable weights; negative against the gradient.
+        batch: the batch of the second gradient; None means ``shift_batch``.
+
+    Returns:
+        Loss and gradient of ``shift_batch`` at w, and loss and gradient of ``batch`` at the shifted weights.
+    """
+    here = gradient(module, shift_batch)
+    with moved(module, unit(here.grad, here.norm), length):
+        return here, gradient(module, shift_batch if batch is None else batch)

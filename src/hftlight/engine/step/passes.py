@@ -6,6 +6,7 @@ The pass restores the weights' ``.grad`` and the random state.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,7 +32,7 @@ class Pass:
     loss: Tensor
     grad: Vector
 
-    @property
+    @cached_property
     def norm(self) -> Tensor:
         """L2 norm of the gradient over all trainable parameters together, 0-d."""
         return norm(self.grad)

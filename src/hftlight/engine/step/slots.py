@@ -50,6 +50,10 @@ class Slotted(Protocol):
         """What the defense needs for itself alone beside the exclusive slots, such as ``"token weights"``."""
 
     @property
+    def main(self) -> str:
+        """Stream that the stage trains on instead of its own; empty for the stage's own stream."""
+
+    @property
     def state_key(self) -> str:
         """Name of the instance in a checkpoint: its class and arguments."""
 
@@ -90,6 +94,20 @@ def check(defenses: Sequence[Slotted], one_stage: bool = True) -> None:
                     raise ValueError(f"{both} both fill the {slot.name.lower()} slot; keep one of them.")
             for claim in set(earlier.claims) & set(later.claims):
                 raise ValueError(f"{both} both set the {claim}; keep one of them.")
+            if earlier.main and later.main and earlier.main != later.main:
+                raise ValueError(
+                    f"{a} trains the stage on the stream {earlier.main!r} and {b} on {later.main!r}; keep one of them."
+                )
+
+
+def main_stream(defenses: Iterable[Slotted], usual: str) -> str:
+    """Return the stream that a stage trains on.
+
+    Args:
+        defenses: the defenses of the stage.
+        usual: the stage's own stream, for defenses that name none.
+    """
+    return next((d.main for d in defenses if d.main), usual)
 
 
 def in_order(defenses: Iterable[D]) -> list[D]:

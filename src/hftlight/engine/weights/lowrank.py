@@ -72,3 +72,28 @@ def combined(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     return LowRank(
         torch.cat([factor * m.scale * m.b for factor, m in terms], dim=1), torch.cat([m.a for _, m in terms])
     )
+
+
+def reduced(matrix: LowRank, rank: int) -> tuple[LowRank, float]:
+    """Return the nearest matrix of at most a given rank, and the energy that it leaves out.
+
+    The factors are decomposed by QR and the small core by SVD, so no matrix of the full shape is formed.
+
+    Args:
+        matrix: any matrix of low rank, such as the result of ``combined``.
+        rank: the largest rank of the result, >= 1.
+
+    Returns:
+        The matrix with scale 1, and the fraction of the squared Frobenius norm that is left out, in [0, 1].
+
+    Raises:
+        ValueError: if ``rank`` is less than 1.
+    """
+    if rank < 1:
+        raise ValueError(f"reduced: rank must be >= 1, got {rank}.")
+    u, s, vh = matrix.svd()
+    squares = s.double().square()
+    total, left_out = float(squares.sum()), float(squares[rank:].sum())
+    root = s[:rank].sqrt()  # both factors get the same share of the singular values
+    small = LowRank((u[:, :rank] * root).to(matrix.b.dtype), (root[:, None] * vh[:rank]).to(matrix.a.dtype))
+    return small, left_out / total if total else 0.0

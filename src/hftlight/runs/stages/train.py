@@ -21,7 +21,7 @@ from hftlight.data.pairs import PairsDataModule
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import SystemSlot, get_template
-from hftlight.engine import Defense, Stage, count_passes
+from hftlight.engine import Defense, Stage, count_passes, main_stream
 from hftlight.errors import InputError
 from hftlight.files import digest, new_folder, remove, temporaries
 from hftlight.models.base import device_of
@@ -40,6 +40,7 @@ from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.meter import Meter
 
 CURVES = "curves.jsonl"
+MAIN = {Stage.ALIGNMENT: "alignment", Stage.FINETUNING: "task"}  # each stage's own main stream
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class StageJob(Job):
 
     @property
     def main(self) -> str:
-        """The stream whose length defines the epoch."""
-        return "alignment" if self.stage is Stage.ALIGNMENT else "task"
+        """The stream that the stage trains on. Its length defines the epoch."""
+        return main_stream(self.defenses, MAIN[self.stage])
 
     @property
     def passes(self) -> tuple[float, float]:
@@ -159,12 +160,32 @@ def stage_config(config: RunConfig, attack: Attack | None, stage: Stage) -> RunC
     return config
 
 
+def alignment_phases(config: RunConfig, defenses: Sequence[Defense]) -> list[tuple[RunConfig, list[Defense]]]:
+    """Return configuration and defenses of each phase of an alignment.
+
+    If a defense asks for an aligned model, the first phase is the alignment of the undefended arm, so that both share
+    one result. The second phase trains ``hardening_steps`` with all defenses.
+
+    Args:
+        config: the run's configuration.
+        defenses: the defenses of the alignment stage.
+    """
+    if not any(d.aligned_first for d in defenses):
+        return [(config, list(defenses))]
+    hardening = replace(config.alignment, steps=config.hardening_steps or config.alignment.steps)
+    return [(config, []), (replace(config, alignment=hardening), list(defenses))]
+
+
 def alignment_job(
-    config: RunConfig, base_hash: str, records: Mapping[str, Sequence[Record]], defenses: Sequence[Defense]
+    config: RunConfig,
+    base_hash: str,
+    records: Mapping[str, Sequence[Record]],
+    defenses: Sequence[Defense],
+    before: Artifact | None = None,
 ) -> StageJob:
-    """Return the alignment stage. Arguments as for ``finetuning_job``."""
+    """Return one phase of the alignment stage. Arguments as for ``finetuning_job``."""
     config = stage_config(config, None, Stage.ALIGNMENT)
-    return StageJob(Stage.ALIGNMENT, config, base_hash, None, records, defenses)
+    return StageJob(Stage.ALIGNMENT, config, base_hash, before, records, defenses)
 
 
 def phases_of(config: RunConfig, attack: Attack) -> list[tuple[RunConfig, Attack]]:
@@ -354,7 +375,7 @@ def fitted(
     """
     data = data_of(job)
     torch.manual_seed(job.config.seed)
-    with trainable_model(job.config, job.parent) as model:
+    with trainable_model(job.config, job.parent, hardening=job.stage is Stage.ALIGNMENT) as model:
         module, interrupted = module_of(job, model), Interrupted()
         guard = FiniteGuard(job.stage.value, checkpoints)
         trainer = trainer_of(job, [guard, interrupted, *callbacks], **options)
