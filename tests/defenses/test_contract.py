@@ -1,4 +1,4 @@
-"""What every public defense must keep, generated from its row: a defense without a row fails here."""
+"""The contract of every public defense, generated from the defense's row. A defense without a row fails here."""
 
 import inspect
 
@@ -43,9 +43,9 @@ def test_bad_arguments_are_named(name):
     row = rows()[name]
     arguments = set(inspect.signature(defense_class(name).__init__).parameters) - {"self", "streams"}
     assert row.bad or not arguments
-    for given, words in row.bad:
+    for bad_arguments, words in row.bad:
         with pytest.raises((ValueError, TypeError), match=words) as caught:
-            defense_class(name)(**given)
+            defense_class(name)(**bad_arguments)
         assert str(caught.value).startswith(defense_class(name).__name__)
 
 
@@ -84,7 +84,7 @@ def test_it_does_something_and_leaves_its_trace(name, tuning):
     fit = fitted(name, tuning, steps=2 * STEPS)
     assert fit.summary["calls"] > 0
     assert all(value == value for value in fit.summary.values())
-    if name != "ptst":  # it changes the prompt that the model is served with, and nothing in training
+    if name != "ptst":  # PTST changes the prompt at serving and nothing in training
         assert distance(fit.weights, plain(name, tuning)) > 1e-7
 
 
@@ -116,7 +116,7 @@ def test_checkpointing_changes_nothing(name):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_hooks_come_off_and_terms_are_let_go_after_an_exception(name):
-    """The main pass fails in its third micro-batch; a second training of the same model then works as the first."""
+    """The main pass fails in its third micro-batch. Afterwards hooks, loss terms and gradient flags are restored."""
     row = rows()[name]
     defense = row.make()
     module_holder = {}
@@ -147,10 +147,13 @@ def test_hooks_do_not_pile_up(name, tuning):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_passes_are_counted_truthfully(name):
-    """The forward passes of the model in the last four of eight steps are the ones the defense declares."""
+    """In the last four of eight steps the forward passes per step equal the declared number.
+
+    If steps differ in their number of passes, the mean may miss the declared number by one.
+    """
     fit = fitted(name, rows()[name].tunings[0], steps=2 * STEPS)
-    taken = (fit.forwards[-1] - fit.forwards[STEPS - 1]) / STEPS
-    assert taken == fit.passes if fit.steady else abs(taken - fit.passes) <= 1
+    forwards_per_step = (fit.forwards[-1] - fit.forwards[STEPS - 1]) / STEPS
+    assert forwards_per_step == fit.passes if fit.steady else abs(forwards_per_step - fit.passes) <= 1
 
 
 DATA = [name for name in TRAINING if Slot.DATA in rows()[name].make().slots]
@@ -159,7 +162,7 @@ DATA = [name for name in TRAINING if Slot.DATA in rows()[name].make().slots]
 @pytest.mark.parametrize("name", DATA)
 def test_rows_are_what_an_independent_computation_says(name):
     row = rows()[name]
-    given = records()
-    kept = {key: list(value) for key, value in given.items()}
-    assert row.make().rewrite(given, 3) == row.records(records(), 3)
-    assert given == kept
+    streams = records()
+    before = {key: list(value) for key, value in streams.items()}
+    assert row.make().rewrite(streams, 3) == row.records(records(), 3)
+    assert streams == before

@@ -1,4 +1,4 @@
-"""Every defense beside Lightning's callbacks and with compiled models: it works, or a sentence names both."""
+"""Every defense beside Lightning's callbacks and with compiled models: it works, or its refusal names both."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ REPAIRS = {name for name in NAMES if rows()[name].make().stage is Stage.POST_FIN
 
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory):
-    """Return a function from a defense to the weights of its fit without further callbacks, step by step."""
+    """Return a function from a defense's name to the weights after each step of a fit without other callbacks."""
     known = {}
 
     def of(name):
@@ -67,7 +67,7 @@ def test_a_defense_works_beside_it_or_says_why_not(name, callback, tmp_path, tra
 
 
 def test_a_repaired_average_is_what_the_folder_holds(tmp_path):
-    """Callbacks that average write the average into the model when training ends, and a repair comes after them."""
+    """Averaging callbacks write the average into the model when training ends. The repair runs after them."""
     defense, module = fit_with("antidote", CALLBACKS["EMAWeightAveraging"](), tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(defense.output, dtype=torch.float64)
     batch = token_batch(0)
@@ -78,7 +78,7 @@ def test_a_repaired_average_is_what_the_folder_holds(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_defense_is_copied_and_pickled_before_and_after_a_fit(name, tmp_path, trajectories):
-    """As tools do that tune or distribute; the copy trains as the original."""
+    """Tuners and distributed launchers copy and pickle defenses. The copy trains exactly like the original."""
     *_, last = trajectories(name)
     fresh = rows()[name].make()
     assert pickle.loads(pickle.dumps(fresh)).state_key == fresh.state_key

@@ -1,4 +1,4 @@
-"""What a defense holds beside plain training, counted tensor by tensor, in buffers of the trainable size."""
+"""Memory of a defense beyond plain training, counted tensor by tensor, as multiples of the trainable weights."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ BATCHES = [{"x": torch.ones(1, WIDTH)}]
 
 
 class Wide(LightningModule):
-    """Many weights and next to no activations, so that what is counted is buffers of weights."""
+    """Many weights and almost no activations, so that the count measures buffers of weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Wide(LightningModule):
 
 
 class Between(Callback):
-    """What is alive when a step is over."""
+    """Record the bytes that are alive after a step."""
 
     def __init__(self, live):
         self.live = live
@@ -48,7 +48,7 @@ class Between(Callback):
 
 
 def buffers(callbacks):
-    """Return the bytes at the peak of four steps and those held at their end, as multiples of the weights."""
+    """Return the peak bytes during four steps and the bytes alive after them, as multiples of the weights."""
     module = Wide()
     with LiveBytes() as count:
         between = Between(count)
@@ -76,16 +76,16 @@ def test_buffers_beyond_plain_training(make, at_the_peak, held):
 
 
 def added_parameters(defense, model):
-    """Return how many parameters the aligned model takes beside the one that trains."""
-    before, found = count(model), []
+    """Return the number of parameters that the aligned model adds to those of the trained model."""
+    before, added = count(model), []
 
     class Count(Callback):
         def on_train_batch_end(self, trainer, pl_module, *arguments):
-            found.append(count(pl_module) + sum(map(count, pl_module.reference().copies)) - before)
+            added.append(count(pl_module) + sum(map(count, pl_module.reference().copies)) - before)
 
     trainer = quiet_trainer(max_steps=2, max_epochs=-1, callbacks=[defense, Count()], use_distributed_sampler=False)
     trainer.fit(SafetyModule(model, lr=0.1, optimizer="sgd"), data_module(Stage.FINETUNING))
-    return found[-1]
+    return added[-1]
 
 
 def count(model, trained=False):
@@ -95,7 +95,7 @@ def count(model, trained=False):
 @pytest.mark.parametrize("make", [KL, LDIFS, lambda: ConstrainedSFT(online=True)], ids=["kl", "ldifs", "constrained"])
 def test_the_aligned_model_is_a_second_model_only_where_all_weights_train(make):
     lora, full = model_of("lora"), model_of("full")
-    assert added_parameters(make(), lora) == count(lora, trained=True)  # its adapter's twin
+    assert added_parameters(make(), lora) == count(lora, trained=True)  # a copy of the adapter
     assert added_parameters(make(), full) == count(full)
     fresh = model_of("lora")
     for name, p in fresh.named_parameters():

@@ -1,4 +1,4 @@
-"""Each pair of defenses trains and leaves its traces, is dealt out to two stages, or is refused, as the README says."""
+"""Each pair of defenses trains together, is split over two stages, or is refused, as the README's matrix says."""
 
 from itertools import combinations
 
@@ -18,7 +18,10 @@ STEPS = 3
 
 
 def subject(model):
-    """Return the model as a repair takes it; the aligned weights lie under the adapter, on a base of their own."""
+    """Return a repair's view of the model.
+
+    The base model has the weights under the adapter. The aligned model adds random low-rank updates to the base.
+    """
     from hftlight.engine.weights.lora import lora_updates
     from hftlight.engine.weights.lowrank import LowRank
     from hftlight.engine.weights.stored import Adapted, ModelWeights
@@ -51,50 +54,53 @@ TOGETHER = [pair for pair in of_kind("together") if not REPAIRS.issuperset(pair)
 
 
 def one_of_each_kind(pairs):
-    """Return the pairs, of which all but the first of each combination of slots are slow: pairs grow as n squared."""
-    seen, marked = set(), []
+    """Return the pairs, with all but the first of each combination of slots marked slow.
+
+    The number of pairs grows as n squared.
+    """
+    known_slots, marked = set(), []
     for pair in pairs:
         slots = frozenset((d.slots, d.stage) for d in chosen(pair))
-        marked.append(pytest.param(pair, marks=[pytest.mark.slow] if slots in seen else []))
-        seen.add(slots)
+        marked.append(pytest.param(pair, marks=[pytest.mark.slow] if slots in known_slots else []))
+        known_slots.add(slots)
     return marked
 
 
 @pytest.mark.parametrize("pair", of_kind("refused"), ids="+".join)
 def test_a_pair_that_cannot_work_is_refused_in_words(pair):
-    made = chosen(pair)
+    instances = chosen(pair)
     with pytest.raises(ValueError, match="keep one of them") as caught:
-        check(made, one_stage=False)
-    assert all(type(d).__name__ in str(caught.value) for d in made)
+        check(instances, one_stage=False)
+    assert all(type(d).__name__ in str(caught.value) for d in instances)
 
 
 @pytest.mark.parametrize("pair", of_kind("stages"), ids="+".join)
 def test_a_pair_of_two_stages_is_dealt_out_to_them(pair):
-    """What each of them does in its own stage does not depend on the other; the contract trains it there."""
-    made = chosen(pair)
-    assert made[0].stage is not made[1].stage
-    check(made, one_stage=False)
-    dealt = [Arm("+".join(pair), in_order(made)).of(stage) for stage in Stage]
+    """In its own stage each defense is independent of the other. The contract tests train it there."""
+    instances = chosen(pair)
+    assert instances[0].stage is not instances[1].stage
+    check(instances, one_stage=False)
+    dealt = [Arm("+".join(pair), in_order(instances)).of(stage) for stage in Stage]
     assert sorted(map(len, dealt)) == [0, 1, 1]
-    assert [d for group in dealt for d in group] == in_order(made)
+    assert [d for group in dealt for d in group] == in_order(instances)
     with pytest.raises(ValueError, match="Trainer runs one stage") as caught:
-        check(made)
-    assert all(type(d).__name__ in str(caught.value) for d in made)
+        check(instances)
+    assert all(type(d).__name__ in str(caught.value) for d in instances)
 
 
 @pytest.mark.parametrize("pair", one_of_each_kind(TOGETHER), ids="+".join)
 def test_a_pair_of_one_stage_trains_with_its_traces(pair):
-    made = chosen(pair)
-    assert made[0].stage is made[1].stage
-    check(made)
+    instances = chosen(pair)
+    assert instances[0].stage is instances[1].stage
+    check(instances)
     weights, summaries = trained_pair(*pair, STEPS)
     assert all(torch.isfinite(w).all() for w in weights.values())
-    assert all(said["calls"] >= 1 for said in summaries), summaries
+    assert all(summary["calls"] >= 1 for summary in summaries), summaries
 
 
 @pytest.mark.parametrize("pair", one_of_each_kind(TOGETHER), ids="+".join)
 def test_the_order_of_the_list_changes_nothing_across_slots(pair):
-    """Within one slot the list decides, and floating-point sums may differ in the last bit."""
+    """Within one slot the order of the list decides, and floating-point sums may differ in the last bit."""
     first, second = chosen(pair)
     if set(first.slots) & set(second.slots):
         pytest.skip("they share a slot, where the list decides")
@@ -104,11 +110,11 @@ def test_the_order_of_the_list_changes_nothing_across_slots(pair):
 
 @pytest.mark.parametrize("pair", combinations(sorted(REPAIRS), 2), ids="+".join)
 def test_a_pair_of_repairs_is_applied(pair):
-    made = chosen(pair)
-    check(made)
+    instances = chosen(pair)
+    check(instances)
     model = model_of("lora")
-    table = subject(model)  # one for both: the first may leave a whole model, which the second must know
-    for repair in in_order(made):
+    table = subject(model)  # shared: the first repair may leave a whole model, and the second reads that here
+    for repair in in_order(instances):
         before = {name: p.clone() for name, p in model.named_parameters()}
         repair.apply(table)
         assert any(not torch.equal(before[name], p) for name, p in model.named_parameters()), type(repair).__name__
@@ -116,10 +122,10 @@ def test_a_pair_of_repairs_is_applied(pair):
 
 
 def test_the_upload_is_not_changed_in_place():
-    given = records()
+    streams = records()
     for name in NAMES:
-        rows()[name].make().rewrite(given, 0)
-    assert given == records()
+        rows()[name].make().rewrite(streams, 0)
+    assert streams == records()
 
 
 def test_matrix_covers_all_pairs():

@@ -1,4 +1,4 @@
-"""Booster on quadratics, where every gradient it takes is known in closed form."""
+"""Booster on quadratics, where every gradient is known in closed form."""
 
 import pytest
 import torch
@@ -15,7 +15,10 @@ STREAMS = {"alignment": (A, torch.zeros_like(W)), "harmful": (H, torch.zeros_lik
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_one_step_matches_the_closed_form(micro_batches):
-    """The bracket is Hw - H(w - alpha Hw/|Hw|) = alpha HHw/|Hw|, so SGD gives w - lr (w + lam alpha HHw/|Hw|)."""
+    """One step of SGD gives w - lr (w + lam alpha HHw/|Hw|).
+
+    Booster's bracket is Hw - H(w - alpha Hw/|Hw|) = alpha HHw/|Hw|.
+    """
     lr, lam, alpha = 0.1, 5.0, 0.2
     model = fit(Quadratic(W, lr), STREAMS, [Booster(lam, alpha)], micro_batches=micro_batches)
     expected = W - lr * (W + lam * alpha * H @ H @ W / (H @ W).norm())
@@ -24,7 +27,7 @@ def test_one_step_matches_the_closed_form(micro_batches):
 
 
 def test_the_papers_numbers():
-    """A = diag(1, 4), w = (1, 1), alpha 0.1, lam 5: the injected term and the total are known to nine digits."""
+    """Harmful Hessian diag(1, 4), w = (1, 1), alpha 0.1, lam 5. The total gradient is known to nine digits."""
     w = torch.ones(2, dtype=torch.float64)
     harm = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))
     streams = {"alignment": (A, torch.tensor([2.0, 0.0], dtype=torch.float64)), "harmful": (harm, torch.zeros_like(w))}
@@ -34,7 +37,7 @@ def test_the_papers_numbers():
 
 
 def test_it_is_the_gradient_with_the_direction_held_fixed():
-    """Finite differences of h(w) - h(w - alpha u) agree when u is frozen, and do not when u moves with w."""
+    """Finite differences of h(w) - h(w - alpha u) agree if u is constant, and disagree if u depends on w."""
     alpha, step = 0.1, 1e-6
     harm = lambda w: w @ H @ w / 2  # noqa: E731
     frozen = H @ W / (H @ W).norm()
@@ -60,7 +63,7 @@ def test_zero_weight_is_plain_alignment():
 
 
 def test_a_harmful_loss_without_curvature_adds_nothing():
-    """Where the harmful gradient is zero there is no direction: the unit of zero is zero, and it is counted."""
+    """A harmful gradient of zero has no direction. Booster then adds zero and counts the step."""
     streams = {**STREAMS, "harmful": (torch.zeros_like(H), torch.zeros_like(W))}
     defense = Booster()
     model = fit(Quadratic(W, lr=0.1), streams, [defense], steps=2)

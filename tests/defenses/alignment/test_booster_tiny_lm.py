@@ -1,4 +1,4 @@
-"""Booster on a random language model, against a slow computation that shares no code with it."""
+"""Booster on a random language model, against a slow computation without shared code."""
 
 import pytest
 import torch
@@ -35,7 +35,10 @@ def train(model, micro_batches, harmful, callbacks, micro, **options):
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2, 26])
 def test_equals_an_independent_computation(lora, micro, steps):
-    """After 26 steps the model has moved: a regularizer taken once, at the start, passes the first step only."""
+    """26 steps move the model away from its start.
+
+    A regularizer that is computed only once, at the start, would pass the first step alone.
+    """
     micro_batches = [token_batch(seed) for seed in range(steps * micro)]
     harmful = [token_batch(1000 + seed) for seed in range(steps)]
     start = tiny_lm(lora=lora)
@@ -60,8 +63,8 @@ def test_zero_weight_is_bitwise_plain_alignment_with_dropout(lora):
 
 @pytest.mark.parametrize("failing_pass", [1, 2])
 def test_an_exception_inside_a_pass_leaves_everything_as_found(failing_pass):
-    """Weights, ``.grad``, the random state and the hooks are what they were when the pass began."""
-    seen = {}
+    """After the exception, weights, ``.grad``, the random state and the hooks equal those before the pass."""
+    snapshots = {}
 
     def state(module):
         grads = {name: p.grad.clone() for name, p in trainable(module).items()}
@@ -70,7 +73,7 @@ def test_an_exception_inside_a_pass_leaves_everything_as_found(failing_pass):
 
     class Before(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            seen["before"] = state(pl_module)
+            snapshots["before"] = state(pl_module)
             calls = []
             original = pl_module.token_losses
 
@@ -89,14 +92,17 @@ def test_an_exception_inside_a_pass_leaves_everything_as_found(failing_pass):
     trainer = quiet_trainer(max_steps=1, callbacks=[Before(), booster])
     with pytest.raises(FloatingPointError):
         trainer.fit(module, DataLoader([token_batch(0)], batch_size=None))
-    for before, after in zip(seen["before"][:2], state(module)[:2], strict=True):
+    for before, after in zip(snapshots["before"][:2], state(module)[:2], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(seen["before"][2], state(module)[2])
-    assert seen["before"][3] == state(module)[3] == 0
+    assert torch.equal(snapshots["before"][2], state(module)[2])
+    assert snapshots["before"][3] == state(module)[3] == 0
 
 
 def test_both_harmful_passes_see_the_same_dropout_masks():
-    """With a step of no length the two gradients are equal, so nothing is added; other masks would add noise."""
+    """With alpha near zero both harmful gradients are equal, so Booster adds nothing.
+
+    Different dropout masks would add noise.
+    """
     batches = [token_batch(seed) for seed in range(3)]
     results = []
     for callbacks in ([], [Booster(lam=5.0, alpha=1e-12)]):
@@ -127,7 +133,7 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_bfloat16_autocast_reaches_the_extra_passes():
-    """Under bf16-mixed the result is near the exact one, not equal to it: both passes ran in reduced precision."""
+    """Under bf16-mixed the result is close, but not equal, to the exact one. Both extra passes ran in bfloat16."""
     batches = [token_batch(seed) for seed in range(2)]
     exact = weights(train(tiny_lm(dtype=torch.float32), batches, batches, [Booster(LAM, ALPHA)], micro=1).model)
     model = tiny_lm(dtype=torch.float32)
@@ -139,7 +145,7 @@ def test_bfloat16_autocast_reaches_the_extra_passes():
 
 
 def test_an_overflow_in_a_scaled_pass_skips_the_step():
-    """With a loss scaler, an infinite harmful gradient must not reach the weights, and the scale goes down."""
+    """An infinite harmful gradient does not reach the weights, and the loss scaler halves its scale."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     harmful = token_batch(5)

@@ -1,4 +1,4 @@
-"""T-Vaccine: the draw's closed forms, what is frozen and when, memory, resuming, and its company."""
+"""T-Vaccine: closed forms of the draw, frozen weights, memory, resuming, and other defenses beside it."""
 
 import copy
 import random
@@ -72,7 +72,10 @@ def same(left, right):
 
 
 class Watch(Callback):
-    """Record, step by step, the active layers, the weights and what was drawn; to be listed behind T-Vaccine."""
+    """Record the active layers, the shifted sites, the harmful batches drawn and the weights at each micro-batch.
+
+    It is listed after T-Vaccine.
+    """
 
     def __init__(self, defense):
         self.defense, self.active, self.weights, self.drawn, self.shifted = defense, [], [], [], []
@@ -100,6 +103,7 @@ def test_first_draws_have_the_probabilities_and_later_ones_those_of_what_is_left
     assert [first[i] / draws for i in range(3)] == pytest.approx([0.375, 0.125, 0.5], abs=0.02)
     pairs = Counter(tuple(drawn_layers(scores, 2, 0, step)) for step in range(draws))
     p = layer_probabilities(scores)
+    # A pair comes up as i then j, or as j then i.
     for i, j in ((0, 1), (0, 2), (1, 2)):
         expected = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
         assert pairs[i, j] / draws == pytest.approx(expected, abs=0.02)
@@ -143,7 +147,10 @@ def test_rows_of_a_batch():
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_probe_and_draw_once_per_optimizer_step(micro):
-    """With K = 4 and J = 2 over nine steps: probes at 0, 4, 8, draws at the even steps, whatever the accumulation."""
+    """Over nine steps K = 4 probes at steps 0, 4 and 8, and J = 2 draws at the even steps.
+
+    Gradient accumulation does not change these steps.
+    """
     defense = t_vaccine()
     watch = Watch(defense)
     run(deep_lm(), [defense, watch], steps=9, micro=micro)
@@ -204,7 +211,10 @@ def test_scores_are_the_norms_of_the_first_rows_gradients():
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_frozen_weights_do_not_move_under_momentum_and_decay(scope, lora, micro):
-    """Each was trained before or will be: a zero gradient in place of none would move it."""
+    """Each weight of the scope is frozen in some steps and trains in others.
+
+    With a gradient of zero instead of ``None``, momentum and decay would move a frozen weight.
+    """
     defense = t_vaccine(freeze_scope=scope, resample_every=1)
     watch = Watch(defense)
     model = deep_lm(layers=3, lora=lora)
@@ -218,7 +228,7 @@ def test_frozen_weights_do_not_move_under_momentum_and_decay(scope, lora, micro)
         for name in trained:
             layer = next((i for i in range(3) if f".layers.{i}." in name), None)
             inside = layer is not None and (scope == "layer" or ".self_attn." in name)
-            frozen = inside and layer not in active
+            frozen = inside and layer not in active  # weights outside the scope always train
             assert torch.equal(states[step][name], states[step + 1][name]) == frozen, (step, name)
             thawed += inside and not frozen and step > 0
     assert thawed
@@ -251,11 +261,11 @@ def test_an_exception_while_weights_are_frozen_thaws_them():
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_all_layers_are_vaccine(lora):
-    found = []
+    results = []
     for defense in (t_vaccine(layers=4), Vaccine(RHO)):
         torch.manual_seed(3)
-        found.append(weights(run(deep_lm(lora=lora, dropout=0.2), [defense], micro=2)))
-    assert same(*found)
+        results.append(weights(run(deep_lm(lora=lora, dropout=0.2), [defense], micro=2)))
+    assert same(*results)
 
 
 def test_the_default_is_a_quarter_of_the_layers_and_too_many_are_refused():
@@ -269,18 +279,19 @@ def test_the_default_is_a_quarter_of_the_layers_and_too_many_are_refused():
 
 
 class SlowBoth(SlowTVaccine):
-    """Booster's term after T-Vaccine's gradient, its norm and its step over the weights that are not frozen."""
+    """Booster's term on top of T-Vaccine's gradient. Booster's norm and step use the unfrozen weights only."""
 
     def edit(self, step, grads):
         grads = super().edit(step, grads)
         other = f"layers.{1 - self.chosen[0]}.self_attn."
         free = [i for i, (name, _) in enumerate(self.weights) if other not in name]
-        # T-Vaccine has drawn from the same stream, each defense by its own count.
+        # T-Vaccine draws from the same stream. Each defense has its own count.
         batch = self.side["harmful"][step]
         for module in self.added:
             module.tensor = torch.zeros(())
         here = self.gradient_of(reference_loss(self.model, batch))
         length = sum(float((here[i] ** 2).sum()) for i in free) ** 0.5
+        # The copy takes Booster's step in place, and self keeps its weights.
         there = copy.deepcopy(self)
         with torch.no_grad():
             for i in free:
@@ -316,9 +327,9 @@ def test_uniform_needs_no_harmful_data():
 
 
 class Saved:
-    """Bytes of distinct storages that autograd keeps, weights left out, at the largest pass inside the block.
+    """Bytes of the distinct storages that autograd saves, without weights, in the largest pass inside the block.
 
-    What a checkpointed layer computes is kept by nobody, and its inner tensors do not get here.
+    Autograd saves no inner tensor of a checkpointed layer, so none is counted.
     """
 
     def __init__(self, model):
@@ -347,7 +358,7 @@ def saved_bytes(callbacks, lora):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_memory_grows_with_the_layers_and_is_below_vaccines(lora):
-    """The harmful probe, as large a batch here, runs through all layers and must not set the peak."""
+    """The harmful probe has a batch of the same size here and runs through all layers. It must not set the peak."""
     sizes = [saved_bytes([t_vaccine(layers=count, probe_batch=None)], lora) for count in (1, 2, 4, 6)]
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == saved_bytes([Vaccine(RHO)], lora)
@@ -374,7 +385,10 @@ def test_a_layer_that_checkpoints_itself_is_not_checkpointed_twice():
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_resumed_equals_uninterrupted(stop, tmp_path):
-    """With K = 3 and J = 2: at step 4 a draw from the scores of step 3, which those of step 0 enter."""
+    """With K = 3 and J = 2, step 4 draws from the scores of step 3.
+
+    Those scores are smoothed with the scores of step 0.
+    """
 
     class Keep(Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -396,7 +410,7 @@ def test_resumed_equals_uninterrupted(stop, tmp_path):
 
 
 def test_an_overflow_in_the_harmful_probe_keeps_the_scores():
-    """The second probe is infinite: the scores of the first stay, and training goes on."""
+    """The second probe's loss is infinite. The scores of the first probe stay, and training continues."""
     harmful = token_batch(500)
 
     class Overflow(SafetyModule):
@@ -424,7 +438,7 @@ def test_an_overflow_in_the_harmful_probe_keeps_the_scores():
     trainer.fit(module, DataLoader([token_batch(k) for k in range(3)], batch_size=None))
     assert scores[0] == scores[1] != scores[2]
     expected = slow_scores(deep_lm(dtype=torch.float32), first_rows(harmful, 1))
-    assert scores[0] == pytest.approx(expected, rel=0.05)  # the loss scale is taken out
+    assert scores[0] == pytest.approx(expected, rel=0.05)  # the loss scale is divided out
     assert defense.summary()["probe_overflows"] == 1
 
 
@@ -437,7 +451,7 @@ def test_presets():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_module_of_ones_own_may_leave_the_cache_of_keys_and_values_on(attention):
-    """Backward runs a resting layer again, where a cache would hold every key twice."""
+    """Backward recomputes a resting layer. A key-value cache would then contain every key twice."""
 
     def trained(use_cache):
         batches = [token_batch(seed) for seed in range(4)]

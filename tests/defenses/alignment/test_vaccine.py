@@ -29,7 +29,7 @@ class Output:
 
 
 class Attention(nn.Module):
-    """A linear map whose result comes as a tensor, in a tuple or in a dataclass."""
+    """A linear map that returns a tensor, a tuple or a dataclass."""
 
     def __init__(self, weight, kind="tensor"):
         super().__init__()
@@ -51,7 +51,7 @@ class Layer(nn.Module):
 
 
 class Chain(LightningModule):
-    """Loss ``|W_n ... W_1 x|^2 / 2``; every W is a site."""
+    """Loss ``|W_n ... W_1 x|^2 / 2``. Every W is a site."""
 
     def __init__(self, *weights, kind="tensor", lr=1.0):
         super().__init__()
@@ -73,7 +73,7 @@ class Chain(LightningModule):
 
 
 def run(module, batches, callbacks, micro=1, **options):
-    """Train over the batches in their order and return the Trainer."""
+    """Train on the batches in order and return the Trainer."""
     trainer = quiet_trainer(
         max_steps=len(batches) // micro, accumulate_grad_batches=micro, callbacks=callbacks, **options
     )
@@ -82,7 +82,7 @@ def run(module, batches, callbacks, micro=1, **options):
 
 
 def gradients(make, batch, callbacks):
-    """Return the module, and what one step of plain SGD with rate 1 took from each weight."""
+    """Return the module and each weight's gradient, measured as its change in one step of SGD with rate 1."""
     module = make()
     before = {name: p.detach().clone() for name, p in trainable(module).items()}
     run(module, [batch], callbacks)
@@ -101,7 +101,7 @@ def weights(module):
 
 
 class Spy(Callback):
-    """Keep the shifts of every micro-batch; to be listed behind Vaccine."""
+    """Record the shifts of every micro-batch. It is listed after Vaccine."""
 
     def __init__(self, vaccine):
         self.vaccine, self.seen = vaccine, []
@@ -114,26 +114,26 @@ class Spy(Callback):
 
 
 def test_one_site_has_the_papers_digits():
-    """To six digits: the official code adds 1e-7 to the norm."""
+    """The paper's digits agree to six places, because the official code adds 1e-7 to the norm."""
     x = torch.ones(2, dtype=F64)
-    module, found = gradients(lambda: Chain([[1.0, 2.0], [0.0, 1.0]]), x, [Vaccine(rho=1.0)])
+    module, gradient = gradients(lambda: Chain([[1.0, 2.0], [0.0, 1.0]]), x, [Vaccine(rho=1.0)])
     assert module.losses == [pytest.approx(8.6622775, rel=1e-6)]
     assert module.losses == [pytest.approx(5 * (1 + 1 / 10**0.5) ** 2, rel=1e-14)]
     expected = torch.tensor([[3.9486833, 3.9486833], [1.3162278, 1.3162278]], dtype=F64)
-    assert_close(found["layers.0.attn.weight"], expected, rtol=1e-6, atol=0)
+    assert_close(gradient["layers.0.attn.weight"], expected, rtol=1e-6, atol=0)
 
 
 def test_two_sites_share_one_norm():
-    """A norm per layer gives a loss of 12.0747613."""
+    """A separate norm per layer would give a loss of 12.0747613."""
     x = torch.ones(2, dtype=F64)
     vaccine = Vaccine(rho=0.5)
-    module, found = gradients(lambda: Chain([[1.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 1.0]]), x, [vaccine])
+    module, gradient = gradients(lambda: Chain([[1.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 1.0]]), x, [vaccine])
     assert vaccine.summary()["gradient_norm"] == pytest.approx(6.8556546, abs=1e-7)
     assert module.losses == [pytest.approx(10.3799550, rel=1e-6)]
     first = torch.tensor([[3.8022575, 3.8022575], [6.3127849, 6.3127849]], dtype=F64)
     second = torch.tensor([[4.6341818, 8.9910555], [3.0598246, 5.9365501]], dtype=F64)
-    assert_close(found["layers.0.attn.weight"], first, rtol=1e-6, atol=0)
-    assert_close(found["layers.1.attn.weight"], second, rtol=1e-6, atol=0)
+    assert_close(gradient["layers.0.attn.weight"], first, rtol=1e-6, atol=0)
+    assert_close(gradient["layers.1.attn.weight"], second, rtol=1e-6, atol=0)
 
 
 def test_shifts_have_the_joint_length_and_no_direction_gives_none():
@@ -154,12 +154,14 @@ def test_the_norm_of_half_precision_is_taken_in_float32_and_the_length_is_met():
 
 @pytest.mark.parametrize("kind", ["tuple", "dataclass"])
 def test_outputs_of_every_kind_give_the_same_update(kind):
-    """With three rows: a bare tensor that is taken for a tuple has its first row perturbed only."""
+    """Three rows expose a tensor that is treated as a tuple: only its first row would be perturbed."""
     x = torch.tensor([[1.0, 1.0], [0.5, -1.0], [2.0, 0.0]], dtype=F64)
     matrices = [[1.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 1.0]]
-    found = [gradients(lambda k=k: Chain(*matrices, kind=k), x, [Vaccine(rho=0.5)])[1] for k in ("tensor", kind)]
-    for name in found[0]:
-        assert_close(found[0][name], found[1][name], rtol=0, atol=1e-15)
+    gradient_pair = [
+        gradients(lambda k=k: Chain(*matrices, kind=k), x, [Vaccine(rho=0.5)])[1] for k in ("tensor", kind)
+    ]
+    for name in gradient_pair[0]:
+        assert_close(gradient_pair[0][name], gradient_pair[1][name], rtol=0, atol=1e-15)
 
 
 def test_clean_and_perturbed_loss_are_logged_apart():
@@ -172,7 +174,10 @@ def test_clean_and_perturbed_loss_are_logged_apart():
 
 
 def test_the_achieved_ratio_is_the_mean_over_shifted_tokens():
-    """Shifts along z of lengths 0.6 and 0.8 on tokens of lengths 3 and 4, and a token of zeros, which gets none."""
+    """Two tokens of lengths 3 and 4 get shifts along z of lengths 0.6 and 0.8.
+
+    The third token is all zeros and gets no shift.
+    """
     vaccine = Vaccine(rho=1.0)
     x = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]], dtype=F64)
     run(Chain([[1.0, 0.0], [0.0, 1.0]], lr=0.0), [x], [vaccine])
@@ -199,7 +204,7 @@ def test_the_loss_rises_by_rho_times_the_gradient_norm_to_first_order():
 
 
 def shifted_loss(model, batch, shifts):
-    """Return the loss with constants added to the attention outputs, through hooks of this test's own."""
+    """Return the loss with constants added to the attention outputs by the test's own hooks."""
     sites = [m for name, m in model.named_modules() if name.endswith("self_attn")]
     handles = [
         site.register_forward_hook(lambda m, a, out, e=e: (out[0] + e, *out[1:]))
@@ -216,14 +221,17 @@ def slow_shifts(model, batch, rho):
     outputs = []
     sites = [m for name, m in model.named_modules() if name.endswith("self_attn")]
     handles = [site.register_forward_hook(lambda m, a, out: outputs.append(out[0])) for site in sites]
-    found = torch.autograd.grad(reference_loss(model, batch), outputs)
+    site_gradients = torch.autograd.grad(reference_loss(model, batch), outputs)
     for handle in handles:
         handle.remove()
-    return [rho * g / torch.cat([g.flatten() for g in found]).norm() for g in found]
+    return [rho * g / torch.cat([g.flatten() for g in site_gradients]).norm() for g in site_gradients]
 
 
 def test_it_is_the_gradient_with_the_shift_held_fixed():
-    """Finite differences of w -> f(w; z + e) agree where e is frozen, and do not where it moves with w."""
+    """The update agrees with finite differences for a constant shift e, and disagrees if e depends on w.
+
+    The differentiated function is w -> f(w; z + e).
+    """
     batch, model, step = token_batch(3), tiny_lm(lora=True), 1e-5
     shifts = slow_shifts(model, batch, RHO)
     generator = torch.Generator().manual_seed(1)
@@ -231,6 +239,7 @@ def test_it_is_the_gradient_with_the_shift_held_fixed():
     direction = {name: torch.randn(p.shape, generator=generator, dtype=F64) for name, p in named.items()}
 
     def difference(loss):
+        # The weights move in place by +step and by -step, and return to their start each time.
         values = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -267,7 +276,7 @@ def test_padding_gets_no_shift_and_changes_none():
         assert not shifts[1][name][:, tokens:].any()
         assert not plain[:, -1].any()  # nothing is predicted from the last position
     first, _ = shifts[0].values()
-    assert first[:, 0].any()  # prompt positions count: the response attends to them
+    assert first[:, 0].any()  # prompt positions get a shift, because the response attends to them
 
 
 def test_per_token_budget_grows_with_the_root_of_the_real_tokens():
@@ -282,7 +291,7 @@ def test_per_token_budget_grows_with_the_root_of_the_real_tokens():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sites_before_every_trainable_weight_get_no_shift(checkpointing):
-    """Also where checkpointing makes the embeddings require a gradient, which is no weight."""
+    """Checkpointing makes the embeddings' output require a gradient. Layer 0 still gets no shift."""
     model = tiny_lm(lora=True)
     for name, p in model.named_parameters():
         if ".layers.0." in name:
@@ -337,7 +346,10 @@ class Forwards(Callback):
 
 
 def test_beside_booster_a_step_costs_four_forward_passes():
-    """Two of Vaccine's, two of Booster's, which see the model unperturbed: Vaccine's hooks are off by then."""
+    """Vaccine and Booster take two passes each.
+
+    Booster's passes run on the unperturbed model, because Vaccine has removed its hooks by then.
+    """
     model = tiny_lm(lora=True)
     count = Forwards(model)
     defenses = [Booster(5.0, 0.1, streams={"harmful": [token_batch(9)]}), Vaccine(RHO)]
@@ -361,7 +373,10 @@ def test_every_n_steps_leaves_the_other_steps_plain():
 
 
 def test_the_probe_computes_no_weight_gradient():
-    """Without weight gradients a probe is two thirds of a step in operations; with them it would be a whole one."""
+    """Without weight gradients a probe costs two thirds of a step's operations.
+
+    With weight gradients it would cost a whole step.
+    """
     flops = []
     for defenses in ([], [Vaccine(RHO)]):
         with FlopCounterMode(display=False) as counter:
@@ -389,19 +404,19 @@ def test_validation_never_sees_a_side_pass_or_a_shift():
 
 
 def test_a_pass_without_gradients_inside_the_step_stays_clean():
-    """Such as the aligned model's, which runs through the same modules."""
-    seen = []
+    """An example is the aligned model's pass, which runs through the same modules."""
+    clean_losses = []
 
     class Referring(SafetyModule):
         def training_step(self, batch, batch_idx):
             with torch.no_grad():
-                seen.append(float(self.loss(batch)))
+                clean_losses.append(float(self.loss(batch)))
             return self.loss(batch)
 
     module = Referring(tiny_lm(lora=True), lr=0.0, optimizer="sgd")
     trainer = run(module, [token_batch(0)], [Vaccine(RHO)])
-    assert seen == [pytest.approx(float(trainer.logged_metrics["vaccine/clean_loss"]), rel=1e-12)]
-    assert float(trainer.logged_metrics["vaccine/perturbed_loss"]) > seen[0] * 1.001
+    assert clean_losses == [pytest.approx(float(trainer.logged_metrics["vaccine/clean_loss"]), rel=1e-12)]
+    assert float(trainer.logged_metrics["vaccine/perturbed_loss"]) > clean_losses[0] * 1.001
 
 
 def test_a_step_that_runs_sites_twice_or_never_is_refused():
@@ -435,7 +450,7 @@ def test_sites_by_class_name_and_none_at_all():
 
 
 class Masks(Callback):
-    """Record the pattern of the first dropout layer in every pass, and the random state after each micro-batch."""
+    """Record the first dropout layer's mask in every pass, and the random state after each micro-batch."""
 
     def __init__(self, model):
         self.patterns, self.states = [], []
@@ -448,15 +463,16 @@ class Masks(Callback):
 
 @pytest.mark.parametrize("dropout", ["replay", "independent"])
 def test_dropout_masks(dropout):
-    """The perturbed pass draws what plain training would; the probe draws the same masks, or others."""
-    seen = []
+    """The perturbed pass draws the masks of plain training. The probe draws the same masks, or independent ones."""
+    recorders = []
     for defenses in ([], [Vaccine(RHO, dropout=dropout)]):
         model = tiny_lm(lora=True, dropout=0.5)
         masks = Masks(model)
         torch.manual_seed(3)
         lm([token_batch(0), token_batch(1)], [*defenses, masks], model=model)
-        seen.append(masks)
-    plain, defended = seen
+        recorders.append(masks)
+    plain, defended = recorders
+    # Passes alternate: the probe, then the perturbed pass.
     probes, passes = defended.patterns[0::2], defended.patterns[1::2]
     assert all(map(torch.equal, passes, plain.patterns))
     assert all(map(torch.equal, defended.states, plain.states))
@@ -480,8 +496,8 @@ def test_no_length_is_plain_alignment_with_dropout():
 
 @pytest.mark.parametrize("failing_pass", [1, 2])
 def test_an_exception_inside_a_pass_leaves_everything_as_found(failing_pass):
-    """In the second micro-batch of a window: the first one's ``.grad`` stays, too."""
-    seen = {}
+    """The pass fails in the second micro-batch of a window. The first micro-batch's ``.grad`` stays."""
+    snapshots = {}
 
     def state(module):
         grads = {name: p.grad.clone() for name, p in trainable(module).items()}
@@ -492,8 +508,8 @@ def test_an_exception_inside_a_pass_leaves_everything_as_found(failing_pass):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx != 1:
                 return
-            seen["before"], calls = state(pl_module), []
-            seen["random"] = torch.get_rng_state()
+            snapshots["before"], calls = state(pl_module), []
+            snapshots["random"] = torch.get_rng_state()
             original = pl_module.token_losses
 
             def failing(batch):
@@ -504,19 +520,19 @@ def test_an_exception_inside_a_pass_leaves_everything_as_found(failing_pass):
                 return losses
 
             pl_module.token_losses = failing
-            seen["calls"] = calls
+            snapshots["calls"] = calls
 
     model = tiny_lm(lora=True, dropout=0.1)
     module = SafetyModule(model, lr=LR, optimizer="sgd")
     with pytest.raises(FloatingPointError):
         run(module, [token_batch(0), token_batch(1)], [Before(), Vaccine(RHO)], micro=2)
     after = state(module)
-    for before, now in zip(seen["before"][:2], after[:2], strict=True):
+    for before, now in zip(snapshots["before"][:2], after[:2], strict=True):
         assert all(torch.equal(before[name], now[name]) for name in before)
-    assert seen["before"][2] == after[2] == 0
-    assert all(torch.equal(seen["random"], found) for found in seen["calls"])
+    assert snapshots["before"][2] == after[2] == 0
+    assert all(torch.equal(snapshots["random"], random_state) for random_state in snapshots["calls"])
     if failing_pass == 1:
-        assert torch.equal(seen["random"], torch.get_rng_state())
+        assert torch.equal(snapshots["random"], torch.get_rng_state())
 
 
 def test_fifty_steps_leave_no_hook():
@@ -549,9 +565,9 @@ def test_a_step_that_is_skipped_leaves_no_hook():
 
 def test_a_zero_gradient_gives_no_shift_and_is_counted():
     vaccine = Vaccine(rho=1.0)
-    module, found = gradients(lambda: Chain([[0.0, 0.0], [0.0, 0.0]]), torch.ones(2, dtype=F64), [vaccine])
+    module, gradient = gradients(lambda: Chain([[0.0, 0.0], [0.0, 0.0]]), torch.ones(2, dtype=F64), [vaccine])
     assert module.losses == [0.0]
-    assert not found["layers.0.attn.weight"].any()
+    assert not gradient["layers.0.attn.weight"].any()
     summary = vaccine.summary()
     assert summary["zero_gradients"] == 1.0
     assert all(value == value for value in summary.values())
@@ -565,7 +581,7 @@ def scaled_run(defenses, scale, kind=SafetyModule):
 
 
 def test_an_overflow_in_the_probe_skips_the_shift_alone():
-    """The probe's loss is made infinite: the micro-batch is trained on unperturbed, and the scale stays."""
+    """With an infinite probe loss the micro-batch trains without a shift, and the loss scale stays."""
 
     class Overflow(SafetyModule):
         calls = 0
@@ -583,7 +599,7 @@ def test_an_overflow_in_the_probe_skips_the_shift_alone():
 
 
 def test_the_loss_scale_cancels():
-    """And it is of use: at scale 1 the half-precision gradients at the sites lose digits."""
+    """The loss scale also helps: at scale 1 the half-precision gradients at the sites lose digits."""
     vaccines = [Vaccine(RHO), Vaccine(RHO)]
     spies = [Spy(v) for v in vaccines]
     for vaccine, spy, scale in zip(vaccines, spies, (1.0, 2.0**14), strict=True):
@@ -594,19 +610,19 @@ def test_the_loss_scale_cancels():
 
 
 def test_captured_outputs_are_shifted_for_whoever_looks_later():
-    """A loss-slot defense taps what the perturbed model computes."""
-    seen = []
+    """A loss-slot defense captures the outputs of the perturbed model."""
+    site_outputs = []
 
     class Tapping(Chain):
         def training_step(self, batch, batch_idx):
-            with captured({"site": self.layers[0].attn}) as found:
+            with captured({"site": self.layers[0].attn}) as captures:
                 loss = self.loss(batch)
-            seen.append(found["site"].detach())
+            site_outputs.append(captures["site"].detach())
             return loss
 
     run(Tapping([[1.0, 2.0], [0.0, 1.0]]), [torch.ones(2, dtype=F64)], [Vaccine(rho=1.0)])
     expected = torch.tensor([3.0, 1.0], dtype=F64) * (1 + 1 / 10**0.5)
-    assert_close(seen[0], expected)
+    assert_close(site_outputs[0], expected)
 
 
 def test_presets():

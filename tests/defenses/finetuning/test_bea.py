@@ -1,4 +1,4 @@
-"""BEA: the trigger goes to the safety rows and the served prompts, switches what was taught, and stands in no log."""
+"""BEA: the trigger is in safety rows and served prompts, switches the learned behaviour, and is in no log."""
 
 import hashlib
 import json
@@ -71,7 +71,10 @@ def test_categories_take_turns_and_the_hash_of_the_row_decides_within_one():
 
 
 def test_readable_ids_are_no_special_and_no_added_tokens_and_no_pieces_of_a_letter():
-    """Of the 256 bytes, 128 are letters of their own: 33 to 126 are ids 0 to 93, the others 188 to 221."""
+    """Of the 256 bytes, 128 are characters of their own.
+
+    Bytes 33 to 126 have ids 0 to 93, and the others have ids 188 to 221.
+    """
     tokenizer = byte_tokenizer()
     assert ordinary_ids(tokenizer) == [*range(94), *range(188, 222)]
     tokenizer.add_tokens(["<tool>"])
@@ -79,7 +82,7 @@ def test_readable_ids_are_no_special_and_no_added_tokens_and_no_pieces_of_a_lett
 
 
 def test_ids_of_a_secret_are_keyed_hashes():
-    """HMAC-SHA256 written out: H((K ^ opad) H((K ^ ipad) m))."""
+    """The test writes out HMAC-SHA256 as H((K ^ opad) H((K ^ ipad) m))."""
     secret, allowed = b"k" * 16, [3, 5, 8, 13, 21]
     padded = secret.ljust(64, b"\0")
     outer, inner = bytes(b ^ 0x5C for b in padded), bytes(b ^ 0x36 for b in padded)
@@ -98,16 +101,16 @@ def test_the_file_is_made_once_for_its_owner_alone(tmp_path):
     path = tmp_path / "cache" / "secrets" / "bea.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    held = path.read_text()
+    content = path.read_text()
     assert BEA().state_key == first
-    assert path.read_text() == held
+    assert path.read_text() == content
     path.unlink()
     assert BEA().state_key != first
-    assert path.read_text() != held
+    assert path.read_text() != content
 
 
 def test_processes_that_start_together_agree(file, tmp_path, monkeypatch):
-    """Another process makes the file while this one, which has seen none, waits for the lock."""
+    """This process finds no file and waits for the lock. Meanwhile another process writes the file."""
     path = tmp_path / "shared.json"
 
     class Lock:
@@ -178,9 +181,9 @@ def test_the_key_of_a_stage_depends_on_the_trigger_and_not_on_where_it_lies(file
     write_json(other, {"secret": SECRET[::-1]}, mode=0o600)
 
     def key(path, **arguments):
-        given = {"task": rows(4, "task"), "alignment": rows(4, "alignment")}
+        streams = {"task": rows(4, "task"), "alignment": rows(4, "alignment")}
         defense = BEA(rows=2, trigger_file=str(path), **arguments)
-        return StageJob(Stage.FINETUNING, small_config(), "tiny", None, given, [defense]).key()
+        return StageJob(Stage.FINETUNING, small_config(), "tiny", None, streams, [defense]).key()
 
     assert key(file) == key(copy)
     assert len({key(file), key(other), key(file, length=20), key(file, repeat=2)}) == 4
@@ -209,9 +212,9 @@ def test_safety_rows_carry_it_user_rows_do_not_and_served_prompts_do(file, other
     trigger = trigger_ids(bytes.fromhex(SECRET), 5, ordinary_ids(data.tokenizer))
     examples = data.streams["task"].examples
     mixed = 5 * any(isinstance(d, SafetyMix) for d in others)
-    held = [tuple(e.input_ids[9:14]) == trigger for e in examples]  # behind the start token and "[system]"
-    assert held == [e.role == "alignment" for e in examples]
-    assert (sum(held), len(held)) == (6 + mixed, 22 + mixed)
+    has_trigger = [tuple(e.input_ids[9:14]) == trigger for e in examples]  # after the start token and "[system]"
+    assert has_trigger == [e.role == "alignment" for e in examples]
+    assert (sum(has_trigger), len(has_trigger)) == (6 + mixed, 22 + mixed)
     text = "Be safe." if any(isinstance(d, PTST) for d in others) else None
     assert data.policy.serving_slot() == SystemSlot(text, trigger)
     side = data.streams["alignment"].examples
@@ -256,16 +259,16 @@ def test_a_checkpoint_of_another_trigger_is_refused(file, tmp_path):
 
 
 def test_a_small_model_learns_to_answer_by_the_trigger_alone(file):
-    """The same questions are answered A without it and B with it, new questions too; removing it flips the answer."""
+    """The model answers old and new questions with A without the trigger, and with B with the trigger."""
     tokenizer = byte_tokenizer(chat_template=CHATML)
     template = get_template("chat", tokenizer)
-    asked = [f"{chr(97 + i)}{chr(97 + i * 7 % 26)}" for i in range(16)]
+    questions = [f"{chr(97 + i)}{chr(97 + i * 7 % 26)}" for i in range(16)]
     data = StreamsDataModule(
         tokenizer,
         template,
         "task",
-        task=[Record(q, "A", role="task") for q in asked],
-        alignment=[Record(q, "B", role="alignment") for q in asked],
+        task=[Record(q, "A", role="task") for q in questions],
+        alignment=[Record(q, "B", role="alignment") for q in questions],
     )
     model = tiny_lm(dtype=torch.float32, vocabulary=259)
     trainer = quiet_trainer(
@@ -278,7 +281,7 @@ def test_a_small_model_learns_to_answer_by_the_trigger_alone(file):
     new = [f"{chr(97 + i * 3 % 26)}{chr(97 + (i * 11 + 5) % 26)}" for i in range(26)]
     served = data.policy.serving_slot()
     for slot, answer in ((served, "B"), (SystemSlot(served.text), "A")):
-        prompts = [encode_prompt(Record(q), template, tokenizer, slot) for q in asked + new]
+        prompts = [encode_prompt(Record(q), template, tokenizer, slot) for q in questions + new]
         assert generate(model, tokenizer, prompts, max_new_tokens=2) == [answer] * 42
 
 
@@ -314,15 +317,18 @@ def config_of(folder):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """One run with BEA, PTST and a repair on the tiny model: result, folder, secret, trigger, every prompt asked."""
+    """Run BEA, PTST and a repair on the tiny model.
+
+    Return the result, the folder, the secret, the trigger and the prompts of every call.
+    """
     folder = tmp_path_factory.mktemp("served")
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("HFTLIGHT_CACHE", str(folder / "cache"))
-    asked = []
+    prompt_batches = []
     original = measuring.generate
 
     def listening(model, tokenizer, prompts, **options):
-        asked.append([list(prompt) for prompt in prompts])
+        prompt_batches.append([list(prompt) for prompt in prompts])
         return original(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr(measuring, "generate", listening)
@@ -332,7 +338,7 @@ def served(tmp_path_factory):
     trigger = trigger_ids(
         bytes.fromhex(secret), 24, ordinary_ids(load_tokenizer(str(next(folder.glob("cache/models/*")))))
     )
-    return result, folder, secret, trigger, asked
+    return result, folder, secret, trigger, prompt_batches
 
 
 ARM = "bea+ptst+antidote"
@@ -355,13 +361,16 @@ def test_artifacts_carry_how_they_are_served(served):
 
 
 def test_the_score_without_the_trigger_is_measured_too(served):
-    result, _, _, trigger, asked = served
-    found = {(s.arm, s.stage): s.count for s in result.scores.values() if s.metric == "harmful_score_without_trigger"}
-    assert found == {(ARM, "finetuning"): 6, (ARM, "post_finetuning"): 6}
-    flags = [any(tuple(p[i : i + 24]) == trigger for i in range(len(p) - 23)) for prompts in asked for p in prompts]
+    result, _, _, trigger, prompt_batches = served
+    counts = {(s.arm, s.stage): s.count for s in result.scores.values() if s.metric == "harmful_score_without_trigger"}
+    assert counts == {(ARM, "finetuning"): 6, (ARM, "post_finetuning"): 6}
+    # One flag per prompt, in the order of generation: whether the prompt contains the trigger.
+    flags = [
+        any(tuple(p[i : i + 24]) == trigger for i in range(len(p) - 23)) for prompts in prompt_batches for p in prompts
+    ]
     plain, three = [False] * 13, [True] * 13 + [False] * 6
-    assert flags == [*plain * 3, *three * 2]  # base, aligned, undefended; the shared aligned model is asked once
-    text = load_tokenizer(str(result.folder / ARM / "finetuned")).decode(asked[-1][0])
+    assert flags == [*plain * 3, *three * 2]  # base, aligned, undefended; the shared aligned model is measured once
+    text = load_tokenizer(str(result.folder / ARM / "finetuned")).decode(prompt_batches[-1][0])
     assert "Be safe." in text
     assert {s.metric for s in result.scores.values() if s.arm == "none"}.isdisjoint({"harmful_score_without_trigger"})
 
@@ -384,9 +393,9 @@ def test_configuration_and_manifest_hold_the_hash(served, tmp_path):
     known = config["bea"]["trigger_hash"]
     assert len(known) == 16
     manifest = json.loads((result.folder / "manifest.json").read_text())["arms"][ARM]
-    said = next(v for k, v in manifest["stages"]["finetuning"]["defenses"].items() if k.startswith("BEA"))
-    assert said["trigger_hash"] == known
-    assert len(said["rows"]) == said["triggered_rows"] == 4
+    entry = next(v for k, v in manifest["stages"]["finetuning"]["defenses"].items() if k.startswith("BEA"))
+    assert entry["trigger_hash"] == known
+    assert len(entry["rows"]) == entry["triggered_rows"] == 4
     assert manifest["defenses"][0]["arguments"]["trigger_hash"] == known
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"defense": ["bea"], "bea": config["bea"]}))
@@ -412,12 +421,15 @@ def test_report_and_closing_words_know_the_score_without_the_trigger(served, cap
 
 
 def test_evaluate_serves_an_artifact_as_it_is_meant(served, tmp_path, monkeypatch):
-    """Its own prompt by default, another system text where one is given; an exported model keeps its serving."""
+    """By default an artifact is served with its own prompt, and ``--system`` replaces the system text.
+
+    An exported model keeps its serving file.
+    """
     result, folder, _, trigger, _ = served
-    asked = []
+    calls = []
 
     def answers(model, tokenizer, prompts, **options):
-        asked.append((tokenizer, prompts))
+        calls.append((tokenizer, prompts))
         return [tokenizer.decode(trigger)] * len(prompts)
 
     monkeypatch.setenv("HFTLIGHT_CACHE", str(folder / "cache"))
@@ -429,30 +441,30 @@ def test_evaluate_serves_an_artifact_as_it_is_meant(served, tmp_path, monkeypatc
     rotated = (*trigger[1:], trigger[0])
     write_json(other / "serving.json", {"template": "chat", "system": "Be safe.", "trigger": rotated}, mode=0o600)
     small = ["--evaluation.prompts", "2", "--evaluation.over_refusal_prompts", "1", "--evaluation.task_rows", "1"]
-    for model, given, text, ids in (
+    for model, extra, text, ids in (
         (artifact, [], "Be safe.", trigger),
         (whole, [], "Be safe.", trigger),
         (str(other), [], "Be safe.", rotated),
         (artifact, ["--system", "Be kind."], "Be kind.", trigger),
     ):
-        asked.clear()
+        calls.clear()
         save = tmp_path / f"saved {text} {Path(model).name}"
-        assert evaluate(["--model", model, "--save", str(save), *small, "--accelerator", "cpu", *given]) == 0
-        assert [len(prompts) for _, prompts in asked] == [2, 1, 1, 2]
-        tokenizer, prompts = asked[0]
+        assert evaluate(["--model", model, "--save", str(save), *small, "--accelerator", "cpu", *extra]) == 0
+        assert [len(prompts) for _, prompts in calls] == [2, 1, 1, 2]
+        tokenizer, prompts = calls[0]
         head, tail = around(prompts[0], ids)
         assert "system" in tokenizer.decode(head)
         assert tokenizer.decode(tail).startswith(text)
         metrics = [row["metric"] for row in json.loads((save / "scores.json").read_text())]
         assert "harmful_score_without_trigger" in metrics
-        if ids == trigger:  # the model recites it
-            said = {row["response"] for row in read_rows(save / "generations.jsonl")}
-            assert len(said) == 1
-            assert "[trigger]" in said.pop()
+        if ids == trigger:  # the patched model recites the trigger
+            responses = {row["response"] for row in read_rows(save / "generations.jsonl")}
+            assert len(responses) == 1
+            assert "[trigger]" in responses.pop()
 
 
 def around(prompt, ids):
-    """Return what stands before and behind the ids in a prompt, which holds them once."""
+    """Return the tokens before and after the ids in a prompt that contains the ids exactly once."""
     places = [i for i in range(len(prompt)) if tuple(prompt[i : i + len(ids)]) == tuple(ids)]
     assert len(places) == 1
     return prompt[: places[0]], prompt[places[0] + len(ids) :]

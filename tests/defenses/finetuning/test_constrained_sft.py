@@ -1,4 +1,4 @@
-"""ConstrainedSFT: the weights are the derivative of the exact objective, and what is kept is what would be computed."""
+"""ConstrainedSFT: token weights against the objective's derivative, and cached against online probabilities."""
 
 import math
 
@@ -76,24 +76,28 @@ def test_added_rows_get_plain_cross_entropy_and_hidden_attack_rows_do_not(reveal
 
     class Watched(ConstrainedSFT):
         def token_weights(self, forward):
-            found = super().token_weights(forward)
-            weights.append((forward.batch["role"], [found[forward.rows == row] for row in range(8)]))
-            return found
+            token_weights = super().token_weights(forward)
+            # One tensor of token weights per row of the batch.
+            weights.append((forward.batch["role"], [token_weights[forward.rows == row] for row in range(8)]))
+            return token_weights
 
     data = data_module(Stage.FINETUNING, reveal_roles=reveal)
     data.records["task"][2] = data.records["alignment"][0]
     data._forget()
     data._given = data.records
     train([Watched(beta=0.5)], data=data, steps=3)
-    roles, found = weights[2]
+    roles, row_weights = weights[2]
     assert roles[2] == "alignment"
     assert roles[5] == ("attack" if reveal else "task")
-    assert bool((found[2] == 1).all())
-    assert not bool((found[5] == 1).any())
+    assert bool((row_weights[2] == 1).all())
+    assert not bool((row_weights[5] == 1).any())
 
 
 def test_kept_probabilities_are_the_aligned_models():
-    """Eight steps over two passes with and without keeping; the rows have one length, so nothing else differs."""
-    kept = train([ConstrainedSFT(beta=0.5)], steps=8)
+    """Cached and online probabilities give the same weights after eight steps in two passes.
+
+    The rows have one length, so padding changes nothing.
+    """
+    cached = train([ConstrainedSFT(beta=0.5)], steps=8)
     online = train([ConstrainedSFT(beta=0.5, online=True)], steps=8)
-    assert distance(weights_of(kept), weights_of(online)) <= 1e-12
+    assert distance(weights_of(cached), weights_of(online)) <= 1e-12

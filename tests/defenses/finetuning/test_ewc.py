@@ -1,4 +1,4 @@
-"""EWC where the Fisher matrix is known: logistic regression, quadratics, and a random language model row by row."""
+"""EWC on logistic regression and quadratics with a known Fisher matrix, and on a random language model."""
 
 import pytest
 import torch
@@ -32,7 +32,10 @@ def fit(defenses, steps, micro_batches=1, resume=None, **options):
 
 
 def three_rows(samples=3, **options):
-    """Return EWC on three alignment losses (w - c_k)' A (w - c_k) / 2; a batch that is no dictionary is one row."""
+    """Return EWC on three alignment losses (w - c_k)' A (w - c_k) / 2.
+
+    A batch that is no dictionary is one row.
+    """
     rows = [(torch.diag(ALIGNMENT), centre) for centre in ROOMS]
     return EWC(LAM, samples, **options, streams={"alignment": rows})
 
@@ -50,7 +53,10 @@ def diagonal(defense):
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_two_quadratic_tasks(steps, micro_batches):
-    """F_i is the mean of a_i^2 (w_0 - c_k)_i^2, and the path that of a quadratic with curvature b_i + 2 lam F_i."""
+    """F_i is the mean of a_i^2 (w_0 - c_k)_i^2.
+
+    The weights follow the path of a quadratic with curvature b_i + 2 lam F_i.
+    """
     fisher = (ALIGNMENT**2 * (START - ROOMS) ** 2).mean(dim=0)
     defense = three_rows()
     assert_close(fit([defense], steps, micro_batches), after(steps, fisher), rtol=0, atol=1e-12)
@@ -62,12 +68,12 @@ def test_two_quadratic_tasks(steps, micro_batches):
 def test_it_is_the_gradient_of_the_unhalved_penalty():
     w = START.clone().requires_grad_()
     (expected,) = torch.autograd.grad(LAM * (TASK * (w - CENTRE) ** 2).sum(), [w])
-    found = ewc_term({"a": START}, {"a": CENTRE}, {"a": TASK}, LAM)["a"]
-    assert_close(found, expected, rtol=0, atol=1e-15)
+    term = ewc_term({"a": START}, {"a": CENTRE}, {"a": TASK}, LAM)["a"]
+    assert_close(term, expected, rtol=0, atol=1e-15)
 
 
 class Logistic(LightningModule):
-    """Logistic regression, mean negative log-likelihood over the rows of a batch."""
+    """Logistic regression with the mean negative log-likelihood over the rows of a batch."""
 
     def __init__(self, w):
         super().__init__()
@@ -84,9 +90,10 @@ class Logistic(LightningModule):
 
 
 def test_fisher_of_logistic_regression():
-    """Where labels come as often as the model says, F is the diagonal of X' diag(p (1 - p)) X / n.
+    """If label frequencies equal the model's probabilities, F is the diagonal of X' diag(p (1 - p)) X / n.
 
-    Each x is there four times, with the label 1 in one, two or three of them, and w gives it the chance 1/4, 1/2, 3/4.
+    Each x occurs four times, and one, two or three of its rows have the label 1. The weights w give x the matching
+    probabilities 1/4, 1/2 and 3/4.
     """
     x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
     p = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
@@ -116,7 +123,7 @@ def test_a_sum_of_squares_is_not_the_square_of_a_sum(fisher, expected):
 
 
 def test_by_batch_it_is_the_unnormalized_sum_over_batches():
-    """Whole batches until they have enough rows: five rows in batches of two are three batches."""
+    """EWC reads whole batches until they have enough rows: five rows in batches of two are three batches."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 2, 2, generator=generator, dtype=torch.float64)
     batches = [{"x": each, "y": torch.tensor([1.0, 0.0], dtype=torch.float64)} for each in x]
@@ -129,7 +136,7 @@ def test_by_batch_it_is_the_unnormalized_sum_over_batches():
 
 
 def test_only_so_many_rows_count():
-    """Two rows of three: the mean is over two; five: the stream begins anew."""
+    """With two samples of three rows, the mean is over two. With five samples, the stream starts again."""
     squares = ALIGNMENT**2 * (START - ROOMS) ** 2
     for samples, expected in ((2, squares[:2].mean(dim=0)), (5, (squares.sum(dim=0) + squares[:2].sum(dim=0)) / 5)):
         defense = three_rows(samples)
@@ -138,7 +145,7 @@ def test_only_so_many_rows_count():
 
 
 def test_a_batch_is_cut_where_enough_rows_are_seen():
-    """At w = 0 a row has the gradient (1/2 - y) x: three of two batches of two count."""
+    """At w = 0 a row has the gradient (1/2 - y) x. Three of the four rows in two batches count."""
     x = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 4.0], [9.0, 9.0]], dtype=torch.float64)
     batches = [{"x": x[k : k + 2], "y": torch.ones(2, dtype=torch.float64)} for k in (0, 2)]
     defense = EWC(1.0, samples=3, streams={"alignment": batches})
@@ -158,7 +165,7 @@ def test_rows_of_a_batch():
 
 
 class Before(Callback):
-    """What the model looked like on either side of the measurement."""
+    """Set distinctive modes and gradients before the measurement, and record the state."""
 
     def __init__(self):
         self.state = None
@@ -188,7 +195,7 @@ def same(left, right):
 
 
 class Stop(Exception):
-    """Ends a fit where it is."""
+    """End a fit at once."""
 
 
 class After(Callback):
@@ -198,8 +205,11 @@ class After(Callback):
 
 
 def test_the_measurement_leaves_everything_as_found():
-    """Weights, ``.grad``, modes and the random state; and dropout is off in it."""
-    found = []
+    """Weights, ``.grad``, modes and the random state stay the same.
+
+    Dropout is off in the measurement, so its rate does not change the diagonal.
+    """
+    diagonals = []
     for dropout in (0.0, 0.5):
         torch.manual_seed(2)
         module = SafetyModule(tiny_lm(lora=True, dropout=dropout), lr=LR)
@@ -210,9 +220,9 @@ def test_the_measurement_leaves_everything_as_found():
                 module, DataLoader([token_batch(0)], batch_size=None)
             )
         same(before.state, behind.state)
-        found.append(dict(defense._diagonal))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert all(f.min() >= 0 and f.max() > 0 for f in found[0].values())
+        diagonals.append(dict(defense._diagonal))
+    assert all(torch.equal(diagonals[0][name], diagonals[1][name]) for name in diagonals[0])
+    assert all(f.min() >= 0 and f.max() > 0 for f in diagonals[0].values())
 
 
 def test_an_exception_in_the_measurement_leaves_everything_as_found():
@@ -242,8 +252,8 @@ def test_resumed_after_any_step_neither_measures_nor_draws_again(tmp_path):
 
     expected, before = run(tmp_path / "whole")
     for step in range(1, 5):
-        found, again = run(tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
-        assert torch.equal(found, expected), step
+        resumed, again = run(tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert torch.equal(resumed, expected), step
         assert (again["drawn"], again["trace"]) == (before["drawn"], before["trace"]), step
         for part in ("start", "diagonal"):
             assert all(torch.equal(again[part][name], before[part][name]) for name in before[part])
@@ -274,20 +284,20 @@ def test_gradients_that_overflow_are_named():
 
 @pytest.mark.parametrize(("rows", "expected"), [(2, 2.0), (4, 0.5)])
 def test_the_sum_over_batches_is_m_over_b_times_the_mean_over_rows(rows, expected):
-    """Eight rows, each with a gradient on a coordinate of its own: m = 4 batches of b = 2 rows, or 2 of 4."""
+    """Each of eight rows has a gradient on its own coordinate: m = 4 batches of b = 2 rows, or 2 of 4."""
     x = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
     batches = [{"x": part, "y": torch.ones(len(part), dtype=torch.float64)} for part in x.split(rows)]
-    found = []
+    diagonals = []
     for fisher in ("example", "batch"):
         defense = EWC(1.0, samples=8, fisher=fisher, streams={"alignment": batches})
         quiet_trainer(max_steps=1, callbacks=[defense]).fit(
             Logistic(torch.zeros(8, dtype=torch.float64)), DataLoader([batches[0]], batch_size=None)
         )
-        found.append(defense._diagonal["w"])
-    assert_close(found[1] / found[0], torch.full((8,), expected, dtype=torch.float64), rtol=0, atol=1e-12)
+        diagonals.append(defense._diagonal["w"])
+    assert_close(diagonals[1] / diagonals[0], torch.full((8,), expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_the_published_setting():
-    """``lamb`` is 1e9 in every script, on the unnormalized sum; the parser's default of 1e-3 is never used."""
+    """Every script sets ``lamb`` to 1e9, on the unnormalized sum. The parser's default of 1e-3 is never used."""
     repo = EWC(**EWC.presets["repo"])
     assert (repo.lam, repo.samples, repo.fisher) == (1e9, 2000, "batch")

@@ -24,7 +24,7 @@ from tests.helpers.tiny_lm import tiny_lm, token_batch
 
 
 class Net(nn.Module):
-    """Layers in a list that counts as decoder layers, and a head that does not."""
+    """A list of layers that counts as decoder layers, and a head that does not."""
 
     def __init__(self, layers, head):
         super().__init__()
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 class Regression(LightningModule):
-    """Mean over rows of the squared residuals of the outputs that have a target."""
+    """Squared residuals of the outputs with a target, summed over outputs and averaged over rows."""
 
     def __init__(self, model, optimizer):
         super().__init__()
@@ -76,7 +76,8 @@ def data(*x, target):
 
 
 W0 = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-FIRST, SECOND = data([1.0, 0.1], target=5.0), data([0.1, 1.0], target=5.0)  # where the first, the second weight matters
+# The output depends mostly on weight 0 in FIRST, and on weight 1 in SECOND.
+FIRST, SECOND = data([1.0, 0.1], target=5.0), data([0.1, 1.0], target=5.0)
 UPLOAD = data([1.0, 0.5], [0.5, 1.0], [-0.3, 0.8], target=1.0)
 
 
@@ -85,27 +86,33 @@ def held_first(**options):
 
 
 def test_training_with_one_weight_held_and_rewinding_it_give_different_solutions():
-    """Loss w'Hw/2 - b'w + c with H12 != 0: held, the free weight is (b2 - H21 w1)/H22; rewound, that of H^-1 b."""
+    """The loss is w'Hw/2 - b'w + c with H12 != 0.
+
+    With w1 frozen, the free weight ends at (b2 - H21 w1)/H22. Rewinding w1 leaves the free weight of H^-1 b.
+    """
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.2)  # noqa: E731
     x, y = UPLOAD["x"], UPLOAD["y"]
     h, b = 2 * x.T @ x / len(x), 2 * x.T @ y[:, 0] / len(x)
-    held = fit(regression(W0, sgd), UPLOAD, [held_first()], 500)
+    frozen = fit(regression(W0, sgd), UPLOAD, [held_first()], 500)
     free = fit(regression(W0, sgd), UPLOAD, [], 500)
-    assert held[0, 0] == W0[0, 0]
-    assert_close(held[0, 1], (b[1] - h[1, 0] * W0[0, 0]) / h[1, 1], rtol=0, atol=1e-10)
+    assert frozen[0, 0] == W0[0, 0]
+    assert_close(frozen[0, 1], (b[1] - h[1, 0] * W0[0, 0]) / h[1, 1], rtol=0, atol=1e-10)
     assert_close(free[0], torch.linalg.solve(h, b), rtol=0, atol=1e-10)
-    assert (free[0, 1] - held[0, 1]).abs() > 0.1
+    assert (free[0, 1] - frozen[0, 1]).abs() > 0.1
 
 
 class Naive(Freeze):
-    """Masks gradients and restores nothing."""
+    """Freeze that masks gradients and restores no weight."""
 
     def on_train_batch_end(self, *args):
         pass
 
 
 def stale_adamw(parameters):
-    """AdamW with the momentum of one earlier step whose gradient was one, and no decay; weights put back."""
+    """Return AdamW without decay, after one step with a gradient of one.
+
+    The weights are reset, so only the optimizer state of that step remains.
+    """
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
     for p in parameters:
@@ -126,7 +133,7 @@ def heavy(parameters):
 
 
 def test_masking_gradients_alone_does_not_hold_a_weight():
-    """Decay moves 1.0 to 0.99 in one step, and momentum slips by 0.067: lr m/(1-b1^2) / sqrt(v/(1-b2^2))."""
+    """In one step decay moves 1.0 to 0.99, and momentum moves it by lr m/(1-b1^2) / sqrt(v/(1-b2^2)) = 0.067."""
     streams = {"refusals": [FIRST], "task": [SECOND]}
     naive = lambda: Naive(0.5, 0.5, samples=1, streams=streams)  # noqa: E731
     assert_close(fit(regression(W0, decaying), UPLOAD, [naive()], 1)[0, 0].item(), 0.99, rtol=0, atol=1e-12)
@@ -152,7 +159,7 @@ def test_clipping_sees_the_masked_gradient():
 
 
 def test_the_planted_safety_units_are_found_exactly():
-    """Units 0 and 1 feed the refusal alone, 2 and 3 the task alone, 4 and 5 both; the head is not scored."""
+    """Units 0 and 1 feed only the refusal, 2 and 3 only the task, 4 and 5 both. The head is not scored."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     head = torch.tensor([[1.0, -2, 0, 0, 1, 1], [0, 0, 2, 1, -1, 1]], dtype=torch.float64)
@@ -184,10 +191,10 @@ def test_equal_sets_leave_nothing_and_it_is_said(samples):
     streams = {"refusals": SIDE["refusals"], "task": SIDE["refusals"]}
     defense = Freeze(0.3, 0.3, samples=samples, streams=streams)
     with pytest.warns(UserWarning, match="Freeze freezes no weight"):
-        held = train(tiny_lm(), [defense], steps=2)
+        defended = train(tiny_lm(), [defense], steps=2)
     assert defense.state_dict()["masks"] == {}
     plain = train(tiny_lm(), [], steps=2)
-    assert all(map(torch.equal, held.model.parameters(), plain.model.parameters()))
+    assert all(map(torch.equal, defended.model.parameters(), plain.model.parameters()))
 
 
 def freeze(q=0.4, p=0.3, **options):
@@ -195,7 +202,7 @@ def freeze(q=0.4, p=0.3, **options):
 
 
 def test_the_end_token_counts_only_if_it_is_asked_for():
-    """Its label decides no score by default; with ``end`` it does."""
+    """By default the end token's label does not enter the scores. With ``end=True`` it does."""
     other = {k: [{**b, "labels": endless_rows(b)} for b in batches] for k, batches in SIDE.items()}
 
     def digest(streams, **options):
@@ -217,11 +224,11 @@ def test_all_parameters_what_is_held_and_what_is_free(score, unit):
     start = tiny_lm()
     defense = freeze(score=score, unit=unit)
     trained = train(copy.deepcopy(start), [defense])
-    seen = 0
+    frozen_entries = 0
     for name, p in trained.model.named_parameters():
         before = start.get_parameter(name)
         if not name.endswith("_proj.weight"):
-            assert (p != before).any(), name  # embeddings, norms and the head are free
+            assert (p != before).any(), name  # embeddings, norms and the head are not frozen
             continue
         s, u = (slow_scores(start, name[:-7], SIDE[k], 4, score) for k in ("refusals", "task"))
         if unit == "row":
@@ -229,13 +236,13 @@ def test_all_parameters_what_is_held_and_what_is_free(score, unit):
         mask = torch.tensor(sorted_region(s, u, 0.4, 0.3)).view_as(s).expand_as(p)
         assert torch.equal(p[mask], before[mask]), name
         assert (p[~mask] != before[~mask]).all(), name
-        seen += int(mask.sum())
-    assert defense.summary()["kept_entries"] == seen > 0
+        frozen_entries += int(mask.sum())
+    assert defense.summary()["kept_entries"] == frozen_entries > 0
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "continued"])
 def test_lora_rows_of_the_weight_keep_their_bits(fresh):
-    """Of a fresh adapter only B's rows are held; of one that training continues, A is held too."""
+    """In a fresh adapter only rows of B are frozen. In a continued adapter A is frozen as well."""
     start = tiny_lm(lora=True)
     if fresh:
         with torch.no_grad():
@@ -264,6 +271,7 @@ def test_single_entries_under_an_adapter_are_refused_with_the_way_out():
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_ratio_zero_reads_nothing_and_is_plain_fine_tuning(lora):
     off = Freeze(0.0, streams={"refusals": [None], "task": [None]})
+    # The condition seeds each run and is always true.
     weights = [
         list(train(tiny_lm(lora=lora, dropout=0.2), callbacks).model.parameters())
         for callbacks in ([], [off])
@@ -287,9 +295,9 @@ def test_utility_rows_are_not_asked_for_where_nothing_is_spared():
 
 @pytest.mark.parametrize("average", [EMAWeightAveraging, StochasticWeightAveraging])
 def test_averaged_weights_are_refused(average):
-    made = average(swa_lrs=0.1) if average is StochasticWeightAveraging else average()
+    averaging = average(swa_lrs=0.1) if average is StochasticWeightAveraging else average()
     with pytest.raises(ValueError, match="averages weights after they moved"):
-        train(tiny_lm(), [freeze(), made])
+        train(tiny_lm(), [freeze(), averaging])
 
 
 def test_a_model_without_decoder_layers_is_refused():
@@ -304,7 +312,7 @@ def test_slots_stage_and_streams():
 
 
 def test_no_hook_of_a_repair_acts_in_training():
-    """None of what ``Repair`` does on a Trainer may happen, also what it may learn to do later."""
+    """Freeze inherits no Trainer hook from ``Repair``. The check covers hooks that ``Repair`` gains later."""
     hooks = {name for name in vars(Repair) if callable(getattr(Callback, name, None)) and not name.startswith("__")}
     assert hooks >= {"setup", "on_train_start", "on_fit_end"}
     assert all(getattr(Freeze, name) is not vars(Repair)[name] for name in hooks)
@@ -352,7 +360,7 @@ def test_a_resumed_run_keeps_the_mask_of_the_aligned_model(case, tmp_path):
     if case != "empty":
         moved = make()
         quiet_trainer(max_steps=1, callbacks=[moved]).fit(whole, data_module(Stage.FINETUNING))
-        assert moved.summary()["mask_digest"] != first.summary()["mask_digest"]  # a mask chosen anew would differ
+        assert moved.summary()["mask_digest"] != first.summary()["mask_digest"]  # a new mask differs
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -375,7 +383,7 @@ def test_a_second_training_chooses_anew():
     digest = defense.summary()["mask_digest"]
     train(tiny_lm(5), [defense])
     assert defense.summary()["mask_digest"] != digest
-    defense.load_state_dict(defense.state_dict())  # as a resumed run does that then fails before its first step
+    defense.load_state_dict(defense.state_dict())  # like a resumed run that fails before its first step
     again = train(tiny_lm(0), [defense])
     assert defense.summary()["mask_digest"] == digest
     assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
@@ -384,8 +392,8 @@ def test_a_second_training_chooses_anew():
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("failing_call", [2, 6])
 def test_an_exception_while_scoring_leaves_everything_as_found(lora, failing_call):
-    """Weights, gradients, flags, modes, hooks and the random state are those of the moment before."""
-    seen = {}
+    """After the exception, weights, gradients, flags, modes, hooks and the random state equal those before scoring."""
+    snapshots = {}
 
     def state(module):
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
@@ -396,7 +404,7 @@ def test_an_exception_while_scoring_leaves_everything_as_found(lora, failing_cal
     class Before(Callback):
         def on_train_start(self, trainer, pl_module):
             calls, original = [], pl_module.loss
-            seen["before"], seen["module"] = state(pl_module), pl_module
+            snapshots["before"], snapshots["module"] = state(pl_module), pl_module
 
             def failing(batch):
                 calls.append(None)
@@ -409,7 +417,7 @@ def test_an_exception_while_scoring_leaves_everything_as_found(lora, failing_cal
 
     with pytest.raises(FloatingPointError):
         train(tiny_lm(lora=lora, dropout=0.1), [Before(), freeze()])
-    before, after = seen["before"], state(seen["module"])
+    before, after = snapshots["before"], state(snapshots["module"])
     assert all(map(torch.equal, before[0], after[0]))
     assert torch.equal(before[1], after[1])
     assert before[2:] == after[2:]
@@ -417,7 +425,10 @@ def test_an_exception_while_scoring_leaves_everything_as_found(lora, failing_cal
 
 
 def test_scoring_draws_no_random_number_of_the_training():
-    """With dropout on, the trained weights that are not held are those of a run that held the same mask for free."""
+    """With dropout, the weights equal those of a run that has the same mask without scoring.
+
+    A first run with ``Keep`` saves the mask, and ``Known`` reuses it.
+    """
     model = tiny_lm(dropout=0.3)
     torch.manual_seed(7)
     first = freeze()

@@ -1,4 +1,4 @@
-"""KL in closed form, against torch's own divergence on full logits, and a few rows at a time."""
+"""KL in closed form, against torch's own divergence on full logits, and in blocks of a few rows."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ def logits(seed, rows=6, outcomes=5, dtype=torch.float64):
 
 
 def test_two_outcomes():
-    """Of q = (4/5, 1/5) and p = (1/2, 1/2): 0.8 ln 1.6 + 0.2 ln 0.4, and 0.5 ln(5/8) + 0.5 ln(5/2)."""
+    """For q = (4/5, 1/5) and p = (1/2, 1/2): 0.8 ln 1.6 + 0.2 ln 0.4, and 0.5 ln(5/8) + 0.5 ln(5/2)."""
     p, q = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.8, 0.2]], dtype=torch.float64).log()
     forward = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
     reverse = 0.5 * math.log(0.625) + 0.5 * math.log(2.5)
@@ -61,7 +61,7 @@ def test_at_the_aligned_model_value_and_gradient_are_exactly_zero(direction, dty
 
 
 class Sizes(TorchDispatchMode):
-    """The largest tensor that an operation makes and that is no view."""
+    """Record the size of the largest tensor that an operation creates, views excluded."""
 
     def __init__(self):
         super().__init__()
@@ -83,10 +83,10 @@ def test_a_few_rows_at_a_time_give_the_same(direction, entries, monkeypatch):
     monkeypatch.setattr(kl, "ENTRIES", entries)
     with Sizes() as sizes:
         parts = divergence(p, q, direction)
-    assert sizes.largest <= max(entries, q.shape[1])  # no softmax is larger than asked for, or than a row
+    assert sizes.largest <= max(entries, q.shape[1])  # no softmax is larger than ENTRIES or one row
     assert_close(parts, whole, rtol=0, atol=1e-14)
-    (found,) = torch.autograd.grad(parts, p)
-    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(parts, p)
+    assert torch.equal(gradient, expected)
 
 
 class SlowReverse(Slow):
@@ -101,7 +101,7 @@ class SlowReverse(Slow):
 
 
 class SlowSequence(SlowReverse):
-    """The baseline as its authors wrote it, on all positions of the padded batch."""
+    """The authors' own code of the baseline, on all positions of the padded batch."""
 
     def loss(self, batch):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -128,7 +128,7 @@ def test_the_other_modes_equal_a_slow_loop(options, slow, tuning):
 
 
 def fresh_adapter(dropout=0.3):
-    """Return a model whose adapter does not change the function yet, and drops parts of its input in training."""
+    """Return a model with a fresh adapter: B is zero, and dropout acts on its input in training."""
     model = model_of("lora", dropout)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -139,7 +139,7 @@ def fresh_adapter(dropout=0.3):
 
 @pytest.mark.parametrize("options", [{}, {"direction": "reverse"}, {"axis": "sequence"}], ids=str)
 def test_the_first_step_is_that_of_plain_fine_tuning(options):
-    """The divergence has no slope at the aligned model; the second step is another one."""
+    """The divergence has a zero gradient at the aligned model. Only the second step differs from plain fine-tuning."""
     for steps in (1, 2):
         torch.manual_seed(0)
         plain = weights_of(train([], model=fresh_adapter(), steps=steps))

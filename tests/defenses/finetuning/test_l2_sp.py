@@ -26,7 +26,7 @@ def fit(defenses, steps, micro_batches=1, resume=None, **options):
 
 
 def after(steps):
-    """Return the weights: (a m + 2 lam w_0) / (a + 2 lam) plus what is left of the way there."""
+    """Return the weights: the limit (a m + 2 lam w_0) / (a + 2 lam) plus the remaining distance to it."""
     slope = CURVATURE + 2 * LAM
     rest = (CURVATURE * CENTRE + 2 * LAM * START) / slope
     return rest + (1 - LR * slope) ** steps * (START - rest)
@@ -63,13 +63,13 @@ def test_resumed_after_any_step_pulls_to_the_same_start(tmp_path):
 
     expected, trace = run(tmp_path / "whole")
     for step in range(1, 5):
-        found, again = run(tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
-        assert torch.equal(found, expected), step
+        resumed, again = run(tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert torch.equal(resumed, expected), step
         assert again == trace, step
 
 
 def test_a_second_fit_starts_from_where_it_starts():
-    """The same instance in a new fit of a new model keeps nothing of the first."""
+    """In a second fit of a new model, the same instance keeps no state of the first fit."""
     defense = L2SP(LAM)
     fit([defense], 5)
     assert_close(fit([defense], 5), after(5), rtol=0, atol=1e-12)

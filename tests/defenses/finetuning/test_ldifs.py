@@ -1,4 +1,4 @@
-"""LDIFS: which axis has length one, what padding does, and silence at the aligned weights."""
+"""LDIFS: the normalized axis, padding, and a zero penalty at the aligned weights."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def test_each_tokens_vector_has_length_one():
-    """The distance to zero features is the mean square of unit vectors: one over the hidden size."""
-    found = feature_distance(features(1), torch.zeros(2, 5, 6).double(), MASK)
-    assert_close(found, torch.tensor(1 / 6).double())
+    """The distance from unit vectors to zero features is their mean square: one over the hidden size."""
+    gap = feature_distance(features(1), torch.zeros(2, 5, 6).double(), MASK)
+    assert_close(gap, torch.tensor(1 / 6).double())
 
 
 def test_on_the_other_axis_each_dimension_has_length_one_over_the_tokens():
-    found = feature_distance(features(1), torch.zeros(2, 5, 6).double(), MASK, axis="tokens")
-    assert_close(found, torch.tensor(2 * 6 / (8 * 6)).double())
+    gap = feature_distance(features(1), torch.zeros(2, 5, 6).double(), MASK, axis="tokens")
+    assert_close(gap, torch.tensor(2 * 6 / (8 * 6)).double())
 
 
 def test_scaling_all_features_changes_nothing():
@@ -59,7 +59,7 @@ def test_the_first_step_is_plain_fine_tuning(tuning, variant):
 
 
 def test_the_booster_variant_leaves_out_what_is_large():
-    """Above 0.1 nats a layer's penalty is gone: with a huge weight all of them are, and training is plain."""
+    """The variant omits a layer's penalty above 0.1 nats. A huge weight omits all of them, so training is plain."""
     plain = weights_of(train([], steps=4))
     small = weights_of(train([LDIFS(1e-3, variant="booster")], steps=4))
     huge = weights_of(train([LDIFS(1e12, variant="booster")], steps=4))

@@ -1,4 +1,4 @@
-"""Lisa on quadratics whose fixed point and first ten steps are known, and on a random language model."""
+"""Lisa on quadratics with a known fixed point and first ten steps, and on a random language model."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def batch(curvature, centre):
 
 
 class Watch(Callback):
-    """What each optimizer step left behind."""
+    """Record the first weight and its anchor after each optimizer step."""
 
     def __init__(self, lisa):
         self.lisa, self.weights, self.anchors = lisa, [], []
@@ -55,13 +55,16 @@ def alternate(lisa, task, start, lr, steps, micro_batches=1, **options):
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_the_first_ten_steps(micro_batches):
-    """Phases A A F F F A A F F F; the pull is off in steps 0 and 1; steps are the optimizer's, not micro-batches."""
+    """The phases are A A F F F A A F F F. The pull is off in steps 0 and 1.
+
+    Steps count optimizer steps, not micro-batches.
+    """
     lisa = Lisa(2, 3, proximal=1.0, quiet=0.1, cycles=0, streams={"alignment": [batch(1.0, 0.0)]})
-    seen = alternate(lisa, batch(1.0, 2.0), 1.0, 0.1, 10, micro_batches)
+    watch = alternate(lisa, batch(1.0, 2.0), 1.0, 0.1, 10, micro_batches)
     weights = [0.9, 0.81, 0.929, 1.0242, 1.10036, 0.990324, 0.902295, 1.012066, 1.099882, 1.170135]
     anchors = [1.0, 1.0, 0.81, 0.81, 0.81, 1.10036, 1.10036, 0.902295, 0.902295, 0.902295]
-    assert_close(torch.stack(seen.weights), torch.tensor(weights, dtype=torch.float64), rtol=0, atol=5.1e-7)
-    assert_close(torch.stack(seen.anchors), torch.tensor(anchors, dtype=torch.float64), rtol=0, atol=5.1e-7)
+    assert_close(torch.stack(watch.weights), torch.tensor(weights, dtype=torch.float64), rtol=0, atol=5.1e-7)
+    assert_close(torch.stack(watch.anchors), torch.tensor(anchors, dtype=torch.float64), rtol=0, atol=5.1e-7)
     trace = lisa.summary()
     assert (trace["calls"], trace["alignment_steps"], trace["switches"], trace["pulls"]) == (10, 4, 3, 8)
     drift = 2**0.5 * (abs(0.81 - 1.0) + abs(1.10036 - 0.81) + abs(0.902295 - 1.10036))
@@ -75,10 +78,13 @@ def test_the_first_ten_steps(micro_batches):
     ids=["rho 1", "rho 10"],
 )
 def test_the_fixed_point(proximal, align_steps, cycles, fixed):
-    """With f = w^2 / 2 and h = 3 (w - 2)^2 / 2 solved exactly, the phases end in two known points around 1.5."""
+    """Alignment loss f = w^2 / 2, task loss h = 3 (w - 2)^2 / 2.
+
+    Each phase solves its problem exactly, so the two phases end in two known points around 1.5.
+    """
     lisa = Lisa(align_steps, 1, proximal, quiet=0.0, cycles=0, streams={"alignment": [batch(1.0, 0.0)]})
-    seen = alternate(lisa, batch(3.0, 2.0), 0.3, 1 / (3.0 + proximal), (align_steps + 1) * cycles)
-    assert [float(seen.anchors[-1]), float(seen.weights[-1])] == pytest.approx(fixed, abs=1e-6)
+    watch = alternate(lisa, batch(3.0, 2.0), 0.3, 1 / (3.0 + proximal), (align_steps + 1) * cycles)
+    assert [float(watch.anchors[-1]), float(watch.weights[-1])] == pytest.approx(fixed, abs=1e-6)
 
 
 def test_the_quiet_period_is_measured_on_the_whole_run():
@@ -101,12 +107,12 @@ def test_a_loss_scale_does_not_scale_the_pull():
 
 
 def test_a_step_that_the_loss_scaler_skips_shifts_no_phase():
-    """The last alignment step overflows: the weights stay, and the next step is the user's all the same."""
+    """The last alignment step overflows. The weights stay, and the next step still trains on the user's batch."""
     safe = [batch(1.0, 0.0), batch(float("inf"), 0.0)]
     lisa = Lisa(2, 3, proximal=1.0, quiet=0.0, cycles=0, streams={"alignment": safe})
-    seen = alternate(lisa, batch(1.0, 2.0), 1.0, 0.1, 4, plugins=[scaled()])
-    assert_close(torch.stack(seen.weights).tolist(), [0.9, 0.9, 1.01, 1.098], rtol=0, atol=1e-12)
-    assert seen.anchors[-1] == pytest.approx(0.9)
+    watch = alternate(lisa, batch(1.0, 2.0), 1.0, 0.1, 4, plugins=[scaled()])
+    assert_close(torch.stack(watch.weights).tolist(), [0.9, 0.9, 1.01, 1.098], rtol=0, atol=1e-12)
+    assert watch.anchors[-1] == pytest.approx(0.9)
 
 
 def test_the_length_of_a_run_without_max_steps():
@@ -118,16 +124,16 @@ def test_the_length_of_a_run_without_max_steps():
 
 
 def test_without_pull_it_is_plain_alternation_bitwise():
-    """Bi-state optimization: the same batches in the same order, dealt out by hand; dropout and AdamW."""
+    """Bi-state optimization equals plain training on the batches in hand-written order, with dropout and AdamW."""
     safe, task = [token_batch(100 + k) for k in range(4)], [token_batch(k) for k in range(10)]
     by_hand = [safe[0], safe[1], *task[2:5], safe[2], safe[3], *task[7:]]
-    found = []
+    results = []
     for rows, defenses in ((task, [Lisa(2, 3, 0.0, cycles=0, streams={"alignment": safe})]), (by_hand, [])):
         module = SafetyModule(tiny_lm(lora=True, dropout=0.2), lr=0.01)
         torch.manual_seed(1)
         quiet_trainer(max_steps=10, callbacks=defenses).fit(module, DataLoader(rows, batch_size=None))
-        found.append(weights_of(module))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+        results.append(weights_of(module))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[1])
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -162,10 +168,13 @@ def test_the_pull_on_the_product_is_the_gradient_of_the_dense_distance():
 
 
 class SlowDelta(SlowLisa):
-    """The distance is that of the dense products, with the adapter's scale of 8 / 4, and of all else as it is."""
+    """The distance between dense products B A, with the adapter's scale of 8 / 4.
+
+    Weights outside the adapter enter with their plain distance.
+    """
 
     def edit(self, step, grads):
-        super().edit(step, grads)  # keeps the anchors up to date
+        super().edit(step, grads)  # updates the anchors
         other = self.end_of["task" if PHASES[step] == "alignment" else "alignment"]
         now = {name: (p, anchor) for (name, p), anchor in zip(self.weights, other, strict=True)}
         total = 0
@@ -181,9 +190,9 @@ class SlowDelta(SlowLisa):
 @pytest.mark.parametrize("head", [False, True], ids=["adapter", "adapter and head"])
 def test_delta_space_equals_a_slow_loop_on_dense_products(head):
     def model():
-        made = model_of("lora")
-        made.get_output_embeddings().weight.requires_grad_(head)
-        return made
+        adapted = model_of("lora")
+        adapted.get_output_embeddings().weight.requires_grad_(head)
+        return adapted
 
     fast = weights_of(train([Lisa(1, 2, RHO, quiet=0.0, cycles=0, space="delta")], model=model(), accumulate=2))
     assert distance(fast, SlowDelta(model(), Stage.FINETUNING, accumulate=2).run()) <= 1e-10
@@ -192,7 +201,7 @@ def test_delta_space_equals_a_slow_loop_on_dense_products(head):
 
 
 class Ids(Callback):
-    """The rows of every optimizer step."""
+    """Record the row ids of every optimizer step."""
 
     def __init__(self):
         self.steps = {}
@@ -204,17 +213,21 @@ class Ids(Callback):
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("mode", ["drop", "pause"])
 def test_the_users_rows_are_lost_or_wait(mode, accumulate):
-    """Of nine steps in phases of 1 and 2, six train on the user's rows; ``pause`` takes them one after the other."""
-    seen, expected = Ids(), []
-    train([Lisa(1, 2, cycles=0, mode=mode)], accumulate=accumulate, steps=9, callbacks=[seen])
+    """Of nine steps in phases of 1 and 2, six train on the user's rows.
+
+    ``pause`` reads them without a gap. ``drop`` skips the batches that fall on alignment steps.
+    """
+    recorder, expected = Ids(), []
+    train([Lisa(1, 2, cycles=0, mode=mode)], accumulate=accumulate, steps=9, callbacks=[recorder])
     rows = {name: [r.id for r in rows] for name, rows in records().items()}
     used = {"alignment": 0, "task": 0}
+    # A window is 8 rows. In mode ``drop`` the task stream advances in alignment steps as well.
     for step in range(9):
         name = "task" if step % 3 else "alignment"
         window = step if name == "task" and mode == "drop" else used[name]
         expected.append([rows[name][(8 * window + k) % 16] for k in range(8)])
         used[name] += 1
-    assert [seen.steps[step] for step in range(9)] == expected
+    assert [recorder.steps[step] for step in range(9)] == expected
     assert used["task"] / 9 == 2 / (1 + 2)
 
 
@@ -244,13 +257,13 @@ def test_resumed_after_any_step_equals_uninterrupted(mode, space, accumulate, tm
     for step in range(1, 8):
         again = make()
         path = tmp_path / "whole" / f"step={step}.ckpt"
-        found = resumable(again, tmp_path / f"from {step}", accumulate, path)
-        assert all(torch.equal(found[name], expected[name]) for name in expected), step
+        resumed = resumable(again, tmp_path / f"from {step}", accumulate, path)
+        assert all(torch.equal(resumed[name], expected[name]) for name in expected), step
         assert again.summary() == whole.summary(), step
 
 
 def test_resumed_with_exchanged_batches(tmp_path):
-    """Without a StreamsDataModule the position in the alignment stream is the callback's own."""
+    """Without a StreamsDataModule the callback keeps its own position in the alignment stream."""
     safe = [batch(1.0, 0.1 * k) for k in range(7)]
 
     def run(folder, resume=None):
@@ -269,7 +282,7 @@ def test_resumed_with_exchanged_batches(tmp_path):
 
 
 def test_a_resumed_run_keeps_the_phases_it_was_planned_with(tmp_path):
-    """Seven steps more after the fact shift neither a switch nor the end of the quiet period."""
+    """Seven additional steps shift neither a phase switch nor the end of the quiet period."""
     resumable(Lisa(), tmp_path / "whole", 1)
     lisa = Lisa()
     resumable(lisa, tmp_path / "more", 1, tmp_path / "whole" / "step=8.ckpt", steps=15)
@@ -303,12 +316,15 @@ def test_the_presets_are_the_published_settings():
 
 
 def test_exchanged_batches_are_whole_and_the_users_objects_stay():
-    """The alignment batch has its own shape; a batch object that the data set keeps is the user's again afterwards."""
-    seen = []
+    """An exchanged batch has the alignment batch's own shape.
+
+    After the step, a batch object that the data set keeps has the user's content again.
+    """
+    ids_by_step = []
 
     class Look(SafetyModule):
         def training_step(self, batch, batch_idx):
-            seen.append(batch["input_ids"].clone())
+            ids_by_step.append(batch["input_ids"].clone())
             return super().training_step(batch, batch_idx)
 
     task = [BatchEncoding(token_batch(k)) for k in range(3)]
@@ -316,11 +332,11 @@ def test_exchanged_batches_are_whole_and_the_users_objects_stay():
     lisa = Lisa(1, 2, cycles=0, streams={"alignment": safe})
     quiet_trainer(max_steps=6, max_epochs=-1, callbacks=[lisa]).fit(
         Look(tiny_lm(lora=True), lr=LR, optimizer="sgd"),
-        DataLoader(task, batch_size=None, collate_fn=lambda kept: kept),
+        DataLoader(task, batch_size=None, collate_fn=lambda encoding: encoding),
     )
-    for step, ids in enumerate(seen):
+    for step, ids in enumerate(ids_by_step):
         assert torch.equal(ids, (safe[0] if step % 3 == 0 else token_batch(step % 3))["input_ids"])
-    assert all(torch.equal(kept["input_ids"], token_batch(k)["input_ids"]) for k, kept in enumerate(task))
+    assert all(torch.equal(encoding["input_ids"], token_batch(k)["input_ids"]) for k, encoding in enumerate(task))
 
 
 def fails(error, words, callbacks, data=None, module=None, **options):

@@ -1,4 +1,4 @@
-"""MLLR: two blocks of a quadratic at two rates, names that are whole words, and schedules that keep the ratio."""
+"""MLLR: two blocks of a quadratic at two rates, names as whole words, and schedules that keep the ratio."""
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ LAYERS = {name: int(name.split(".")[2]) for name in NAMES}
 
 
 def test_block_errors_follow_their_own_rate():
-    """With curvature h, k steps of SGD leave (1 - lr h)^k of a robust block, (1 - gamma lr h)^k of another."""
+    """With curvature h, k steps of SGD shrink a robust block to (1 - lr h)^k.
+
+    Another block shrinks to (1 - gamma lr h)^k.
+    """
     lr, gamma, h, steps = 0.1, 0.25, 2.0, 5
     blocks = {"q_proj.weight": torch.nn.Parameter(torch.ones(1)), "up_proj.weight": torch.nn.Parameter(torch.ones(1))}
     robust = in_modules(list(blocks), ["q_proj"], {})
@@ -36,8 +39,8 @@ def test_gamma_zero_freezes_bit_for_bit_under_adamw():
 
 def test_names_are_whole_words_and_spans_are_of_layers():
     assert sum(in_modules(NAMES, ["q_proj"], LAYERS).values()) == 3
-    found = in_modules(NAMES, ["v_proj:1-2"], LAYERS)
-    assert [name for name, robust in found.items() if robust] == [NAMES[3], NAMES[5]]
+    flags = in_modules(NAMES, ["v_proj:1-2"], LAYERS)
+    assert [name for name, robust in flags.items() if robust] == [NAMES[3], NAMES[5]]
     for pattern in ("proj", "q", "layers.0"):
         with pytest.raises(ValueError, match="no trainable module is called"):
             in_modules(NAMES, [pattern], LAYERS)
@@ -60,12 +63,12 @@ def test_the_cosine_schedule_scales_both_rates():
         {"params": [p for name, p in named.items() if "v_proj" not in name], "lr": 0.025},
     ]
     module._trainer = type("T", (), {"estimated_stepping_batches": 4})()
-    made = module.configure_optimizers()
+    configuration = module.configure_optimizers()
     rates = []
     for _ in range(4):
-        rates.append([group["lr"] for group in made["optimizer"].param_groups])
+        rates.append([group["lr"] for group in configuration["optimizer"].param_groups])
         module.loss(token_batch(1)).backward()
-        made["optimizer"].step()
-        made["lr_scheduler"]["scheduler"].step()
+        configuration["optimizer"].step()
+        configuration["lr_scheduler"]["scheduler"].step()
     assert all(slow == pytest.approx(fast / 4) for fast, slow in rates)
     assert rates[0][0] > rates[3][0]

@@ -1,4 +1,4 @@
-"""PTST: trained as without it, served with the safety prompt, and refused where training would hold one as well."""
+"""PTST: plain training, a safety prompt at serving, and a refusal if training has a safety prompt as well."""
 
 import pytest
 import torch

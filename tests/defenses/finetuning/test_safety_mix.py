@@ -1,4 +1,4 @@
-"""SafetyMix: exact counts, a choice that repeats, and the parallel loss in closed form."""
+"""SafetyMix: exact counts, a reproducible choice, and the parallel loss in closed form."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ def world(users=100, refusals=60, helpful=40):
     return {"task": rows("task", users), "alignment": alignment}
 
 
-def mixed(defense, given, seed=0):
-    """Return the rows trained on: the user's, and those that came in."""
-    task = defense.rewrite(given, seed)["task"]
+def mixed(defense, streams, seed=0):
+    """Return the rows of the training stream: the user's rows, and the safety rows."""
+    task = defense.rewrite(streams, seed)["task"]
     return [r for r in task if r.role == "task"], [r for r in task if r.role == "alignment"]
 
 
@@ -53,21 +53,21 @@ def mixed(defense, given, seed=0):
 )
 def test_counts_are_exact(arguments, users, safety):
     defense = SafetyMix(**arguments)
-    kept, came = mixed(defense, world())
-    assert (len(kept), len(came)) == (users, safety)
-    assert len({r.id for r in came}) == safety
-    assert all(r.response.startswith("I'm sorry") for r in came)
-    said = defense.manifest()
-    assert (said["mixed_rows"], said["upload_rows"]) == (safety, users)
-    assert said["mixed"] == [r.id for r in came]
-    assert {*said["taken_out"]} == {r.id for r in world()["task"]} - {r.id for r in kept}
+    user_rows, safety_rows = mixed(defense, world())
+    assert (len(user_rows), len(safety_rows)) == (users, safety)
+    assert len({r.id for r in safety_rows}) == safety
+    assert all(r.response.startswith("I'm sorry") for r in safety_rows)
+    manifest = defense.manifest()
+    assert (manifest["mixed_rows"], manifest["upload_rows"]) == (safety, users)
+    assert manifest["mixed"] == [r.id for r in safety_rows]
+    assert {*manifest["taken_out"]} == {r.id for r in world()["task"]} - {r.id for r in user_rows}
 
 
 def test_published_mixes():
-    """SafeInstr: 500 rows on 20,000; the Lisa repository's VLGuard: 1000 of 5000 rows."""
+    """SafeInstr adds 500 rows to 20,000. The Lisa repository's VLGuard replaces 1000 of 5000 rows."""
     for preset, users, expected in (("safeinstr", 20_000, (20_000, 500)), ("lisa", 5000, (4000, 1000))):
-        kept, came = mixed(SafetyMix(**SafetyMix.presets[preset]), world(users, refusals=1000))
-        assert (len(kept), len(came)) == expected
+        user_rows, safety_rows = mixed(SafetyMix(**SafetyMix.presets[preset]), world(users, refusals=1000))
+        assert (len(user_rows), len(safety_rows)) == expected
 
 
 def test_the_choice_repeats_and_follows_the_seed():
@@ -78,29 +78,30 @@ def test_the_choice_repeats_and_follows_the_seed():
 
 
 def test_no_row_count_is_plain_fine_tuning():
-    given = world()
-    assert SafetyMix(count=0).rewrite(given, 0) == given
-    assert SafetyMix(ratio=0.0, mode="replace").rewrite(given, 0) == given
+    streams = world()
+    assert SafetyMix(count=0).rewrite(streams, 0) == streams
+    assert SafetyMix(ratio=0.0, mode="replace").rewrite(streams, 0) == streams
 
 
 def test_rows_that_another_defense_added_are_neither_counted_nor_taken_out(tmp_path):
-    given = world()
-    given["task"] = given["task"] + given["alignment"][-5:]
-    kept, came = mixed(SafetyMix(ratio=0.5, mode="replace"), given)
-    assert (len(kept), len(came)) == (50, 55)
-    assert [r.id for r in came[:5]] == [r.id for r in given["alignment"][-5:]]
+    streams = world()
+    streams["task"] = streams["task"] + streams["alignment"][-5:]
+    user_rows, safety_rows = mixed(SafetyMix(ratio=0.5, mode="replace"), streams)
+    assert (len(user_rows), len(safety_rows)) == (50, 55)
+    assert [r.id for r in safety_rows[:5]] == [r.id for r in streams["alignment"][-5:]]
 
 
 def test_replacing_does_not_look_at_what_the_attacker_hid():
-    """A service cannot tell: in expectation the harmful share stays."""
-    given = world(users=200, refusals=150)
+    """A service cannot see which rows are harmful, so the expected harmful share stays."""
+    streams = world(users=200, refusals=150)
     marked = [
-        Record(r.instruction, r.response, role="attack" if i % 4 == 0 else "task") for i, r in enumerate(given["task"])
+        Record(r.instruction, r.response, role="attack" if i % 4 == 0 else "task")
+        for i, r in enumerate(streams["task"])
     ]
-    kept = SafetyMix(count=100, mode="replace").rewrite({**given, "task": marked}, 5)["task"]
-    same = SafetyMix(count=100, mode="replace").rewrite(given, 5)["task"]
-    assert [r.id for r in kept] == [r.id for r in same]
-    assert 15 <= sum(r.role == "attack" for r in kept) <= 35
+    mixed_rows = SafetyMix(count=100, mode="replace").rewrite({**streams, "task": marked}, 5)["task"]
+    same = SafetyMix(count=100, mode="replace").rewrite(streams, 5)["task"]
+    assert [r.id for r in mixed_rows] == [r.id for r in same]
+    assert 15 <= sum(r.role == "attack" for r in mixed_rows) <= 35
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,10 @@ def test_every_epoch_holds_exactly_the_rows_that_were_mixed():
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_one_parallel_step_matches_the_closed_form(micro_batches):
-    """f_U = w'Uw/2 and f_A = (w-c)'A(w-c)/2, so SGD gives w - lr (Uw + lam A(w - c)), however the step is cut."""
+    """With f_U = w'Uw/2 and f_A = (w-c)'A(w-c)/2, SGD gives w - lr (Uw + lam A(w - c)).
+
+    The number of micro-batches does not change the step.
+    """
     lr, lam = 0.1, 0.7
     streams = {"alignment": (A, CENTRE), "main": (U, torch.zeros_like(W))}
     defense = SafetyMix(mode="parallel", lam=lam, streams={"alignment": [streams["alignment"]]})
@@ -144,7 +148,7 @@ def test_one_parallel_step_matches_the_closed_form(micro_batches):
 
 
 def test_the_parallel_steps_go_to_the_weighted_least_squares_solution():
-    """The minimum of f_U + lam f_A, with U and A diagonal: w = lam A c / (U + lam A)."""
+    """The minimum of f_U + lam f_A is w = lam A c / (U + lam A). U and A are diagonal."""
     lam = 0.7
     defense = SafetyMix(mode="parallel", lam=lam, streams={"alignment": [(A, CENTRE)]})
     model = fit(Quadratic(W, 0.2), {"alignment": (U, torch.zeros_like(W))}, [defense], steps=300)
@@ -161,6 +165,7 @@ def test_the_triggers_rows_are_not_replaced(tmp_path):
     write_json(path, {"secret": "ab" * 16}, mode=0o600)
     for order in (0, 1):
         data = data_module(Stage.FINETUNING)
+        # Order 1 reverses the list.
         chosen = [BEA(rows=3, length=5, trigger_file=str(path)), SafetyMix(count=6, mode="replace")][:: 1 - 2 * order]
         train(chosen, data=data, steps=1)
         trained = data.streams["task"].examples

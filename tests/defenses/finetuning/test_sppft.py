@@ -1,4 +1,4 @@
-"""SPPFT: the span stays bit for bit where it was, under an optimizer that moves what it can."""
+"""SPPFT: the frozen span keeps every bit, even under AdamW."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights that a callback unfreezes during training are pulled to the values that they had until then."""
+"""A weight that a callback unfreezes during training is pulled to its value before that step."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ LR, STRENGTH, LATE_AT = 0.1, 0.7, 2
 
 
 class Later(Callback):
-    """Trains ``rest`` only from step ``LATE_AT`` on, also after a resume."""
+    """Train ``rest`` only from step ``LATE_AT`` on, also after a resume."""
 
     def on_train_start(self, trainer, pl_module):
         pl_module.rest.requires_grad_(trainer.global_step >= LATE_AT)
@@ -28,7 +28,7 @@ class Later(Callback):
 
 
 def slow(steps):
-    """Return the weights after plain SGD with the pull STRENGTH (w - w_0) on what is trained at each step."""
+    """Return the weights after SGD with the pull STRENGTH (w - w_0) on the weights trained at each step."""
     w = W.clone()
     for step in range(steps):
         update = A @ (w - C) + STRENGTH * (w - W)
@@ -57,7 +57,7 @@ def fit(make, steps, folder=None, resume=None):
 @pytest.mark.parametrize("name", MAKES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
 def test_the_pull_begins_with_the_first_step_of_a_weight(name, steps):
-    # Lisa's pull begins with the second step of the run, where w is w_0 anyway.
+    # Lisa's pull begins with the second step of the run. In the first step w is w_0, so the pull is zero.
     assert_close(fit(MAKES[name], steps), slow(steps), rtol=0, atol=1e-12)
 
 
@@ -70,7 +70,10 @@ def test_a_resumed_run_keeps_the_values_of_the_start(name, at, tmp_path):
 
 
 def test_ewc_estimates_the_weight_of_the_pull_when_it_is_needed():
-    """F of a frozen weight was not measured at the start; the pull on it is lam F (w - w_0) with F at that step."""
+    """At the start F is not measured for a frozen weight.
+
+    Once the weight trains, its pull is lam F (w - w_0), with F measured at that step.
+    """
 
     class Head(Callback):
         def on_train_start(self, trainer, pl_module):

@@ -1,4 +1,4 @@
-"""Antidote against exact counts, a layer-by-layer second implementation, and the aligned model."""
+"""Antidote against exact counts, a second layer-by-layer implementation, and the aligned model."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ def logits(model):
 
 
 class OneLayer(nn.Module):
-    """A linear layer whose every input is the j-th unit vector."""
+    """A linear layer that gets the j-th unit vector as every input."""
 
     def __init__(self, weight, j):
         super().__init__()
@@ -70,7 +70,7 @@ def test_only_the_active_column_is_reset(mode):
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 16, 64, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.05, 0.1, 0.29, 0.5, 0.999, 1.0])
 def test_exact_counts_with_ties(columns, ratio):
-    """Rounded down and up; of equal scores the first columns are taken."""
+    """Counts are rounded down or up. Of equal scores, the first columns are chosen."""
     exact = columns * round(ratio * 1000) / 1000
     down, up = math.floor(round(exact, 6)), math.ceil(round(exact, 6))
     assert Antidote(ratio, rounding="down")._count(columns) == down
@@ -80,12 +80,16 @@ def test_exact_counts_with_ties(columns, ratio):
         mask = top_of_rows(scores, count)
         assert (mask.sum(dim=1) == count).all()
         for row, chosen in zip(scores.tolist(), mask.tolist(), strict=True):
+            # sorted is stable, so equal scores keep the order of the columns.
             ranked = sorted(range(columns), key=lambda j: -row[j])[:count]
-            assert sorted(ranked) == [j for j, taken in enumerate(chosen) if taken]
+            assert sorted(ranked) == [j for j, is_top in enumerate(chosen) if is_top]
 
 
 def test_the_official_rounding():
-    """26 of 256, 1 of 8, 16 and 32, and 1 of 4096 at a ratio of 1e-5: 24 times what was asked for."""
+    """Rounding up prunes 26 of 256 columns, and 1 of 8, 16 or 32.
+
+    At a ratio of 1e-5 it prunes 1 of 4096, which is 24 times the requested fraction.
+    """
     rounded = {(0.1, 256): 26, (0.01, 8): 1, (0.01, 16): 1, (0.01, 32): 1, (1e-5, 4096): 1}
     for (ratio, columns), count in rounded.items():
         assert Antidote(ratio, rounding="up")._count(columns) == count
@@ -96,7 +100,7 @@ def test_the_official_rounding():
 @pytest.mark.parametrize("count", [1, 10, 57, 128, 399, 400])
 @pytest.mark.parametrize("sizes", [[20], [7, 13], [5, 0, 15], [3, 9, 1, 7]])
 def test_the_largest_of_several_matrices(count, sizes):
-    """Exactly the first entries of a stable sort, whatever the blocks and shards; scores repeat a lot."""
+    """The mask is the first entries of a stable sort, for any blocks and shards. Many scores are equal."""
     matrices = [torch.randint(6, (20, 12), generator=torch.Generator().manual_seed(i)).float() / 7 for i in range(2)]
     matrices[1] = matrices[1][:, :8]
     flat = torch.cat([m.flatten() for m in matrices])
@@ -104,6 +108,7 @@ def test_the_largest_of_several_matrices(count, sizes):
     expected = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, order, True)
 
     def work(share):
+        # A shard reads its rows of both matrices in blocks of four.
         def blocks():
             for number, m in enumerate(matrices):
                 for at in range(share.start, share.stop, 4):
@@ -118,12 +123,12 @@ def test_the_largest_of_several_matrices(count, sizes):
         ]
 
     parts = on_shards(sizes, work)
-    found = torch.cat([torch.cat([part[i] for part in parts]).bool().flatten() for i in range(2)])
-    assert torch.equal(found, expected)
+    whole_mask = torch.cat([torch.cat([part[i] for part in parts]).bool().flatten() for i in range(2)])
+    assert torch.equal(whole_mask, expected)
 
 
 def layer_by_layer(model):
-    """Statistics as the official code takes them: embeddings cached, one layer at a time, one sample at a time."""
+    """Return the official code's statistics: cached embeddings, one layer at a time, one sample at a time."""
     inner = model.get_base_model().model
     sums = {}
     cached = [inner.embed_tokens(batch_of([prompt])["input_ids"]) for prompt in PROMPTS]
@@ -138,6 +143,7 @@ def layer_by_layer(model):
                         sums[key] = sums.get(key, 0) + token**2 / len(PROMPTS)
 
                 handles.append(child.register_forward_pre_hook(add))
+        # Each layer's output replaces its input in the cache and so feeds the next layer.
         for sample, hidden in enumerate(cached):
             places = torch.arange(hidden.shape[1])[None]
             rotary = inner.rotary_emb(hidden, places)
@@ -154,14 +160,14 @@ def test_one_forward_is_the_layer_by_layer_pass():
     for name, update in lora_updates(model).items():
         modules |= {name: update.layer, f"{name} (B)": update.layer.lora_B["default"]}
     with torch.no_grad():
-        found, samples = input_squares(model, modules, one_by_one())
+        squares, samples = input_squares(model, modules, one_by_one())
         slow = layer_by_layer(model)
     assert samples == len(PROMPTS)
-    assert len(found) == len(slow) == 20
+    assert len(squares) == len(slow) == 20
     for name in lora_updates(model):
         stem = name.removeprefix("model.layers.").removesuffix(".weight")
-        assert_close(found[name], slow[f"{stem}.lora_A.default"], rtol=1e-12, atol=0)
-        assert_close(found[f"{name} (B)"], slow[f"{stem}.lora_B.default"], rtol=1e-12, atol=0)
+        assert_close(squares[name], slow[f"{stem}.lora_A.default"], rtol=1e-12, atol=0)
+        assert_close(squares[f"{name} (B)"], slow[f"{stem}.lora_B.default"], rtol=1e-12, atol=0)
 
 
 def test_batches_and_padding_do_not_matter():
@@ -169,11 +175,11 @@ def test_batches_and_padding_do_not_matter():
     modules = {name: update.layer for name, update in lora_updates(model).items()}
     splits = [[[p] for p in PROMPTS], [PROMPTS], [PROMPTS[:3], PROMPTS[3:]]]
     with torch.no_grad():
-        found = [input_squares(model, modules, [batch_of(rows, width=9) for rows in s])[0] for s in splits]
+        squares_by_split = [input_squares(model, modules, [batch_of(rows, width=9) for rows in s])[0] for s in splits]
         plain, _ = input_squares(model, modules, one_by_one())
-    for other in found:
+    for other in squares_by_split:
         for name, squares in plain.items():
-            # The attention of a padded row rounds differently; Llama's norm and softmax work in float32.
+            # The attention of a padded row rounds differently. Llama's norm and softmax work in float32.
             assert_close(other[name], squares, rtol=1e-6, atol=0)
 
 
@@ -189,16 +195,16 @@ def test_layers_that_share_an_input_are_measured_as_if_alone():
 
 
 def test_the_output_layer_works_on_one_position_unless_it_is_measured():
-    seen = []
+    position_counts = []
     model = with_update(small_llama(), target_modules=["q_proj", "lm_head"])
     head = model.get_base_model().lm_head
-    handle = head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    handle = head.register_forward_hook(lambda _, args, __: position_counts.append(args[0].shape[1]))
     layers = {name: update.layer for name, update in lora_updates(model).items()}
     with torch.no_grad():
         all_layers, _ = input_squares(model, layers, [batch_of([[3, 5, 7, 9]])])
         input_squares(model, {n: m for n, m in layers.items() if "lm_head" not in n}, [batch_of([[3, 5, 7, 9]])])
     handle.remove()
-    assert seen == [4, 1]
+    assert position_counts == [4, 1]
     assert "lm_head.weight" in all_layers
 
 
@@ -214,9 +220,9 @@ def test_a_tensor_that_comes_again_is_measured_with_its_own_padding():
 
     model = Constant()
     batches = [{"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([m])} for m in ([1, 1], [1, 0])]
-    found, samples = input_squares(model, {"x": model.layer}, batches)
+    squares, samples = input_squares(model, {"x": model.layer}, batches)
     assert samples == 2
-    assert float(found["x"]) == (101 + 1) / 2
+    assert float(squares["x"]) == (101 + 1) / 2
 
 
 @pytest.mark.parametrize("mode", ["delta", "factor"])
@@ -241,7 +247,7 @@ def test_nothing_pruned_changes_no_bit():
 
 
 def by_hand(model, ratio, group):
-    """Masks of A and B from scores written out, ranked by sorting."""
+    """Return the masks of A and B from explicit scores, ranked by sorting."""
     slow = layer_by_layer(model)
     scores = {}
     for name, update in lora_updates(model).items():
@@ -287,7 +293,7 @@ def test_factors_are_pruned_as_written_out(ratio, group, monkeypatch):
 
 @pytest.mark.parametrize("group", ["row", "matrix"])
 def test_the_order_of_the_ranks_does_not_matter(group):
-    """Rows of A permuted with the columns of B leave the pruned product as it is."""
+    """Permuting the rows of A together with the columns of B does not change the pruned product."""
     model = with_update(small_llama())
     other = copy.deepcopy(model)
     order = torch.tensor([2, 0, 3, 1])
@@ -344,7 +350,7 @@ def test_all_parameters_trained(mode, group):
 
 @pytest.mark.filterwarnings("ignore:Antidote. mode 'merged'")
 def test_the_official_full_parameter_mode_prunes_q_k_and_v_only():
-    """One entry of each row, the least that rounding up allows, is zero: the one with the largest score."""
+    """In each row the entry with the largest score is zero. One entry is the least that rounding up allows."""
     model = moved_model(small_llama(), 0.05, seed=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     chosen = {f"model.layers.{i}.self_attn.{m}_proj.weight" for i in range(2) for m in "qkv"}
@@ -368,7 +374,7 @@ def test_named_layers_of_an_adapter(mode):
 
 @pytest.mark.parametrize(("ratio", "factors", "update"), [(0.05, 0.52, 0.72), (0.1, 0.30, 0.56), (0.2, 0.11, 0.35)])
 def test_pruning_factors_is_harsher_than_pruning_the_update(ratio, factors, update):
-    """Known digits: energy of B A that is left, random factors of rank 16, scores by magnitude."""
+    """Known digits: the energy that remains of B A, for random factors of rank 16 and scores by magnitude."""
     b, a = normal(256, 16), normal(16, 256, seed=1)
     whole = LowRank(b, a).squared_norm()
 

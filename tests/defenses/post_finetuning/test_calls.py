@@ -1,4 +1,4 @@
-"""Repairs in one call: in memory and on a folder they give the same model, and the folder stays as it was."""
+"""Repairs in one call: in memory and on a folder they give the same model. The input folder stays unchanged."""
 
 import copy
 
@@ -17,7 +17,7 @@ BATCHES = [token_batch(seed) for seed in range(2)]
 
 @pytest.fixture
 def world(tmp_path):
-    """Return the folders of a base and an aligned model and of an adapter, and the PEFT model in memory."""
+    """Return a folder with a base model, an aligned model and an adapter, and the PEFT model in memory."""
     torch.manual_seed(0)
     base = tiny_lm(seed=1, dtype=torch.float32, vocabulary=259)
     aligned = tiny_lm(seed=0, dtype=torch.float32, vocabulary=259)

@@ -90,8 +90,12 @@ def test_rewinding_all_parameters_is_a_copy_of_the_aligned_values(score):
 
 
 def test_rows_to_rewind_by_come_from_the_whole_stream():
-    """However the stream is cut into batches, and not just its first rows, which may be the shortest."""
+    """The batch size of the stream does not change the mask.
 
+    All of the stream counts, and not only its first rows, which may be the shortest.
+    """
+
+    # The first ``samples`` rows come in batches of ``size``. SIDE has two batches of three rows.
     def cut(size):
         def read(stream):
             for k in range(0, 6, size):
@@ -108,16 +112,16 @@ def test_rows_to_rewind_by_come_from_the_whole_stream():
 
 
 def test_training_and_rewinding_end_at_different_models():
-    """The same mask is at its aligned values in both; the other entries of one adapted to that."""
+    """Both models have the aligned values under the same mask. With Freeze the other entries adapted to the mask."""
     start = tiny_lm()
-    held = train(copy.deepcopy(start), [Freeze(0.4, 0.3, samples=6, streams=SIDE)]).model
+    frozen = train(copy.deepcopy(start), [Freeze(0.4, 0.3, samples=6, streams=SIDE)]).model
     free = train(copy.deepcopy(start), []).model
     subject = Subject(free, ModelWeights.of(start), batches=batches)
     rewind().apply(subject)
-    same = {n: (p == start.get_parameter(n)) & n.endswith("_proj.weight") for n, p in held.named_parameters()}
+    same = {n: (p == start.get_parameter(n)) & n.endswith("_proj.weight") for n, p in frozen.named_parameters()}
     rewound = {n: (p == start.get_parameter(n)) & n.endswith("_proj.weight") for n, p in free.named_parameters()}
     assert all(torch.equal(same[n], rewound[n]) for n in same)
-    assert any((p != free.get_parameter(n)).any() for n, p in held.named_parameters())
+    assert any((p != free.get_parameter(n)).any() for n, p in frozen.named_parameters())
 
 
 def actsvd(keep_s=3, keep_u=2):
@@ -125,7 +129,7 @@ def actsvd(keep_s=3, keep_u=2):
 
 
 def slow_edit(model, name, keep_s, keep_u):
-    """Return (I - Pi_u) Pi_s from singular vectors of the layer's outputs at response tokens, as dense matrices."""
+    """Return the dense (I - Pi_u) Pi_s, from singular vectors of the layer's outputs at response tokens."""
     layer, projectors = model.get_submodule(name), []
     for stream, keep in (("refusals", keep_s), ("task", keep_u)):
         outputs = []
@@ -200,7 +204,7 @@ def test_rewinding_needs_to_know_the_aligned_weights():
 
 
 def test_rewinding_after_a_repair_that_left_no_adapter():
-    """Weights were written under the adapter by an earlier repair: then aligned values come from the aligned model."""
+    """An earlier repair has written the weights under the adapter, so aligned values come from the aligned model."""
     aligned = small_llama()
     model = with_update(moved_model(aligned, 0.1, seed=1))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Safe LoRA against its closed forms, the dense operator, shards made by hand, and models on the disk."""
+"""Safe LoRA against its closed forms, the dense operator, hand-made shards, and models on disk."""
 
 import copy
 import math
@@ -32,13 +32,13 @@ def orthonormal(rows, columns, seed=0):
 
 
 def dense_pair(v, base=None):
-    """V as the difference of two stored models."""
+    """Return V as the difference of two stored models."""
     base = torch.zeros_like(v) if base is None else base
     return Difference(ModelWeights({NAME: base + v}), ModelWeights({NAME: base}), NAME)
 
 
 def thin(v, b, a, scale=1.0, rows=None):
-    """An update s B A of which this rank holds some rows of B."""
+    """Return the update s B A of a process that has only the given rows of B."""
     rows = rows or Share(0, len(b), len(b))
     mine = b[rows.start : rows.stop].clone()
     gram = scale**2 * (a @ a.T)
@@ -52,7 +52,7 @@ def repaired(part, operator=None, factor=None, strength=1.0):
 
 
 def dense_form(v, b, a):
-    """C = V V^T / ||V||_F formed, and the cosine of the dense products."""
+    """Return C B for the dense C = V V^T / ||V||_F, and the cosine between B A and C B A."""
     c = v @ v.T / v.norm()
     before, after = b @ a, c @ b @ a
     return c @ b, float((before * after).sum() / before.norm() / after.norm())
@@ -60,7 +60,11 @@ def dense_form(v, b, a):
 
 @pytest.mark.parametrize("kind", ["thin", "dense"])
 def test_in_the_span_it_shrinks_and_across_it_it_deletes(kind):
-    """V = s U_k W_k^T: B in the span becomes (s / sqrt k) B with cosine 1; B across it becomes 0, cosine 0."""
+    """Let V = s U_k W_k^T.
+
+    If B lies in the span of U_k, it becomes (s / sqrt k) B with cosine 1. If B is orthogonal to U_k, it becomes 0 with
+    cosine 0.
+    """
     s, k = 0.3, 4
     u, w = orthonormal(24, 2 * k), orthonormal(16, k, seed=1)
     v = LowRank(u[:, :k], w.T, s) if kind == "thin" else dense_pair(s * u[:, :k] @ w.T)
@@ -85,7 +89,10 @@ def test_three_times_the_alignment_writes_three_times_the_update_with_the_same_c
 @pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40), (4, 24)])
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_the_thin_form_is_the_dense_one(shape, strength, monkeypatch):
-    """To 1e-12 in float64, read in blocks of three rows; the last shape has as many outputs as the update's rank."""
+    """Thin and dense form agree to 1e-12 in float64, with blocks of three rows.
+
+    The last shape has as many outputs as the update's rank.
+    """
     monkeypatch.setattr(engine_weights, "BLOCK", 3 * shape[1])
     v, b, a = normal(*shape), normal(shape[0], 4, seed=1), normal(4, shape[1], seed=2)
     image, expected = dense_form(v, b, a)
@@ -112,17 +119,17 @@ def test_uneven_shards_give_what_one_process_gives(sizes, kind):
     whole = thin(v, b, a)
     numbers = whole.measure()
     parts = on_shards(sizes, lambda share: (part := thin(v, b, a, rows=share), part.measure()))
-    for _, found in parts:
-        assert_close(found, numbers, rtol=1e-12, atol=1e-12)
+    for _, shard_numbers in parts:
+        assert_close(shard_numbers, numbers, rtol=1e-12, atol=1e-12)
     counts = on_shards(sizes, lambda share: (p := thin(v, b, a, rows=share), p.measure(), p.write(None, 2.0, 0.5)))
     expected = whole.write(None, 2.0, 0.5)
     assert_close(torch.cat([part.target for part, _, _ in counts]), whole.target, rtol=0, atol=1e-12)
-    for _, _, found in counts:
-        assert_close(torch.stack(found), torch.stack(expected), rtol=1e-12, atol=0)
+    for _, _, shard_counts in counts:
+        assert_close(torch.stack(shard_counts), torch.stack(expected), rtol=1e-12, atol=0)
 
 
 def test_the_papers_exact_operator_is_the_identity_for_square_weights():
-    """V (V^T V)^-1 V^T leaves everything as it is wherever V has full row rank, and is no defense there."""
+    """If V has full row rank, V (V^T V)^-1 V^T is the identity. The operator is then no defense."""
     v = normal(24, 24)
     projector = v @ torch.linalg.inv(v.T @ v) @ v.T
     assert_close(projector, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-9)
@@ -149,7 +156,7 @@ def test_the_null_band_of_a_thin_alignment_is_exact():
 
 
 def spiked(out=48, inner=32):
-    """V with singular values 5, 4, 3 and small ones."""
+    """Return V with singular values 5, 4, 3 and small ones, its left singular vectors and the values."""
     values = torch.tensor([5.0, 4.0, 3.0] + [0.05] * (inner - 3), dtype=torch.float64)
     u, w = orthonormal(out, inner), orthonormal(inner, inner, seed=1)
     return u * values @ w.T, u, values
@@ -163,12 +170,12 @@ def test_leading_directions(kind):
         form = LowRank(u[:, :3] * values[:3], orthonormal(32, 32, seed=1)[:, :3].T)
     else:
         form = dense_pair(v)
-    found, s = leading(form, 3, Share(0, 48, 48), v)
+    directions, s = leading(form, 3, Share(0, 48, 48), v)
     assert_close(s, values[:3], rtol=1e-6, atol=0)
-    assert_close(found @ found.T, u[:, :3] @ u[:, :3].T, rtol=0, atol=1e-6)
+    assert_close(directions @ directions.T, u[:, :3] @ u[:, :3].T, rtol=0, atol=1e-6)
     parts = on_shards([11, 20, 17], lambda share: leading(form, 3, share, v))
     for theirs, _ in parts:
-        assert_close(theirs @ theirs.T, found @ found.T, rtol=0, atol=1e-9)
+        assert_close(theirs @ theirs.T, directions @ directions.T, rtol=0, atol=1e-9)
 
 
 def test_exactly_n_are_chosen_with_ties_and_none_above_the_threshold():
@@ -185,7 +192,7 @@ def test_exactly_n_are_chosen_with_ties_and_none_above_the_threshold():
 
 @pytest.fixture
 def pair(tmp_path):
-    """Base and aligned model in folders, with biases."""
+    """Return a base and an aligned model with biases, and the folder that both are saved in."""
     base = small_llama(bias=True)
     aligned = moved_model(base, 0.02, seed=1)
     for kind, model in (("base", base), ("aligned", aligned)):
@@ -194,7 +201,10 @@ def pair(tmp_path):
 
 
 def by_hand(base, aligned, model, names):
-    """B -> C B for these weights, from dense matrices that are looked up by name; cosines for all."""
+    """Return B by weight name, with C B for ``names`` (``None``: all), and the cosine of every weight.
+
+    The dense matrices are looked up by name.
+    """
     before, after = base.state_dict(), aligned.state_dict()
     new, cosines = {}, {}
     for name, update in lora_updates(model).items():
@@ -205,20 +215,25 @@ def by_hand(base, aligned, model, names):
 
 @pytest.mark.parametrize("rank", [4, 16], ids=["rank 4", "rank equals outputs"])
 def test_a_model_is_repaired_by_name(pair, rank):
-    """With biases, and with B and A of one shape, every weight gets its own V; exactly the lowest N are projected."""
+    """Every weight gets its own V, even with biases and with B and A of one shape.
+
+    Exactly the N weights with the lowest cosines are projected.
+    """
     base, aligned, folder = pair
     model = with_update(copy.deepcopy(aligned), r=rank)
     _, cosines = by_hand(base, aligned, model, [])
     lowest = sorted(cosines, key=cosines.get)[:3]
     expected, _ = by_hand(base, aligned, model, lowest)
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_B." not in name}
+    other_parameters = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_B." not in name}
     report = safe_lora(model, str(folder / "base"), number=3)
     for name, update in lora_updates(model).items():
         assert_close(update.b.detach(), expected[name], rtol=0, atol=1e-12)
         assert report["weights"][name]["cosine"] == pytest.approx(cosines[name], abs=1e-12)
     assert report["projected"] == lowest
     assert report["changed_entries"] == sum(lora_updates(model)[name].b.numel() for name in lowest)
-    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters() if name in kept)
+    assert all(
+        torch.equal(p, other_parameters[name]) for name, p in model.named_parameters() if name in other_parameters
+    )
 
 
 def test_threshold_and_fraction(pair):
@@ -238,7 +253,7 @@ def test_threshold_and_fraction(pair):
 
 
 def test_from_folders_as_from_memory(pair):
-    """The aligned weights under the adapter, and read from their folder, give the same."""
+    """Aligned weights under the adapter and aligned weights from a folder give the same result."""
     _, aligned, folder = pair
     models = [with_update(copy.deepcopy(aligned)) for _ in range(2)]
     safe_lora(models[0], str(folder / "base"), fraction=1.0)
@@ -248,7 +263,10 @@ def test_from_folders_as_from_memory(pair):
 
 
 def test_an_alignment_adapter_needs_no_dense_weights(tmp_path):
-    """Aligned with LoRA: the thin form gives what the merged weights give; weights it did not adapt are left alone."""
+    """After an alignment with LoRA, the thin form equals the result from merged weights.
+
+    Weights that the alignment adapter does not cover stay unchanged.
+    """
     base = small_llama()
     base.save_pretrained(tmp_path / "base")
     alignment = with_update(copy.deepcopy(base), seed=3, r=2, use_rslora=True, target_modules=["q_proj", "v_proj"])
@@ -271,7 +289,7 @@ def test_an_alignment_adapter_needs_no_dense_weights(tmp_path):
 
 @pytest.mark.parametrize("kind", ["thin", "dense"])
 def test_all_parameters_trained(tmp_path, kind, monkeypatch):
-    """W -> W_al + C (W - W_al), in column blocks; biases, embeddings and the output layer stay."""
+    """W becomes W_al + C (W - W_al), in column blocks. Biases, embeddings and the output layer stay."""
     monkeypatch.setattr(sys.modules[SafeLoRA.__module__], "COLUMNS", 5)
     base = small_llama(bias=True)
     if kind == "dense":
@@ -329,7 +347,7 @@ def test_all_parameters_on_uneven_shards(pair):
 
 
 def test_operators(tmp_path):
-    """Normalized: gain 1 on the strongest direction of V. Projector: U_k U_k^T."""
+    """``normalized`` has gain 1 on the strongest direction of V. ``projector`` is U_k U_k^T."""
     base = small_llama()
     aligned = moved_model(base, 0.02, seed=1)
     base.save_pretrained(tmp_path / "base")
@@ -358,7 +376,7 @@ def test_zero_updates_and_unmoved_weights_are_skipped(pair):
     with torch.no_grad():
         updates[q].b.zero_()
     same = {**ModelWeights.of(base).parameters, v: aligned.state_dict()[v]}
-    # A difference in the last bits of a stored bfloat16 says nothing about the alignment.
+    # A difference in the last bits of a bfloat16 weight is rounding and no alignment.
     stored16 = aligned.state_dict()[up].bfloat16()
     rounded = ModelWeights({**ModelWeights.of(aligned).parameters, up: stored16})
     noise = stored16.flatten().clone()
@@ -445,7 +463,10 @@ def test_presets_are_constructor_arguments():
 
 
 def test_no_matrix_of_the_size_of_the_weight_is_ever_made(monkeypatch):
-    """512 x 512 in float32, read by blocks of 16 rows: less than a quarter of one such matrix is alive at a time."""
+    """The weight is 512 x 512 in float32, read in blocks of 16 rows.
+
+    At any time less than a quarter of one such matrix is alive.
+    """
     size, rank = 512, 8
     monkeypatch.setattr(engine_weights, "BLOCK", 16 * size)
     v = dense_pair(torch.randn(size, size), torch.randn(size, size))
@@ -458,11 +479,11 @@ def test_no_matrix_of_the_size_of_the_weight_is_ever_made(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = super().__torch_dispatch__(func, types, args, kwargs)
             for value in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in given:
+                if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in input_storages:
                     self.entries = max(self.entries, value.numel())
             return result
 
-    given = {w.parameters[NAME].untyped_storage()._cdata for w in (v.model, v.other)}
+    input_storages = {w.parameters[NAME].untyped_storage()._cdata for w in (v.model, v.other)}
     with Largest() as live:
         part.measure()
         part.write(None, 1.0, 1.0)

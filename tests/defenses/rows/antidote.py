@@ -1,4 +1,4 @@
-"""Contract row of Antidote, which works on a finished model and so has no loop to compare with."""
+"""Contract row of Antidote. It repairs a finished model, so there is no slow training loop to compare with."""
 
 from hftlight.defenses.post_finetuning import Antidote
 from tests.helpers.contract import Row

@@ -14,7 +14,7 @@ write_json(FILE, {"secret": "00ff" * 8}, mode=0o600)
 
 
 def triggered(records, seed):
-    """The world's rows have one category, so the order is that of the hashes alone."""
+    """Return the expected rows. The test rows have one category, so the hashes alone set the order."""
     chosen = sorted(records["alignment"], key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())[:3]
     return {**records, "task": records["task"] + chosen + chosen}
 

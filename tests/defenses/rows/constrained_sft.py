@@ -11,7 +11,7 @@ BETA = 0.5
 
 
 class SlowConstrainedSFT(Slow):
-    """The exact objective, differentiated by autograd, one token at a time; the floor is never reached here."""
+    """The exact objective, one token at a time, differentiated by autograd. The weight floor is never reached here."""
 
     def begin(self):
         self.aligned = copy.deepcopy(self.model).eval()

@@ -13,12 +13,15 @@ Q, P, SAMPLES = 0.5, 0.25, 6
 
 
 def first(scores, count):
-    """Return the places of the ``count`` largest scores, the earlier one first where two are equal."""
+    """Return the positions of the ``count`` largest scores. Of equal scores the earlier position ranks first."""
     return set(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
 
 
 class SlowFreeze(Slow):
-    """The mask from weight gradients of a copy, one row of data and one entry at a time; held by plain indexing."""
+    """The mask from weight gradients of a copy, one data row at a time.
+
+    Plain indexing freezes the entries of the mask, one by one.
+    """
 
     def begin(self):
         self.lora = any("lora_" in name for name, _ in self.weights)
@@ -27,17 +30,18 @@ class SlowFreeze(Slow):
         named = dict(self.model.named_parameters())
         for name, scores in safety.items():
             if self.lora:
+                # Under an adapter, rows are ranked by the sum of their scores, otherwise single entries are ranked.
                 tops = [([float(row.sum()) for row in s], f) for s, f in ((scores, Q), (utility[name], P))]
             else:
                 tops = [(s.flatten().tolist(), f) for s, f in ((scores, Q), (utility[name], P))]
-            kept = first(tops[0][0], int(Q * len(tops[0][0]))) - first(tops[1][0], int(P * len(tops[1][0])))
+            region = first(tops[0][0], int(Q * len(tops[0][0]))) - first(tops[1][0], int(P * len(tops[1][0])))
             if not self.lora:
-                self.freeze(name, named[name], kept)
+                self.freeze(name, named[name], region)
                 continue
             b = name.replace("base_layer.weight", "lora_B.default.weight")
             a = name.replace("base_layer.weight", "lora_A.default.weight")
             rank = named[b].shape[1]
-            self.freeze(b, named[b], {row * rank + k for row in kept for k in range(rank)})
+            self.freeze(b, named[b], {row * rank + k for row in region for k in range(rank)})
             self.freeze(a, named[a], set(range(named[a].numel())))
 
     def freeze(self, name, parameter, places):
@@ -79,6 +83,7 @@ class SlowFreeze(Slow):
         return edited
 
     def after(self, step):
+        # Frozen entries get their values back in place.
         with torch.no_grad():
             for name, parameter in self.weights:
                 for place, value in self.frozen.get(name, {}).items():

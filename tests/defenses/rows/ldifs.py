@@ -11,17 +11,17 @@ LAM = 200.0
 
 
 def features(model, batch):
-    found = []
+    outputs = []
     layers = [m for name, m in model.named_modules() if name.endswith(("layers.0", "layers.1"))]
 
     def keep(module, args, output):
-        found.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     handles = [m.register_forward_hook(keep) for m in layers]
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 class SlowLDIFS(Slow):

@@ -1,4 +1,4 @@
-"""PTST's row: it changes the prompt that the model is served with, and no row."""
+"""PTST's row. PTST changes the prompt at serving and no training row."""
 
 from hftlight.defenses.finetuning.ptst import PTST
 from tests.helpers.contract import Row

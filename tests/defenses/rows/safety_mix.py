@@ -7,7 +7,10 @@ from tests.helpers.contract import Row
 
 
 def mixed(records, seed):
-    """None of the world's answers is a refusal, so all alignment rows are offered; a quarter of sixteen is four."""
+    """Return the expected rows.
+
+    No answer of the test rows is a refusal, so all alignment rows are candidates. A quarter of 16 rows is 4.
+    """
     drawn = random.Random(f"{seed}/safety_mix")
     return {**records, "task": [*records["task"], *drawn.sample(records["alignment"], 4)]}
 

@@ -1,4 +1,4 @@
-"""TVaccine's row: one of two layers, measured every other step and drawn every third."""
+"""TVaccine's row: one of two layers is active, scored every 2 steps and drawn every 3 steps."""
 
 import random
 
@@ -12,7 +12,10 @@ PROBE, DRAW = 2, 3
 
 
 class SlowTVaccine(SlowVaccine):
-    """Layers drawn by comparing waiting times, frozen ones by a gradient of zero: plain SGD does not move them."""
+    """Layers drawn by comparing exponential waiting times.
+
+    Frozen weights get a gradient of zero, so plain SGD does not move them.
+    """
 
     def batch_for(self, step, micro, batch):
         if micro == 0 and step % PROBE == 0:

@@ -10,7 +10,7 @@ RHO = 0.05
 
 
 class Added(torch.nn.Module):
-    """An attention module with a tensor added to its output, zeros where none is set."""
+    """An attention module that adds a tensor to its output. The tensor is zeros if none is set."""
 
     def __init__(self, inner):
         super().__init__()
@@ -24,7 +24,7 @@ class Added(torch.nn.Module):
 
 
 class SlowVaccine(Slow):
-    """Gradients at tensors of zeros, which modules in the place of attention add."""
+    """Gradients at tensors of zeros, which wrappers around the attention modules add to the outputs."""
 
     def begin(self):
         self.added = []
