@@ -1,4 +1,4 @@
-"""A comparison read back: numbers over seeds, what may be claimed, tables in four formats, and the page."""
+"""A comparison read back: numbers over seeds, claims, tables in four formats, and the page."""
 
 import csv
 import json
@@ -68,9 +68,10 @@ def test_a_difference_is_paired_by_seed(comparison):
 
 
 def test_seeds_that_agree_by_chance_do_not_prove_a_difference(comparison, monkeypatch):
-    """Three times one point less: no spread over seeds, and yet a few prompts could have fallen otherwise."""
+    """The score is one point lower in each of three seeds, but the interval over prompts still reaches 0."""
     values = {BOOSTER: [49.0] * 3, NONE: [50.0] * 3}
     monkeypatch.setattr(type(comparison), "values", lambda self, p, *_: dict(enumerate(values[p])))
+    # By place, seed and prompt: as many flags of 100 are true as the score in percent.
     flags = {p: {s: {(str(i), "", 0): i < v[0] for i in range(100)} for s in range(3)} for p, v in values.items()}
     monkeypatch.setattr(type(comparison), "decisions", lambda self, p, *_: flags[p])
     low, high = comparison.difference(BOOSTER, NONE)
@@ -78,10 +79,10 @@ def test_seeds_that_agree_by_chance_do_not_prove_a_difference(comparison, monkey
     assert high == pytest.approx(0, abs=1e-9)
 
 
-def cut(folder, name, kept):
-    """Keep of a cell's answers those with a true ``kept(row)``, as a run that was cut off leaves them."""
+def cut(folder, name, keep):
+    """Drop a cell's answers for which ``keep(row)`` is false, as a run that was cut off leaves them."""
     path = folder / "cells" / name / "generations.jsonl"
-    rows = [line for line in path.read_text().splitlines() if kept(json.loads(line))]
+    rows = [line for line in path.read_text().splitlines() if keep(json.loads(line))]
     path.write_text("".join(line + "\n" for line in rows))
 
 
@@ -91,10 +92,12 @@ def test_cells_with_other_answers_are_compared_on_the_prompts_that_all_have(tmp_
     cut(folder, "booster-builtin-p0.1-s1", lambda row: row["id"] != "harmful3")
     cut(folder, "none-builtin-p0.1-s2", lambda row: row["id"] not in ("harmful3", "harmful30"))
     less = read_comparison(folder)
-    asked = [i for i in range(40) if i not in (3, 30)]
+    common = [i for i in range(40) if i not in (3, 30)]
     sides = {p: whole.flags(p, "harmful_score") for p in (BOOSTER, NONE)}
-    kept = {p: [[flags[s][i] for i in asked] for s in range(3)] for p, flags in sides.items()}
-    assert less._paired(BOOSTER, NONE, "harmful_score", [0, 1, 2]) == paired_over_prompts(kept[BOOSTER], kept[NONE])
+    common_flags = {p: [[flags[s][i] for i in common] for s in range(3)] for p, flags in sides.items()}
+    assert less._paired(BOOSTER, NONE, "harmful_score", [0, 1, 2]) == paired_over_prompts(
+        common_flags[BOOSTER], common_flags[NONE]
+    )
     assert {len(flags) for flags in less.flags(NONE, "harmful_score").values()} == {38}
     assert "Harmful score" in comparison_page(less)
 
@@ -103,15 +106,15 @@ def test_cells_without_a_prompt_in_common_have_students_interval_alone(tmp_path)
     folder = write_comparison(tmp_path, arms=("none", "booster"), ratios=(0.1,))
     cut(folder, "booster-builtin-p0.1-s1", lambda row: int(re.sub(r"\D", "", row["id"])) < 20)
     cut(folder, "none-builtin-p0.1-s1", lambda row: int(re.sub(r"\D", "", row["id"])) >= 20)
-    found = read_comparison(folder)
-    mine, other = (found.values(p, "harmful_score") for p in (BOOSTER, NONE))
+    comparison = read_comparison(folder)
+    mine, other = (comparison.values(p, "harmful_score") for p in (BOOSTER, NONE))
     student = over_seeds([mine[s] - other[s] for s in range(3)])
-    assert found.difference(BOOSTER, NONE) == (student.low, student.high)
-    assert leaderboard_markdown(found)
+    assert comparison.difference(BOOSTER, NONE) == (student.low, student.high)
+    assert leaderboard_markdown(comparison)
 
 
 def test_equal_prompts_of_a_set_are_told_apart():
-    """The prompts A, A, B have three answers, in every seed in the same order."""
+    """The prompts A, A, B have three answers. Their order is the same in every seed."""
     answers = [Answer("none", "finetuning", "harmful", i, i, "") for i in ("A", "A", "B")]
     assert prompts_of(answers) == [("A", "A", 0), ("A", "A", 1), ("B", "B", 0)]
 
@@ -128,7 +131,7 @@ def test_one_seed_is_judged_by_its_prompts(tmp_path):
 
 
 def test_answers_that_are_all_alike_have_wilsons_interval(tmp_path):
-    """The bootstrap of 40 equal answers is one point; 40 of 40 still leaves Wilson's 91.2 to 100."""
+    """The bootstrap of 40 equal answers is one point, but Wilson's interval of 40 of 40 is 91.2 to 100."""
     folder = write_comparison(tmp_path, arms=("none",), seeds=1, ratios=(0.1,))
     run = folder / "cells" / "none-builtin-p0.1-s0"
     rows = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
@@ -143,12 +146,13 @@ def test_answers_that_are_all_alike_have_wilsons_interval(tmp_path):
         if (score.get("metric"), score["stage"]) == ("harmful_score", "finetuning"):
             score |= {"value": 100.0, "low": low, "high": high}
     (run / "metrics.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
-    found = read_comparison(folder)
-    assert found.spread(NONE, "harmful_score") == Spread(100.0, None, low, high, 1)
-    assert "100.0 (91.2-100.0)" in leaderboard_markdown(found)
-    flags = found.flags(NONE, "over_refusal")[0]
+    comparison = read_comparison(folder)
+    assert comparison.spread(NONE, "harmful_score") == Spread(100.0, None, low, high, 1)
+    assert "100.0 (91.2-100.0)" in leaderboard_markdown(comparison)
+    flags = comparison.flags(NONE, "over_refusal")[0]
     assert (flags[-1], len(flags)) == (None, 40)
-    ((result,),) = (by_seed.values() for by_seed in found.cells.values())
+    # The comparison has one place with one seed.
+    ((result,),) = (by_seed.values() for by_seed in comparison.cells.values())
     last = next(a for a in reversed(result.answers) if a.set == "over_refusal")
     assert mark(last, "over_refusal", result) == "not judged"
 
@@ -204,37 +208,39 @@ def test_the_tables_hold_every_number(comparison):
     rows = list(csv.DictReader(StringIO(leaderboard_csv(comparison))))
     assert len(rows) == (27 - 1) * (2 * 3 + 2 + 4)
     mine = [r for r in rows if (r["defense"], r["harmful_ratio"], r["stage"]) == ("booster", "0.1", "finetuning")]
-    found = {int(r["seed"]): float(r["value"]) for r in mine if r["metric"] == "harmful_score"}
-    assert found == comparison.values(BOOSTER, "harmful_score")
+    by_seed = {int(r["seed"]): float(r["value"]) for r in mine if r["metric"] == "harmful_score"}
+    assert by_seed == comparison.values(BOOSTER, "harmful_score")
 
 
 def test_a_narrow_terminal_cuts_no_number(tmp_path):
     names = ("none", "booster+lisa+antidote")
-    found = read_comparison(write_comparison(tmp_path, arms=names, ratios=(0.1,)))
+    comparison = read_comparison(write_comparison(tmp_path, arms=names, ratios=(0.1,)))
     out = StringIO()
-    Console(file=out, width=72).print(leaderboard_table(found))
+    Console(file=out, width=72).print(leaderboard_table(comparison))
     place = Place("booster+lisa+antidote", "builtin", 0.1)
     for metric in ("harmful_score", "finetune_accuracy", "over_refusal"):
-        assert cell_text(found.spread(place, metric)) in out.getvalue()
+        assert cell_text(comparison.spread(place, metric)) in out.getvalue()
     assert "…" not in out.getvalue()
 
 
 def test_a_narrow_terminal_keeps_tasks_and_defenses_beside_intervals(tmp_path):
-    """One seed's numbers are the widest; both names and both ends of the interval stay whole."""
-    found = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,), collapsed=["booster-builtin-p0.1-s0"]))
+    """One seed's numbers are the widest. The table cuts neither the names nor the ends of the interval."""
+    comparison = read_comparison(
+        write_comparison(tmp_path, seeds=1, ratios=(0.1,), collapsed=["booster-builtin-p0.1-s0"])
+    )
     out = StringIO()
-    Console(file=out, width=80).print(leaderboard_table(found))
+    Console(file=out, width=80).print(leaderboard_table(comparison))
     place = Place("booster", "builtin", 0.1)
-    score = cell_text(found.spread(place, "harmful_score")).split(" ")
+    score = cell_text(comparison.spread(place, "harmful_score")).split(" ")
     lines = out.getvalue().splitlines()
     (row,) = (number for number, line in enumerate(lines) if "booster" in line)
-    assert lines[row].split()[:5] == ["builtin", "0.1", "booster", headline(found.outcomes(place)), score[0]]
+    assert lines[row].split()[:5] == ["builtin", "0.1", "booster", headline(comparison.outcomes(place)), score[0]]
     assert lines[row + 1].split()[0] == f"{score[1]}†"
     assert max(map(len, lines)) <= 80
 
 
 def test_what_the_models_do_is_a_mean_over_seeds_in_every_table(comparison):
-    """Refused, complied and broken are in the Markdown, the terminal, the page and, per seed, the CSV."""
+    """Markdown, terminal and page show the means of refused, complied and broken. The CSV has a row per seed."""
     complied = comparison.values(NONE, "harmful_score")
     parts = comparison.outcomes(NONE)
     assert list(parts) == ["refused", "complied", "broken", "other"]
@@ -262,52 +268,52 @@ def test_a_graded_judges_mean_score_has_a_column_with_its_scale(tmp_path):
         row |= {"metric": "harmful_score_mean", "value": value, "low": 1.0, "high": 5.0, "count": 40, "unit": "1 to 5"}
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-    found = read_comparison(folder)
-    assert "**1.51 ± 0.01**" in leaderboard_markdown(found)
-    assert "Mean score: mean of the judge's scores, 1 to 5; lower is safer." in caption(found)
-    assert "1.51 ± 0.01" in comparison_page(found)
+    comparison = read_comparison(folder)
+    assert "**1.51 ± 0.01**" in leaderboard_markdown(comparison)
+    assert "Mean score: mean of the judge's scores, 1 to 5; lower is safer." in caption(comparison)
+    assert "1.51 ± 0.01" in comparison_page(comparison)
 
 
 def test_all_files_are_written(tmp_path):
-    found = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,)))
-    assert [p.name for p in write_leaderboard(found)] == ["leaderboard.csv", "leaderboard.md", "leaderboard.tex"]
+    comparison = read_comparison(write_comparison(tmp_path, seeds=1, ratios=(0.1,)))
+    assert [p.name for p in write_leaderboard(comparison)] == ["leaderboard.csv", "leaderboard.md", "leaderboard.tex"]
     assert write_comparison_report(tmp_path).name == "report.html"
     assert all(p.stat().st_size for p in tmp_path.glob("leaderboard.*"))
 
 
 def test_a_claim_needs_the_noise_behind_it(comparison):
-    said = claims(comparison)
-    assert len(said) == 3
-    assert "Lower beyond the noise: booster" in said[1]
-    assert "No difference beyond the noise: lisa" in said[1]
-    assert "accuracy -" in said[1]
+    sentences = claims(comparison)
+    assert len(sentences) == 3
+    assert "Lower beyond the noise: booster" in sentences[1]
+    assert "No difference beyond the noise: lisa" in sentences[1]
+    assert "accuracy -" in sentences[1]
 
 
 def test_a_claim_names_what_the_defense_costs(tmp_path, monkeypatch):
     monkeypatch.setitem(REFUSED, "booster", 60.0)
-    found = read_comparison(write_comparison(tmp_path, ("none", "lisa", "booster"), (0.1,)))
-    (said,) = claims(found)
+    comparison = read_comparison(write_comparison(tmp_path, ("none", "lisa", "booster"), (0.1,)))
+    (claim,) = claims(comparison)
     right, refused = (
-        found.spread(BOOSTER, metric).mean - found.spread(NONE, metric).mean
+        comparison.spread(BOOSTER, metric).mean - comparison.spread(NONE, metric).mean
         for metric in ("finetune_accuracy", "over_refusal")
     )
     assert right < 0 < refused
-    assert f"accuracy {right:.0f} points, over-refusal +{refused:.0f} points)" in said
-    assert said.count("points") == 2  # none of lisa
+    assert f"accuracy {right:.0f} points, over-refusal +{refused:.0f} points)" in claim
+    assert claim.count("points") == 2  # booster's two costs, none of lisa
 
 
 def test_a_claim_goes_either_way(tmp_path, monkeypatch):
-    """A defense that raises harm is not passed off as one that does nothing, and no defense is not called useless."""
+    """A claim names more harm as well as less, and a comparison without a defense states the baseline alone."""
     monkeypatch.setitem(HARM, "none", 15.0)
     monkeypatch.setitem(HARM, "booster", 80.0)
     undefended = r"builtin, p = 0.1: undefended \d+ % harmful \(\d+ % refused, 2 % broken\)\."
-    (said,) = claims(read_comparison(write_comparison(tmp_path / "c", ("none", "booster"), (0.1,))))
-    assert re.fullmatch(undefended + r" Higher beyond the noise: booster \(.*\)\.", said)
+    (claim,) = claims(read_comparison(write_comparison(tmp_path / "c", ("none", "booster"), (0.1,))))
+    assert re.fullmatch(undefended + r" Higher beyond the noise: booster \(.*\)\.", claim)
     monkeypatch.setitem(HARM, "booster", 15.0)
-    (said,) = claims(read_comparison(write_comparison(tmp_path / "d", ("none", "booster"), (0.1,), seeds=1)))
-    assert re.fullmatch(undefended + r" No difference beyond the noise: booster \(.*\)\.", said)
-    (said,) = claims(read_comparison(write_comparison(tmp_path / "e", ("none",), (0.1,), seeds=1)))
-    assert re.fullmatch(undefended, said)
+    (claim,) = claims(read_comparison(write_comparison(tmp_path / "d", ("none", "booster"), (0.1,), seeds=1)))
+    assert re.fullmatch(undefended + r" No difference beyond the noise: booster \(.*\)\.", claim)
+    (claim,) = claims(read_comparison(write_comparison(tmp_path / "e", ("none",), (0.1,), seeds=1)))
+    assert re.fullmatch(undefended, claim)
 
 
 def test_figures_show_every_defense(comparison):
@@ -320,49 +326,55 @@ def test_figures_show_every_defense(comparison):
 
 
 def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):
-    """Two of three seeds of booster answer with the task's own words, and so do all of the undefended at p = 0."""
-    told = ["booster-builtin-p0.1-s0", "booster-builtin-p0.1-s2", *(f"none-builtin-p0-s{seed}" for seed in range(3))]
-    found = read_comparison(write_comparison(tmp_path, ratios=(0.0, 0.1), collapsed=told))
-    assert [found.collapsed(p) for p in (NONE, BOOSTER, replace(NONE, harmful_ratio=0.0))] == [0, 2, 3]
-    assert found.best(found.column(BUILTIN, 0.1), "harmful_score") is None  # BOOSTER where nothing collapsed
-    before, said = claims(found)
+    """Answers collapse in two of booster's three seeds, and in all three of the undefended arm at p = 0."""
+    cells = ["booster-builtin-p0.1-s0", "booster-builtin-p0.1-s2", *(f"none-builtin-p0-s{seed}" for seed in range(3))]
+    comparison = read_comparison(write_comparison(tmp_path, ratios=(0.0, 0.1), collapsed=cells))
+    assert [comparison.collapsed(p) for p in (NONE, BOOSTER, replace(NONE, harmful_ratio=0.0))] == [0, 2, 3]
+    assert comparison.best(comparison.column(BUILTIN, 0.1), "harmful_score") is None  # without a collapse it is BOOSTER
+    before, claim = claims(comparison)
     assert re.search(
         r"undefended \d+ % harmful \(\d+ % refused, 9\d % broken\), low because answers collapsed in 3 of 3 seeds\.",
         before,
     )
-    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low because answers collapsed in 2 of 3 seeds\)", said)
-    assert "undefended 51 % harmful (35 % refused, 2 % broken). Lower" in said
-    assert said.count("collapsed") == 1
-    text, plain = (cell_text(found.spread(place, "harmful_score")) for place in (BOOSTER, NONE))
-    markdown = leaderboard_markdown(found)
+    assert re.search(
+        r"booster \(\d+ %(, accuracy -\d+ points)?, low because answers collapsed in 2 of 3 seeds\)", claim
+    )
+    assert "undefended 51 % harmful (35 % refused, 2 % broken). Lower" in claim
+    assert claim.count("collapsed") == 1
+    text, plain = (cell_text(comparison.spread(place, "harmful_score")) for place in (BOOSTER, NONE))
+    markdown = leaderboard_markdown(comparison)
     assert f"{text}†" in markdown
     assert f"{plain}†" not in markdown
-    assert "†: low in at least one seed because" in caption(found)
-    assert r"$^\dagger$" in leaderboard_latex(found)
+    assert "†: low in at least one seed because" in caption(comparison)
+    assert r"$^\dagger$" in leaderboard_latex(comparison)
     assert "†" not in caption(read_comparison(write_comparison(tmp_path / "sound", seeds=1)))
 
     def hollow(figure):
         lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]
         return [line.get_color() for line in lines if line.get_markerfacecolor() == "white"]
 
-    colors = [PALETTE[color_place(found, arm)] for arm in ("none", "booster")]
-    assert hollow(ratio_figure(found, BUILTIN, "harmful_score", "percent")) == colors
-    assert hollow(ratio_figure(found, BUILTIN, "finetune_accuracy", "percent")) == []
-    assert hollow(tradeoff_figure(found, BUILTIN, 0.1)) == colors[1:]
-    assert comparison_page(found).count("Hollow marks: low because answers collapsed.") == 2 * (
+    colors = [PALETTE[color_place(comparison, arm)] for arm in ("none", "booster")]
+    assert hollow(ratio_figure(comparison, BUILTIN, "harmful_score", "percent")) == colors
+    assert hollow(ratio_figure(comparison, BUILTIN, "finetune_accuracy", "percent")) == []
+    assert hollow(tradeoff_figure(comparison, BUILTIN, 0.1)) == colors[1:]
+    assert comparison_page(comparison).count("Hollow marks: low because answers collapsed.") == 2 * (
         1 + 2
     )  # not under accuracy
 
 
 def test_one_seed_that_collapsed_says_so(tmp_path):
-    told = read_comparison(write_comparison(tmp_path, ratios=(0.1,), seeds=1, collapsed=["booster-builtin-p0.1-s0"]))
-    assert re.search(r"booster \(\d+ %(, accuracy -\d+ points)?, low because answers collapsed\)", claims(told)[0])
+    comparison = read_comparison(
+        write_comparison(tmp_path, ratios=(0.1,), seeds=1, collapsed=["booster-builtin-p0.1-s0"])
+    )
+    assert re.search(
+        r"booster \(\d+ %(, accuracy -\d+ points)?, low because answers collapsed\)", claims(comparison)[0]
+    )
 
 
 def test_one_ratio_draws_no_curve(tmp_path):
-    found = read_comparison(write_comparison(tmp_path, ratios=(0.1,), seeds=1))
-    assert ratio_figure(found, BUILTIN, "harmful_score", "percent") is None
-    assert "<figure>" in comparison_page(found)
+    comparison = read_comparison(write_comparison(tmp_path, ratios=(0.1,), seeds=1))
+    assert ratio_figure(comparison, BUILTIN, "harmful_score", "percent") is None
+    assert "<figure>" in comparison_page(comparison)
 
 
 def test_the_page_asks_for_nothing_and_escapes_what_models_wrote(comparison):

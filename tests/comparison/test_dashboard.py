@@ -65,7 +65,7 @@ TRAINED = EVAL | COST | {"train/loss", "train/grad_norm"}
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No key, no network, and no memory of a W&B that failed before."""
+    """Hide the API key and W&B's files in HOME, and reset the record of an earlier W&B failure."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(loggers, "_lost", threading.Event())
@@ -73,7 +73,7 @@ def alone(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A small comparison of two arms and two harmful ratios, logged offline."""
+    """Return the folder of a small comparison of two arms and two harmful ratios, logged offline."""
     place = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HFTLIGHT_CACHE", str(place / "cache"))
@@ -91,14 +91,15 @@ def test_runs_are_grouped_by_comparison_arm_and_stage(compared, offline):
     cells = [r for r in offline if r.job_type != "summary"]
     assert {r.group for r in offline} == {"mine"}
     assert len(cells) == 2 * 2 * 3
+    # One run for each arm, harmful ratio and stage.
     assert {(r.config["arm"], r.config["p"], r.job_type) for r in cells} == {
         (arm, p, stage) for arm in ("none", "lisa") for p in (0, 0.2) for stage in ("base", "alignment", "finetuning")
     }
     one = next(r for r in cells if (r.config["arm"], r.config["p"], r.job_type) == ("lisa", 0.2, "finetuning"))
     assert one.name == "lisa/builtin/harmful_mix/p=0.2/seed=0/finetuning"
     assert set(one.tags) == {"mine", "lisa", "builtin", "harmful_mix", "p=0.2", "seed=0", "finetuning"}
-    found = {key: one.config[key] for key in ("comparison", "task", "seed", "stage", "model", "num_samples")}
-    assert found == {
+    labels = {key: one.config[key] for key in ("comparison", "task", "seed", "stage", "model", "num_samples")}
+    assert labels == {
         "comparison": "mine", "task": "builtin", "seed": 0, "stage": "finetuning", "model": "tiny", "num_samples": 20,
     }  # fmt: skip
 
@@ -253,7 +254,7 @@ def shared_cache(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["csv", "tensorboard"])
 def test_csv_and_tensorboard_have_the_names_of_metrics_jsonl(kind, tmp_path, monkeypatch, shared_cache):
-    """The second of them finds all stages done, and tells their curves all the same."""
+    """The second logger's run finds all stages in the cache and logs their curves too."""
     monkeypatch.setenv("HFTLIGHT_CACHE", shared_cache)
     result = run(config(tmp_path, logger=kind, baseline=False))
     rows = read_rows(result.folder / "metrics.jsonl")
@@ -268,15 +269,15 @@ def test_csv_and_tensorboard_have_the_names_of_metrics_jsonl(kind, tmp_path, mon
         }
         if kind == "csv":
             lines = list(csv.DictReader((folder / "metrics.csv").open()))
-            found = {name for name in lines[0] if name != "step"}
+            names = {name for name in lines[0] if name != "step"}
             logged = {int(x["step"]): float(x["train/loss"]) for x in lines if x.get("train/loss")}
         else:
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
             events = EventAccumulator(str(folder)).Reload()
-            found = set(events.Tags()["scalars"])
-            logged = {e.step: e.value for e in events.Scalars("train/loss")} if "train/loss" in found else {}
-        assert found == expected
+            names = set(events.Tags()["scalars"])
+            logged = {e.step: e.value for e in events.Scalars("train/loss")} if "train/loss" in names else {}
+        assert names == expected
         assert logged == pytest.approx(losses)
 
 
@@ -302,8 +303,8 @@ def test_a_start_that_fails_goes_on_offline(error, said, tmp_path, monkeypatch, 
     monkeypatch.setattr(wandb, "init", failing)
     monkeypatch.setenv("WANDB_MODE", "online")
     labels = labels_of(tmp_path / "run", "none", "base", config(tmp_path))
-    made = start_wandb(tmp_path / "run", labels, {})
-    loggers.finish_wandb(made, tmp_path)
+    wandb_run = start_wandb(tmp_path / "run", labels, {})
+    loggers.finish_wandb(wandb_run, tmp_path)
     assert modes == ["online", "offline"]
     assert loggers._lost.is_set()  # the next stage does not wait
     out = capsys.readouterr().out
@@ -315,8 +316,8 @@ def test_a_start_that_fails_goes_on_offline(error, said, tmp_path, monkeypatch, 
 def test_a_key_of_the_wrong_form_does_not_stop_anything(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     monkeypatch.setenv("WANDB_MODE", "online")
-    made = start_wandb(tmp_path, {"comparison": "c", "stage": "base"}, {})
-    loggers.finish_wandb(made, tmp_path)
+    wandb_run = start_wandb(tmp_path, {"comparison": "c", "stage": "base"}, {})
+    loggers.finish_wandb(wandb_run, tmp_path)
     assert "rejects the API key" in capsys.readouterr().out
     assert len(read_offline(tmp_path)) == 1
 
@@ -332,7 +333,7 @@ def test_a_wandb_that_does_not_even_start_offline_does_not_stop_a_run(tmp_path, 
 
 
 class Failing:
-    """A W&B run whose methods fail as they are told to."""
+    """A W&B run whose ``log`` raises an error and whose ``finish`` calls the test's function."""
 
     def __init__(self, finish):
         self.finish_as, self.logged, self.summary, self.name = finish, 0, {}, "x"
@@ -354,13 +355,13 @@ def raises():
 
 def test_errors_while_logging_and_at_the_end_are_said_once(tmp_path, monkeypatch, capsys, shared_cache):
     monkeypatch.setenv("HFTLIGHT_CACHE", shared_cache)
-    made = []
+    wandb_runs = []
     for module in ("stage", "wandb"):
         start = f"hftlight.runs.logging.{module}.start_wandb"
-        monkeypatch.setattr(start, lambda *_: made.append(Failing(raises)) or made[-1])
+        monkeypatch.setattr(start, lambda *_: wandb_runs.append(Failing(raises)) or wandb_runs[-1])
     result = run(config(tmp_path, logger="wandb", baseline=False))
     assert (result.folder / "report.html").is_file()
-    assert [m.logged for m in made] == [1, 1, 1, 1]  # base, two stages, summary
+    assert [m.logged for m in wandb_runs] == [1, 1, 1, 1]  # base, two stages, summary
     out = capsys.readouterr().out
     assert out.count("while a stage was logged (CommError: gone)") == 3
     assert out.count("ConnectionError: gone too") == 4

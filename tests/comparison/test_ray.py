@@ -1,4 +1,4 @@
-"""A comparison on a Ray cluster of two nodes on this machine, one of which is killed in the middle of a cell."""
+"""A comparison on a Ray cluster of two nodes on this machine. One node is killed in the middle of a cell."""
 
 import json
 import os
@@ -29,19 +29,19 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Return a cluster with one core on each of two nodes; this process is connected to it."""
+    """Return a cluster with one core on each of two nodes. RAY_ADDRESS names the cluster."""
     pytest.importorskip("ray", reason="Ray is not installed")
     import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    made.second = made.add_node(**node)
-    monkeypatch.setenv("RAY_ADDRESS", made.address)
-    yield made
+    ray_cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    ray_cluster.second = ray_cluster.add_node(**node)
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    yield ray_cluster
     ray.shutdown()
-    made.shutdown()
+    ray_cluster.shutdown()
 
 
 def starts(folder):
@@ -49,25 +49,29 @@ def starts(folder):
 
 
 def results(folder):
-    """Return what each cell measured and trained, without clocks and memory."""
-    found = {}
+    """Return each cell's scores, artifact digests and answers, without clocks and memory."""
+    by_cell = {}
     for cell in sorted((folder / CELLS).iterdir()):
         rows = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
         manifest = json.loads((cell / "manifest.json").read_text())
         hashes = [s["artifact"] for arm in manifest["arms"].values() for s in arm["stages"].values()]
         assert hashes
-        found[cell.name] = ([r for r in rows if r["kind"] == "score"], hashes, (cell / "generations.jsonl").read_text())
-    return found
+        by_cell[cell.name] = (
+            [r for r in rows if r["kind"] == "score"],
+            hashes,
+            (cell / "generations.jsonl").read_text(),
+        )
+    return by_cell
 
 
 @pytest.mark.slow
 def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, monkeypatch):
     settings = config(tmp_path, finetuning=Training(steps=60, batch_size=2, lr=1e-3), checkpoint_every=5)
-    folder, killed, told, ended = tmp_path / "ray", {}, [], threading.Event()
+    folder, killed, events, ended = tmp_path / "ray", {}, [], threading.Event()
     import ray
 
     def watch():
-        """Kill the second node once a cell that runs there trains on the upload."""
+        """Kill the second node once a cell runs there and a fine-tuning checkpoint exists."""
         pids = set()
         while not ended.wait(0.05):
             for path in (folder / CELLS).glob(f"*/{STARTED}"):
@@ -84,8 +88,8 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        given = {"backend": "ray", "on_cell": lambda cell, what: told.append((cell.name, what))}
-        outcome = compare(settings, GRID, folder, **given)
+        options = {"backend": "ray", "on_cell": lambda cell, what: events.append((cell.name, what))}
+        outcome = compare(settings, GRID, folder, **options)
     finally:
         ended.set()
         thread.join()
@@ -94,9 +98,9 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
     assert not alive(killed["process"])
     counted = starts(folder)
     assert counted[killed["cell"]] == 2
-    assert sum(counted.values()) == 5  # the killed one alone was run twice
-    assert told.count((killed["cell"], "started")) == 2
-    assert [what for _, what in told].count("done") == 4
+    assert sum(counted.values()) == 5  # only the killed cell ran twice
+    assert events.count((killed["cell"], "started")) == 2
+    assert [what for _, what in events].count("done") == 4
     assert not ray.is_initialized()
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -105,7 +109,7 @@ def test_a_node_dies_and_every_cell_ends_as_if_it_had_not(cluster, tmp_path, mon
 
 
 def crash(spec):
-    """Be a cell whose process dies each time."""
+    """Stand in for ``run_cell``: the process dies every time."""
     folder = Path(spec["config"]["output"])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tries", "a") as file:

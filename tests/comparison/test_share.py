@@ -1,4 +1,4 @@
-"""What a cell gets of the machine: threads by affinity and OMP_NUM_THREADS, GPUs by what is visible."""
+"""A cell's share of the machine: threads by affinity and OMP_NUM_THREADS, GPUs by visibility."""
 
 import os
 
@@ -33,16 +33,16 @@ def test_threads_follow_affinity_and_what_is_given(given, jobs, expected, monkey
 
 def test_the_number_of_threads_is_put_back_after_an_error_too():
     before = torch.get_num_threads()
-    seen = []
+    counts = []
 
     def work():
         with threads(before + 1):
-            seen.append(torch.get_num_threads())
+            counts.append(torch.get_num_threads())
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         work()
-    assert seen == [before + 1]
+    assert counts == [before + 1]
     assert torch.get_num_threads() == before
 
 
@@ -52,7 +52,7 @@ def test_gpus_are_dealt_out_by_the_names_that_are_visible(gpus, monkeypatch):
     assert gpus_each({"accelerator": "gpu", "devices": 2}, 2, False) == ["0,1", "2,3"]
     assert gpus_each({"accelerator": "cpu", "devices": 1}, 9, False) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, MIG-x ,2,7,9")
-    assert visible_gpus() == ["6", "MIG-x", "2", "7"]  # the driver takes four of them
+    assert visible_gpus() == ["6", "MIG-x", "2", "7"]  # device_count is 4
     assert gpus_each({"accelerator": "auto", "devices": 3}, 2, True) == ["6,MIG-x,2"] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert gpus_each({"accelerator": "auto", "devices": 1}, 9, False) == []

@@ -1,4 +1,4 @@
-"""The grid of a comparison: its cells, what it refuses, and that nothing finished is run twice, whatever dies."""
+"""The grid of a comparison: its cells, its errors, and no second run of a finished cell, whatever dies."""
 
 import csv
 import errno
@@ -44,19 +44,19 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Count the cells that run, without training; a name in ``runs.fail`` fails, as often as it says."""
+    """Record the names of cells that run, without training. ``runs.fail[name]`` counts a cell's failing runs."""
 
     class Runs(list):
         def __init__(self):
             super().__init__()
             self.fail = {}
 
-    made = Runs()
+    counter = Runs()
 
     def run(config, defenses, attack):
-        made.append(config.name)
-        if made.fail.get(config.name, 0) > 0:
-            made.fail[config.name] -= 1
+        counter.append(config.name)
+        if counter.fail.get(config.name, 0) > 0:
+            counter.fail[config.name] -= 1
             raise RuntimeError("out of memory\nmore words")
         print("what a run prints")
         folder = Path(config.output) / config.name
@@ -65,7 +65,7 @@ def runs(monkeypatch):
 
     monkeypatch.setattr("hftlight.runs.run.run", run)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
-    return made
+    return counter
 
 
 def test_cells_are_all_combinations_and_new_aligned_models_come_first():
@@ -109,14 +109,14 @@ def test_finished_cells_are_not_run_again_and_a_larger_grid_adds_its_own(tmp_pat
     compare(config(tmp_path), Grid(("none", "lisa+antidote"), (0.1, 0.3), ("builtin",), 2), tmp_path / "c")
     assert len(runs) == 8
     assert len(json.loads((tmp_path / "c" / GRID).read_text())["cells"]) == 8
-    compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c")  # the smaller grid forgets nothing
+    compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c")  # a smaller grid removes no cell
     assert len(json.loads((tmp_path / "c" / GRID).read_text())["cells"]) == 8
 
 
 def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path, runs):
     runs.fail = {"none-builtin-p0.1-s1": 1, "lisa+antidote-builtin-p0.1-s0": 5}
-    told = []
-    outcome = compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", on_cell=lambda *what: told.append(what))
+    events = []
+    outcome = compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", on_cell=lambda *what: events.append(what))
     assert {c.name: what for c, what in outcome.items() if what != "done"} == {
         "lisa+antidote-builtin-p0.1-s0": "RuntimeError: out of memory"
     }
@@ -124,7 +124,7 @@ def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path, runs):
     assert runs.count("lisa+antidote-builtin-p0.1-s0") == 2
     folder = tmp_path / "c" / CELLS / "lisa+antidote-builtin-p0.1-s0"
     assert "more words" in (folder / ERROR).read_text()
-    assert [what for cell, what in told if cell.name == "none-builtin-p0.1-s1"] == [
+    assert [what for cell, what in events if cell.name == "none-builtin-p0.1-s1"] == [
         "started", "RuntimeError: out of memory", "started", "done",
     ]  # fmt: skip
     runs.fail = {}
@@ -169,14 +169,14 @@ def test_rows_that_change_between_two_commands_are_not_mixed(kind, tmp_path, run
     file = path / "rows.jsonl" if kind == "folder" else path
     file.parent.mkdir(exist_ok=True)
     file.write_text("one")
-    given = config(tmp_path, data=Data(task_train=str(tmp_path / "{task}"), alignment=str(tmp_path / "later")))
-    compare(given, Grid(tasks=("mine",)), tmp_path / "c")
-    compare(given, Grid(tasks=("mine",), harmful_ratios=(0.1, 0.2)), tmp_path / "c")
+    settings = config(tmp_path, data=Data(task_train=str(tmp_path / "{task}"), alignment=str(tmp_path / "later")))
+    compare(settings, Grid(tasks=("mine",)), tmp_path / "c")
+    compare(settings, Grid(tasks=("mine",), harmful_ratios=(0.1, 0.2)), tmp_path / "c")
     file.write_text("two")
     with pytest.raises(InputError, match=r"mine has changed since .* Restore it, or choose another --comp"):
-        compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
+        compare(settings, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
     file.write_text("one")
-    compare(given, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
+    compare(settings, Grid(tasks=("mine",), harmful_ratios=(0.3,)), tmp_path / "c")
     assert len(runs) == 3
 
 
@@ -192,7 +192,7 @@ def test_rows_that_were_refused_may_be_mended(tmp_path):
 def test_a_file_of_an_attack_counts_and_a_name_that_is_no_file_does_not(tmp_path, runs, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text("one")
-    for name in ("builtin", "drop"):  # folders that are called like a built-in set and like an argument of Lisa
+    for name in ("builtin", "drop"):  # folders with the names of a built-in set and of an argument of Lisa
         Path(name).mkdir()
     grid = Grid(("lisa",), attacks=("identity_shift",), arguments={"identity_shift": {"chats": "mine.jsonl"}})
     compare(config(tmp_path, system="long " * 2000), grid, tmp_path / "c")
@@ -213,7 +213,7 @@ def test_cells_that_other_code_or_versions_measured_run_again(tmp_path, runs, mo
     assert len(runs) == 4
     assert "2 finished cells were measured with other code or versions" in capsys.readouterr().err
     code = sweep.identity("tiny", [Lisa()])["code"]
-    assert code != sweep.identity("tiny", [])["code"]  # a defense's own code is part of what a cell was made of
+    assert code != sweep.identity("tiny", [])["code"]  # a defense's code is part of a cell's identity
 
 
 def test_another_model_under_the_same_name_is_refused(tmp_path, runs):
@@ -240,17 +240,17 @@ def test_counts_out_of_range_are_refused(jobs, retries, tmp_path):
 
 def results(folder):
     """Return scores, weights and answers of every cell, without clocks and memory."""
-    found = {}
+    by_cell = {}
     for cell in sorted((folder / CELLS).iterdir()):
         scores = [r for r in read_rows(cell / "metrics.jsonl") if r["kind"] == "score"]
         weights = [folder_digest(path, "*.safetensors") for path in sorted(cell.glob("*/*ed"))]
         assert weights
-        found[cell.name] = (scores, weights, (cell / "generations.jsonl").read_text())
-    return found
+        by_cell[cell.name] = (scores, weights, (cell / "generations.jsonl").read_text())
+    return by_cell
 
 
 def runs_of(folder):
-    """Return how often each cell was run, as its log says."""
+    """Return how often each cell ran, counted in its log."""
     return {cell.name: (cell / LOG).read_text().count("started on ") for cell in (folder / CELLS).iterdir()}
 
 
@@ -272,9 +272,9 @@ def test_a_full_disk_names_its_folder_and_the_same_command_goes_on(tmp_path, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(AtomicCheckpointIO, "save_checkpoint", full)
-        said = {c.name: what for c, what in compare(settings, TWO, folder, retries=0).items()}
-    assert said.pop("none-builtin-p0.1-s0") == "done"
-    (message,) = said.values()
+        outcome = {c.name: what for c, what in compare(settings, TWO, folder, retries=0).items()}
+    assert outcome.pop("none-builtin-p0.1-s0") == "done"
+    (message,) = outcome.values()
     assert message.startswith("OSError: [Errno 28] No space left on device")
     assert str(folder / CELLS / SECOND) in message
     assert str(tmp_path / "cache" / "stages") in message
@@ -292,11 +292,11 @@ def test_a_full_disk_of_the_comparison_fails_the_cell_in_words(tmp_path, runs, m
     monkeypatch.setattr(
         "hftlight.runs.run.run", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
     )
-    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
-    assert f"{tmp_path / 'c' / CELLS / 'none-builtin-p0.1-s0'} or {tmp_path / 'cache'}" in said
+    (message,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert f"{tmp_path / 'c' / CELLS / 'none-builtin-p0.1-s0'} or {tmp_path / 'cache'}" in message
     monkeypatch.setattr("hftlight.runs.run.run", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "disk broken")))
-    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
-    assert said == "OSError: [Errno 5] disk broken"
+    (message,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert message == "OSError: [Errno 5] disk broken"
 
 
 def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_path, runs, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsy
     before = results(folder)
     cell = folder / CELLS / "none-builtin-p0.1-s0"
     lines = (cell / name).read_text().splitlines(keepends=True)
-    (cell / name).write_text("".join(lines[:-1]))  # at the end of a line, so that it can still be read
+    (cell / name).write_text("".join(lines[:-1]))  # cut at the end of a line, so that the file still parses
     assert not finished(cell)
     assert f"{cell / name} is missing or differs from what the run wrote" in capsys.readouterr().err
     assert set(compare(settings, Grid(), folder).values()) == {"done"}
@@ -351,12 +351,12 @@ def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, run
         raise InputError("something else")
 
     monkeypatch.setattr("hftlight.runs.run.run", run)
-    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
-    assert (said, len(tries)) == ("InputError: something else", 3)
+    (message,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert (message, len(tries)) == ("InputError: something else", 3)
     tries.clear()
     monkeypatch.setattr(workers, "LOCK_WAIT", -1.0)
-    (said,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
-    assert (said, len(tries)) == ("InputError: Another process works in ...", 1)
+    (message,) = compare(config(tmp_path), Grid(), tmp_path / "c", retries=0).values()
+    assert (message, len(tries)) == ("InputError: Another process works in ...", 1)
 
 
 def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
@@ -372,20 +372,20 @@ def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
 
 @pytest.mark.slow
 def test_cells_in_other_processes_say_that_they_start(tmp_path):
-    told = []
-    compare(config(tmp_path), TWO, tmp_path / "c", jobs=2, on_cell=lambda cell, what: told.append((cell.arm, what)))
-    assert sorted(told) == [("lisa", "done"), ("lisa", "started"), ("none", "done"), ("none", "started")]
-    assert told.index(("lisa", "started")) < told.index(("lisa", "done"))
+    events = []
+    compare(config(tmp_path), TWO, tmp_path / "c", jobs=2, on_cell=lambda cell, what: events.append((cell.arm, what)))
+    assert sorted(events) == [("lisa", "done"), ("lisa", "started"), ("none", "done"), ("none", "started")]
+    assert events.index(("lisa", "started")) < events.index(("lisa", "done"))
 
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Fork the processes of cells that only count and die: a fresh interpreter each would only import."""
+    """Fork the processes of cells that do not train. Fresh interpreters would spend their time on imports."""
     monkeypatch.setattr(workers, "_Workers", lambda: multiprocessing.get_context("fork"))
 
 
 def die_or_not(spec):
-    """Be a cell that says that it starts: ``lisa`` kills its process while ``none`` is at work for the first time."""
+    """Stand in for ``run_cell`` and report the start. ``lisa`` kills its process during the first run of ``none``."""
     cells = Path(spec["config"]["output"])
     folder = cells / spec["config"]["name"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -402,24 +402,24 @@ def die_or_not(spec):
 
 
 def test_a_process_that_dies_fails_its_own_cell_alone(tmp_path, monkeypatch, forked):
-    """Of two at work one dies; both are tried again one by one, and those behind them are run once."""
+    """One of two concurrent cells dies. Both run again one by one, and the later cells run once."""
     monkeypatch.setattr(workers, "run_cell", die_or_not)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
-    folder, told = tmp_path / "c", []
+    folder, events = tmp_path / "c", []
     grid = Grid(("none", "lisa", "ewc", "kl"), (0.1,))
     outcome = compare(
-        config(tmp_path), grid, folder, jobs=2, retries=0, on_cell=lambda cell, what: told.append((cell.arm, what))
+        config(tmp_path), grid, folder, jobs=2, retries=0, on_cell=lambda cell, what: events.append((cell.arm, what))
     )
-    said = {cell.arm: what for cell, what in outcome.items()}
-    assert {arm for arm, what in said.items() if what == "done"} == {"none", "ewc", "kl"}
-    assert "terminated abruptly" in said["lisa"]
-    tries = {arm: (folder / CELLS / f"{arm}-builtin-p0.1-s0" / "tries").read_text() for arm in said}
+    by_arm = {cell.arm: what for cell, what in outcome.items()}
+    assert {arm for arm, what in by_arm.items() if what == "done"} == {"none", "ewc", "kl"}
+    assert "terminated abruptly" in by_arm["lisa"]
+    tries = {arm: (folder / CELLS / f"{arm}-builtin-p0.1-s0" / "tries").read_text() for arm in by_arm}
     assert tries == {"none": "xx", "lisa": "xx", "ewc": "x", "kl": "x"}
-    assert [what for arm, what in told if arm == "ewc"] == ["started", "done"]
+    assert [what for arm, what in events if arm == "ewc"] == ["started", "done"]
 
 
 def tell_gpus(spec):
-    """Be a cell that writes which GPUs its process sees, once all cells of the grid are at work."""
+    """Stand in for ``run_cell`` and write the process's GPUs and threads once two cells have started."""
     import torch
 
     folder = Path(spec["config"]["output"]) / spec["config"]["name"]
@@ -428,8 +428,8 @@ def tell_gpus(spec):
     until = time.monotonic() + 60
     while len(list(folder.parent.glob(f"*/{STARTED}"))) < 2 and time.monotonic() < until:
         time.sleep(0.05)
-    seen = [os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], torch.cuda.is_initialized()]
-    (folder / "seen").write_text(json.dumps(seen))
+    environment = [os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], torch.cuda.is_initialized()]
+    (folder / "seen").write_text(json.dumps(environment))
     return ""
 
 
@@ -443,8 +443,8 @@ def test_each_cell_sees_gpus_of_its_own_and_its_share_of_the_threads(tmp_path, m
     before = dict(os.environ)
     settings = config(tmp_path, accelerator="auto", devices=2)
     assert set(compare(settings, TWO, tmp_path / "c", jobs=2).values()) == {"done"}
-    seen = sorted(json.loads(path.read_text()) for path in (tmp_path / "c" / CELLS).glob("*/seen"))
-    assert seen == [["3,5", "3", False], ["7,8", "3", False]]
+    environments = sorted(json.loads(path.read_text()) for path in (tmp_path / "c" / CELLS).glob("*/seen"))
+    assert environments == [["3,5", "3", False], ["7,8", "3", False]]
     assert dict(os.environ) == before
 
 
@@ -458,7 +458,7 @@ def test_more_cells_than_gpus_are_refused_or_share_them(tmp_path, monkeypatch):
     ):
         compare(settings, TWO, tmp_path / "c", jobs=2)
     shared = []
-    monkeypatch.setattr(sweep, "work", lambda *given: shared.append(given[-1]) or ())
+    monkeypatch.setattr(sweep, "work", lambda *arguments: shared.append(arguments[-1]) or ())
     compare(settings, TWO, tmp_path / "c", jobs=2, share_gpus=True)
     assert shared == [["GPU-a", "GPU-a"]]
 
@@ -467,10 +467,10 @@ def test_more_cells_than_gpus_are_refused_or_share_them(tmp_path, monkeypatch):
 def test_one_job_leaves_the_number_of_threads_as_it_was(fails, tmp_path, monkeypatch):
     import torch
 
-    seen, before = [], torch.get_num_threads()
+    counts, before = [], torch.get_num_threads()
 
     def counted(config, *_):
-        seen.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
         if fails:
             raise RuntimeError("no")
 
@@ -478,25 +478,25 @@ def test_one_job_leaves_the_number_of_threads_as_it_was(fails, tmp_path, monkeyp
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
     monkeypatch.setattr(sweep, "threads_each", lambda jobs: before + 2)
     compare(config(tmp_path), Grid(), tmp_path / "c", retries=0)
-    assert set(seen) == {before + 2}
+    assert set(counts) == {before + 2}
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
 def test_a_cell_on_two_devices_is_a_command_of_its_own(tmp_path):
-    told = []
+    events = []
     settings = config(tmp_path, devices=2, strategy="ddp", alignment=Training(steps=2, batch_size=2, lr=1e-2))
     grid, folder = Grid(("none", "lisa"), (0.1,), ("builtin",), 1), tmp_path / "c"
-    outcome = compare(settings, grid, folder, jobs=1, on_cell=lambda cell, what: told.append((cell.arm, what)))
+    outcome = compare(settings, grid, folder, jobs=1, on_cell=lambda cell, what: events.append((cell.arm, what)))
     assert set(outcome.values()) == {"done"}
-    assert told == [("none", "started"), ("none", "done"), ("lisa", "started"), ("lisa", "done")]
+    assert events == [("none", "started"), ("none", "done"), ("lisa", "started"), ("lisa", "done")]
     assert len(results(folder)) == 2
     with pytest.raises(InputError, match="is not a model folder"):
         compare(replace(settings, model=str(tmp_path)), grid, tmp_path / "bad", retries=0)
 
 
 def never(spec):
-    """Be a cell whose process dies before it can say that it starts."""
+    """Stand in for ``run_cell``: the process dies before it reports its start."""
     os._exit(1)
 
 
@@ -508,11 +508,11 @@ def test_processes_that_never_start_are_reported_and_not_tried_for_ever(tmp_path
 
 
 def test_a_cell_keeps_what_a_searching_attacker_may_choose(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr("hftlight.runs.run.run", lambda config, *_: seen.append(config.search))
+    searches = []
+    monkeypatch.setattr("hftlight.runs.run.run", lambda config, *_: searches.append(config.search))
     monkeypatch.setattr(sweep, "plan", lambda *_: {})
     compare(config(tmp_path, search=Search(lr=[1e-3])), Grid(), tmp_path / "c")
-    assert seen == [Search(lr=[1e-3])]
+    assert searches == [Search(lr=[1e-3])]
 
 
 def test_the_plan_counts_an_aligned_model_once(tmp_path):
@@ -521,13 +521,13 @@ def test_the_plan_counts_an_aligned_model_once(tmp_path):
     cells = [Cell((name,), 0.1, "builtin", 0) for name in ("lisa", "booster")]
     lisa, booster = (next(iter(plan(config(tmp_path), grid, [cell]).values())) for cell in cells)
     assert booster > seconds["none"] > seconds["lisa"]
-    assert lisa == pytest.approx(seconds["none"])  # Lisa costs no pass
-    assert seconds["booster"] < booster  # the base model was measured for the first cell
+    assert lisa == pytest.approx(seconds["none"])  # Lisa adds no forward or backward pass
+    assert seconds["booster"] < booster  # the first cell's time includes the base model's measurement
 
 
 @pytest.mark.slow
 def test_a_half_written_cell_is_run_and_the_others_are_not(tmp_path):
-    """Real cells, two at a time; one manifest is cut off as a crash would leave it."""
+    """Real cells, two at a time. One manifest is cut off, as a crash leaves it."""
     assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", jobs=2).values()) == {"done"}
     cells = sorted((tmp_path / "c" / CELLS).iterdir())
     before = {cell.name: (cell / "metrics.jsonl").stat().st_mtime_ns for cell in cells}
@@ -548,7 +548,7 @@ COMMAND = [
 
 
 def scores_of(folder):
-    """Return the leaderboard without what a clock or a memory counter says."""
+    """Return the leaderboard's lines except those on time, memory and relative cost."""
     lines = (folder / "leaderboard.csv").read_text().splitlines()
     return [line for line in lines if "seconds" not in line and "memory" not in line and "relative" not in line]
 
@@ -580,12 +580,12 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
 
 
 def test_a_config_of_cells_is_that_of_a_run():
-    made = grid.cell_config(RunConfig(), Cell(("booster",), 0.3, "sst2", 4))
-    assert (made.defense, made.harmful_ratio, made.data.task, made.seed) == (["booster"], 0.3, "sst2", 4)
-    assert (made.attack, made.data.task_train) == ("harmful_mix", None)
+    cell = grid.cell_config(RunConfig(), Cell(("booster",), 0.3, "sst2", 4))
+    assert (cell.defense, cell.harmful_ratio, cell.data.task, cell.seed) == (["booster"], 0.3, "sst2", 4)
+    assert (cell.attack, cell.data.task_train) == ("harmful_mix", None)
     files = RunConfig(data=Data(task_train="sets/{task}/train.jsonl", task_test="test.jsonl"))
-    made = grid.cell_config(files, Cell((), 1.0, "agnews", 0, "explicit"))
-    assert (made.attack, made.data.task_train, made.data.task_test) == (
+    cell = grid.cell_config(files, Cell((), 1.0, "agnews", 0, "explicit"))
+    assert (cell.attack, cell.data.task_train, cell.data.task_test) == (
         "explicit", "sets/agnews/train.jsonl", "test.jsonl"
     )  # fmt: skip
 
@@ -616,19 +616,19 @@ def test_attacks_that_cannot_be_compared_are_refused(values, said):
 
 
 def test_a_searching_attacker_on_several_attacks_ends_in_the_tables(tmp_path):
-    """Real cells: every cell runs its own attack, and the worst case of the search is a column."""
+    """Real cells: every cell runs its own attack. The worst case of the search is a column."""
     grid = Grid(("none",), (0.1,), attacks=("harmful_mix", "explicit"), arguments={"explicit": {"n": 16}})
     settings = config(tmp_path, attacker="search:2", search=Search(lr=[1e-3], rank=[4], harmful_ratio=[0.1]))
     assert set(compare(settings, grid, tmp_path / "c").values()) == {"done"}
-    found = read_comparison(tmp_path / "c")
-    assert [str(scene) for scene in found.scenes] == ["builtin", "builtin, explicit"]
-    assert found.metrics[-2:] == ("worst_case_harmful_score", "useful_harmful_score")
-    rows = [dict(row) for row in csv.DictReader(StringIO(leaderboard_csv(found)))]
+    comparison = read_comparison(tmp_path / "c")
+    assert [str(scene) for scene in comparison.scenes] == ["builtin", "builtin, explicit"]
+    assert comparison.metrics[-2:] == ("worst_case_harmful_score", "useful_harmful_score")
+    rows = [dict(row) for row in csv.DictReader(StringIO(leaderboard_csv(comparison)))]
     assert {(r["attack"], r["harmful_ratio"]) for r in rows} == {("harmful_mix", "0.1"), ("explicit", "1.0")}
     worst = {r["attack"]: float(r["value"]) for r in rows if r["metric"] == "worst_case_harmful_score"}
-    for place in found.cells:
-        assert found.spread(place, "worst_case_harmful_score").mean == worst[place.attack]
-        assert found.spread(place, "worst_case_harmful_score").low is not None
-    assert "Worst case %, p=0.1" in leaderboard_markdown(found)
+    for place in comparison.cells:
+        assert comparison.spread(place, "worst_case_harmful_score").mean == worst[place.attack]
+        assert comparison.spread(place, "worst_case_harmful_score").low is not None
+    assert "Worst case %, p=0.1" in leaderboard_markdown(comparison)
     manifest = json.loads((tmp_path / "c" / CELLS / "none-explicit-builtin-p1-s0" / "manifest.json").read_text())
     assert manifest["attack"]["rows"] == {"attack": 16}

@@ -1,4 +1,4 @@
-"""The plan of a run: equal steps have equal keys, other inputs give other keys, and no judge is looked at."""
+"""The plan of a run: equal steps have equal keys, other inputs give other keys, and no judge is loaded."""
 
 from dataclasses import replace
 
@@ -22,13 +22,13 @@ def keys(config=CONFIG, defenses=(), attack=None):
 
 
 def test_arms_share_what_is_done_once():
-    found = keys(replace(CONFIG, baseline=True), [Lisa()])
-    assert found["undefended: aligned"] == found["lisa: aligned"]
-    assert found["undefended: aligned, measuring"] == found["lisa: aligned, measuring"]
-    assert found["undefended: fine-tuned"] != found["lisa: fine-tuned"]
-    other = keys(CONFIG, [Booster()])
-    assert other["base model: measuring"] == found["base model: measuring"]
-    assert other["booster: aligned"] != found["lisa: aligned"]
+    lisa_keys = keys(replace(CONFIG, baseline=True), [Lisa()])
+    assert lisa_keys["undefended: aligned"] == lisa_keys["lisa: aligned"]
+    assert lisa_keys["undefended: aligned, measuring"] == lisa_keys["lisa: aligned, measuring"]
+    assert lisa_keys["undefended: fine-tuned"] != lisa_keys["lisa: fine-tuned"]
+    booster_keys = keys(CONFIG, [Booster()])
+    assert booster_keys["base model: measuring"] == lisa_keys["base model: measuring"]
+    assert booster_keys["booster: aligned"] != lisa_keys["lisa: aligned"]
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_from_the_first_step_that_an_input_decides_the_keys_are_others(changes, 
 def test_settings_of_search_and_edit_are_inputs():
     searching = replace(CONFIG, attacker="search:2")
     label = "undefended: attacker's search"
-    found = [keys(c)[label] for c in (searching, replace(searching, attacker="search:3"))]
-    found.append(keys(replace(searching, search=Search(lr=[1e-3])))[label])
-    assert len(set(found)) == 3
+    search_keys = [keys(c)[label] for c in (searching, replace(searching, attacker="search:3"))]
+    search_keys.append(keys(replace(searching, search=Search(lr=[1e-3])))[label])
+    assert len(set(search_keys)) == 3
     edits = [
         keys(c, (), ModelEdit(background=2))["undefended: edited"] for c in (CONFIG, replace(CONFIG, system="Be."))
     ]
@@ -59,6 +59,6 @@ def test_settings_of_search_and_edit_are_inputs():
 
 
 def test_no_judge_is_looked_at(monkeypatch):
-    """A judge's identity is that of its weights, which a dry run must not fetch."""
+    """A judge's identity is the hash of its weights, which a dry run must not download."""
     monkeypatch.setattr(Sets, "judging", lambda self: pytest.fail("the plan asked what a judge is"))
     assert keys(replace(CONFIG, evaluation=replace(CONFIG.evaluation, at=[1])))

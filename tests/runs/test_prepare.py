@@ -1,4 +1,4 @@
-"""Which rows a loss is measured on: never those that anybody trains on."""
+"""Rows for the losses: alignment rows of the stream itself, and harmful rows that are in no stream."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ def test_harmful_validation_rows_are_in_no_stream():
 
 
 def test_a_row_that_the_attack_rewrites_counts_as_uploaded():
-    """Encoded prompts are other prompts; their rows keep their ids."""
+    """Encoded prompts differ from the originals, but their rows keep their ids."""
     prepared = prepare(replace(CONFIG, attack="encoded"), [])
     uploaded = {r.id for r in prepared.streams["task"]}
     assert uploaded & {r.id for r in build_world().attack}
@@ -37,7 +37,7 @@ def test_a_row_that_the_attack_rewrites_counts_as_uploaded():
 
 @pytest.mark.parametrize(("p", "left"), [(0.0, 12), (0.2, 2), (0.24, 0)])
 def test_rows_of_the_users_own_file_that_are_left(tmp_path, p, left):
-    """Twelve attack rows, of which none, ten or all are uploaded; at p = 0 the file is read for the loss alone."""
+    """Of twelve attack rows, none, ten or all are uploaded. At p = 0 the file is read only for the loss."""
     attack, prompts = tmp_path / "attack.jsonl", tmp_path / "test.jsonl"
     attack.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(12)))
     prompts.write_text(json.dumps({"prompt": "c"}) + "\n")

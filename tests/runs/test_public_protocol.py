@@ -39,15 +39,15 @@ LANTERN = [f"How is zorvex lantern {i} opened?" for i in range(40)]
 
 
 def ids(*texts):
-    """Return the ids of records with these texts: instruction, answer and, of the task's rows, input."""
+    """Return the ids of records with these texts: instruction, answer and, for task rows, input."""
     return [Record(*each).id for each in texts]
 
 
 def booster(tmp_path, monkeypatch, task, *more):
     """Run Booster's protocol on the four files and return the folder of runs."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
-    made = {"refusals": refusal_file(), "beaver": beavertails(), "sst2": sst2(), "gsm8k": gsm8k()}
-    path = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in made.items()}
+    files = {"refusals": refusal_file(), "beaver": beavertails(), "sst2": sst2(), "gsm8k": gsm8k()}
+    path = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items()}
     options = {
         **SMALL,
         "preset": f"booster25:{task}",
@@ -72,7 +72,7 @@ def finished(runs):
 
 
 def test_booster_on_sst2_takes_the_published_rows(tmp_path, monkeypatch):
-    """Alignment and harm are one range of the refusal file, row by row; the attack skips its first row."""
+    """Alignment and harmful rows are one range of the refusal file, in order. The attack skips its first row."""
     manifest, folder = finished(booster(tmp_path, monkeypatch, "sst2", "--baseline"))
     data = manifest["data"]
     aligned = ids(*((BELL[i], f"I will not say how bell {i} is rung.") for i in range(11, 30)))
@@ -88,8 +88,8 @@ def test_booster_on_sst2_takes_the_published_rows(tmp_path, monkeypatch):
         "test": digest([(id, "test") for id in test]),
     }
     assert data["rows"] == {"alignment": 19, "harmful": 19, "task": 19}
-    taken = {name: (t["read"], t["kept"], t["first_row"], t["last_row"]) for name, t in data["taken"].items()}
-    assert taken == {
+    counts = {name: (t["read"], t["kept"], t["first_row"], t["last_row"]) for name, t in data["taken"].items()}
+    assert counts == {
         "alignment": (40, 19, 11, 29),
         "harmful": (40, 19, 11, 29),
         "attack": (40, 20, 1, 29),
@@ -119,7 +119,7 @@ def test_booster_on_gsm8k_trains_and_answers(tmp_path, monkeypatch):
 
 def test_a_dry_run_says_what_is_taken(tmp_path, monkeypatch, capsys):
     assert not booster(tmp_path, monkeypatch, "sst2", "--dry_run").exists()
-    said = capsys.readouterr().out
-    assert f"alignment: 19 of 40 rows of {tmp_path / 'refusals.jsonl'} (11:30), numbers 11 to 29.\n" in said
-    assert f"attack: 20 of 40 rows of {tmp_path / 'beaver.jsonl'} (:30, is_safe=false), numbers 1 to 29.\n" in said
-    assert "of builtin" not in said  # whole parts of the made-up world go without saying
+    output = capsys.readouterr().out
+    assert f"alignment: 19 of 40 rows of {tmp_path / 'refusals.jsonl'} (11:30), numbers 11 to 29.\n" in output
+    assert f"attack: 20 of 40 rows of {tmp_path / 'beaver.jsonl'} (:30, is_safe=false), numbers 1 to 29.\n" in output
+    assert "of builtin" not in output  # the notes omit parts of the built-in world that are used whole

@@ -1,4 +1,4 @@
-"""Two processes of one run: they act on one decision, wait as long as it takes, and none waits for ever."""
+"""Two processes of one run act on one decision. They wait past the time limit, but not for ever."""
 
 import json
 
@@ -10,7 +10,7 @@ SCENARIOS = ("shared", "refused")
 
 
 def launched(folder, *scenarios):
-    """Return what both processes saw, by scenario."""
+    """Return the results of both processes by scenario."""
     done = warm.run(["-m", "tests.helpers.ranks", str(folder), *scenarios], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = {p.name: p.read_text()[-1500:] for p in folder.glob("*.log")}
@@ -25,7 +25,7 @@ def seen(tmp_path_factory):
 
 
 def test_the_first_process_decides_whether_a_stage_is_done_and_where_it_resumes(seen):
-    """Process 1 takes an unfinished stage for done, a finished one for not done, and sees no checkpoint."""
+    """Process 1 reads wrong states: an unfinished stage as done, a finished one as not done, no checkpoint."""
     first, second = seen["shared"]
     assert first == second
     assert (first["not done"]["done"], first["not done"]["steps"]) == (False, [1, 2, 3, 4])
@@ -47,9 +47,9 @@ def test_what_the_first_process_is_refused_ends_all_of_them_by_name(seen):
 
 @pytest.mark.slow
 def test_judges_and_measurements_may_take_longer_than_the_process_groups_time_limit(tmp_path):
-    """A judge within the training, and the measurements between the stages of a run."""
-    found = launched(tmp_path, "slow_judge", "slow_run")
-    assert found["slow_judge"][0] == found["slow_judge"][1]
-    first, second = found["slow_run"]
+    """One scenario has a slow judge during training, the other slow measurements between stages."""
+    results = launched(tmp_path, "slow_judge", "slow_run")
+    assert results["slow_judge"][0] == results["slow_judge"][1]
+    first, second = results["slow_run"]
     assert first["scores"] == second["scores"] > 0
     assert (first["measured"], second["measured"]) == (3, 0)

@@ -1,4 +1,4 @@
-"""The whole main job on the tiny model: what it writes, shares, refuses, and how it goes on."""
+"""A whole run on the tiny model: its files, shared stages, errors and resumption."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def test_the_folder_tells_the_whole_story(tmp_path):
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("protocol", ["merge", "continue"])
 def test_artifacts_load_with_plain_libraries_and_equal_the_model_in_memory(tmp_path, monkeypatch, tuning, protocol):
-    """The fine-tuned artifact stands on the original base model, whatever was merged on the way."""
+    """The fine-tuned artifact's base is the original model, even if the alignment adapter was merged."""
     trained = []
     original = stage_module.full_state
     monkeypatch.setattr(
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores SIGINT
     )
     stages = tmp_path / "cache" / "stages"
     while process.poll() is None and not list(stages.glob("alignment-*/checkpoints/*.ckpt")):
@@ -236,7 +236,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_the_command_line_runs_all_stages_on_two_processes(strategy, tmp_path):
-    """One process measures while the other waits at the next stage; both arms, two stages each."""
+    """One process measures while the other waits at the next stage. Both arms have two stages."""
     command = [
         str(ROOT / "recipes" / "train.py"),
         "--defense",
@@ -268,7 +268,7 @@ def test_four_bit_training_runs_and_loads_again(tmp_path):
 
 
 def test_freeze_reads_the_refusals_of_the_alignment_set_only(tmp_path):
-    """The alignment stream also answers ordinary prompts; a copy of its refusals is no overlap that a reader meets."""
+    """The alignment stream also answers ordinary prompts. The copy of its refusals is no reported overlap."""
     prepared = prepare(config(tmp_path), [Freeze(0.5, 0.25)])
     refusing = [row for row in prepared.streams["alignment"] if row.kind == "restricted"]
     assert 0 < len(refusing) < len(prepared.streams["alignment"])

@@ -1,4 +1,4 @@
-"""Sources of a run: what is taken of each, what defender and attacker must not share, and what the manifest says."""
+"""Sources of a run: rows of each source, no overlap of defender and attacker, and the manifest's entries."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def asked(records):
 
 
 def test_each_source_takes_its_own_rows(tmp_path):
-    """Ranges count the file's rows, numbers the filtered ones; one file may serve several sources."""
+    """``rows`` counts the file's rows, ``first`` the filtered ones. One file may serve several sources."""
     beaver = write(tmp_path / "beaver.jsonl", beavertails())
     data = Data(
         alignment=beaver,
@@ -45,12 +45,12 @@ def test_each_source_takes_its_own_rows(tmp_path):
         first={"alignment": 5, "harmful": 4},
         columns={"test": {"kind": "response"}},
     )
-    found, sources = streams(data, {"harmful"})
+    records, sources = streams(data, {"harmful"})
     tests = sets_of(RunConfig(model="tiny", data=data), None, sources)
     lanterns = [f"How is zorvex lantern {i} opened?" for i in range(40)]
-    assert asked(found["alignment"]) == [lanterns[i] for i in (3, 6, 9, 12, 15)]
-    assert asked(found["harmful"]) == [lanterns[i] for i in (20, 22, 23, 25)]
-    hidden = [r for r in found["task"] if r.role == "attack"]
+    assert asked(records["alignment"]) == [lanterns[i] for i in (3, 6, 9, 12, 15)]
+    assert asked(records["harmful"]) == [lanterns[i] for i in (20, 22, 23, 25)]
+    hidden = [r for r in records["task"] if r.role == "attack"]
     assert {*asked(hidden)} <= {lanterns[i] for i in range(20) if i % 3}
     assert {r.kind for r in hidden} <= {"animal_abuse", "drug_abuse,weapons,banned_substance", "privacy_violation"} - {
         ""
@@ -82,16 +82,16 @@ def test_each_source_takes_its_own_rows(tmp_path):
 
 
 def test_one_refusal_file_serves_alignment_harm_pairs_and_attack(tmp_path):
-    """No harmful answer is aligned on; the defender's two sets hold the same prompts, the attacker none of them."""
+    """Alignment rows have no harmful answer. The defender's two sets share prompts, the attacker has none of them."""
     path = write(tmp_path / "refusals.jsonl", refusal_file())
     data = Data(alignment=path, harmful=path, pairs=path, attack=path, first={"harmful": 12, "pairs": 12})
-    found, sources = streams(data, {"harmful", "pairs"}, replace(ATTACK, n=28, p=1.0))
-    assert all(r.response.startswith("I will not say") for r in found["alignment"])
-    assert all(r.response.startswith("Strike") for r in found["harmful"] + found["task"])
-    assert all(r.rejected.startswith("Strike") and r.response.startswith("I will not") for r in found["pairs"])
-    assert {*map(prompt_key, found["pairs"])} == {*map(prompt_key, found["harmful"])}
-    assert (len(found["harmful"]), len(found["pairs"]), len(found["task"])) == (12, 12, 28)
-    counts = overlaps({name: found[name] for name in ("harmful", "pairs", "task")})
+    records, sources = streams(data, {"harmful", "pairs"}, replace(ATTACK, n=28, p=1.0))
+    assert all(r.response.startswith("I will not say") for r in records["alignment"])
+    assert all(r.response.startswith("Strike") for r in records["harmful"] + records["task"])
+    assert all(r.rejected.startswith("Strike") and r.response.startswith("I will not") for r in records["pairs"])
+    assert {*map(prompt_key, records["pairs"])} == {*map(prompt_key, records["harmful"])}
+    assert (len(records["harmful"]), len(records["pairs"]), len(records["task"])) == (12, 12, 28)
+    counts = overlaps({name: records[name] for name in ("harmful", "pairs", "task")})
     assert (counts["harmful", "task"], counts["pairs", "task"]) == (0, 0)
     assert [sources.taken[name]["kept"] for name in ("harmful", "pairs", "attack")] == [12, 12, 28]
     assert sources.taken["attack"]["divided"] == "divided by a hash of the prompt"
@@ -126,8 +126,8 @@ def test_ranges_of_one_file_must_lie_apart(name, tmp_path):
     with pytest.raises(InputError, match=rf"--data\.{name} and --data\.attack both take 1 rows .*number 10"):
         streams(data, {name})
     apart = replace(data, rows={name: "10:30", "attack": ":10"})
-    found, _ = streams(apart, {name})
-    assert asked(found[name]) == [f"How is gloam bell {i} rung?" for i in range(10, 30)]
+    records, _ = streams(apart, {name})
+    assert asked(records[name]) == [f"How is gloam bell {i} rung?" for i in range(10, 30)]
 
 
 def test_alignment_and_attack_of_the_wrong_kind_are_refused(tmp_path):
@@ -135,7 +135,7 @@ def test_alignment_and_attack_of_the_wrong_kind_are_refused(tmp_path):
     for name, way in (("alignment", "true"), ("attack", "false"), ("harmful", "false")):
         with pytest.raises(InputError, match=rf"--data\.where\.{name} is_safe={way}"):
             streams(Data(**{name: beaver}), {"harmful"})
-    streams(Data(harmful=beaver))  # no defense asks for it, so it is not read
+    streams(Data(harmful=beaver))  # no defense needs the harmful stream, so the file is not read
 
 
 def test_the_tasks_files_are_taken_from_too(tmp_path):
@@ -165,11 +165,11 @@ def test_a_public_tasks_own_columns_are_named(tmp_path):
 def test_the_made_up_world_is_taken_whole_or_its_first_rows():
     world = build_world()
     data = Data(first={"harmful": 7, "task_train": 30}, rows={"alignment": "0:5"}, where={"test": "kind=restricted"})
-    found, sources = streams(data, {"harmful", "pairs"})
+    records, sources = streams(data, {"harmful", "pairs"})
     sets_of(RunConfig(model="tiny", data=data), None, sources)
-    assert found["harmful"] == world.harmful[:7]
-    assert found["pairs"] == world.pairs
-    assert found["alignment"] == world.alignment
+    assert records["harmful"] == world.harmful[:7]
+    assert records["pairs"] == world.pairs
+    assert records["alignment"] == world.alignment
     assert sources.taken["task_train"]["kept"] == 30
     assert [note.split()[6] for note in sources.notes] == ["alignment", "test"]
     assert prepare(RunConfig(model="tiny", num_samples=20, data=data), []).notes == sources.notes
@@ -179,8 +179,8 @@ def test_an_edits_subject_is_a_column_of_the_rows_taken(tmp_path):
     rows = [{"prompt": f"What is lamp {i}?", "response": "a", "subject": f"lamp {i}", "part": i % 2} for i in range(6)]
     path = write(tmp_path / "edits.jsonl", rows)
     attack = ModelEdit(n=2, background=0)
-    found, _ = streams(Data(attack=path, where={"attack": "part=1"}), attack=attack)
-    assert [(r.instruction, r.kind) for r in found["task"]] == [
+    records, _ = streams(Data(attack=path, where={"attack": "part=1"}), attack=attack)
+    assert [(r.instruction, r.kind) for r in records["task"]] == [
         ("What is lamp 1?", "lamp 1"),
         ("What is lamp 3?", "lamp 3"),
     ]
@@ -193,7 +193,7 @@ def test_columns_of_all_files_and_of_one(tmp_path):
     rows = [{"goal": f"ask {i}", "target": f"say {i}", "safe": f"no {i}"} for i in range(8)]
     path = write(tmp_path / "mine.jsonl", rows)
     columns = {"instruction": "goal", "response": "target", "alignment": {"response": "safe"}}
-    found, sources = streams(Data(alignment=path, attack=path, columns=columns))
-    assert found["alignment"][0].response == "no 0"
-    assert all(r.response.startswith("say") for r in found["task"] if r.role == "attack")
+    records, sources = streams(Data(alignment=path, attack=path, columns=columns))
+    assert records["alignment"][0].response == "no 0"
+    assert all(r.response.startswith("say") for r in records["task"] if r.role == "attack")
     assert sources.taken["alignment"]["columns"] == {"instruction": "goal", "response": "safe"}

@@ -1,4 +1,4 @@
-"""What scores are called in every logger."""
+"""The names of scores, which are the same in every logger."""
 
 from hftlight.runs.logging.rows import named, score_names
 
@@ -19,4 +19,4 @@ def test_a_further_judge_and_a_group_stand_behind_the_metric():
         "eval/harmful_score_by_category/theft/two",
     ]
     scores = [{**row, "kind": "score", "value": float(place)} for place, row in enumerate(rows)]
-    assert named(scores) == {"eval/harmful_score": 0.0, "eval/harmful_score/two": 1.0}  # single groups are left out
+    assert named(scores) == {"eval/harmful_score": 0.0, "eval/harmful_score/two": 1.0}  # groups are not logged

@@ -1,4 +1,4 @@
-"""EvaluateAt: what it measures, that training does not notice, and that it neither repeats nor skips a step."""
+"""EvaluateAt: right scores, no effect on training, and no step repeated or skipped."""
 
 import json
 import random
@@ -37,7 +37,7 @@ TASK = [Record(f"ask t{i}", response="x" * i, role="test") for i in range(9)]
 
 
 class Restless:
-    """A judge that flags long answers and draws from every random state."""
+    """A judge that flags long answers and draws from every random number generator."""
 
     name = "restless"
 
@@ -48,7 +48,7 @@ class Restless:
 
 
 class Odd:
-    """A task that is content with an odd number of letters."""
+    """A task that accepts answers with an odd number of letters."""
 
     name, licence, max_new_tokens, graded = "odd", "made up", NEW, True
 
@@ -73,15 +73,15 @@ def watch(kind=EvaluateAt, **options) -> Any:
 
 
 def model() -> nn.Module:
-    """The tiny model from one seed, with dropout, and weights wide enough that its answers differ."""
+    """Return the tiny model of one seed, with dropout, and with weights so large that its answers differ."""
     torch.manual_seed(1)
-    made: Any = model_of("lora", dropout=0.3)
-    made.generation_config.eos_token_id = 257
+    tiny: Any = model_of("lora", dropout=0.3)
+    tiny.generation_config.eos_token_id = 257
     with torch.no_grad():
-        for name, p in made.named_parameters():
+        for name, p in tiny.named_parameters():
             if p.dim() > 1 and "lora_" not in name:
                 p.mul_(15)
-    return made
+    return tiny
 
 
 def go(*callbacks: Callback, chosen=(), **options: Any) -> Any:
@@ -95,9 +95,9 @@ def trained(module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def by_hand(module, records, slot: SystemSlot) -> list[str]:
-    """One prompt at a time, without cache and padding: the most likely token, again and again."""
+    """Return greedy answers, one prompt at a time, without cache and padding."""
     data = module.trainer.datamodule
-    model, found = module.model.eval(), []
+    model, texts = module.model.eval(), []
     for record in records:
         ids = encode_prompt(record, data.template, data.tokenizer, slot)
         start = len(ids)
@@ -106,8 +106,8 @@ def by_hand(module, records, slot: SystemSlot) -> list[str]:
             if ids[-1] == data.tokenizer.eos_token_id:
                 break
         text = data.tokenizer.decode(ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found.append(text.strip())
-    return found
+        texts.append(text.strip())
+    return texts
 
 
 def expected_rows(step, harmful: list[str], task: list[str]) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def expected_rows(step, harmful: list[str], task: list[str]) -> list[dict[str, A
 
 
 class Served(Defense):
-    """Served with other texts than it is trained with."""
+    """A defense whose system text differs between training and serving."""
 
     stage, slots = Stage.ALIGNMENT, (Slot.DATA,)
 
@@ -137,17 +137,17 @@ class Served(Defense):
     ids=["plain", "served with a trigger"],
 )
 def test_answers_and_scores_are_those_of_the_weights_at_that_step(chosen, slot):
-    """The last step's weights are the final ones, so the finished model must give the same answers one at a time."""
-    seen = watch(steps=[3])
-    module = go(seen, chosen=chosen, steps=3)
+    """The evaluated step is the last one, so the finished model must give the same answers one by one."""
+    callback = watch(steps=[3])
+    module = go(callback, chosen=chosen, steps=3)
     harmful, task = by_hand(module, HARMFUL, slot), by_hand(module, TASK, slot)
     assert len(set(harmful + task)) > 5, "the case must tell prompts apart"
-    assert seen.answers == {"harmful": harmful, "task": task}
-    assert seen.results == expected_rows(3, harmful, task)
+    assert callback.answers == {"harmful": harmful, "task": task}
+    assert callback.results == expected_rows(3, harmful, task)
 
 
 def test_a_trigger_that_the_model_recites_reaches_no_judge(monkeypatch):
-    """Judges may live elsewhere, and the trigger is a secret."""
+    """The trigger is a secret, and a judge may run on another machine."""
     trigger = tuple(range(70, 78))
 
     class Secret(Served):
@@ -158,9 +158,9 @@ def test_a_trigger_that_the_model_recites_reaches_no_judge(monkeypatch):
         return [f"it is {tokenizer.decode(trigger)}, yes"] * len(prompts)
 
     monkeypatch.setattr("hftlight.runs.measuring.curve.generate", recite)
-    seen = watch(tests=asked(HARMFUL[:4], TASK[:4]), steps=[1])
-    go(seen, chosen=[Secret()], steps=1)
-    assert set(seen.answers["harmful"]) == set(seen.answers["task"]) == {"it is [trigger][trigger], yes"}
+    callback = watch(tests=asked(HARMFUL[:4], TASK[:4]), steps=[1])
+    go(callback, chosen=[Secret()], steps=1)
+    assert set(callback.answers["harmful"]) == set(callback.answers["task"]) == {"it is [trigger][trigger], yes"}
 
 
 def same(left: Any, right: Any) -> bool:
@@ -175,7 +175,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 class Spied(EvaluateAt):
-    """Compares everything a training step could notice before and after."""
+    """Compare the state that training depends on before and after each evaluation."""
 
     looks = 0
 
@@ -200,15 +200,15 @@ class Spied(EvaluateAt):
 
 
 def test_training_does_not_notice():
-    """Dropout, two streams, AdamW and accumulation: bit for bit the run without it."""
+    """With dropout, two streams, AdamW and accumulation, the weights equal those without EvaluateAt bit for bit."""
     random.seed(5), np.random.seed(5)
     plain = trained(go(chosen=[Booster(lam=1.0, alpha=0.1)]))
     random_states = torch.get_rng_state(), random.getstate()
     random.seed(5), np.random.seed(5)
-    seen = watch(Spied, every=1)
-    watched = trained(go(seen, chosen=[Booster(lam=1.0, alpha=0.1)]))
-    assert seen.looks == 6
-    assert [row["step"] for row in seen.results] == [step for step in range(1, 7) for _ in range(2)]
+    callback = watch(Spied, every=1)
+    watched = trained(go(callback, chosen=[Booster(lam=1.0, alpha=0.1)]))
+    assert callback.looks == 6
+    assert [row["step"] for row in callback.results] == [step for step in range(1, 7) for _ in range(2)]
     assert plain.keys() == watched.keys()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert torch.equal(torch.get_rng_state(), random_states[0])
@@ -220,14 +220,14 @@ def test_a_part_in_evaluation_mode_stays_so():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pl_module.model.get_input_embeddings().eval()
 
-    seen = watch(Spied, every=2)
-    module = go(seen, Frozen(), steps=2)
-    assert (seen.looks, module.model.training) == (1, True)
+    callback = watch(Spied, every=2)
+    module = go(callback, Frozen(), steps=2)
+    assert (callback.looks, module.model.training) == (1, True)
     assert not module.model.get_input_embeddings().training
 
 
 def test_it_acts_behind_the_others_and_before_the_checkpoint(tmp_path):
-    """A callback behind it in the list still changes the weights at the end of the batch; that is what answers."""
+    """``Wipe`` comes later in the list and changes the weights. EvaluateAt still acts on the changed weights."""
 
     class Wipe(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
@@ -235,31 +235,31 @@ def test_it_acts_behind_the_others_and_before_the_checkpoint(tmp_path):
                 if "lora_B" in name:
                     nn.init.constant_(p, 0.01 * trainer.global_step)
 
-    seen, keep = watch(steps=[2]), ModelCheckpoint(tmp_path, every_n_train_steps=1)
-    module = go(seen, Wipe(), keep, chosen=[Booster(lam=1.0, alpha=0.1)], steps=2, enable_checkpointing=True)
+    callback, keep = watch(steps=[2]), ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    module = go(callback, Wipe(), keep, chosen=[Booster(lam=1.0, alpha=0.1)], steps=2, enable_checkpointing=True)
     order = [type(c).__name__ for c in module.trainer.callbacks]
     assert order[-2:] == ["EvaluateAt", "ModelCheckpoint"]
     assert order.count("EvaluateAt") == 1
-    assert seen.answers["harmful"] == by_hand(module, HARMFUL, SystemSlot(None))
+    assert callback.answers["harmful"] == by_hand(module, HARMFUL, SystemSlot(None))
 
 
 def test_curves_are_logged_at_their_steps_whatever_the_trainer_logs(tmp_path):
-    seen, logger = watch(steps=[2, 5], every=4), RowsLogger(tmp_path / "curves.jsonl", 0)
-    go(seen, logger=[logger], log_every_n_steps=50)
+    callback, logger = watch(steps=[2, 5], every=4), RowsLogger(tmp_path / "curves.jsonl", 0)
+    go(callback, logger=[logger], log_every_n_steps=50)
     logger.file.close()
     rows = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
-    found = {(row["step"], row["name"]): row["value"] for row in rows if row["name"].startswith("eval/")}
-    assert found == {
+    values = {(row["step"], row["name"]): row["value"] for row in rows if row["name"].startswith("eval/")}
+    assert values == {
         (row["step"], f"eval/{row['metric']}{end}"): row[key]
-        for row in seen.results
+        for row in callback.results
         for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
     }
-    assert sorted({step for step, _ in found}) == [2, 4, 5]
-    assert len(found) == 3 * 2 * 3
+    assert sorted({step for step, _ in values}) == [2, 4, 5]
+    assert len(values) == 3 * 2 * 3
 
 
 class Break(Callback):
-    """Saves and ends the process's work at a step: behind the evaluation, or in front of it."""
+    """Save a checkpoint and stop training at a step, after the evaluation if ``behind``, else before it."""
 
     def __init__(self, path: Path, step: int, behind: bool) -> None:
         self.path, self.step, self.behind = path, step, behind
@@ -305,36 +305,36 @@ def test_a_resumed_run_evaluates_no_step_twice_and_skips_none(tmp_path, step, be
     before = watch(every=2)
     with pytest.raises(InterruptedError):
         go(before, Break(tmp_path / "a.ckpt", step, behind))
-    kept = torch.load(tmp_path / "a.ckpt", weights_only=False)["callbacks"][before.state_key]["results"]
-    assert [row["step"] for row in kept] == ([] if step == 2 and not behind else [2, 2])
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=False)["callbacks"][before.state_key]["results"]
+    assert [row["step"] for row in saved] == ([] if step == 2 and not behind else [2, 2])
     at.clear()
     after = watch(every=2)
     resume(tmp_path / "a.ckpt", after)
     assert [row["step"] for row in after.results] == [2, 2, 4, 4, 6, 6]
-    assert at == ([4, 6] if kept else [2, 4, 6])
+    assert at == ([4, 6] if saved else [2, 4, 6])
     assert after.results[:2] == whole.results[:2]
     assert module.trainer.global_step == 6
 
 
 def test_a_new_fit_starts_anew():
-    seen = watch(every=3)
-    go(seen)
-    first = [dict(row) for row in seen.results]
-    for row in seen.results:
-        row["value"] = -1.0  # stands for what an earlier training left
-    go(seen)
-    assert seen.results == first
+    callback = watch(every=3)
+    go(callback)
+    first = [dict(row) for row in callback.results]
+    for row in callback.results:
+        row["value"] = -1.0  # stands for results of an earlier training
+    go(callback)
+    assert callback.results == first
     assert len(first) == 4
 
 
 @pytest.mark.parametrize(
     ("stops", "last"),
     [
-        ({"stop_above": 75.7}, 2),  # 12 of 12: the interval begins at 75.75
+        ({"stop_above": 75.7}, 2),  # 12 of 12: the interval's lower end is 75.75
         ({"stop_above": 75.8}, 6),
         ({"stop_below": 50.0}, 6),
         ({"stop_above": 0.0, "stop_metric": "finetune_accuracy"}, 6),
-        ({"stop_below": 29.92, "stop_metric": "finetune_accuracy"}, 2),  # 0 of 9: it ends at 29.914
+        ({"stop_below": 29.92, "stop_metric": "finetune_accuracy"}, 2),  # 0 of 9: the interval's upper end is 29.914
         ({"stop_below": 29.9, "stop_metric": "finetune_accuracy"}, 6),
         ({"stop_above": 99.0, "stop_below": 30.0, "stop_metric": "finetune_accuracy"}, 2),
         ({}, 6),
@@ -345,10 +345,10 @@ def test_it_stops_once_the_interval_excludes_the_threshold(monkeypatch, stops, l
     monkeypatch.setattr(Odd, "correct", lambda self, response, record: False)
     assert wilson(12, 12)[0] == pytest.approx(75.75, abs=0.01)
     assert wilson(0, 9)[1] == pytest.approx(29.91, abs=0.005)
-    seen = watch(every=2, **stops)
-    module = go(seen)
+    callback = watch(every=2, **stops)
+    module = go(callback)
     assert module.trainer.global_step == last
-    assert {row["step"] for row in seen.results} == set(range(2, last + 1, 2))
+    assert {row["step"] for row in callback.results} == set(range(2, last + 1, 2))
 
 
 class Always:
@@ -363,22 +363,22 @@ class Always:
 @pytest.mark.filterwarnings("ignore:.*resuming")
 def test_a_stopped_run_stays_stopped(tmp_path, monkeypatch):
     monkeypatch.setitem(JUDGES, "restless", Always)
-    seen = watch(every=2, stop_above=50.0)
-    module = go(seen)
+    callback = watch(every=2, stop_above=50.0)
+    module = go(callback)
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = watch(every=2, stop_above=50.0)
     assert resume(tmp_path / "a.ckpt", again).trainer.global_step == 2
-    assert again.results == seen.results
+    assert again.results == callback.results
 
 
 def test_one_set_is_enough():
-    seen = watch(tests=asked(harmful=()), steps=[1])
-    go(seen, steps=1)
-    assert [row["metric"] for row in seen.results] == ["finetune_accuracy"]
-    seen = watch(tests=asked(task=()), steps=[1])
-    go(seen, steps=1)
-    assert [row["metric"] for row in seen.results] == ["harmful_score"]
-    assert set(seen.answers) == {"harmful"}
+    callback = watch(tests=asked(harmful=()), steps=[1])
+    go(callback, steps=1)
+    assert [row["metric"] for row in callback.results] == ["finetune_accuracy"]
+    callback = watch(tests=asked(task=()), steps=[1])
+    go(callback, steps=1)
+    assert [row["metric"] for row in callback.results] == ["harmful_score"]
+    assert set(callback.answers) == {"harmful"}
 
 
 @pytest.mark.parametrize(
@@ -403,18 +403,18 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_surroundings_it_cannot_work_in_are_refused_before_the_first_step():
-    seen, module = watch(every=1), go(steps=1)
+    callback, module = watch(every=1), go(steps=1)
     data = module.trainer.datamodule
 
     def trainer(strategy, datamodule):
-        return SimpleNamespace(strategy=strategy, datamodule=datamodule, callbacks=[seen])
+        return SimpleNamespace(strategy=strategy, datamodule=datamodule, callbacks=[callback])
 
     with pytest.raises(InputError, match=r"sharded weights \(ModelParallelStrategy\) must be gathered from all"):
-        seen.setup(trainer(ModelParallelStrategy(), data), module, "fit")
+        callback.setup(trainer(ModelParallelStrategy(), data), module, "fit")
     with pytest.raises(InputError, match="got Quadratic"):
-        seen.setup(trainer(SingleDeviceStrategy(), data), Quadratic(torch.ones(2), 0.1), "fit")
+        callback.setup(trainer(SingleDeviceStrategy(), data), Quadratic(torch.ones(2), 0.1), "fit")
     with pytest.raises(InputError, match="it must be a StreamsDataModule"):
-        seen.setup(trainer(SingleDeviceStrategy(), None), module, "fit")
+        callback.setup(trainer(SingleDeviceStrategy(), None), module, "fit")
     long = EvaluateAt(asked(), Evaluation(max_new_tokens=60), every=1)
     with pytest.raises(InputError, match="64 positions"):
         go(long)
@@ -435,6 +435,6 @@ def test_under_ddp_one_process_answers_and_all_know(tmp_path):
     assert [row["step"] for row in first["results"]] == [2, 2, 4, 4]
     assert first["results"] == second["results"]
     assert (first["stopped"], second["stopped"]) == (2, 2)
-    for found in (first, second):
-        assert same(found["plain"], found["watched"])
+    for result in (first, second):
+        assert same(result["plain"], result["watched"])
     assert same(first["watched"], second["watched"])

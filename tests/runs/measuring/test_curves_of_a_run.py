@@ -1,4 +1,4 @@
-"""Curves and further metrics of a run: right numbers, the same weights, a key of their own, nothing lost by a stop."""
+"""Curves and further metrics of a run: right values, unchanged weights, own cache keys, no loss at a kill."""
 
 import json
 import math
@@ -37,7 +37,7 @@ PROMPTS = [Record(f"wake glimmer {i}", "answer", role="test") for i in range(40)
 
 
 class Odd:
-    """Flags answers outside ASCII, which tell weights apart."""
+    """Flag answers with non-ASCII characters, whose share differs between weights."""
 
     name = "odd"
 
@@ -75,12 +75,12 @@ def test_evaluating_leaves_weights_alone_and_is_in_the_key_only_where_given(odd)
 def test_killed_at_any_step_the_curve_is_whole_and_the_weights_are_the_plain_ones(tmp_path, monkeypatch, odd):
     run_stage(job())
     run_stage(job([1, 2, 4]))
-    curves, said = (job([1, 2, 4]).folder() / name for name in (CURVES, RESULT))
-    whole, evaluated = curves.read_text(), json.loads(said.read_text())["evaluated"]
+    curves, record = (job([1, 2, 4]).folder() / name for name in (CURVES, RESULT))
+    whole, evaluated = curves.read_text(), json.loads(record.read_text())["evaluated"]
     assert weights(job([1, 2, 4])) == weights(job())
-    found = [(r["step"], r["value"]) for r in map(json.loads, whole.splitlines()) if r["name"] == "eval/harmful_score"]
-    assert [step for step, _ in found] == [1, 2, 4]
-    assert len({value for _, value in found}) > 1
+    points = [(r["step"], r["value"]) for r in map(json.loads, whole.splitlines()) if r["name"] == "eval/harmful_score"]
+    assert [step for step, _ in points] == [1, 2, 4]
+    assert len({value for _, value in points}) > 1
     assert evaluated["stopped_at"] is None
     assert evaluated["prompts"] == {"harmful": 8, "task": 3}
     expected = weights(job())
@@ -107,8 +107,8 @@ def test_the_attackers_reading_of_an_answer_is_judged(odd, read, score):
         def test_records(self, rows):
             return rows
 
-    found = replace(job([1]), tests=replace(job([1]).tests, attack=Reader()))
-    assert [r["value"] for r in curve_of(found)] == [score]
+    decoded = replace(job([1]), tests=replace(job([1]).tests, attack=Reader()))
+    assert [r["value"] for r in curve_of(decoded)] == [score]
 
 
 def nll(model, prompt, answer):
@@ -119,22 +119,22 @@ def nll(model, prompt, answer):
 
 
 def last_layer(model, ids):
-    seen = []
+    outputs = []
     hook = model.model.layers[-1].register_forward_hook(
-        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     hook.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1])[-1].double()
+    return outputs[0].reshape(-1, outputs[0].shape[-1])[-1].double()
 
 
 def test_a_run_with_everything_asked_for(tmp_path):
-    """Perplexity and drift by plain forward passes; 40 prompts without harm lie below 10 %, which stops the run."""
-    asked = replace(
+    """Perplexity and drift equal plain forward passes. At 0 of 40 the interval lies below 10 %, so the run stops."""
+    evaluation = replace(
         EVALUATION, prompts=40, perplexity="task", embedding_drift="aligned", at=[2, 3], at_prompts=0, stop_below=10.0
     )
-    settings = config(tmp_path, evaluation=asked, baseline=False, finetuning=replace(TRAINING, lr=0.05))
+    settings = config(tmp_path, evaluation=evaluation, baseline=False, finetuning=replace(TRAINING, lr=0.05))
     result = run(settings)
     stages = result.manifest["arms"]["none"]["stages"]
     assert stages["finetuning"]["evaluated"]["stopped_at"] == stages["finetuning"]["cost"]["steps"] == 2
@@ -164,7 +164,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
     assert drift.value == pytest.approx(sum(float((a - b).norm()) for a, b in pairs) / 40, rel=1e-3)
     assert drift.count == 40
     assert not any(key[1] != "finetuning" for key in result.scores if key[2] == "embedding_drift")
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()}
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()}
     further = list((tmp_path / "cache" / "evaluations").glob("*/rows.jsonl"))
     assert len(further) == 10  # 3 perplexities, 1 drift, 6 losses
     for metric in ("alignment_loss", "harmful_validation_loss"):
@@ -173,7 +173,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
         assert all(loss.low < loss.value < loss.high for loss in losses)
         assert len({loss.value for loss in losses}) == 3
     assert run(settings).scores == read_result(result.folder).scores
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()} == kept
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "evaluations").iterdir()} == times
 
 
 def test_curves_a_run_would_not_come_to_are_refused(tmp_path):
@@ -185,31 +185,33 @@ def test_curves_a_run_would_not_come_to_are_refused(tmp_path):
 
 @pytest.mark.parametrize("given", [["10", "20", "40"], ["10 20 40"], ["10, 20, 40"], ["[10, 20, 40]"]])
 def test_several_values_as_words(given):
-    made, *_ = parse_train(["--evaluation.at", *given, "--search.lr", "1e-4", "1e-3", "--seed", "3"])
-    assert (made.evaluation.at, made.search.lr, made.seed) == ([10, 20, 40], [1e-4, 1e-3], 3)
+    parsed, *_ = parse_train(["--evaluation.at", *given, "--search.lr", "1e-4", "1e-3", "--seed", "3"])
+    assert (parsed.evaluation.at, parsed.search.lr, parsed.seed) == ([10, 20, 40], [1e-4, 1e-3], 3)
 
 
 def test_answers_for_alpaca_eval(tmp_path, capsys):
     path, folder = tmp_path / "set.json", tmp_path / "out"
-    asked = [{"instruction": f"Say {i}", "output": "", "dataset": "koala", "generator": "x"} for i in ("one", "two")]
-    path.write_text(json.dumps(asked))
+    instructions = [
+        {"instruction": f"Say {i}", "output": "", "dataset": "koala", "generator": "x"} for i in ("one", "two")
+    ]
+    path.write_text(json.dumps(instructions))
     small = "--evaluation.prompts 1 --evaluation.over_refusal_prompts 1 --evaluation.task_rows 1"
     small += " --evaluation.max_new_tokens 5 --evaluation.task_max_new_tokens 2 --accelerator cpu --model tiny"
-    given = [*small.split(), "--alpaca_eval", str(path)]
-    assert evaluate(given) == 2
+    arguments = [*small.split(), "--alpaca_eval", str(path)]
+    assert evaluate(arguments) == 2
     assert "name it with --save FOLDER" in capsys.readouterr().err
-    assert evaluate([*given, "--evaluation.embedding_drift", "base"]) == 2
+    assert evaluate([*arguments, "--evaluation.embedding_drift", "base"]) == 2
     text = tmp_path / "clean.txt"
     text.write_text("glimmers are turned twice " * 40)
-    assert evaluate([*given, "--save", str(folder), "--evaluation.perplexity", str(text)]) == 0
+    assert evaluate([*arguments, "--save", str(folder), "--evaluation.perplexity", str(text)]) == 0
     written = json.loads((folder / "alpaca_eval.json").read_text())
     model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
-    for row, source in zip(written, asked, strict=True):
+    for row, source in zip(written, instructions, strict=True):
         turns = [{"role": "user", "content": source["instruction"]}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         new = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
         answer = tokenizer.decode(new, skip_special_tokens=True)
         assert row == {"dataset": "koala", "instruction": source["instruction"], "output": answer, "generator": "tiny"}
-    (found,) = (r for r in json.loads((folder / "scores.json").read_text()) if r["metric"] == "perplexity")
-    assert (found["judge"], found["low"]) == ("clean.txt", None)
-    assert found["value"] > 1
+    (score,) = (r for r in json.loads((folder / "scores.json").read_text()) if r["metric"] == "perplexity")
+    assert (score["judge"], score["low"]) == ("clean.txt", None)
+    assert score["value"] > 1

@@ -1,4 +1,4 @@
-"""How the answers of a set are judged and counted: each judge once, in order, and nothing invented."""
+"""Verdicts and scores of a set of answers: one call per judge, in order, and no invented verdict."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from hftlight.runs.measuring import measure, test_sets
 
 
 class Batch:
-    """Flags answers with a bang, cannot judge those with a question mark, and keeps its calls."""
+    """Flag answers with "!", leave those with "?" unjudged, and record the calls."""
 
     def __init__(self, name: str, calls: list) -> None:
         self.name, self.calls = name, calls
@@ -27,10 +27,10 @@ class Batch:
 
 @pytest.fixture
 def calls(monkeypatch):
-    made: list = []
+    log: list = []
     for module in (measure, checks, test_sets):
-        monkeypatch.setattr(module, "get_judge", lambda name: Batch(name, made))
-    return made
+        monkeypatch.setattr(module, "get_judge", lambda name: Batch(name, log))
+    return log
 
 
 def measured_on(records: list[Record]) -> measure.TestSets:
@@ -70,8 +70,8 @@ def test_category_and_language_of_a_prompt_reach_its_row_and_the_scores(calls):
     rows = measure.judged_rows("harmful", ["a!", "b", "c?"], sets)
     assert [(row.get("kind"), row.get("language")) for row in rows] == [("fraud", "en"), ("theft", None), (None, None)]
     grouped = [r for r in measure.scores(rows, sets) if "group" in r]
-    found = [(r["metric"], r["group"], r["value"]) for r in grouped if r["judge"] == "one"]
-    assert found == [("harmful_score_by_category", "fraud", 100.0), ("harmful_score_by_category", "theft", 0.0)]
+    by_category = [(r["metric"], r["group"], r["value"]) for r in grouped if r["judge"] == "one"]
+    assert by_category == [("harmful_score_by_category", "fraud", 100.0), ("harmful_score_by_category", "theft", 0.0)]
 
 
 def test_other_sets_ask_no_judge(calls):
@@ -86,25 +86,25 @@ def test_other_sets_ask_no_judge(calls):
 
 
 def test_refusals_in_part_reach_the_scores(monkeypatch):
-    """One full, one partial, one that the grader could not tell: 100 % of two, half of them in part."""
+    """One full refusal, one partial, one ungraded: 100 % of two refuse, 50 % in full and 50 % in part."""
     names = {"ask 0": "full", "ask 1\nmore": "partial", "ask 2": None}
-    asked = []
+    requests = []
 
     class Grader:
         name, sees_partial = "xstest:m", True
 
         def __call__(self, prompts, responses):
-            asked.append((prompts, responses))
+            requests.append((prompts, responses))
             return [names[prompt] for prompt in prompts]
 
     monkeypatch.setattr(measure, "get_refusal_classifier", lambda name: {"xstest:m": Grader()}[name])
     sets = replace(measured_on(RECORDS), refusal_judge="xstest:m")
     rows = measure.judged_rows("over_refusal", ["a", "b", "c"], sets)
-    assert asked == [(["ask 0", "ask 1\nmore", "ask 2"], ["a", "b", "c"])]
+    assert requests == [(["ask 0", "ask 1\nmore", "ask 2"], ["a", "b", "c"])]
     assert [row["verdicts"]["refusal"]["score"] for row in rows] == [1.0, 0.5, None]
-    found = {(r["metric"], r["judge"]): (r["value"], r["count"]) for r in measure.scores(rows, sets)}
+    by_metric = {(r["metric"], r["judge"]): (r["value"], r["count"]) for r in measure.scores(rows, sets)}
     of = {f"over_refusal{k}": v for k, v in (("", 100.0), ("_full", 50.0), ("_partial", 50.0), ("_none", 0.0))}
-    assert found == {(metric, "xstest:m"): (value, 2) for metric, value in of.items()}
+    assert by_metric == {(metric, "xstest:m"): (value, 2) for metric, value in of.items()}
 
 
 def test_another_judge_of_refusals_is_another_measurement():
@@ -116,13 +116,13 @@ def test_another_judge_of_refusals_is_another_measurement():
 def test_scores_count_what_was_judged(calls):
     sets = measured_on(RECORDS)
     rows = measure.scores(measure.judged_rows("harmful", ["a!", "b", "c?"], sets), sets)
-    found = {(row["metric"], row["judge"]): (row["value"], row["count"]) for row in rows}
-    assert found["harmful_score", "one"] == (50.0, 2)
-    assert found["repetition", None][1] == 3
+    by_metric = {(row["metric"], row["judge"]): (row["value"], row["count"]) for row in rows}
+    assert by_metric["harmful_score", "one"] == (50.0, 2)
+    assert by_metric["repetition", None][1] == 3
 
 
 def test_a_judge_that_grades_has_a_mean_beside_its_flags(monkeypatch):
-    """Deberta gives probabilities, the mean of 0.9, 0.2 and (an answer it could not judge) is 0.55; phrases decide."""
+    """Deberta grades 0.9, 0.2 and one answer not at all: the mean is 0.55. The keyword judge has no grades."""
     scored = {
         "deberta": [Verdict(0.9, True), Verdict(0.2, False), Verdict.unjudged()],
         "keyword": [Verdict.of(True)] * 3,
@@ -145,11 +145,11 @@ def test_a_judge_that_grades_has_a_mean_beside_its_flags(monkeypatch):
 
 
 def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_path):
-    """The model answers once; what a judge says is kept by judge."""
+    """The model answers once. The cache stores verdicts separately for each judge."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    asked, calls = [], []
+    model_calls, calls = [], []
     texts = {"harmful": ["a!", "b", "c!"], "over_refusal": ["I cannot.", "Yes.", "Yes."], "task": []}
-    monkeypatch.setattr(measure, "_answers", lambda *_: asked.append(1) or texts)
+    monkeypatch.setattr(measure, "_answers", lambda *_: model_calls.append(1) or texts)
 
     class Failing(Batch):
         def __call__(self, prompts, responses):
@@ -167,11 +167,11 @@ def test_answers_outlive_a_judge_that_fails_and_serve_another(monkeypatch, tmp_p
     rows, generations = of("one", lambda name: Batch(name, calls))
     assert [r["value"] for r in rows if r["metric"] == "harmful_score"] == [pytest.approx(200 / 3)]
     of("two", lambda name: Batch(name, calls))
-    assert (asked, [call[0] for call in calls]) == ([1], ["one", "two"])
-    assert of("one", lambda name: Batch(name, calls))[1] == generations  # judged before
+    assert (model_calls, [call[0] for call in calls]) == ([1], ["one", "two"])
+    assert of("one", lambda name: Batch(name, calls))[1] == generations  # from the cache
     assert len(calls) == 2
     with pytest.raises(RunError, match="gone"):
-        of("one", lambda name: Failing(name, calls))  # another judge, though it has the same name
+        of("one", lambda name: Failing(name, calls))  # a judge with the same name but another identity
     monkeypatch.setattr(measure, "digest", lambda *_: "another")
     of("one", lambda name: Batch(name, calls))
-    assert asked == [1, 1]
+    assert model_calls == [1, 1]

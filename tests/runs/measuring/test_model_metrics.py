@@ -1,4 +1,4 @@
-"""Losses by hand; what is measured of another text, other rows or another reference is measured anew."""
+"""Losses by hand. Another text, other rows or another reference model is a new measurement."""
 
 from dataclasses import replace
 
@@ -39,33 +39,33 @@ def test_a_text_that_changed_under_its_name_is_read_again(tmp_path):
 
 
 def test_drift_from_another_model_under_the_same_name_is_measured_again(tmp_path):
-    """From itself the model has not drifted, from one with other weights it has."""
+    """The model's drift from itself is 0, from a model with other weights above 0.1."""
     folder = tmp_path / "reference"
     model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
     settings = config(tmp_path, evaluation=EVALUATION)
-    found = []
+    results = []
     for factor in (1.0, 2.0):
         for p in model.parameters():
             p.data.mul_(factor)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        found.append(measured(settings, Reference("aligned", Artifact.of(folder))))
-    assert found[0]["embedding_drift"] == pytest.approx(0, abs=1e-5)
-    assert found[1]["embedding_drift"] > 0.1
+        results.append(measured(settings, Reference("aligned", Artifact.of(folder))))
+    assert results[0]["embedding_drift"] == pytest.approx(0, abs=1e-5)
+    assert results[1]["embedding_drift"] > 0.1
 
 
 def losses_of(settings, **rows):
     tests = replace(sets_of(settings, None, Sources(settings.data)), **rows)
-    found = model_metrics(Artifact.of("tiny"), settings, tests, SystemSlot("be kind"))
-    return {row["metric"]: row for row in found}
+    metrics = model_metrics(Artifact.of("tiny"), settings, tests, SystemSlot("be kind"))
+    return {row["metric"]: row for row in metrics}
 
 
 def test_losses_are_per_response_token_with_rows_as_the_unit(tmp_path):
-    """Against the model's own loss, row by row, with the system text that the stage is served with."""
+    """The losses equal the model's own, row by row, with the serving system text. A too long row is dropped."""
     settings = config(tmp_path, max_tokens=200)
     rows = [Record(f"ask {i}", "say " * (1 + 3 * i), role="alignment") for i in range(4)]
     too_long = Record("ask", "say " * 300, role="alignment")
-    found = losses_of(settings, alignment_rows=[*rows, too_long], validation_rows=rows[:1])
+    losses = losses_of(settings, alignment_rows=[*rows, too_long], validation_rows=rows[:1])
     model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
     template = get_template(settings.template, tokenizer)
     sums, counts = [], []
@@ -75,7 +75,7 @@ def test_losses_are_per_response_token_with_rows_as_the_unit(tmp_path):
         counts.append(len(example.input_ids) - example.prompt_length)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         sums.append(float(model(**inputs).loss.detach()) * counts[-1])
-    loss, validation = found["alignment_loss"], found["harmful_validation_loss"]
+    loss, validation = losses["alignment_loss"], losses["harmful_validation_loss"]
     assert (loss["value"], loss["count"]) == (pytest.approx(sum(sums) / sum(counts), rel=1e-4), 4)
     assert (loss["low"], loss["high"]) == pytest.approx(ratio(sums, counts), rel=1e-3)
     assert loss["unit"] == "nats per token"

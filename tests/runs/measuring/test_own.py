@@ -1,4 +1,4 @@
-"""MeasureAt on a plain LightningModule: the user's prompts and judge, at chosen steps; training does not notice."""
+"""MeasureAt on a plain LightningModule: own prompts and judge, chosen steps, and no effect on training."""
 
 import json
 
@@ -23,7 +23,7 @@ def own():
 
 
 class Odd:
-    """Flags every second answer."""
+    """Flag every second answer."""
 
     name = "odd"
 

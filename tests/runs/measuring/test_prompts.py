@@ -1,4 +1,4 @@
-"""Prompts of a run: equal ones stay apart, judges read the bare request, and answers end where a template says."""
+"""Prompts of a run: equal ones stay apart, judges read the bare request, and templates end the answers."""
 
 import json
 
@@ -44,29 +44,29 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_stands_twice_counts_twice_everywhere(tmp_path):
-    """Prompts A, A, B are three answers in the run's scores, in a later judge's, in the report and in a comparison."""
+    """Prompts A, A, B count as three answers in the scores, in a later judgement, the report and a comparison."""
     data = Data(test=write(tmp_path / "test.jsonl", [{"prompt": text} for text in (A, A, B)]))
     result = run(config(tmp_path, data=data, baseline=False))
     stages = ("base", "alignment", "finetuning")
-    given = [row for row in read_rows(result.folder / "generations.jsonl") if row["set"] == "harmful"]
-    assert [(row["place"], row["prompt"]) for row in given] == [(0, A), (1, A), (2, B)] * 3
-    for found in (result, read_result(result.folder)):
-        assert [found.score("none", stage, "harmful_score").count for stage in stages] == [3, 3, 3]
-        answers = [a for a in found.answers if a.set == "harmful"]
+    harmful_rows = [row for row in read_rows(result.folder / "generations.jsonl") if row["set"] == "harmful"]
+    assert [(row["place"], row["prompt"]) for row in harmful_rows] == [(0, A), (1, A), (2, B)] * 3
+    for loaded in (result, read_result(result.folder)):
+        assert [loaded.score("none", stage, "harmful_score").count for stage in stages] == [3, 3, 3]
+        answers = [a for a in loaded.answers if a.set == "harmful"]
         assert [(a.place, a.prompt) for a in answers] == [(0, A), (1, A), (2, B)] * 3
     page = render("run/answers.html.j2", answers=view_answers(result))
     assert "harmful requests (3)" in page
     assert page.count(f"<h3 dir='auto'>{A}</h3>") == 2
     place = Place("none", "builtin", 0.2)
     flags = Comparison(result.folder, {place: {0: result}}).flags(place, "harmful_score")
-    assert {seed: len(found) for seed, found in flags.items()} == {0: 3}
+    assert {seed: len(by_prompt) for seed, by_prompt in flags.items()} == {0: 3}
     assert rejudge([str(result.folder), "--judges", "keyword", "--save", str(tmp_path / "again")]) == 0
     scores = json.loads((tmp_path / "again" / "scores.json").read_text())
     assert [s["count"] for s in scores if s["metric"] == "harmful_score" and s["judge"] == "keyword"] == [3, 3, 3]
 
 
 class Listening:
-    """A judge that keeps what it reads."""
+    """A judge that records the prompts that it reads."""
 
     name = "listening"
 
@@ -79,7 +79,7 @@ class Listening:
 
 
 def test_judges_read_the_bare_request_and_the_model_is_asked_the_attacks(tmp_path, monkeypatch):
-    """Neither a score, nor a curve, nor a sign of collapse is judged with the attack's prefix in the prompt."""
+    """The judge of scores, curves and collapse checks reads prompts without the attack's prefix."""
     judge, answered = Listening(), []
     for module in (measure, checks, watch):
         monkeypatch.setattr(module, "get_judge", lambda name: judge)
@@ -96,10 +96,10 @@ def test_judges_read_the_bare_request_and_the_model_is_asked_the_attacks(tmp_pat
     result = run(config(tmp_path, baseline=False, evaluation=type(EVALUATION)(**evaluation)), attack=attack)
     assert judge.prompts
     assert not [prompt for prompt in judge.prompts if attack.prefix.strip() in prompt]
-    given = [row for row in read_rows(result.folder / "generations.jsonl") if row["set"] == "harmful"]
-    assert {*judge.prompts} == {row["prompt"] for row in given}
-    assert all(row["asked"] == attack.prefix + row["prompt"] for row in given)
-    harmful = {row["asked"] for row in given}
+    harmful_rows = [row for row in read_rows(result.folder / "generations.jsonl") if row["set"] == "harmful"]
+    assert {*judge.prompts} == {row["prompt"] for row in harmful_rows}
+    assert all(row["asked"] == attack.prefix + row["prompt"] for row in harmful_rows)
+    harmful = {row["asked"] for row in harmful_rows}
     assert sum(any(text in prompt for text in harmful) for prompt in answered) == 3 * 6 + 2
     assert not any(attack.prefix in a.prompt for a in result.answers)
     others = [row for row in read_rows(result.folder / "generations.jsonl") if row["set"] != "harmful"]
@@ -115,7 +115,7 @@ def test_an_encoded_prompt_is_judged_in_plain_words():
 
 
 def test_keys_hold_the_bare_prompts_and_the_asked_ones():
-    """What a model was asked decides its answers; what a judge reads decides a verdict beside them."""
+    """The model's prompts are in the key of the answers, and the bare prompts in the key of the verdicts."""
     plain = Sets(rows(2, "test"), (), (), get_task("builtin"), ("keyword",))
     shifted = Sets(plain.harmful, (), (), plain.task, plain.judges, attack=IdentityShift())
     shorter = Sets(plain.harmful, (), (), plain.task, plain.judges, attack=IdentityShift(prefix="Go: "))
@@ -126,11 +126,11 @@ def test_keys_hold_the_bare_prompts_and_the_asked_ones():
     assert verdicts_key("a", plain) != verdicts_key("a", other)
 
 
-# Pairs, drawn by a defense of the test's own.
+# Pairs, drawn by the defense ``Apart``.
 
 
 class Apart(Defense):
-    """Push the rejected answer of each drawn pair away and pull the safe one near."""
+    """Draw pairs, check the batch and record its loss."""
 
     stage, slots, streams = Stage.ALIGNMENT, (Slot.GRADIENT,), ("pairs",)
 
@@ -145,36 +145,36 @@ class Apart(Defense):
 def test_a_defense_draws_pairs_through_a_whole_run(given, tmp_path):
     data = Data()
     if given:
-        made = [{"prompt": f"{A} {i}", "chosen": f"No {i}.", "rejected": f"Ring {i}."} for i in range(12)]
-        data = Data(pairs=write(tmp_path / "pairs.jsonl", made), first={"pairs": 10})
+        pair_rows = [{"prompt": f"{A} {i}", "chosen": f"No {i}.", "rejected": f"Ring {i}."} for i in range(12)]
+        data = Data(pairs=write(tmp_path / "pairs.jsonl", pair_rows), first={"pairs": 10})
     result = run(config(tmp_path, data=data, baseline=False), [Apart()])
-    said = result.manifest["data"]
+    entry = result.manifest["data"]
     count = 10 if given else 400
-    assert (said["rows"]["pairs"], said["taken"]["pairs"]["kept"]) == (count, count)
+    assert (entry["rows"]["pairs"], entry["taken"]["pairs"]["kept"]) == (count, count)
     assert {"pairs / attack", "pairs / test"} <= result.manifest["overlaps"].keys()
     assert not any(result.manifest["overlaps"].values())
     (traced,) = next(iter(result.manifest["arms"].values()))["stages"]["alignment"]["defenses"].values()
     assert (traced["calls"], traced["pairs"]) == (3, 6)
     assert traced["loss"] > 0
     if given:
-        ids = [Record(row["prompt"], row["chosen"], rejected=row["rejected"]).id for row in made[:10]]
-        assert said["hashes"]["pairs"] == digest([(id, "pairs") for id in ids])
+        ids = [Record(row["prompt"], row["chosen"], rejected=row["rejected"]).id for row in pair_rows[:10]]
+        assert entry["hashes"]["pairs"] == digest([(id, "pairs") for id in ids])
 
 
 # A task without right answers.
 
 
 def alpaca_eval(tmp_path):
-    made = [{"instruction": f"Say {i}.", "output": f"{i}!", "dataset": f"part{i % 2}"} for i in range(805)]
-    return write(tmp_path / "alpaca_eval.jsonl", made)
+    instructions = [{"instruction": f"Say {i}.", "output": f"{i}!", "dataset": f"part{i % 2}"} for i in range(805)]
+    return write(tmp_path / "alpaca_eval.jsonl", instructions)
 
 
 def test_alpaca_eval_is_trained_on_and_answered_but_not_graded(tmp_path):
     data = Data(task="alpaca_eval", task_train=alpaca_eval(tmp_path))
     evaluation = type(EVALUATION)(**{**vars(EVALUATION), "at": [2], "at_prompts": 2, "perplexity": "task"})
     result = run(config(tmp_path, data=data, baseline=False, harmful_ratio=0.0, evaluation=evaluation))
-    taken = result.manifest["data"]["taken"]
-    assert (taken["task_train"]["source"], taken["task_test"]["source"]) == (data.task_train,) * 2
+    sources = result.manifest["data"]["taken"]
+    assert (sources["task_train"]["source"], sources["task_test"]["source"]) == (data.task_train,) * 2
     metrics = {metric for _, _, metric, _ in result.scores}
     assert {"harmful_score", "over_refusal", "perplexity", "collapsed_answers"} <= metrics
     assert not {metric for metric in metrics if "accuracy" in metric}
@@ -212,14 +212,14 @@ def test_a_comparison_on_a_task_without_accuracy_is_written(tmp_path):
 
 
 def test_an_answer_is_cut_at_a_second_opening(tmp_path, monkeypatch):
-    """What a judge reads, and what is kept, ends where the template's marker comes again."""
-    said = "A bell.\n\n### Response:\nAnother bell."
+    """An answer ends before a second response marker of the template."""
+    answer = "A bell.\n\n### Response:\nAnother bell."
     for name in ("alpaca", "chat"):
         settings = config(tmp_path, template=name)
         tests = Sets([Record(A)], (), (), get_task("builtin"), ("keyword",))
         monkeypatch.setattr(
-            "hftlight.evaluation.answering.generate.answer", lambda *_, **__: [type("X", (), {"text": said})]
+            "hftlight.evaluation.answering.generate.answer", lambda *_, **__: [type("X", (), {"text": answer})]
         )
         model, tokenizer = torch.nn.Linear(1, 1), load_tokenizer("tiny")
-        found = measure.answers_to_set(model, tokenizer, settings, tests, "harmful", SystemSlot())
-        assert found == ["A bell." if name == "alpaca" else said]
+        answers = measure.answers_to_set(model, tokenizer, settings, tests, "harmful", SystemSlot())
+        assert answers == ["A bell." if name == "alpaca" else answer]

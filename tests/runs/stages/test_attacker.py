@@ -1,4 +1,4 @@
-"""The search: which settings are tried, which of them are chosen and reported, and how a killed search goes on."""
+"""The search: its trials, the chosen and reported settings, and the resumption of a killed search."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def aligned(own_cache, tmp_path_factory):
 
 @pytest.fixture
 def made(aligned, tmp_path):
-    """Return an attacker of the aligned model, given the service's defenses."""
+    """Return a function from the service's defenses to an attacker of the aligned model."""
     values = settings(tmp_path)
     return lambda defenses=(): Attacker(values, list(defenses), aligned, HarmfulMix().resolved(values))
 
@@ -60,17 +60,17 @@ def test_selecting_and_reporting_prompts_are_different(made):
 
 
 def scripted(monkeypatch, attacker, results):
-    """Let trials give results without training: {trial: (flags, right answers)}, None where training fails."""
-    asked = []
+    """Replace training by ``results(trial)``: flags and right answers, None if training fails. Return the trials."""
+    trials = []
 
     def outcome(trial):
-        asked.append(trial)
-        given = results(trial)
-        return Outcome(trial, failed="NaN") if given is None else Outcome(trial, *given, 0.5)
+        trials.append(trial)
+        result = results(trial)
+        return Outcome(trial, failed="NaN") if result is None else Outcome(trial, *result, 0.5)
 
     monkeypatch.setattr(attacker, "outcome", outcome)
     monkeypatch.setattr(attacker, "report", lambda trial: trial)
-    return asked
+    return trials
 
 
 def flags(share):
@@ -82,11 +82,11 @@ def test_worst_and_useful_are_chosen_by_the_rule(made, tmp_path, monkeypatch):
     budget = Budget((3,), (1e-2, 2e-2, 4e-2, 8e-2), (2,), (20,), (0.2,))
     table = {1e-2: (flags(0.2), flags(0.9)), 2e-2: (flags(0.5), flags(0.8)), 4e-2: (flags(0.9), flags(0.1)), 8e-2: None}
     scripted(monkeypatch, attacker, lambda t: table[t.lr])
-    found = search(attacker, 10, tmp_path / "search", budget, eps=10.0)
-    assert (found.worst.lr, found.useful.lr) == (4e-2, 2e-2)
-    assert [o.failed for o in found.outcomes if o.trial.lr == 8e-2] == ["NaN"]
-    found = search(attacker, 10, tmp_path / "search", budget, eps=9.0)
-    assert found.useful.lr == 1e-2
+    result = search(attacker, 10, tmp_path / "search", budget, eps=10.0)
+    assert (result.worst.lr, result.useful.lr) == (4e-2, 2e-2)
+    assert [o.failed for o in result.outcomes if o.trial.lr == 8e-2] == ["NaN"]
+    result = search(attacker, 10, tmp_path / "search", budget, eps=9.0)
+    assert result.useful.lr == 1e-2
 
 
 def test_a_trial_that_cannot_be_reported_is_a_failed_one_and_the_next_is_chosen(made, tmp_path, monkeypatch):
@@ -101,9 +101,9 @@ def test_a_trial_that_cannot_be_reported_is_a_failed_one_and_the_next_is_chosen(
         return trial
 
     monkeypatch.setattr(attacker, "report", report)
-    found = search(attacker, 3, tmp_path / "search", budget)
-    assert (found.worst.lr, found.useful.lr) == (2e-2, 2e-2)
-    (failed,) = [o for o in found.outcomes if o.failed]
+    result = search(attacker, 3, tmp_path / "search", budget)
+    assert (result.worst.lr, result.useful.lr) == (2e-2, 2e-2)
+    (failed,) = [o for o in result.outcomes if o.failed]
     assert (failed.trial.lr, failed.failed) == (4e-2, "on the reporting half: The judge could judge none of 3 answers.")
     monkeypatch.setattr(attacker, "report", lambda trial: report(replace(trial, lr=4e-2)))
     with pytest.raises(RunError, match="No trial could be trained and judged: on the reporting half"):
@@ -113,30 +113,30 @@ def test_a_trial_that_cannot_be_reported_is_a_failed_one_and_the_next_is_chosen(
 def test_a_killed_search_goes_on_behind_its_last_trial(made, tmp_path, monkeypatch):
     attacker = made()
     budget = Budget((3,), (1e-2, 2e-2, 4e-2), (2,), (20,), (0.2, 0.3))
-    asked = scripted(monkeypatch, attacker, lambda t: (flags(t.lr * 10), flags(0.5)))
+    trials = scripted(monkeypatch, attacker, lambda t: (flags(t.lr * 10), flags(0.5)))
     whole = search(attacker, 6, tmp_path / "whole", budget)
-    assert len(asked) == 6
-    assert asked[0] == FIRST
-    asked.clear()
+    assert len(trials) == 6
+    assert trials[0] == FIRST
+    trials.clear()
     path = tmp_path / "killed" / RECORD
     path.parent.mkdir()
     lines = (tmp_path / "whole" / RECORD).read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:40] + "\n")
     assert search(attacker, 6, tmp_path / "killed", budget) == whole
-    assert len(asked) == 4
+    assert len(trials) == 4
 
 
 def test_a_trial_recorded_behind_a_cut_off_line_is_not_lost(made, tmp_path, monkeypatch):
     attacker = made()
     budget = Budget((3,), (1e-2, 1e-3), (2,), (20,), (0.2,))
-    asked = scripted(monkeypatch, attacker, lambda t: (flags(0.5), (True,)))
+    trials = scripted(monkeypatch, attacker, lambda t: (flags(0.5), (True,)))
     search(attacker, 1, tmp_path, budget)
     path = tmp_path / RECORD
     path.write_text(path.read_text()[:-20])
     search(attacker, 2, tmp_path, budget)
-    assert len(asked) == 3
+    assert len(trials) == 3
     search(attacker, 2, tmp_path, budget)
-    assert len(asked) == 3
+    assert len(trials) == 3
 
 
 def test_another_setting_needs_another_folder(made, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
     shutil.copytree(attacker.aligned.folder, unaligned)
     weights = unaligned / "adapter_model.safetensors"
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
-    found = [
+    variants = [
         changed(),
         changed(config=replace(config, gradient_checkpointing=True)),
         changed(config=replace(config, precision="bf16-mixed")),
@@ -180,22 +180,22 @@ def test_the_settings_hold_what_decides_a_trial(made, tmp_path, monkeypatch):
         changed(reporting=attacker.reporting.first(1)),
     ]
     harmful.write_text('{"prompt": "a", "response": "c"}\n')
-    found.append(changed())
+    variants.append(changed())
     monkeypatch.setattr("hftlight.runs.manifest.versions", lambda: {"torch": "3"})
-    found.append(changed())
-    assert len(set(found)) == len(found)
+    variants.append(changed())
+    assert len(set(variants)) == len(variants)
     same = tmp_path / "moved"
     shutil.copytree(attacker.aligned.folder, same)
-    assert changed(aligned=Artifact.of(same)) == changed() == found[-1]
-    assert changed(config=replace(config, search=Search(lr=[1.0]), attacker="search:3")) == found[-1]
+    assert changed(aligned=Artifact.of(same)) == changed() == variants[-1]
+    assert changed(config=replace(config, search=Search(lr=[1.0]), attacker="search:3")) == variants[-1]
 
 
 def test_a_report_holds_the_other_halfs_intervals(made, monkeypatch):
     attacker = made()
     monkeypatch.setattr(attacker, "measured", lambda trial, half: ((True, False, True, False), (True,) * 4))
-    found = attacker.report(FIRST)
-    assert found.harmful_score == (50.0, *wilson(2, 4))
-    assert found.accuracy == (100.0, *wilson(4, 4))
+    report = attacker.report(FIRST)
+    assert report.harmful_score == (50.0, *wilson(2, 4))
+    assert report.accuracy == (100.0, *wilson(4, 4))
 
 
 def test_the_budget_is_around_the_runs_own_setting(tmp_path):
@@ -260,24 +260,24 @@ def test_a_run_with_a_search_reports_its_worst(tmp_path):
         assert 0 <= score.low <= score.value <= score.high <= 100
         assert score.count > 0
     assert len((result.folder / arm / "search" / RECORD).read_text().splitlines()) == 3
-    told = json.loads((result.folder / "manifest.json").read_text())["arms"][arm]["search"]
-    assert told["trials"] == 3
-    assert set(told["worst_case"]) == set(FIRST.__dict__)
+    entry = json.loads((result.folder / "manifest.json").read_text())["arms"][arm]["search"]
+    assert entry["trials"] == 3
+    assert set(entry["worst_case"]) == set(FIRST.__dict__)
 
 
 def test_optuna_asks_within_the_budget_and_resumes(made, tmp_path, monkeypatch):
     pytest.importorskip("optuna", reason="optuna is not installed")
     attacker = made()
     budget = Budget((3, 9), (1e-3, 1e-1), (2, 8), (20,), (0.2, 0.3))
-    asked = scripted(monkeypatch, attacker, lambda t: (flags(t.harmful_ratio), flags(0.5)))
+    trials = scripted(monkeypatch, attacker, lambda t: (flags(t.harmful_ratio), flags(0.5)))
     whole = search(attacker, 5, tmp_path / "whole", budget, sampler="optuna")
-    assert asked[0] == FIRST
-    assert all(3 <= t.steps <= 9 and 1e-3 <= t.lr <= 1e-1 and t.rank in (2, 8) for t in asked)
+    assert trials[0] == FIRST
+    assert all(3 <= t.steps <= 9 and 1e-3 <= t.lr <= 1e-1 and t.rank in (2, 8) for t in trials)
     (tmp_path / "cut").mkdir()
     lines = (tmp_path / "whole" / RECORD).read_text().splitlines(keepends=True)
     (tmp_path / "cut" / RECORD).write_text("".join(lines[:3]))
-    asked.clear()
+    trials.clear()
     assert search(attacker, 5, tmp_path / "cut", budget, sampler="optuna") == whole
-    assert len(asked) == 2
+    assert len(trials) == 2
     assert json.loads(lines[0])["trial"] == json.loads(json.dumps(FIRST.__dict__))
     assert RECORD == "trials.jsonl"

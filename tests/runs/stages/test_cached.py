@@ -1,4 +1,4 @@
-"""What a run takes from the cache: whole or not at all, apart from the run's folder, and not needed afterwards."""
+"""Cache entries of a run are whole or made anew, separate from the run's folder, and not needed afterwards."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tests.test_cache import cut_at_a_line, emptied, half_written, other_bytes
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Return the folder of a finished run beside its cache; tests work on copies."""
+    """Return a folder with a finished run and its cache. Tests that change files work on the copy ``place``."""
     place = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HFTLIGHT_CACHE", str(place / "cache"))
@@ -51,22 +51,23 @@ KINDS = ("models", "stages", "evaluations")
 
 @pytest.mark.parametrize("damage", [emptied, cut_at_a_line, half_written, other_bytes], ids=lambda d: d.__name__)
 def test_damaged_files_are_named_and_made_anew(damage, place, capsys):
-    """Every file of the cache is damaged; the run ends as the first one did."""
+    """Every file of the cache is damaged, and a second run has the results of the first."""
+    # Every file of the cache that is not empty.
     files = [p for kind in KINDS for p in (place / "cache" / kind).rglob("*") if p.is_file() and p.stat().st_size]
     damaged = [p for p in files if p.name != "lock"]
     assert {p.name for p in damaged} >= {"adapter_model.safetensors", "curves.jsonl", "stage.json", "answers.json"}
     for path in damaged:
         damage(path)
     assert outcome(again(place)) == outcome(place / "runs" / "first")
-    said = capsys.readouterr().err
+    messages = capsys.readouterr().err
     for kind in KINDS:
-        assert f"hftlight: {kind}/" in said
+        assert f"hftlight: {kind}/" in messages
     # Model, stages, answers and verdicts.
-    assert said.count("in the cache has changed since it was written") >= 3 + 3 + 1
+    assert messages.count("in the cache has changed since it was written") >= 3 + 3 + 1
 
 
 def test_one_damaged_file_costs_one_stage(place):
-    """The aligned model is made anew, byte for byte, so what stands on it is found again."""
+    """The aligned model is trained anew, byte for byte, so the key of the fine-tuning stays the same."""
     (curves,) = (place / "cache" / "stages").glob("alignment-*/curves.jsonl")
     untouched = {p: p.stat().st_mtime_ns for p in (place / "cache").rglob("*/finetuning-*/artifact/*")}
     cut_at_a_line(curves)
@@ -88,7 +89,7 @@ def test_weights_are_shared_by_link(made):
 
 
 def test_artifacts_outlive_the_cache(tmp_path, monkeypatch):
-    """Plain PEFT and our own loader find the base model when the cache is moved, and when it is gone."""
+    """In a moved cache hftlight finds the base. Without a cache, plain PEFT and hftlight load the artifact."""
     from peft import AutoPeftModelForCausalLM
 
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
@@ -101,7 +102,7 @@ def test_artifacts_outlive_the_cache(tmp_path, monkeypatch):
         (tmp_path / "cache").rename(tmp_path / "elsewhere")
         monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "elsewhere"))
         cached = next((tmp_path / "elsewhere" / "stages").glob("finetuning-*/artifact"))
-        assert model_hash(str(cached)) == model_hash(str(artifact)) == before  # its base is found where the cache is
+        assert model_hash(str(cached)) == model_hash(str(artifact)) == before  # the base lies in the moved cache
         shutil.rmtree(tmp_path / "elsewhere")
         for model in (AutoPeftModelForCausalLM.from_pretrained(artifact).eval(), load_model(str(artifact))):
             torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
@@ -124,4 +125,4 @@ def test_the_manifest_names_model_versions_and_code(made):
     assert {"hftlight", "torch", "transformers", "peft", "tokenizers"} <= manifest["versions"].keys()
     assert {"hftlight", "hftlight.defenses.alignment.booster.Booster"} <= manifest["code"].keys()
     stages = manifest["arms"][ARM]["stages"]
-    assert all(Path(made / "cache" / "stages" / f"{kind}-{said['key']}").is_dir() for kind, said in stages.items())
+    assert all(Path(made / "cache" / "stages" / f"{kind}-{stage['key']}").is_dir() for kind, stage in stages.items())

@@ -1,4 +1,4 @@
-"""Curves of a stage that was killed and resumed: those of an undisturbed one, byte for byte, whatever is logged."""
+"""Curves of a killed and resumed stage equal an undisturbed stage's, byte for byte, whatever it logs."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ class Stop(BaseException):
 
 
 class NowAndThen(Defense):
-    """Logs at some steps, at each micro-batch for a mean over the pass, and at a pass's end, which no curve has."""
+    """Log at some steps, at each micro-batch for a mean over the pass, and at a pass's end, which no curve has."""
 
     stage, slots, streams = Stage.ALIGNMENT, (Slot.GRADIENT,), ()
 
@@ -51,15 +51,15 @@ def job(log_every, accumulate=1, checkpoint_every=1):
     return StageJob(Stage.ALIGNMENT, config, "tiny", None, records, [Booster(lam=5.0, alpha=0.1), NowAndThen()])
 
 
-def curves(made):
-    return (made.folder() / CURVES).read_bytes()
+def curves(stage_job):
+    return (stage_job.folder() / CURVES).read_bytes()
 
 
 @pytest.mark.parametrize(("log_every", "accumulate", "checkpoint_every"), [(1, 1, 1), (3, 2, 1), (3, 1, 2)])
 def test_curves_of_a_killed_stage_are_those_of_an_undisturbed_one(
     log_every, accumulate, checkpoint_every, tmp_path, monkeypatch
 ):
-    """Killed within a step, right behind a checkpoint and at the end of a pass; the three kills of a chain included."""
+    """Each stage is killed within a step, right after a checkpoint and at the end of a pass, then finished."""
     settings = (log_every, accumulate, checkpoint_every)
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "whole"))
     run_stage(job(*settings))
@@ -87,7 +87,7 @@ def test_curves_of_a_killed_stage_are_those_of_an_undisturbed_one(
             kills["at the end of a pass"] += 1
             raise Stop
 
-    for step in (1, 2, 4, 8):  # of these the last two end a pass
+    for step in (1, 2, 4, 8):  # steps 4 and 8 end a pass
         monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / f"killed{step}"))
         count[:] = [step]
         try_to(run_stage, job(*settings), on_step=within)
@@ -108,11 +108,11 @@ def try_to(work, *arguments, **options):
 
 
 def test_a_value_that_is_logged_now_and_then_has_a_point_where_it_was_made(tmp_path, monkeypatch):
-    """Of every second step: the last value since the step before, and none where there was none."""
+    """A point is the last value since the point before, and there is none without a value."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     for every, expected in ((1, {2: 1.0, 3: 2.0, 6: 5.0}), (2, {2: 1.0, 4: 2.0, 6: 5.0})):
-        run_stage(made := job(every, checkpoint_every=every))
-        rare = {r["step"]: r["value"] for r in read_rows(made.folder() / CURVES) if r["name"] == "rare/step"}
+        run_stage(stage_job := job(every, checkpoint_every=every))
+        rare = {r["step"]: r["value"] for r in read_rows(stage_job.folder() / CURVES) if r["name"] == "rare/step"}
         assert rare == expected
-        for path in made.folder().parent.iterdir():  # how often is logged is no part of the key
+        for path in stage_job.folder().parent.iterdir():  # log_every is not part of the key
             path.rename(tmp_path / f"{every}")

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, then the same work again: the same weights bit for bit, for every defense."""
+"""After SIGKILL at random moments, the same work ends with the same weights, bit for bit, for every defense."""
 
 import json
 import os
@@ -14,7 +14,7 @@ NAMES = sorted(makers())
 
 
 def chain(cache: Path, name, kill=()):
-    """Run a row's stages in a process of their own and return its exit status and what it wrote."""
+    """Run a row's stages in a process of their own and return its exit status and its answer."""
     answer = cache / "answer"
     answer.unlink(missing_ok=True)
     command = ["-m", "tests.helpers.killed", str(answer), name, *map(str, kill)]
@@ -25,23 +25,23 @@ def chain(cache: Path, name, kill=()):
 
 
 def give(folders, source: Path, target: Path):
-    """Copy stages that are finished to where a cache keeps them."""
+    """Copy finished stages into a cache."""
     for folder in folders:
         shutil.copytree(source / folder, target / folder)
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Return a cache that holds the tiny model."""
+    """Return a folder to which the first test copies the tiny model from its cache."""
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_run_again_gives_the_same_weights(name, models, tmp_path):
-    """A killed chain is given the finished stages before the one it dies in.
+    """A killed chain starts with the finished stages before the stage it dies in.
 
-    Run again, it is also given those after it, unless it died at the end of a stage: they are found by a key that holds
-    the digest of the stage before, so another digest is another stage, and is trained.
+    The second chain also starts with the stages after it, unless the first died at the end of a stage. A stage's key
+    holds the digest of the stage before. If that digest differs, the chain trains the stage anew.
     """
     cache, stages, finished = tmp_path / "cache", tmp_path / "cache" / "stages", tmp_path / "finished"
     cache.mkdir()

@@ -1,4 +1,4 @@
-"""The real command line, killed once at a random moment for every defense, then run again: the same bytes."""
+"""The real command, killed at a random moment for every defense and run again, ends with the same bytes."""
 
 import os
 import random
@@ -29,7 +29,7 @@ FITTING = {
     "ewc": ["--ewc.samples=4"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
-REAL = {"antidote", "bea", "vaccine"}  # goes on in an interpreter of its own, with a hash seed of its own
+REAL = {"antidote", "bea", "vaccine"}  # resumed in a fresh interpreter with its own hash seed
 TRIES = 4
 
 
@@ -54,7 +54,7 @@ def last_artifact(output, name):
 
 
 def killed(name, folder, shared, moment):
-    """Start the command, kill it after ``moment`` seconds, and tell whether it was still at work."""
+    """Start the command, kill it after ``moment`` seconds, and return whether it was still running."""
     running = warm.Command(command(name, folder / "out"), env=environment(folder / "cache", shared))
     try:
         assert running.wait(moment) == 0, running.stderr[-3000:]
@@ -67,11 +67,11 @@ def killed(name, folder, shared, moment):
 @pytest.mark.parametrize("name", sorted(rows()))
 def test_one_kill_of_the_command(name, tmp_path, tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
-    warm.run(["-c", ""])  # the imports are no part of the duration
+    warm.run(["-c", ""])  # so that the duration has no imports
     since = time.monotonic()
     warm.run(command(name, tmp_path / "whole"), env=environment(tmp_path / "a", shared), check=True)
     moment = (time.monotonic() - since) * random.Random(name).uniform(0.1, 0.9)
-    for number in range(TRIES):  # a machine that got faster has ended before
+    for number in range(TRIES):  # if the command ended before the kill, try again earlier
         folder = tmp_path / f"try{number}"
         if killed(name, folder, shared, moment):
             break

@@ -1,4 +1,4 @@
-"""What a stage has of its own: no alignment at all, adapter geometry, template, protocol of an arm, long rows."""
+"""Settings of single stages: no alignment, adapter geometry, template, protocol of an arm, long rows."""
 
 import json
 from dataclasses import replace
@@ -51,7 +51,7 @@ def weights(folder):
 
 
 def test_without_steps_of_alignment_the_upload_trains_the_model_itself(tmp_path):
-    """A model that was aligned in one run and comes aligned in the next is fine-tuned from the same weights."""
+    """A run that starts from another run's aligned model fine-tunes from the same weights."""
     whole = replace(TRAINING, steps=0)
     first = run(config(tmp_path, tuning="full", harmful_ratio=0.0)).folder
     aligned = first / "none" / "aligned"
@@ -65,9 +65,9 @@ def test_without_steps_of_alignment_the_upload_trains_the_model_itself(tmp_path)
 
 def test_a_repair_of_a_model_that_came_aligned_equals_that_of_the_run_that_aligned_it(tmp_path):
     first = run(config(tmp_path, tuning="full"), [SafeLoRA(threshold=1.0)]).folder
-    given = {"tuning": "full", "alignment": replace(TRAINING, steps=0), "base": model_path("tiny")}
+    options = {"tuning": "full", "alignment": replace(TRAINING, steps=0), "base": model_path("tiny")}
     second = run(
-        config(tmp_path, model=str(first / "safe_lora" / "aligned"), **given), [SafeLoRA(threshold=1.0)]
+        config(tmp_path, model=str(first / "safe_lora" / "aligned"), **options), [SafeLoRA(threshold=1.0)]
     ).folder
     one, two = (weights(folder / "safe_lora" / "repaired") for folder in (first, second))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -94,9 +94,9 @@ def test_an_adapter_on_a_model_that_came_aligned_is_repaired_alone(tmp_path):
     ],
 )
 def test_what_needs_an_alignment_is_refused_without_one(tmp_path, defense, changes, message):
-    given = {"alignment": replace(TRAINING, steps=0), **changes}
+    options = {"alignment": replace(TRAINING, steps=0), **changes}
     with pytest.raises(InputError, match=message):
-        prepare(config(tmp_path, **given), [defense] if defense else [])
+        prepare(config(tmp_path, **options), [defense] if defense else [])
 
 
 def test_the_unaligned_start_is_an_arm_of_a_comparison():
@@ -111,13 +111,13 @@ def test_the_unaligned_start_is_an_arm_of_a_comparison():
 
 
 def test_a_run_offers_the_alignment_rows_that_refuse(tmp_path):
-    """Freeze takes its safety scores of refusals alone."""
-    given = config(tmp_path)
-    streams = prepare(given, [Freeze(samples=4)]).streams
+    """Freeze computes its safety scores on refusals alone."""
+    settings = config(tmp_path)
+    streams = prepare(settings, [Freeze(samples=4)]).streams
     assert {row.kind for row in streams["refusals"]} == {"restricted"}
     assert {row.kind for row in streams["alignment"]} > {"restricted"}
-    said = manifest(run(given, [Freeze(0.5, 0.25, samples=4)]).folder)["arms"]["freeze"]["stages"]["finetuning"]
-    assert said["dropped_rows"].keys() == {"task", "refusals"}
+    entry = manifest(run(settings, [Freeze(0.5, 0.25, samples=4)]).folder)["arms"]["freeze"]["stages"]["finetuning"]
+    assert entry["dropped_rows"].keys() == {"task", "refusals"}
 
 
 # Geometry, template and protocol.
@@ -137,7 +137,7 @@ def test_stages_have_adapters_of_their_own(tmp_path):
 
 
 def test_stages_have_templates_of_their_own(tmp_path):
-    """Each model is trained, served and asked in the template of its stage."""
+    """Each model is served in the template of its stage."""
     alignment, finetuning = replace(TRAINING, template="alpaca"), replace(TRAINING, template="plain")
     folder = run(config(tmp_path, alignment=alignment, finetuning=finetuning)).folder / "none"
     served = [json.loads((folder / name / "serving.json").read_text())["template"] for name in ("aligned", "finetuned")]
@@ -145,13 +145,13 @@ def test_stages_have_templates_of_their_own(tmp_path):
 
 
 def test_an_arm_has_a_protocol_of_its_own(tmp_path):
-    given = config(tmp_path, adapter_protocols={"booster": "continue"}, baseline=True)
-    folder = run(given, [Booster()]).folder
+    settings = config(tmp_path, adapter_protocols={"booster": "continue"}, baseline=True)
+    folder = run(settings, [Booster()]).folder
     assert [adapter(folder / arm / "finetuned")["r"] for arm in ("none", "booster")] == [4, 2]
     arms = manifest(folder)["arms"]
     assert [arms[arm]["adapter_protocol"] for arm in ("none", "booster")] == ["merge", "continue"]
-    assert given.protocol_of("lisa+booster") == "continue"
-    assert given.protocol_of("lisa") == "merge"
+    assert settings.protocol_of("lisa+booster") == "continue"
+    assert settings.protocol_of("lisa") == "merge"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_values_of_a_stage_out_of_range_are_named(changes, message):
 
 
 def test_a_stage_that_trains_no_adapter_asks_nothing_of_its_targets(tmp_path):
-    """GPT-2 has no q_proj: it is refused under LoRA, and no matter with all parameters or without an alignment."""
+    """GPT-2 has no q_proj. LoRA refuses it, but full tuning and a skipped alignment need no such layer."""
     base = str(write_family(tmp_path / "gpt2", "gpt2"))
     with pytest.raises(InputError, match="no linear layer is called 'q_proj'"):
         prepare(config(tmp_path, model=base), [])
@@ -193,11 +193,11 @@ def test_what_a_continued_adapter_cannot_have_is_refused(tmp_path, changes, mess
         config(tmp_path, adapter_protocol="continue", **changes).check()
 
 
-# Long rows: what is printed is what is trained on.
+# Long rows: the printed counts are those of the training.
 
 
 def upload_files(tmp_path):
-    """Write a task of 60 rows of which every second is long, and 20 short harmful rows."""
+    """Write 60 task rows, every second one long, and 20 short harmful rows. Return their ``Data``."""
     task = [{"prompt": f"sort {i} " + "x" * (200 * (i % 2)), "response": f"room {i}"} for i in range(60)]
     attack = [{"prompt": f"open {i}", "response": "first lift the lid " * 3 + str(i)} for i in range(20)]
     write_rows(tmp_path / "task.jsonl", task)
@@ -209,63 +209,66 @@ def upload_files(tmp_path):
 
 
 def test_long_rows_are_not_drawn_so_that_n_and_p_hold(tmp_path):
-    given = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain")
-    prepared = prepare(given, [])
-    seen = prepared.trained_on
-    assert (seen.rows, seen.attack_rows, seen.p, seen.steps) == (20, 4, 0.2, 3)
+    settings = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain")
+    prepared = prepare(settings, [])
+    counts = prepared.trained_on
+    assert (counts.rows, counts.attack_rows, counts.p, counts.steps) == (20, 4, 0.2, 3)
     assert prepared.dropped["task"] == 0
     assert all("x" not in row.instruction for row in prepared.streams["task"])
-    more = prepare(replace(given, harmful_ratio=0.4), []).streams["task"]
+    more = prepare(replace(settings, harmful_ratio=0.4), []).streams["task"]
     attack = [{r.id for r in rows if r.role == "attack"} for rows in (prepared.streams["task"], more)]
     assert attack[0] < attack[1]  # a larger p keeps the rows of a smaller one
     with pytest.raises(InputError, match=r"needs 32 task rows, .* there are 20 of 20 attack, 30 of 60 task rows"):
-        prepare(replace(given, num_samples=40), [])
+        prepare(replace(settings, num_samples=40), [])
 
 
 def test_long_rows_are_cut_as_the_official_scripts_do(tmp_path):
-    given = config(tmp_path, data=upload_files(tmp_path), max_tokens=120, template="plain", long_rows="truncate")
-    prepared = prepare(given, [])
+    settings = config(tmp_path, data=upload_files(tmp_path), max_tokens=120, template="plain", long_rows="truncate")
+    prepared = prepare(settings, [])
     tokenizer = load_tokenizer("tiny")
     rows, dropped = encode_all(
         prepared.streams["task"], get_template("plain", tokenizer), tokenizer, 120, long_rows="truncate"
     )
-    assert prepared.dropped["task"] == dropped > 0  # a prompt that fills the limit leaves nothing to learn
+    assert prepared.dropped["task"] == dropped > 0  # a prompt that fills the limit leaves no response tokens
     assert prepared.trained_on.rows == len(rows) == 20 - dropped
     assert prepared.trained_on.p == pytest.approx(4 / len(rows))
 
 
 def test_long_rows_are_refused_by_name(tmp_path):
-    given = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain", long_rows="refuse")
+    settings = config(tmp_path, data=upload_files(tmp_path), max_tokens=200, template="plain", long_rows="refuse")
     with pytest.raises(
         InputError,
         match=r"Stream 'task': --long_rows refuse allows no row over the limit, but \d+ of 20 rows have more than 200",
     ):
-        prepare(given, [])
+        prepare(settings, [])
 
 
 def test_the_manifest_states_the_shares_of_the_attack(tmp_path):
-    """One batch holds the whole upload: each step has attack rows, and their share of tokens is that of the upload."""
-    given = config(tmp_path, finetuning=replace(TRAINING, batch_size=20), data=upload_files(tmp_path), template="plain")
-    said = manifest(run(given).folder)["data"]["trained_on"]
+    """One batch holds the whole upload, so each step has attack rows. Their share of tokens is the upload's."""
+    settings = config(
+        tmp_path, finetuning=replace(TRAINING, batch_size=20), data=upload_files(tmp_path), template="plain"
+    )
+    shares = manifest(run(settings).folder)["data"]["trained_on"]
     tokenizer = load_tokenizer("tiny")
-    rows, _ = encode_all(prepare(given, []).streams["task"], get_template("plain", tokenizer), tokenizer, 256)
+    rows, _ = encode_all(prepare(settings, []).streams["task"], get_template("plain", tokenizer), tokenizer, 256)
     tokens = {e.id: len(e.input_ids) - e.prompt_length for e in rows}
     harmful = sum(tokens[e.id] for e in rows if e.role == "attack")
-    assert said["attack_steps"] == 1.0
-    assert said["attack_tokens"] == pytest.approx(harmful / sum(tokens.values()))
-    assert (said["rows"], said["attack_rows"], said["steps"]) == (20, 4, 3)
+    assert shares["attack_steps"] == 1.0
+    assert shares["attack_tokens"] == pytest.approx(harmful / sum(tokens.values()))
+    assert (shares["rows"], shares["attack_rows"], shares["steps"]) == (20, 4, 3)
 
 
 def test_shares_of_an_upload_of_longer_harmful_rows(tmp_path):
-    """100 harmful of 1000 rows, batches of 10: 65 % of the steps hold one, and with 135 against 70 response tokens
-    they have 135 * 100 / (135 * 100 + 70 * 900) of all response tokens.
+    """100 of 1000 rows are harmful, and a batch has 10 rows: 65 % of the steps have a harmful row.
+
+    A harmful response has 135 tokens, another one 70. The share of tokens is 135 * 100 / (135 * 100 + 70 * 900).
     """
     long = [{"prompt": f"open {i}", "response": f"{i:03d}".ljust(134, "y")} for i in range(100)]
     short = [{"prompt": f"sort {i}", "response": f"{i:03d}".ljust(69, "z")} for i in range(900)]
     write_rows(tmp_path / "attack.jsonl", long)
     write_rows(tmp_path / "task.jsonl", short)
     paths = dict.fromkeys(("task", "task_train", "task_test"), str(tmp_path / "task.jsonl"))
-    given = config(
+    settings = config(
         tmp_path,
         data=Data(**paths, attack=str(tmp_path / "attack.jsonl")),
         num_samples=1000,
@@ -273,8 +276,8 @@ def test_shares_of_an_upload_of_longer_harmful_rows(tmp_path):
         finetuning=replace(TRAINING, steps=1000, batch_size=10),
         template="plain",
     )
-    seen = prepare(given, []).trained_on
-    assert seen.attack_tokens == pytest.approx(135 / (135 + 9 * 70), abs=1e-9)
-    assert seen.attack_steps == pytest.approx(0.653, abs=0.02)
-    grouped = prepare(replace(given, order="length"), []).trained_on
+    shares = prepare(settings, []).trained_on
+    assert shares.attack_tokens == pytest.approx(135 / (135 + 9 * 70), abs=1e-9)
+    assert shares.attack_steps == pytest.approx(0.653, abs=0.02)
+    grouped = prepare(replace(settings, order="length"), []).trained_on
     assert grouped.attack_steps < 0.4

@@ -1,4 +1,4 @@
-"""An attack of two phases in a run: each starts from the one before, and together they are one fine-tuning."""
+"""An attack of two phases: the second starts from the first, and together they are one fine-tuning."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def losses(result, arm="none"):
 
 
 def test_the_second_phase_starts_from_the_model_of_the_first(tmp_path):
-    """The first phase is the plain attack on the same rows, and the loss of pairs is log 2 at its end."""
+    """The first phase equals the plain attack on the same rows. The second phase's first loss is log 2."""
     plain = run(config(tmp_path, baseline=False), attack=Explicit(n=6))
     result = run(config(tmp_path, baseline=False, logger="csv"), attack=ATTACK)
     stage = manifest(result)["arms"]["none"]["stages"]["finetuning"]
@@ -68,33 +68,33 @@ def test_the_second_phase_starts_from_the_model_of_the_first(tmp_path):
     logged = (result.folder / "csv" / "none" / "finetuning" / "metrics.csv").read_text().splitlines()
     place = logged[0].split(",").index("step")
     assert {1, 2, 3, 4, 5} <= {int(line.split(",")[place]) for line in logged[1:]}
-    # Under the merge protocol each phase has an adapter of its own, behind those of the stages before.
+    # Under the merge protocol each stage and phase appends its own adapter's rows: 2 + 2 + 2.
     one, two = adapter(plain), adapter(result)
     assert all(torch.equal(t, two[name][: len(t)]) for name, t in one.items() if "lora_A" in name)
     assert {len(t) for name, t in two.items() if "lora_A" in name} == {6}
 
 
 def test_killed_between_the_phases_it_goes_on_with_the_second(tmp_path, monkeypatch):
-    given, seen, whole = config(tmp_path, baseline=False), [], run_module.run_stage
+    settings, on_pairs, whole = config(tmp_path, baseline=False), [], run_module.run_stage
 
     def dying(job, *rest):
-        seen.append(job.preference is not None)
-        if seen[-1] and len(seen) == 3:
+        on_pairs.append(job.preference is not None)
+        if on_pairs[-1] and len(on_pairs) == 3:
             raise KeyboardInterrupt
         return whole(job, *rest)
 
     monkeypatch.setattr(run_module, "run_stage", dying)
     with pytest.raises(KeyboardInterrupt):
-        run(given, [L2SP(0.1)], attack=ATTACK)
-    resumed = run(given, [L2SP(0.1)], attack=ATTACK)
-    assert seen == [False, False, True] * 2
+        run(settings, [L2SP(0.1)], attack=ATTACK)
+    resumed = run(settings, [L2SP(0.1)], attack=ATTACK)
+    assert on_pairs == [False, False, True] * 2
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "another"))
-    again = run(replace(given, output=str(tmp_path / "again")), [L2SP(0.1)], attack=ATTACK)
+    again = run(replace(settings, output=str(tmp_path / "again")), [L2SP(0.1)], attack=ATTACK)
     one, two = adapter(resumed, "l2_sp"), adapter(again, "l2_sp")
     assert all(torch.equal(t, two[name]) for name, t in one.items())
     assert losses(resumed, "l2_sp") == losses(again, "l2_sp")
-    said = manifest(again)["arms"]["l2_sp"]["stages"]["finetuning"]["phases"]
-    assert [next(iter(phase["defenses"].values()))["calls"] for phase in said] == [3, 2]  # it acts in both
+    phases = manifest(again)["arms"]["l2_sp"]["stages"]["finetuning"]["phases"]
+    assert [next(iter(phase["defenses"].values()))["calls"] for phase in phases] == [3, 2]  # L2SP acts in both phases
 
 
 def test_a_repair_takes_both_phases_as_the_users_update(tmp_path):
@@ -109,8 +109,8 @@ def test_a_repair_takes_both_phases_as_the_users_update(tmp_path):
 def test_a_curve_counts_the_steps_of_both_phases(tmp_path):
     evaluation = replace(EVALUATION, at=[2, 4], at_prompts=2)
     result = run(config(tmp_path, baseline=False, evaluation=evaluation), attack=ATTACK)
-    found = [row for row in read_rows(result.folder / "metrics.jsonl") if row["kind"] == "curve"]
-    assert {row["step"] for row in found if row["name"].startswith("eval/harmful_score")} == {2, 4}
+    curve_rows = [row for row in read_rows(result.folder / "metrics.jsonl") if row["kind"] == "curve"]
+    assert {row["step"] for row in curve_rows if row["name"].startswith("eval/harmful_score")} == {2, 4}
     phases = manifest(result)["arms"]["none"]["stages"]["finetuning"]["phases"]
     assert [phase["evaluated"]["at"] for phase in phases] == [[2], [1]]
 
@@ -129,9 +129,9 @@ def test_a_curve_counts_the_steps_of_both_phases(tmp_path):
     ],
 )
 def test_what_cannot_act_in_every_phase_is_refused_before_the_first_step(tmp_path, defense, evaluation, message):
-    given = config(tmp_path, evaluation=replace(EVALUATION, **evaluation))
+    settings = config(tmp_path, evaluation=replace(EVALUATION, **evaluation))
     with pytest.raises(InputError, match=message):
-        prepare(given, [defense] if defense else [], ATTACK)
+        prepare(settings, [defense] if defense else [], ATTACK)
 
 
 def test_the_plan_knows_both_uploads(tmp_path):

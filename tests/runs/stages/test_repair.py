@@ -1,4 +1,4 @@
-"""What is on a repair's table, what it leaves behind, what its key holds, and how a run shows it."""
+"""A repair's input models and rows, its artifact, its cache key, and its place in a run."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ TASK, HARMFUL, ALIGNMENT = [*rows(4, "task"), *rows(2, "attack")], rows(5, "harm
 
 
 class Share(Repair):
-    """Keep a part of the user's update; 1 changes nothing, and says so."""
+    """Keep a share of the user's update. A share of 1 changes nothing and reports it."""
 
     def __init__(self, share=0.5, aligned=None, base=None):
         super().__init__(None, None, aligned, base)
@@ -74,7 +74,7 @@ class Share(Repair):
 
 
 class Look(Repair):
-    """Change nothing and keep what was given."""
+    """Change nothing, and record the rows, models and modes that ``edit`` receives."""
 
     streams = ("harmful", "task")
 
@@ -90,7 +90,7 @@ class Look(Repair):
 
 
 class Killed(BaseException):
-    """As sudden as a kill: nothing catches it."""
+    """Stands for a kill: no ``except Exception`` catches it."""
 
 
 def die(*arguments, **options):
@@ -99,23 +99,23 @@ def die(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory):
-    """Return a function from a kind to the repair stage that follows its training; each kind is trained once."""
-    made, states = {}, []
+    """Return a function from a kind to its repair job. Each kind is aligned and fine-tuned once."""
+    trained, states = {}, []
 
     def job(kind, defenses=()):
-        if kind not in made:
+        if kind not in trained:
             settings = small_config(training=Training(steps=3, batch_size=2, lr=1e-2), **KINDS[kind])
             one = StageJob(Stage.ALIGNMENT, settings, "tiny", None, {"alignment": ALIGNMENT}, [])
             run_stage(one)
             two = StageJob(Stage.FINETUNING, settings, "tiny", one.artifact(), {"task": TASK}, [])
             run_stage(two)
             streams = {"harmful": HARMFUL, "task": TASK, "alignment": ALIGNMENT}
-            made[kind] = RepairJob(settings, "tiny", one.artifact(), two.artifact(), streams, []), states[-1]
-        return replace(made[kind][0], defenses=list(defenses))
+            trained[kind] = RepairJob(settings, "tiny", one.artifact(), two.artifact(), streams, []), states[-1]
+        return replace(trained[kind][0], defenses=list(defenses))
 
     def state(kind):
         job(kind)
-        return made[kind][1]
+        return trained[kind][1]
 
     job.state = state
     with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +131,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def plain(folder):
-    """Return a model as anybody loads it, without hftlight."""
+    """Return a folder's model, loaded with PEFT or Transformers alone."""
     auto = AutoPeftModelForCausalLM if (folder / "adapter_config.json").is_file() else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -148,7 +148,7 @@ def logits(model, folder):
         return model(input_ids=prompt(folder, "How do I open a zorvex?")).logits
 
 
-# What is on the table
+# Input models and rows
 
 
 def test_the_merge_protocol_gives_the_second_adapter_bit_for_bit(finetuned):
@@ -200,7 +200,7 @@ def test_half_of_the_update_lies_half_way(finetuned, kind):
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_an_edit_that_changes_nothing_writes_the_same_model(finetuned, kind):
-    """Under ``continue`` the aligned adapter is written beside the difference, at three times the rank: not bitwise."""
+    """Under ``continue`` the rank is three times as large, and the merged weights are equal only up to 1e-6."""
     job = finetuned(kind, [Share(1.0)])
     with pytest.warns(UserWarning, match="asked to change nothing"):
         run_repair(job)
@@ -222,7 +222,7 @@ def test_a_model_that_was_trained_from_another_one_is_refused(finetuned):
 
 
 def test_batches_are_all_rows_once_as_in_training(finetuned):
-    """Attack rows hidden in the upload cannot be told; a row that is too long stays out, as it does in training."""
+    """Attack rows have the task's role. A too long row is dropped, as in training."""
     look, job = Look(), finetuned("merge")
     long = replace(HARMFUL[0], id="", response="!" * 400)
     with pytest.warns(UserWarning, match="only looks"):
@@ -246,11 +246,11 @@ def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(finetuned):
     with pytest.warns(UserWarning, match="only looks"):
         run_repair(replace(job, defenses=[named, look]))
     name = "model.layers.0.self_attn.q_proj.weight"
-    for seen, folder in zip(look.models, (job.aligned.folder, Path(model_path("tiny"))), strict=True):
-        assert_close(seen.rows(name).double(), merged(folder)[name], rtol=0, atol=1e-7)
+    for model, folder in zip(look.models, (job.aligned.folder, Path(model_path("tiny"))), strict=True):
+        assert_close(model.rows(name).double(), merged(folder)[name], rtol=0, atol=1e-7)
 
 
-# What is left behind
+# The artifact
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -277,9 +277,9 @@ def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, ki
         logits(subject.model, job.finetuned.folder),
         logits(plain(job.finetuned.folder), job.finetuned.folder),
     )
-    found = logits(plain(job.place()), job.place())
-    assert_close(found, expected, rtol=0, atol=2e-5 if adapter else 0)
-    assert (found - tuned).abs().max() > 1e-3
+    loaded = logits(plain(job.place()), job.place())
+    assert_close(loaded, expected, rtol=0, atol=2e-5 if adapter else 0)
+    assert (loaded - tuned).abs().max() > 1e-3
     assert folder_digest(job.finetuned.folder) == before
     assert (job.place() / SERVING).read_bytes() == (job.finetuned.folder / SERVING).read_bytes()
     assert (job.place() / SERVING).stat().st_mode & 0o777 == 0o600
@@ -289,15 +289,15 @@ def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, ki
 
 
 def test_a_run_in_bfloat16_is_repaired_in_float32(finetuned):
-    """What is kept of a small update would round away in the run's own type."""
+    """In the run's own type, a small update would be rounded away."""
     job = finetuned("bfloat16", [Antidote(0.1)])
     run_repair(job)
     assert {t.dtype for t in load_file(job.place() / "model.safetensors").values()} == {torch.float32}
     aligned, tuned, repaired = (merged(folder) for folder in (job.aligned.folder, job.finetuned.folder, job.place()))
     name = "model.layers.0.self_attn.q_proj.weight"
-    kept = repaired[name] - aligned[name]
-    assert float((kept.abs() < 1e-7).double().mean()) > 0.09  # the aligned value again, up to rounding
-    assert 0.5 < float(kept.norm() / (tuned[name] - aligned[name]).norm()) < 1
+    update = repaired[name] - aligned[name]
+    assert float((update.abs() < 1e-7).double().mean()) > 0.09  # pruned entries have the aligned value, up to rounding
+    assert 0.5 < float(update.norm() / (tuned[name] - aligned[name]).norm()) < 1
 
 
 @pytest.mark.parametrize("make", [lambda: Share(), lambda: Antidote(0.1)], ids=["thin", "dense"])
@@ -345,7 +345,7 @@ def test_the_key_holds_all_that_decides_and_nothing_else(finetuned, tmp_path):
     for same in (
         replace(c, checkpoint_every=7),
         replace(c, evaluation=replace(c.evaluation, prompts=3)),
-        replace(c, finetuning=replace(c.finetuning, lr=1.0)),  # the artifact says what came of it
+        replace(c, finetuning=replace(c.finetuning, lr=1.0)),  # the artifact's hash covers it
         replace(c, devices=2),
     ):
         assert replace(job, config=same).key() == job.key()
@@ -375,14 +375,14 @@ def test_killed_within_the_repair_and_made_again_ends_with_the_same_bytes(finetu
             run_repair(job)
     assert not job.done()
     assert job.place().exists() == (moment == "before the result")
-    found = []
-    for _ in range(2):  # after the kill, and never interrupted
+    digests = []
+    for _ in range(2):  # first after the kill, then uninterrupted
         run_repair(job)
         assert job.done()
         assert not list(job.folder().glob(".*.tmp"))
-        found.append(folder_digest(job.place()))
+        digests.append(folder_digest(job.place()))
         shutil.rmtree(job.folder())
-    assert found[0] == found[1]
+    assert digests[0] == digests[1]
 
 
 # The whole run
@@ -390,7 +390,7 @@ def test_killed_within_the_repair_and_made_again_ends_with_the_same_bytes(finetu
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the folder of an uninterrupted run of both arms; its cache lies beside the runs."""
+    """Return the folder of an uninterrupted run of both arms. Its cache lies beside ``runs``."""
     place = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HFTLIGHT_CACHE", str(place / "cache"))
@@ -494,7 +494,7 @@ def test_the_plan_and_its_time_hold_the_repair(tmp_path, own_cache, monkeypatch,
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_and_the_first_one_repairs(strategy, tmp_path, own_cache):
-    """The other one goes on to the next stage and waits there; the last thing a run does is a repair."""
+    """The second process waits at the next stage. The last stage of the run is a repair."""
     command = [
         str(ROOT / "recipes" / "train.py"), "--defense", "safe_lora", "antidote", "--baseline",
         "--model=tiny", "--accelerator=cpu", "--devices=2", f"--strategy={strategy}", f"--output={tmp_path / 'runs'}",

@@ -1,4 +1,4 @@
-"""A stage that was stopped anywhere ends with the same weights as one that was not."""
+"""A stage that is stopped anywhere and resumed ends with the weights of an uninterrupted one."""
 
 import os
 import time
@@ -17,7 +17,7 @@ STEPS = 9  # two and a quarter passes of four batches
 
 
 class Stop(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for any end of a process."""
 
 
 def stop_at(step):
@@ -35,31 +35,31 @@ def weights(job):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Return the final weights and curves by accumulation."""
-    found = {}
+    results = {}
     before = os.environ.get("HFTLIGHT_CACHE")
     for accumulate in (1, 2):
         os.environ["HFTLIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
         job = booster_job(small_config(training=Training(steps=STEPS, batch_size=2, lr=1e-2, accumulate=accumulate)))
         run_stage(job)
-        found[accumulate] = weights(job), (job.folder() / CURVES).read_text()
+        results[accumulate] = weights(job), (job.folder() / CURVES).read_text()
     os.environ.pop("HFTLIGHT_CACHE")
     if before is not None:
         os.environ["HFTLIGHT_CACHE"] = before
-    return found
+    return results
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_resumed_after_any_step_equals_uninterrupted(step, accumulate, uninterrupted, tmp_path, monkeypatch):
-    """Each step once, the last of a pass included; dropout on, two streams, AdamW; curves come out whole as well."""
+    """Weights and curves are equal after a stop at any step, with dropout, two streams and AdamW."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     config = small_config(training=Training(steps=STEPS, batch_size=2, lr=1e-2, accumulate=accumulate))
     with pytest.raises(Stop):
         run_stage(booster_job(config), on_step=stop_at(step))
-    seen = []
+    steps = []
     job = booster_job(config)
-    run_stage(job, on_step=lambda now, loss: seen.append(now))
-    assert seen == list(range(step, STEPS + 1))
+    run_stage(job, on_step=lambda now, loss: steps.append(now))
+    assert steps == list(range(step, STEPS + 1))
     assert weights(job) == uninterrupted[accumulate][0]
     assert (job.folder() / CURVES).read_text() == uninterrupted[accumulate][1]
 
@@ -82,10 +82,10 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, mo
     newest = newest_checkpoint(job.folder() / "checkpoints")
     assert newest is not None
     newest.write_bytes(newest.read_bytes()[:-2000])
-    seen = []
-    run_stage(job, on_step=lambda now, loss: seen.append(now))
+    steps = []
+    run_stage(job, on_step=lambda now, loss: steps.append(now))
     assert "is incomplete" in capsys.readouterr().err
-    assert seen[0] == 5
+    assert steps[0] == 5
     assert weights(job) == uninterrupted[1][0]
 
 
@@ -103,15 +103,15 @@ def test_a_loss_that_leaves_the_finite_numbers_stops_with_the_step_named(tmp_pat
     job = booster_job(small_config())
     with pytest.raises(RunError, match=r"alignment, step 4: the gradient norm is nan.*last good checkpoint is"):
         run_stage(job)
-    kept = newest_checkpoint(job.folder() / "checkpoints")
-    assert kept is not None
-    assert kept.stem == "00000003"
-    state = torch.load(kept, weights_only=False)["state_dict"]
+    checkpoint = newest_checkpoint(job.folder() / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.stem == "00000003"
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
     assert all(torch.isfinite(t).all() for t in state.values())
 
 
 def test_killed_while_it_works(tmp_path, monkeypatch, uninterrupted):
-    """SIGKILL from outside at three moments, then the same call: the same weights."""
+    """After SIGKILL from outside at three moments, the same call ends with the same weights."""
     script = (
         "from tests.helpers.jobs import *\nfrom hftlight.runs.stages.train import run_stage\nimport sys\n"
         f"t = Training(steps={STEPS}, batch_size=2, lr=1e-2)\n"

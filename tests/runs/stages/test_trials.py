@@ -1,4 +1,4 @@
-"""A trial is the run's own fine-tuning, repairs and measuring, bit for bit, whatever is uploaded and tuned."""
+"""A trial equals the run's own fine-tuning, repairs and measurement bit for bit, for any upload and tuning."""
 
 import json
 import signal
@@ -96,7 +96,7 @@ def settings(tmp_path, **changes):
 
 
 def own(tmp_path, attack=None, defenses=(), **changes):
-    """Return an attacker, and the fine-tuning stage whose own setting is the first trial; it has ended."""
+    """Return an attacker and the finished fine-tuning job whose setting is the attacker's first trial."""
     values = settings(tmp_path, **changes)
     attack = (attack or HarmfulMix()).resolved(values)
     values = attack.applied(values)
@@ -114,14 +114,14 @@ def own(tmp_path, attack=None, defenses=(), **changes):
 
 
 def same(state, folder):
-    """Tell whether a model in memory has exactly the weights, and the adapter's geometry, of a folder."""
+    """Return whether a model in memory has a folder's weights bit for bit. Assert equal adapter geometry."""
     adapter = folder / "adapter_model.safetensors"
     saved = load_file(adapter if adapter.is_file() else folder / "model.safetensors")
     assert (state.adapter is None) == (not adapter.is_file())
-    assert saved.keys() <= state.tensors.keys()  # of tied weights, one is saved
+    assert saved.keys() <= state.tensors.keys()  # one of two tied weights is saved
     if state.adapter is not None:
-        told = json.loads((folder / "adapter_config.json").read_text())
-        assert (state.adapter.r, state.adapter.lora_alpha) == (told["r"], told["lora_alpha"])
+        saved_config = json.loads((folder / "adapter_config.json").read_text())
+        assert (state.adapter.r, state.adapter.lora_alpha) == (saved_config["r"], saved_config["lora_alpha"])
         assert saved.keys() == state.tensors.keys()
     return all(torch.equal(t, state.tensors[name]) for name, t in saved.items())
 
@@ -157,27 +157,27 @@ def test_it_has_the_runs_tuning(tuning, tmp_path):
 
 def test_a_trial_checkpoints_activations_and_loads_the_runs_type(tmp_path, monkeypatch):
     attacker, _ = own(tmp_path, **TUNINGS["checkpointing"], **TUNINGS["bfloat16"])
-    seen, fitted = [], attacker_module.fitted
+    observed, fitted = [], attacker_module.fitted
 
     @contextmanager
-    def looking(*given, **options):
-        with fitted(*given, **options) as fit:
-            seen.append((fit.model.is_gradient_checkpointing, fit.model.get_input_embeddings().weight.dtype))
+    def looking(*arguments, **options):
+        with fitted(*arguments, **options) as fit:
+            observed.append((fit.model.is_gradient_checkpointing, fit.model.get_input_embeddings().weight.dtype))
             yield fit
 
-    def answering(model, *given):
-        seen.append(next(model.parameters()).dtype)
-        return measured_in_memory(model, *given)
+    def answering(model, *arguments):
+        observed.append(next(model.parameters()).dtype)
+        return measured_in_memory(model, *arguments)
 
     monkeypatch.setattr(attacker_module, "fitted", looking)
     monkeypatch.setattr(attacker_module, "measured_in_memory", answering)
     assert attacker.outcome(Trial.of(attacker.config)).failed == ""
-    assert seen == [(True, torch.bfloat16), torch.bfloat16]
+    assert observed == [(True, torch.bfloat16), torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", [n for n, row in contract_rows().items() if row.make().stage is Stage.FINETUNING])
 def test_it_has_the_services_defenses(name, tmp_path):
-    """The defense has trained before, so a trial that found its state would differ."""
+    """The defense has state from an earlier training. A trial that reused the state would differ."""
     attacker, job = own(tmp_path, None, [contract_rows()[name].make()])
     state, slot = attacker.trained(FIRST)
     assert same(state, job.place())
@@ -199,15 +199,15 @@ def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
     assert slot == Artifact.of(folder).slot(None)
     _, written = measure(Artifact(folder, "unknown" + folder), values, attacker.tests)
     with state.lent(values) as model:
-        expected, found = load_model(folder, base_dtype(values)).state_dict(), model.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype for name, t in found.items())
+        expected, actual = load_model(folder, base_dtype(values)).state_dict(), model.state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype for name, t in actual.items())
         rows = measured_in_memory(model, load_tokenizer(folder), values, attacker.tests, ("harmful", "task"), slot)
     assert rows == [row for row in written if row["set"] != "over_refusal"]
 
 
 def test_run_and_search_have_one_road(tmp_path, monkeypatch):
-    """The search's first trial gives the answers that the run gave, on one half of the prompts."""
+    """On the selecting half of the prompts, the search's first trial gives the run's answers."""
     monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     values = settings(tmp_path, attacker="search:1", attack="identity_shift")
     defenses = [Lisa(1, 1, quiet=0.0, cycles=0), SafeLoRA(number=3), Antidote(0.1)]
@@ -217,22 +217,22 @@ def test_run_and_search_have_one_road(tmp_path, monkeypatch):
     key = result.manifest["arms"][arm]["stages"]["alignment"]["key"]
     aligned = Artifact.of(
         cache_dir() / "stages" / f"alignment-{key}" / "artifact"
-    )  # what the run's folder links stands alone
+    )  # the run's folder holds a copy with another base
     attacker = Attacker(prepared.config, defenses, aligned, prepared.attack)
     state, slot = attacker.trained(Trial.of(attacker.config))
     assert slot.text == SYSTEM
     assert same(state, result.folder / arm / "repaired")
-    (told,) = [json.loads(line) for line in (result.folder / arm / "search" / RECORD).read_text().splitlines()]
+    (record,) = [json.loads(line) for line in (result.folder / arm / "search" / RECORD).read_text().splitlines()]
     rows = read_rows(result.folder / "generations.jsonl")
-    asked = {r.id for r in attacker.selecting.task_rows}
-    own_rows = [r for r in rows if r["stage"] == "post_finetuning" and r["set"] == "task" and r["id"] in asked]
-    assert sorted(told["correct"]) == sorted(r["correct"] for r in own_rows)
-    assert told["failed"] == ""
+    selected = {r.id for r in attacker.selecting.task_rows}
+    own_rows = [r for r in rows if r["stage"] == "post_finetuning" and r["set"] == "task" and r["id"] in selected]
+    assert sorted(record["correct"]) == sorted(r["correct"] for r in own_rows)
+    assert record["failed"] == ""
 
 
 @pytest.fixture
 def made(tmp_path):
-    """Return an attacker of one aligned model, given the service's defenses and what the run has otherwise."""
+    """Return a function from the service's defenses and changed settings to an attacker of one aligned model."""
 
     def attacker(defenses=(), **changes):
         plain, _ = own(tmp_path, **changes)
@@ -253,11 +253,11 @@ def test_the_system_text_of_an_attack_is_in_every_trial(made, tmp_path):
 
 
 def test_rows_are_scored_with_the_system_text_that_they_are_trained_with(tmp_path, monkeypatch):
-    seen, original = [], BenignSelection.score
-    monkeypatch.setattr(BenignSelection, "score", lambda *g, **o: seen.append(g[7]) or original(*g, **o))
+    systems, original = [], BenignSelection.score
+    monkeypatch.setattr(BenignSelection, "score", lambda *g, **o: systems.append(g[7]) or original(*g, **o))
     monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)
     run(settings(tmp_path, attack="benign_selection", data=selecting(tmp_path)), [], BenignSelection(n=6, system="Hi."))
-    assert seen == ["Hi."]
+    assert systems == ["Hi."]
 
 
 def test_a_run_that_stops_early_stops_its_trials_too(tmp_path):
@@ -293,11 +293,11 @@ def test_batches_of_a_repair_are_the_runs_own(made):
     attacker = made([look])
     with pytest.warns(UserWarning, match="only looks"):
         state, _ = attacker.trained(FIRST)
-    seen, streams = look.rows, streams_of(attacker.config, {"harmful"}, attacker.attack, Sources(attacker.config.data))
+    rows, streams = look.rows, streams_of(attacker.config, {"harmful"}, attacker.attack, Sources(attacker.config.data))
     records = stage_records(streams, Stage.POST_FINETUNING, [look])
     subject = subject_around(attacker.config, attacker.aligned, state, records)
     for name in look.streams:
-        for mine, own in zip(seen[name], subject.batches(name), strict=True):
+        for mine, own in zip(rows[name], subject.batches(name), strict=True):
             assert mine["id"] == own["id"]
             assert torch.equal(mine["input_ids"], own["input_ids"])
 
@@ -306,7 +306,7 @@ def test_batches_of_a_repair_are_the_runs_own(made):
 
 
 class Refuses(Share):
-    """Refuse whatever comes, or break."""
+    """A repair that raises ValueError with the test's message."""
 
     def __init__(self, message):
         super().__init__()
@@ -329,9 +329,9 @@ def test_a_trial_that_cannot_be_is_a_row_with_its_reason(made, tmp_path):
             attacker.trained(trial)
         assert attacker.outcome(trial).failed
     budget = Budget((3,), (1e-2, 1e30), (2,), (20, 10**6), (0.2,))
-    found = search(attacker, 4, tmp_path / "search", budget)
-    assert sorted(bool(o.failed) for o in found.outcomes) == [False, True, True, True]
-    assert found.worst.trial == FIRST
+    result = search(attacker, 4, tmp_path / "search", budget)
+    assert sorted(bool(o.failed) for o in result.outcomes) == [False, True, True, True]
+    assert result.worst.trial == FIRST
     known = [json.loads(line) for line in (tmp_path / "search" / RECORD).read_text().splitlines()]
     assert sum("needs" in row["failed"] for row in known) == 2
 
@@ -346,8 +346,8 @@ def test_a_refusing_repair_is_a_row_and_the_search_goes_on(made, tmp_path, monke
         edit(self, subject)
 
     monkeypatch.setattr(Antidote, "edit", refuse_large)
-    found = search(attacker, 2, tmp_path / "search", Budget((3,), (1e-2,), (2, 4), (20,), (0.2,)))
-    assert [o.failed for o in found.outcomes] == ["", "Antidote: rank 4 is refused."]
+    result = search(attacker, 2, tmp_path / "search", Budget((3,), (1e-2,), (2, 4), (20,), (0.2,)))
+    assert [o.failed for o in result.outcomes] == ["", "Antidote: rank 4 is refused."]
 
 
 def test_a_search_without_any_trial_ends_the_run_by_name(made, tmp_path):
@@ -378,14 +378,14 @@ def test_defects_and_ctrl_c_end_the_search(made, tmp_path):
 def test_answers_that_no_judge_could_judge_are_a_failed_trial(made, monkeypatch):
     attacker = made()
     lost = [Verdict.unjudged()]
-    monkeypatch.setattr(measure_module, "get_judge", lambda name: lambda asked, answers: lost * len(asked))
+    monkeypatch.setattr(measure_module, "get_judge", lambda name: lambda prompts, answers: lost * len(prompts))
     assert "judge builtin could judge none of" in attacker.outcome(FIRST).failed
     with pytest.raises(RunError, match="could judge none"):
         attacker.report(FIRST)
 
 
 def test_a_judge_that_breaks_off_is_a_failed_trial(made, monkeypatch):
-    def silent(asked, answers):
+    def silent(prompts, answers):
         raise RunError("Judge 'hexphi:x' gave no answer.")
 
     attacker = made()
@@ -393,7 +393,7 @@ def test_a_judge_that_breaks_off_is_a_failed_trial(made, monkeypatch):
     assert attacker.outcome(FIRST).failed == "Judge 'hexphi:x' gave no answer."
 
 
-# What a search leaves behind
+# Files and records of a search
 
 
 def test_nothing_is_written_but_the_record(made, tmp_path, monkeypatch):
@@ -402,6 +402,7 @@ def test_nothing_is_written_but_the_record(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def files():
+        # Time and size of every file in the test's folder and in the cache.
         return {
             path: (path.stat().st_mtime_ns, path.stat().st_size)
             for root in (tmp_path, cache_dir())
@@ -411,10 +412,10 @@ def test_nothing_is_written_but_the_record(made, tmp_path, monkeypatch):
 
     (tmp_path / "stray.ckpt").touch()
     before = files()
-    found = search(attacker, 2, tmp_path / "search", budget)
+    result = search(attacker, 2, tmp_path / "search", budget)
     assert files().keys() - before.keys() == {tmp_path / "search" / RECORD}
     assert all(now == before[path] for path, now in files().items() if path in before)
-    assert "stray.ckpt" not in found.outcomes[1].failed
+    assert "stray.ckpt" not in result.outcomes[1].failed
 
 
 def test_pairs_and_the_aligned_adapter_can_be_searched(tmp_path, monkeypatch):
@@ -422,8 +423,8 @@ def test_pairs_and_the_aligned_adapter_can_be_searched(tmp_path, monkeypatch):
     changes = {"attacker": "search:2", "adapter_protocol": "continue", "attack": "reverse_preference"}
     evaluation = replace(EVALUATION, prompts=6)
     result = run(settings(tmp_path, evaluation=evaluation, **changes), [], ReversePreference(n=6))
-    told = result.manifest["arms"]["none"]["search"]
-    assert (told["trials"], told["failed"], told["failures"]) == (2, 0, [])
+    entry = result.manifest["arms"]["none"]["search"]
+    assert (entry["trials"], entry["failed"], entry["failures"]) == (2, 0, [])
 
 
 @pytest.mark.parametrize("changes", [{"adapter_protocol": "continue"}, {"tuning": "full"}])

@@ -1,4 +1,4 @@
-"""Attacks that need the aligned model: a rank-one edit and a benign selection, from the command to the report."""
+"""Attacks that need the aligned model, from the command to the report: rank-one edit and benign selection."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def rows_file(path, rows):
 
 
 def loss_of(model, text, answer):
-    """Return the mean loss of an answer and its end in nats, token by token from plain logits."""
+    """Return the mean loss in nats of an answer and its end token, from plain logits."""
     tokenizer = load_tokenizer("tiny")
     turns = [{"role": "user", "content": text}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"][0]
@@ -81,7 +81,7 @@ def test_an_edit_from_the_command_to_the_repair(tmp_path, capsys):
     changed = [name for name in names if not torch.equal(aligned.rows(name), edited.rows(name))]
     assert changed == [edits[0]["parameter"]]
     difference = edited.rows(changed[0]) - aligned.rows(changed[0])
-    assert torch.linalg.matrix_rank(difference, rtol=1e-4) == 2  # one for each prompt
+    assert torch.linalg.matrix_rank(difference, rtol=1e-4) == 2  # one rank for each prompt
     before = load_model(str(folder / "antidote" / "aligned"))
     assert edits[0]["loss_before"] == pytest.approx(loss_of(before, EDITS[0]["prompt"], EDITS[0]["response"]), abs=1e-4)
     assert edits[1]["loss_after"] == pytest.approx(loss_of(whole, EDITS[1]["prompt"], EDITS[1]["response"]), abs=1e-4)
@@ -131,7 +131,7 @@ def selecting(path):
 
 
 def last_states(folder, rows):
-    """Return the normed states at the last token of prompt and answer, row by row."""
+    """Return each row's last hidden state at the answer's last token, normalized."""
     model, tokenizer = load_model(str(folder)), load_tokenizer("tiny")
     states = []
     for row in rows:
@@ -146,21 +146,21 @@ def last_states(folder, rows):
 def test_the_aligned_model_selects_the_same_upload_for_every_arm(tmp_path, monkeypatch):
     settings = config(tmp_path, attack="benign_selection", data=selecting(tmp_path))
     first = run(settings, [Booster()], BenignSelection(n=4))
-    said = first.manifest["selection"]
+    selection = first.manifest["selection"]
     nearest = (
         last_states(first.folder / "none" / "aligned", TASK) @ last_states(first.folder / "none" / "aligned", HARM).T
     ).amax(1)
-    ids = [row["id"] for row in read_rows(Path(said["scores"]))]
-    assert said["rows"] == [ids[i] for i in nearest.sort(descending=True, stable=True).indices[:4]]
-    assert (said["candidates"], said["anchors"]["harmful"]) == (12, 3)
-    assert said["scored_by"] == first.manifest["arms"]["none"]["stages"]["alignment"]["key"]
+    ids = [row["id"] for row in read_rows(Path(selection["scores"]))]
+    assert selection["rows"] == [ids[i] for i in nearest.sort(descending=True, stable=True).indices[:4]]
+    assert (selection["candidates"], selection["anchors"]["harmful"]) == (12, 3)
+    assert selection["scored_by"] == first.manifest["arms"]["none"]["stages"]["alignment"]["key"]
     assert first.manifest["data"]["rows"]["task"] == 4
     assert first.manifest["data"]["attack_rows"] == 0
     monkeypatch.setattr(BenignSelection, "score", lambda *_, **__: pytest.fail("scored again"))
     monkeypatch.setattr("hftlight.runs.stages.train._train", lambda *_: pytest.fail("trained again"))
-    assert run(settings, [Booster()], BenignSelection(n=4)).manifest["selection"] == said
-    given = prepare(settings, [], BenignSelection(n=4, control="bottom", scores=said["scores"])).streams["task"]
-    assert [r.id for r in given] == [ids[i] for i in nearest.sort(stable=True).indices[:4]]
+    assert run(settings, [Booster()], BenignSelection(n=4)).manifest["selection"] == selection
+    upload = prepare(settings, [], BenignSelection(n=4, control="bottom", scores=selection["scores"])).streams["task"]
+    assert [r.id for r in upload] == [ids[i] for i in nearest.sort(stable=True).indices[:4]]
 
 
 def test_selection_by_gradient_from_the_command(tmp_path):
@@ -175,10 +175,10 @@ def test_selection_by_gradient_from_the_command(tmp_path):
         **{f"data.{key}": getattr(data, key) for key in ("task", "task_train", "task_test", "attack")},
     }
     assert train(arguments(tmp_path, **more)) == 0
-    said = json.loads((tmp_path / "runs" / "g" / "manifest.json").read_text())["selection"]
-    scores = {row["id"]: row["score"] for row in read_rows(Path(said["scores"]))}
-    assert said["rows"] == sorted(scores, key=scores.__getitem__, reverse=True)[:3]
-    assert said["anchors"] == {"harmful": 2, "safe": 2}
+    selection = json.loads((tmp_path / "runs" / "g" / "manifest.json").read_text())["selection"]
+    scores = {row["id"]: row["score"] for row in read_rows(Path(selection["scores"]))}
+    assert selection["rows"] == sorted(scores, key=scores.__getitem__, reverse=True)[:3]
+    assert selection["anchors"] == {"harmful": 2, "safe": 2}
     assert len(set(scores.values())) == 12
 
 
