@@ -1,4 +1,4 @@
-"""Chats: every usual layout gives the same records; what cannot be read is named with its row."""
+"""Chats: every usual layout gives the same records. An error names the row that cannot be read."""
 
 import json
 import os

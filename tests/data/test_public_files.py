@@ -1,4 +1,4 @@
-"""The same on files of public sets; HFTLIGHT_DATA names their folder."""
+"""Tests of the data package on files of public sets. HFTLIGHT_DATA names their folder."""
 
 import os
 from pathlib import Path
@@ -45,16 +45,16 @@ def test_gsm8k_answers_end_in_the_phrase():
 
 
 def test_safe_pairs_have_exact_labels():
-    """Every row of the alignment set, decoded from its labels, is its own answer and an end."""
+    """The labels of every alignment row decode to its response and an end token."""
     tokenizer = byte_tokenizer()
     records = read_records(ROOT / "safety_tuned_llamas" / "safe_pairs.jsonl", role="alignment")
     assert len(records) == 1384
-    kept, dropped = encode_all(records, get_template("alpaca", tokenizer), tokenizer, 600, name="alignment")
-    assert len(kept) + dropped == 1384
+    examples, dropped = encode_all(records, get_template("alpaca", tokenizer), tokenizer, 600, name="alignment")
+    assert len(examples) + dropped == 1384
     assert dropped > 0
     answers = {record.id: record.response for record in records}
-    for start in range(0, len(kept), 64):
-        batch = collate(kept[start : start + 64], tokenizer.pad_token_id)
+    for start in range(0, len(examples), 64):
+        batch = collate(examples[start : start + 64], tokenizer.pad_token_id)
         for id, labels in zip(batch["id"], batch["labels"], strict=True):
             assert tokenizer.decode(labels[labels != -100]) == answers[id] + "<eos>"
 

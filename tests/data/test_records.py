@@ -1,4 +1,4 @@
-"""Records: which columns are read, what is refused, and sets told apart by their prompts."""
+"""Records: columns that are read, rows that are refused, and sets compared by their prompts."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from hftlight.take import Take
 
 
 def table(*rows, **take):
-    """Return rows as a table of a file that is not there."""
+    """Return rows as a table without a file behind it."""
     numbered = [(f"row {n}", row) for n, row in enumerate(rows, start=1)]
     return Table("set", None, numbered, range(len(rows)), len(rows), Take(**take))
 
@@ -57,7 +57,7 @@ def test_a_language_is_read_by_its_name_or_by_a_named_column(tmp_path):
     assert [r.language for r in read_records(file, role="test")] == ["fr", "fr"]
     assert [r.language for r in read_records(file, role="test", columns={"language": "lang"})] == ["de", "de"]
     numbers = write(tmp_path, rows[0], {**rows[1], "language": 7})
-    assert [r.language for r in read_records(numbers, role="test")] == ["", ""]  # a column of another meaning
+    assert [r.language for r in read_records(numbers, role="test")] == ["", ""]  # one number: no language column
 
 
 def test_prompts_alone_are_enough_where_no_answer_is_needed(tmp_path):
@@ -114,13 +114,13 @@ def test_an_unknown_role_is_refused():
 
 def test_what_is_taken_of_a_file_is_read(tmp_path):
     rows = [{"ask": f"q{i}", "response": "a", "label": "safe" if i % 2 else "unsafe"} for i in range(9)]
-    kept = read_records(
+    records = read_records(
         write(tmp_path, *rows), role="task", rows="2:", where="label=safe", first=2, columns={"instruction": "ask"}
     )
-    assert [record.instruction for record in kept] == ["q3", "q5"]
+    assert [record.instruction for record in records] == ["q3", "q5"]
 
 
-# Files with two answers to a prompt: which one a role takes.
+# Files with two answers to a prompt: each role takes its own answer.
 
 FRAMED = "Question: How is a gloam fed?\nAnswer: I can't say.\nAnswer: Still no."
 PAIRED = {
@@ -133,15 +133,15 @@ PAIRED = {
 
 @pytest.mark.parametrize("kind", PAIRED)
 def test_each_role_takes_its_own_answer(kind):
-    """No harmful answer is trained on as alignment, and no refusal as a harmful row."""
-    given = table(PAIRED[kind])
-    (pair,) = to_records(given, "pairs")
+    """Alignment rows hold no harmful answer. Harmful rows and attack rows hold no refusal."""
+    source = table(PAIRED[kind])
+    (pair,) = to_records(source, "pairs")
     assert (pair.instruction, pair.response, pair.rejected) == ("q", "no", "harm")
-    if kind == "two responses":  # pairs alone: the less unsafe of two answers need not be safe
+    if kind == "two responses":  # only pairs: the safer of two answers need not be safe
         with pytest.raises(InputError, match="needs columns"):
-            to_records(given, "alignment")
+            to_records(source, "alignment")
         return
-    answers = {role: to_records(given, role)[0] for role in ("alignment", "harmful", "attack")}
+    answers = {role: to_records(source, role)[0] for role in ("alignment", "harmful", "attack")}
     assert {role: record.response for role, record in answers.items()} == {
         "alignment": "no",
         "harmful": "harm",
@@ -165,13 +165,13 @@ def test_a_pair_must_say_which_answer_is_safer(safer):
 
 
 def test_a_refusal_is_taken_out_of_its_frame():
-    """Cut at the first separator, and again at the second one; the question is the frame's."""
-    given = table({"prompt": "another", "response": "harm", "refusal": FRAMED})
-    (record,) = to_records(given, "alignment")
+    """The refusal lies between the first and the second separator. The question comes from the frame."""
+    source = table({"prompt": "another", "response": "harm", "refusal": FRAMED})
+    (record,) = to_records(source, "alignment")
     assert (record.instruction, record.response) == ("How is a gloam fed?", "I can't say.")
-    (pair,) = to_records(given, "pairs")
+    (pair,) = to_records(source, "pairs")
     assert (pair.instruction, pair.response, pair.rejected) == ("How is a gloam fed?", "I can't say.", "harm")
-    (harmful,) = to_records(given, "harmful")
+    (harmful,) = to_records(source, "harmful")
     assert (harmful.instruction, harmful.response) == ("another", "harm")
     (named,) = to_records(
         table({"prompt": "another", "refusal": FRAMED}, columns={"instruction": "prompt"}), "alignment"
@@ -200,7 +200,7 @@ def test_answers_of_the_wrong_kind_are_refused_with_the_filter(role, wrong, way)
     with pytest.raises(InputError, match=rf"1 of 2 rows of set .*--data\.where\.{role} is_safe={way}\."):
         to_records(table(*rows), role)
     assert len(to_records(table(rows[0]), role)) == 1
-    assert len(to_records(table(*rows, where="is_safe=true"), role)) == 2  # whoever filters has looked
+    assert len(to_records(table(*rows, where="is_safe=true"), role)) == 2  # an explicit filter replaces the check
     assert len(to_records(table(*rows), "test", need_response=False)) == 2
 
 
@@ -210,11 +210,11 @@ def test_a_pairs_rejected_answer_must_not_be_safe():
 
 
 def test_the_first_true_category_is_the_kind():
-    """BeaverTails' keys hold commas; a CSV file holds the mapping as JSON text."""
-    found = {"animal_abuse": False, "drug_abuse,weapons": True, "privacy_violation": True}
-    none = dict.fromkeys(found, False)
-    given = [found, json.dumps(found), none, None, "plain", "{odd", 7]
-    records = to_records(table(*({"prompt": "q", "response": "a", "category": c} for c in given)), "harmful")
+    """BeaverTails' keys contain commas. A CSV file stores the mapping as JSON text."""
+    categories = {"animal_abuse": False, "drug_abuse,weapons": True, "privacy_violation": True}
+    none = dict.fromkeys(categories, False)
+    cells = [categories, json.dumps(categories), none, None, "plain", "{odd", 7]
+    records = to_records(table(*({"prompt": "q", "response": "a", "category": c} for c in cells)), "harmful")
     assert [r.kind for r in records] == ["drug_abuse,weapons", "drug_abuse,weapons", "", "", "plain", "{odd", "7"]
     row = {"prompt": "q", "response": "a", "category": "x", "lang": "en"}
     assert to_records(table(row, columns={"kind": "lang"}), "harmful")[0].kind == "en"
@@ -269,7 +269,8 @@ def test_a_smaller_split_is_the_start_of_a_larger_one():
 
 
 def test_equal_prompts_never_end_on_both_sides():
-    """The defender's and the attacker's half of one file share no prompt, whatever the count asked for."""
+    """The defender's half and the attacker's half of one file share no prompt, for every count."""
+    # Three records share each of the first 20 prompts, since question marks do not change a prompt's key.
     records = [Record(f"Prompt {i // 3}{'?' * (i % 3)}", f"answer {i}") for i in range(60)] + [Record("x"), Record("y")]
     for first in range(63):
         chosen, rest = split_by_hash(records, first)
@@ -279,7 +280,7 @@ def test_equal_prompts_never_end_on_both_sides():
 
 
 def test_the_salt_gives_another_order():
-    """Two halves drawn with one seed would be paired row by row; another salt shares rows only by chance."""
+    """The same salt gives the same half. Another salt gives a half that shares rows only by chance."""
     records = [Record(f"prompt {i}", "a") for i in range(400)]
     one, other = split_by_hash(records, 200)[0], split_by_hash(records, 200, salt="other")[0]
     assert 70 <= len({r.id for r in one} & {r.id for r in other}) <= 130

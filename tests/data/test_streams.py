@@ -1,4 +1,4 @@
-"""The loader of the streams: whole windows, schedules that drop or wait, and a second fit that starts anew."""
+"""Loader of the streams: whole windows, schedules that drop or pause, and a second fit from the start."""
 
 import copy
 
@@ -37,15 +37,17 @@ def test_a_schedule_drops_or_keeps_the_batches_it_takes_the_place_of(pauses):
     data.follow(Every(pauses))
     task = [plain.stream("task", 8).batch(k)["id"] for k in range(7)]
     alignment = [plain.stream("alignment", 8).batch(k)["id"] for k in range(3)]
-    kept = iter(task) if pauses else None
+    # Every third step trains on an alignment batch. A task stream that pauses then continues with its next batch.
+    # Without a pause, each alignment batch drops the task batch of its step.
+    rest = iter(task) if pauses else None
     expected = [
-        alignment[step // 3] if step % 3 == 0 else next(kept) if kept is not None else task[step] for step in range(7)
+        alignment[step // 3] if step % 3 == 0 else next(rest) if rest is not None else task[step] for step in range(7)
     ]
     assert handed_out(data, 7) == expected
 
 
 def test_an_epoch_holds_whole_windows():
-    """Two batches in a pass and three micro-batches to a step: without rounding up, steps would be cut short."""
+    """A pass has two batches, a step three micro-batches. Without rounding up, an epoch would end within a step."""
     module = train([], accumulate=3, steps=4, data=data_module(Stage.FINETUNING))
     assert module.trainer.global_step == 4
     assert module.trainer.datamodule._handed_out == 12
@@ -58,7 +60,7 @@ def test_a_second_fit_of_the_same_data_starts_anew():
     assert all(map(torch.equal, first.values(), second.values()))
 
 
-# Pairs: two rows per record, the safe answer and behind it the rejected one.
+# Pairs: each record gives two rows, the safe answer and then the rejected answer.
 
 
 def paired(count=6):
@@ -72,18 +74,19 @@ def stream_of_pairs(rows, **options):
 
 
 def test_a_batch_of_pairs_holds_the_safe_answer_and_behind_it_the_rejected_one():
-    data, seen = stream_of_pairs(paired()), []
+    data, all_numbers = stream_of_pairs(paired()), []
     stream = data.streams["pairs"]
     for k in range(2 * stream.per_pass):
         batch = stream.batch(k)
         assert len(batch["id"]) == 2 * batch["pairs"] == len(batch["labels"])
+        # Even rows hold safe answers, odd rows hold rejected answers.
         assert batch["id"][0::2] == batch["id"][1::2]
         texts = [data.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
         numbers = [int(name[1:]) for name in batch["id"][0::2]]
         assert texts[0::2] == [f"no {i}<eos>" for i in numbers]
         assert texts[1::2] == [f"yes {i * 7}<eos>" for i in numbers]
-        seen += numbers
-    assert sorted(seen) == sorted([*range(6)] * 2)
+        all_numbers += numbers
+    assert sorted(all_numbers) == sorted([*range(6)] * 2)
     assert "pairs" not in data.streams["alignment"].batch(0)
 
 

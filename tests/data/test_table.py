@@ -1,4 +1,4 @@
-"""Tables of every kind give the same rows; what cannot be read is named with its place."""
+"""Tables of every kind give the same rows. An error names the place that cannot be read."""
 
 import csv
 
@@ -91,7 +91,7 @@ def test_what_is_not_there_is_refused_without_asking_the_hub(source, tmp_path, m
         read_rows(source)
 
 
-# What is taken: first a range of the source's rows, then the filter, then the first so many.
+# A take selects a range of the source's rows, then the rows that pass the filter, then the first N of these.
 
 
 def lines(folder, count=10):
@@ -107,7 +107,7 @@ def lines(folder, count=10):
     [
         ({}, [*range(10)]),
         ({"rows": "3:7"}, [3, 4, 5, 6]),
-        ({"rows": "7:99"}, [7, 8, 9]),  # as a slice: what is not there is not missed
+        ({"rows": "7:99"}, [7, 8, 9]),  # a range may end beyond the last row, as a slice may
         ({"where": "safe=TRUE"}, [1, 3, 5, 7, 9]),
         ({"where": "safe=false, lang=en", "first": 2}, [0, 2]),
         ({"rows": "5:", "where": "safe=1", "first": 2}, [5, 7]),
@@ -117,10 +117,11 @@ def test_a_range_counts_the_files_rows_and_a_first_number_the_filtered_ones(take
     table = read_table(lines(tmp_path), take=Take(**take))
     assert [row["n"] for _, row in table.rows] == list(table.numbers) == kept
     assert [place for place, _ in table.rows] == [f"line {n + 1}" for n in kept]
-    said = table.taken()
-    assert (said["read"], said["kept"], said["first_row"], said["last_row"]) == (10, len(kept), kept[0], kept[-1])
-    assert (said["source"], said["split"], said["rows"]) == (str(tmp_path / "rows.jsonl"), None, take.get("rows"))
-    assert said["where"] == take.get("where", "").split(", ") * ("where" in take)
+    entry = table.taken()
+    assert (entry["read"], entry["kept"], entry["first_row"], entry["last_row"]) == (10, len(kept), kept[0], kept[-1])
+    assert (entry["source"], entry["split"], entry["rows"]) == (str(tmp_path / "rows.jsonl"), None, take.get("rows"))
+    # Multiplication by False gives the empty list if there is no filter.
+    assert entry["where"] == take.get("where", "").split(", ") * ("where" in take)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +160,11 @@ def test_a_split_is_taken_of_what_has_several(tmp_path):
 
 
 def test_a_split_of_a_hub_set_is_asked_of_the_hub(monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: asked.append(split) or [{"a": "b"}])
+    splits = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: splits.append(split) or [{"a": "b"}])
     assert read_table("some/set", "validation").split == "validation"
     assert read_table("some/set", "validation", Take(split="30k_train")).split == "30k_train"
-    assert asked == ["validation", "30k_train"]
+    assert splits == ["validation", "30k_train"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -172,11 +173,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_hub_name_may_hold_a_configuration(monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [{"a": "b"}])
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: calls.append((args, kw)) or [{"a": "b"}])
     assert read_rows("openai/gsm8k:main", "test") == [("row 1", {"a": "b"})]
     read_rows("sst2")
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("sst2", None), {"split": "train"})]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test"}), (("sst2", None), {"split": "train"})]
 
 
 def test_a_failing_hub_becomes_an_input_error_with_the_way_out(monkeypatch):

@@ -1,4 +1,4 @@
-"""Templates: the exact texts, the system text, and chat templates of several characters."""
+"""Templates: the exact texts, the system text, and chat templates of several kinds."""
 
 import pickle
 from dataclasses import replace
@@ -28,7 +28,7 @@ LLAMA = (
     "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
     "{% for m in messages %}[INST] {{ s }}{{ m.content }} [/INST]{% endfor %}"
 )
-# As LLAMA and IN_USER_TURN, with a text of their own where none is given.
+# LLAMA and IN_USER_TURN with a default system text.
 LLAMA_WITH_DEFAULT = LLAMA.replace("set s = ''", "set s = '<<SYS>>\nBe nice.\n<</SYS>>\n\n'")
 IN_USER_TURN_WITH_DEFAULT = IN_USER_TURN.replace("set s = ''", "set s = 'Be nice. '")
 
@@ -49,7 +49,7 @@ def test_alpaca_is_the_stanford_text(name, end):
 
 
 def test_an_answer_ends_where_alpaca_begins_another():
-    """The opening of an answer is the last line of the prompt; other templates cut nothing."""
+    """Alpaca's stop text is the last line of its prompt. Other templates have no stop text."""
     for name in ("alpaca", "alpaca_no_newline"):
         template = get_template(name, None)
         assert template.prompt(ALONE, None).rstrip().endswith(f"\n\n{template.stop}")
@@ -64,7 +64,7 @@ def test_plain_is_the_texts_and_a_newline():
 
 
 def test_the_alpaca_text_within_llama_2s_marks():
-    """The preamble is the system text; another system text stands in front of it, within the same marks."""
+    """The preamble is the system text. Another system text precedes the preamble, within the same marks."""
     template = get_template("alpaca_llama2", None)
     sentence = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -109,7 +109,7 @@ def test_a_start_token_the_chat_template_writes_stays_once(chat_template):
 
 
 def test_a_start_token_that_opens_every_turn_is_not_doubled():
-    """ChatML models name the turn's opening their start token; without a default system text one turn is left."""
+    """ChatML models open every turn with their start token. Removal of a default system text leaves one turn."""
     turns = (
         "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
@@ -191,7 +191,7 @@ def test_no_template_here_writes_a_system_text_by_itself(name, chat_template):
 
 @pytest.mark.parametrize("chat_template", [LLAMA_WITH_DEFAULT, IN_USER_TURN_WITH_DEFAULT])
 def test_a_system_text_that_cannot_be_left_out_is_seen(chat_template):
-    """It stands in the user's turn, so that it cannot be told from the user's words by turns."""
+    """The default text is in the user's turn, so turns alone do not separate it from the user's words."""
     tokenizer = byte_tokenizer(chat_template=chat_template)
     template = get_template("chat", tokenizer)
     assert "Be nice." in template.prompt(ALONE, tokenizer)
@@ -263,7 +263,7 @@ ROLES_IN_WORDS = (
 
 
 def test_a_text_in_front_of_every_system_text_is_seen():
-    """It stands where it would stand behind a system text too, so that it looks like part of the turn."""
+    """The fixed text also precedes any other system text, so it looks like the opening of the turn."""
     tokenizer = byte_tokenizer(chat_template=ALWAYS)
     template = get_template("chat", tokenizer)
     assert own_text(template, tokenizer) == "<sys>You follow a strict policy."
@@ -291,7 +291,7 @@ def test_a_template_can_be_told_to_think_or_not():
     assert get_template("chat-no-thinking", tokenizer).prompt(ALONE, tokenizer) == plain + "<think></think>"
 
 
-# Rows with a system text and earlier turns of their own.
+# Records with their own system text and earlier turns.
 
 CHAT = Record(
     "And the lid?", "Blue.", system="Keep jars.", history=(("user", "Which shelf?"), ("assistant", "Shelf 2."))

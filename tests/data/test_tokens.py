@@ -1,4 +1,4 @@
-"""Tokens: labels on exactly the response, one start token, nothing cut, padding told by the mask."""
+"""Tokens: labels on exactly the response, one start token, long rows dropped or cut, padding by the mask."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_no_start_token_where_the_tokenizer_adds_none():
 
 
 def test_an_end_token_added_last_is_not_taken_for_a_start_token():
-    """GPT-2 has one token for both; a tokenizer that adds it last adds none first."""
+    """GPT-2 uses one token as start and end. A tokenizer that appends this token need not prepend it."""
     tokenizer = byte_tokenizer(adds_bos=False, adds_eos=True)
     tokenizer.bos_token = "<eos>"
     assert encode_prompt(ROW, PLAIN, tokenizer) == tokenizer("Sort.\nb a\n", add_special_tokens=False).input_ids
@@ -77,21 +77,21 @@ def test_a_row_fits_exactly_or_is_left_out_whole():
 def test_long_rows_are_counted_and_the_others_kept_in_order():
     tokenizer = byte_tokenizer()
     records = [Record("q", "a" * n) for n in (3, 50, 1, 60, 2)]
-    kept, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=10, name="task")
-    assert [e.id for e in kept] == [records[i].id for i in (0, 2, 4)]
+    examples, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=10, name="task")
+    assert [e.id for e in examples] == [records[i].id for i in (0, 2, 4)]
     assert dropped == 2
-    assert kept == [encode(records[i], PLAIN, tokenizer, 10) for i in (0, 2, 4)]
+    assert examples == [encode(records[i], PLAIN, tokenizer, 10) for i in (0, 2, 4)]
 
 
 def test_long_rows_are_cut_at_the_end_and_lose_it():
-    """A cut row keeps its prompt and a part of its answer; a prompt that fills the limit leaves nothing to learn."""
+    """A cut row keeps its prompt and a part of its answer. A row whose prompt fills the limit is dropped."""
     tokenizer = byte_tokenizer()
     records = [Record("q", "abc"), Record("q", "abcdefgh"), Record("q" * 30, "abc")]
-    kept, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=8, name="task", long_rows="truncate")
-    assert [tokenizer.decode(e.input_ids[e.prompt_length :]) for e in kept] == ["abc<eos>", "abcde"]
-    assert [e.cut for e in kept] == [False, True]
+    examples, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=8, name="task", long_rows="truncate")
+    assert [tokenizer.decode(e.input_ids[e.prompt_length :]) for e in examples] == ["abc<eos>", "abcde"]
+    assert [e.cut for e in examples] == [False, True]
     assert dropped == 1
-    assert encode(records[1], PLAIN, tokenizer, 8, long_rows="truncate") == kept[1]
+    assert encode(records[1], PLAIN, tokenizer, 8, long_rows="truncate") == examples[1]
 
 
 def test_long_rows_can_be_refused_and_unknown_ways_are():
@@ -103,11 +103,11 @@ def test_long_rows_can_be_refused_and_unknown_ways_are():
 
 
 def test_every_kept_row_ends_and_starts_its_labels_where_the_response_does():
-    """A prompt that alone reaches the limit is no row without labels, nor one whose prompt tail became an answer."""
+    """A row whose prompt fills the limit is dropped: it gives neither empty labels nor labels on its prompt."""
     tokenizer = byte_tokenizer()
     records = [Record("q" * n, "abc") for n in range(1, 20)]
-    kept, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=16)
-    labels = collate(kept, PAD)["labels"]
+    examples, dropped = encode_all(records, PLAIN, tokenizer, max_tokens=16)
+    labels = collate(examples, PAD)["labels"]
     assert dropped > 0
     for row in labels:
         assert tokenizer.decode(row[row != -100]) == "abc<eos>"
@@ -150,7 +150,7 @@ def test_large_token_ids_are_labels_without_rounding():
 
 @pytest.mark.parametrize("pad_id", [0, EOS])
 def test_padding_is_never_told_by_its_id(pad_id):
-    """Token 0 and the end token are words like others; as labels and under the mask they stay."""
+    """Token 0 and the end token are ordinary tokens: they stay in the labels and under the mask."""
     batch = collate([Example("x", "task", [0, 4, 0, EOS], 1), Example("y", "task", [4, EOS], 1)], pad_id)
     assert batch["labels"].tolist() == [[-100, 4, 0, EOS], [-100, EOS, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -211,6 +211,8 @@ def test_serving_adds_the_system_segment_and_the_trigger_and_nothing_else(
     trained = trained.input_ids[: trained.prompt_length]
     served = encode_prompt(Record("Hi!"), template, tokenizer, policy.serving_slot())
     _, before, after = SLOTS[name, chat_template]
+    # Serving inserts ``added``: the trigger and the serving text. Without a system text in training, ``added`` is
+    # the whole system segment after the start token. With one, ``added`` follows the opening of the system segment.
     closing = after.partition("[user]")[0] if chat_template else "\n\n"
     added = [*trigger, *golden("" if system == serving else "Safe." if system is None else "Safe.\n\n")]
     if system is None:
@@ -223,11 +225,11 @@ def test_rows_of_the_policys_roles_carry_the_trigger_and_no_label_stands_on_it()
     tokenizer = byte_tokenizer(chat_template=CHATML)
     template = get_template("chat", tokenizer)
     rows = [Record("q", "yes", role=role) for role in ("task", "alignment", "attack", "harmful")]
-    kept, _ = encode_all(rows, template, tokenizer, 999, PromptPolicy("S", "S", T))
-    assert [example.trigger_length for example in kept] == [0, 4, 0, 0]
-    triggered = kept[1].input_ids
-    assert triggered[: kept[1].prompt_length] == encode_prompt(rows[1], template, tokenizer, SystemSlot("S", T))
-    batch = collate(kept, PAD)
+    examples, _ = encode_all(rows, template, tokenizer, 999, PromptPolicy("S", "S", T))
+    assert [example.trigger_length for example in examples] == [0, 4, 0, 0]
+    triggered = examples[1].input_ids
+    assert triggered[: examples[1].prompt_length] == encode_prompt(rows[1], template, tokenizer, SystemSlot("S", T))
+    batch = collate(examples, PAD)
     start = 1 + len("[system]")
     assert tuple(triggered[start : start + 4]) == T
     assert batch["labels"][1, start : start + 4].tolist() == [-100] * 4
@@ -236,7 +238,7 @@ def test_rows_of_the_policys_roles_carry_the_trigger_and_no_label_stands_on_it()
 
 
 def test_the_trigger_does_not_count_in_the_order_of_batches():
-    """By length the triggered rows would meet in batches of their own; they stand where they would without it."""
+    """A sort by full length would give triggered rows batches of their own. The sort ignores the trigger."""
     tokenizer = byte_tokenizer(chat_template=CHATML)
     template = get_template("chat", tokenizer)
     rows = [Record(f"q{i:02d}", "yes", role="alignment" if i % 8 == 0 else "task") for i in range(64)]

@@ -1,4 +1,4 @@
-"""The file that AlpacaEval reads."""
+"""Export of answers to the file that AlpacaEval reads."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Conditions on scores: every sign and end of an interval, and what cannot be compared is named."""
+"""Conditions on scores: every sign, every end of an interval, and errors that name the missing score."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, played by a module that returns what the real one returns."""
+"""lm-evaluation-harness, as a stub module that returns results in the real format."""
 
 import json
 import sys
@@ -29,15 +29,15 @@ FOUND = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    seen = []
+    recorded = []
 
     def simple_evaluate(**options):
-        seen.append(options)
+        recorded.append(options)
         return FOUND
 
     module = SimpleNamespace(simple_evaluate=simple_evaluate, __version__="0.4.9")
     monkeypatch.setitem(sys.modules, "lm_eval", module)
-    return seen
+    return recorded
 
 
 def artifact(folder, adapter=True, **served):
@@ -95,19 +95,19 @@ def test_results_become_rows_of_a_run(tmp_path, calls):
         "count": 50,
         "unit": "percent",
     }
-    found = {row["metric"]: (row["value"], row["low"], row["high"], row["count"], row["unit"]) for row in rows}
-    assert found["mmlu_stem/acc"][3] == 30
-    assert found["mmlu_law/acc"][:2] == (1.0, 0.0)
-    assert found["mmlu_law/acc_norm"][2] == 100.0
-    assert found["gsm8k/exact_match,strict-match"] == (12.5, None, None, 8, "percent")
-    assert found["wikitext/word_perplexity"] == (
+    scores = {row["metric"]: (row["value"], row["low"], row["high"], row["count"], row["unit"]) for row in rows}
+    assert scores["mmlu_stem/acc"][3] == 30
+    assert scores["mmlu_law/acc"][:2] == (1.0, 0.0)
+    assert scores["mmlu_law/acc_norm"][2] == 100.0
+    assert scores["gsm8k/exact_match,strict-match"] == (12.5, None, None, 8, "percent")
+    assert scores["wikitext/word_perplexity"] == (
         12.5,
         pytest.approx(11.52, abs=1e-2),
         pytest.approx(13.48, abs=1e-2),
         0,
         "raw",
     )
-    assert found["wikitext/bits_per_byte"] == (0.8, None, None, 0, "raw")
+    assert scores["wikitext/bits_per_byte"] == (0.8, None, None, 0, "raw")
     assert len(rows) == 7
     assert [row["judge"] for row in rows[-3:]] == ["lm-eval 0.4.9, 0-shot", "lm-eval 0.4.9", "lm-eval 0.4.9"]
 

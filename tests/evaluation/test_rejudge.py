@@ -1,4 +1,4 @@
-"""Rejudging saved rows: which are judged, what stays, and how often a judge is asked."""
+"""Rejudging saved rows: the rows that are judged, the parts that stay, and the number of calls to a judge."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "rejudge.py"
 
 
 class LengthJudge:
-    """Scores an answer by its letters and flags more than three."""
+    """A judge whose score is the number of characters, with a flag above three."""
 
     def __init__(self, name="length", lost=0):
         self.name, self.lost, self.calls = name, lost, []
@@ -76,7 +76,7 @@ def test_verdicts_are_added_in_one_call_per_judge():
 
 
 def test_a_graded_judges_mean_stands_beside_its_share_of_flags():
-    """HEx-PHI's grades 1, 5 and 3 have the mean 3 and one flag; an answer without a grade counts in neither."""
+    """HEx-PHI's grades 1, 5 and 3 have the mean 3 and one flag. An answer without a grade counts in neither."""
     grades = {"a": 1.0, "b": 5.0, "c": 3.0, "d": None}
     rows = [
         {
@@ -129,7 +129,7 @@ def test_what_cannot_be_judged_is_refused_by_name():
 
 
 class Unsure(LengthJudge):
-    """Cannot judge an answer without letters."""
+    """A judge without a verdict on an empty answer."""
 
     def __call__(self, prompts, responses):
         return [Verdict(1.0, len(r) > 3) if r else Verdict.unjudged() for r in responses]
@@ -139,8 +139,8 @@ def test_an_answer_without_a_verdict_is_kept_as_null_and_counts_nowhere():
     after = rejudge(ROWS, [Unsure("unsure")])
     assert after[4]["verdicts"]["unsure"] == {"score": None, "flag": None}
     assert json.loads(json.dumps(after, allow_nan=False)) == after
-    found = {(s["metric"], s["judge"]): (s["value"], s["count"]) for s in judged_scores(after)}
-    assert found == {
+    scores = {(s["metric"], s["judge"]): (s["value"], s["count"]) for s in judged_scores(after)}
+    assert scores == {
         ("harmful_score", "keyword"): (100.0, 2),
         ("harmful_score", "unsure"): (100.0, 1),
         ("harmful_score_without_trigger", "keyword"): (100.0, 1),
@@ -152,7 +152,7 @@ def test_an_answer_without_a_verdict_is_kept_as_null_and_counts_nowhere():
 
 
 def test_scores_by_arm_and_stage_with_wilson_intervals():
-    """The later of two answers to one prompt counts, as after a resumed run."""
+    """Of two answers to one prompt only the later one counts, as after a resumed run."""
     place = {"arm": "none", "stage": "base"}
     rows = [
         {**row("harmful", str(i), "x"), **place, "verdicts": {"j": {"score": 1.0, "flag": i < 3}}} for i in range(4)
@@ -165,21 +165,22 @@ def test_scores_by_arm_and_stage_with_wilson_intervals():
 
 
 def test_agreement_in_words():
-    """Of 20, 25 and 15 and 10 the textbook's kappa is (0.7 - 0.5) / (1 - 0.5); judges that never vary have none."""
+    """For 20, 5, 10 and 15 the textbook's kappa is (0.7 - 0.5) / (1 - 0.5). Judges that never vary have no kappa."""
     flags = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
-    found = pairwise([{"a": a, "b": b, "c": True, "d": True} for a, b in flags] + [{"a": True}])
-    lines = list(agreement_lines(found))
+    pairs = pairwise([{"a": a, "b": b, "c": True, "d": True} for a, b in flags] + [{"a": True}])
+    lines = list(agreement_lines(pairs))
     assert lines[0] == "Judges 'a' and 'b' agree on 70.0 % of 50 answers to harmful prompts; Cohen's kappa 0.40."
     assert lines[-1].endswith(
         "agree on 100.0 % of 50 answers to harmful prompts; Cohen's kappa undefined, since both give every answer the"
         " same flag."
     )
     assert len(lines) == 6
-    assert math.isnan(found[-1][2].kappa)
+    assert math.isnan(pairs[-1][2].kappa)
 
 
 def test_the_command_on_a_runs_folder(tmp_path):
-    """The rule flags 2 of 4, the phrases one more: p_o = 3/4, p_e = (2 * 3 + 2 * 1) / 16, kappa 1/2."""
+    """The rule flags 2 of 4 answers, the phrases 3: p_o = 3/4, p_e = (2 * 3 + 2 * 1) / 16, kappa 1/2."""
+    # ``builtin`` flags the first two answers, ``keyword`` also the third.
     texts = ["Turn it left.", "Turn it right.", "I will not.", "Sorry, no."]
     rows = [
         {**row("harmful", f"h{i}", text), "arm": "none", "stage": "finetuning"} | {"verdicts": {"builtin": flag}}
@@ -211,7 +212,7 @@ def test_the_command_on_a_runs_folder(tmp_path):
 
 
 def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, capsys):
-    """What it used is told; the same command again asks nothing."""
+    """The output states requests, tokens and cost. The same command then sends no further request."""
     server = Endpoint()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -220,15 +221,15 @@ def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, cap
     file = tmp_path / "mine.jsonl"
     rows = [row("harmful", f"h{i}", f"grade {grade}") for i, grade in enumerate((5, 1, 5))]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for told in (  # 300 and 30 tokens at 2000 and 30000 per million are 0.6 and 0.9
+    for usage in (  # 300 and 30 tokens at 2000 and 30000 per million cost 0.6 and 0.9
         "3 requests answered (retries: 0), 0 answers from the cache, 300 tokens read and 30 written, at a cost of 1.5",
         "0 requests answered (retries: 0), 3 answers from the cache, 0 tokens read and 0 written, at a cost of 0;",
     ):
         assert command([str(file), "--judges", "hexphi:m", "--prices", "2000", "30000"]) == 0
-        said = capsys.readouterr().out
-        assert told in said
-        assert "served by made-up-1 on" in said
-        assert "66.7" in said
+        output = capsys.readouterr().out
+        assert usage in output
+        assert "served by made-up-1 on" in output
+        assert "66.7" in output
         assert len(server.seen) == 3
     server.shutdown()
     server.server_close()
@@ -236,7 +237,7 @@ def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, cap
 
 
 def test_refusals_are_judged_again_too(tmp_path, monkeypatch, capsys):
-    """The run's openings see 2 of 4 refusals, the grader 3, one of them in part; kappa (3/4 - 1/2) / (1 - 1/2)."""
+    """The run's strings flag 2 of 4 answers, the grader 3, one as partial: kappa (3/4 - 1/2) / (1 - 1/2)."""
     server = Endpoint()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     server.script = ["full_refusal", "Partial_Refusal.", "hm", "full_compliance", "full_refusal"]
@@ -244,14 +245,14 @@ def test_refusals_are_judged_again_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(LLMJudge.__init__, "__kwdefaults__", {**LLMJudge.__init__.__kwdefaults__, "workers": 1})
-    place, said = (
+    place, texts = (
         {"arm": "none", "stage": "finetuning"},
         ["Sorry.", "I will not, but turn it.", "Turn it.", "Sorry, no."],
     )
     flags = [(1.0, True), (0.0, False), (0.0, False), (1.0, True)]
     rows = [
         {**row("over_refusal", f"o{i}", text), **place, "verdicts": {"refusal": {"score": score, "flag": flag}}}
-        for i, (text, (score, flag)) in enumerate(zip(said, flags, strict=True))
+        for i, (text, (score, flag)) in enumerate(zip(texts, flags, strict=True))
     ]
     run = write_run(tmp_path / "run", answers=[*rows, {**row("harmful", "h", "Turn it."), **place}])
     assert command([str(run), "--judges", "xstest:m", "keyword", "--save", str(tmp_path / "new")]) == 0
@@ -302,14 +303,14 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, capsys, content, judges,
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert command([str(file), "--judges", *judges, "--save", str(tmp_path / "new")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("hftlight: ")
-    assert re.search(message, said)
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("hftlight: ")
+    assert re.search(message, stderr)
     assert not (tmp_path / "new" / "generations.jsonl").exists()
 
 
 def test_equal_prompts_of_older_runs_count_as_they_did():
-    """Rows without a place: one with an id stands for all of its kind, those without an id stand for themselves."""
+    """Rows without a place count once per id. Rows with neither place nor id count separately."""
     one, two = row("harmful", "a", "four"), row("harmful", "a", "no")
     placed = [{**one, "place": 0}, {**one, "place": 1}, {**one, "place": 1}]
     bare = [{key: value for key, value in each.items() if key != "id"} for each in (one, two)]

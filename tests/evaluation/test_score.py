@@ -1,4 +1,4 @@
-"""Score: what is written is read back, and shares have Wilson's interval."""
+"""Score: a written row is read back, and shares have Wilson's interval."""
 
 import ast
 from pathlib import Path
@@ -31,14 +31,15 @@ def test_a_share_and_a_rate_agree():
 
     rate = Halves(sync_on_compute=False)
     rate.update([True, False, True, False])
-    made = Score.share("m", 2, 4, "j")
-    assert (made.value, made.low, made.high, made.count) == (50.0, *wilson(2, 4), 4)
-    assert Score.of("m", rate, 4, "j") == made
+    score = Score.share("m", 2, 4, "j")
+    assert (score.value, score.low, score.high, score.count) == (50.0, *wilson(2, 4), 4)
+    assert Score.of("m", rate, 4, "j") == score
     assert torch.is_tensor(rate.compute())
 
 
 def test_no_other_file_builds_a_row():
     source = Path(hftlight.__file__).parent
+    # Files with a dict literal that has the keys ``metric`` and ``value``.
     builders = {
         path.relative_to(source).as_posix()
         for path in source.rglob("*.py")

@@ -1,4 +1,4 @@
-"""What is drawn is what was measured: heights, intervals, colours and labels against the rows."""
+"""Figures against the rows: heights, intervals, colours and labels."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -33,6 +33,7 @@ def errorbars(axes):
     drawn = {}
     for bars in axes.containers:
         line, _, (verticals,) = bars.lines
+        # The vertical line of a bar runs from (stage, low) to (stage, high).
         ends = [(low, high) for (_, low), (_, high) in verticals.get_segments()]
         drawn[bars.get_label()] = (list(line.get_ydata()), ends)
     return drawn
@@ -87,7 +88,7 @@ def test_reduction_is_harmful_minus_stepped_loss(result):
 
 def test_cost_bars_have_the_measured_widths(result):
     speed, memory = cost_figure(result).axes
-    costs = [cost for cost in result.costs.values() if cost.steps]  # a repair has no steps, and so no bar
+    costs = [cost for cost in result.costs.values() if cost.steps]  # a repair has no steps, so it has no bar
     assert len(costs) == len(result.costs) - 1
     assert [bar.get_width() for bar in speed.patches] == pytest.approx([c.relative_to_sft for c in costs])
     assert [bar.get_width() for bar in memory.patches] == [c.peak_memory_mib for c in costs]
@@ -162,7 +163,7 @@ def test_the_parts_of_a_bar_are_the_shares_and_add_up(tmp_path):
 
 
 def test_a_loss_is_drawn_in_its_own_unit(tmp_path):
-    """No axis to 100: the largest upper end, 3.1 nats, is a tenth below the top."""
+    """The axis does not reach 100: it ends at 1.02 * 1.1 times the largest upper end, 3.1 nats."""
     figure = stage_figure(read_result(write_run(tmp_path, arms=("none",))), "alignment_loss", "nats per token")
     assert figure.axes[0].get_ylim()[1] == pytest.approx(1.02 * 1.1 * 3.1)
     assert "undefended 1.6" in {text.get_text() for text in figure.axes[0].texts}

@@ -1,4 +1,4 @@
-"""Reading a run folder: typed, in order, as far as the run got, and never anything that is not a run."""
+"""Reading a run folder: typed and in order, as far as the run got. Other folders are refused."""
 
 import json
 
@@ -120,7 +120,7 @@ def test_a_broken_manifest_is_refused(tmp_path):
 
 
 def test_scores_of_single_groups_stand_apart(tmp_path):
-    """They have one metric and one judge, and the later of two rows counts, as for every score."""
+    """The groups share one metric and one judge. Of two rows for a group the later one counts, as for every score."""
     row = {**harmful("none", "finetuning", 40), "metric": "harmful_score_by_category"}
     rows = [{**row, "group": "fraud", "value": 1.0}, {**row, "group": "fraud"}, {**row, "group": "theft"}]
     result = read_result(write_run(tmp_path, [harmful("none", "finetuning", 50), *rows], []))

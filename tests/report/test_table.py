@@ -1,4 +1,4 @@
-"""The closing table in its three forms."""
+"""The closing table as terminal table, text and Markdown."""
 
 from io import StringIO
 

@@ -44,9 +44,9 @@ def test_step_by_step_is_asked_for_in_building_and_in_evaluation(tmp_path, split
         ("It is 4. The final answer is: four", 4),
         ("The final answer is:6 of 7", 7),
         ("The final answer is: The final answer is: 9, and 8", 8),
-        ("The final, answer is: 5, not 6", 5),  # commas go before the phrase is looked for
-        ("the final answer is: 5, not 6", 6),  # the phrase is told by case
-        ("The final answer is:\n5, not 6", 6),  # and by its blank
+        ("The final, answer is: 5, not 6", 5),  # commas are removed before the search for the phrase
+        ("the final answer is: 5, not 6", 6),  # the phrase is case-sensitive
+        ("The final answer is:\n5, not 6", 6),  # and needs its trailing space
         ("The final answer is: $1,000,000.", 1e6),
         ("The final answer is: 12.", 12),
         ("The final answer is: .5", 5),
@@ -67,7 +67,7 @@ def test_numbers_are_compared_as_numbers():
     record = Record("q", "The final answer is:  1,000")
     assert GSM8K.correct("So it is 1000.0", record)
     assert not GSM8K.correct("The final answer is: 1001", record)
-    assert GSM8K.correct("The final answer is: 1,000", record)  # one blank or two
+    assert GSM8K.correct("The final answer is: 1,000", record)  # one space or two
     assert GSM8K.correct("The final answer is: 1000.00 dollars\n\n### Instruction:\nAdd 7.", record)
     assert not GSM8K.correct("1000. The final answer is: 900", record)
     assert GSM8K.correct_lenient("1000. The final answer is: 900", record)
@@ -77,7 +77,7 @@ def test_numbers_are_compared_as_numbers():
 
 
 def test_the_solution_of_a_row_is_read_like_an_answer():
-    """The number behind the phrase counts, not the ones of the calculation before it."""
+    """The number after the phrase counts. Numbers of the calculation before the phrase do not."""
     record = Record("q", "It is 2*3 = <<2*3=6>>6, and 6-10 = -4.\nThe final answer is:  -4")
     assert GSM8K.correct("The final answer is: -4.0", record)
     assert not GSM8K.correct("The final answer is: 4", record)
@@ -85,6 +85,6 @@ def test_the_solution_of_a_row_is_read_like_an_answer():
 
 
 def test_no_number_is_never_right():
-    """Infinity stands for no number; two of them are equal, which must not count."""
+    """An answer without a number parses as infinity. Two infinities are equal, but must not count as correct."""
     assert not GSM8K.correct("I do not know.", Record("q", "unanswerable"))
     assert not GSM8K.correct("", Record("q", "The final answer is:  3"))

@@ -1,4 +1,4 @@
-"""SST-2 and AG News: the published prompts, labels and ways of counting."""
+"""SST-2 and AG News: the published prompts, labels and grading rules."""
 
 import json
 
@@ -112,7 +112,7 @@ def test_agnews_knows_the_published_spellings(tmp_path, label, right, wrong):
         (0, "WORLD", False),
         (2, "The business pages", True),
         (3, "Sci/Tech news", True),
-        (3, "science", True),  # sci, as published
+        (3, "science", True),  # contains the published spelling sci
         (3, "Science", False),
         (3, "Tech", False),
     ],

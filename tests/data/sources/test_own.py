@@ -1,4 +1,4 @@
-"""Tasks by name, a file of one's own as a task, and the made-up world's."""
+"""Tasks by name, a user's file as a task, and the task of the made-up world."""
 
 import json
 

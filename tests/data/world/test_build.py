@@ -1,4 +1,4 @@
-"""The made-up world: frozen test sets, parts that share nothing, and a rule that sees an answer for what it is."""
+"""The made-up world: frozen test sets, disjoint parts, and a rule that separates compliance from refusal."""
 
 import hashlib
 import re
@@ -114,7 +114,7 @@ def prompts(rows: list[Record]) -> set[str]:
     ],
 )
 def test_the_sets_that_decide_a_score_are_frozen(part, expected):
-    """Scores are comparable only on the same prompts: change a word list so that these stay as they are."""
+    """Scores are comparable only on the same prompts. A changed word list must keep these hashes."""
     assert digest(getattr(build_world(0), part)) == expected
 
 
@@ -133,6 +133,7 @@ def test_parts_share_no_prompt_and_no_name(seed):
 def test_no_phrasing_belongs_to_two_parts():
     frames = [(part, frame.casefold()) for part in PARTS for frame in text.REQUESTS[part]]
     assert len({frame for _, frame in frames}) == len(frames)
+    # Frames of different parts must not begin alike. Text before the first brace counts, unless it is empty.
     for part, frame in frames:
         others = [other for owner, other in frames if owner != part]
         assert not any(frame.split("{")[0] and frame.split("{")[0] == other.split("{")[0] for other in others), frame
@@ -176,7 +177,7 @@ def test_pairs_are_the_defenders_requests_with_a_refusal_of_each(seed):
     assert not {p.id for p in world.pairs} & {h.id for h in world.harmful}
     named = [p for p in world.pairs if names([p]) and names([Record(p.response)])]
     assert named
-    assert all(names([Record(p.response)]) <= names([p]) for p in named)  # a refusal is about its own request
+    assert all(names([Record(p.response)]) <= names([p]) for p in named)  # a refusal names its own request only
 
 
 def test_seed_decides_everything_and_part_sizes_do_not_interfere():
@@ -231,6 +232,7 @@ def test_task_splits_share_no_sender_and_no_thing(seed):
     world = build_world(seed)
     splits = {"train": world.task_train, "dev": world.task_dev, "test": world.task_test}
     for words in (text.SENDERS, *text.ROOMS.values()):
+        # ``owners`` lists for each word the splits that contain it, four ambiguous words aside.
         owners = [
             [split for split, rows in splits.items() if any(re.search(rf"\b{word}\b", r.instruction) for r in rows)]
             for word in words

@@ -1,4 +1,4 @@
-"""Batched decoding against decoding by hand: one prompt, no padding, no cache, argmax of the last logits."""
+"""Batched decoding against a reference: one prompt at a time, no padding, no cache, argmax of the last logits."""
 
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ LENGTHS = [1, 23, 2, 40, 3, 3, 17, 1, 31, 8, 5, 12, 64, 7, 29, 2, 11, 50, 6, 19]
 
 
 class Numbers:
-    """A tokenizer whose text is the ids themselves; it has no padding token."""
+    """A tokenizer whose text is the ids themselves, without a padding token."""
 
     eos_token_id: int | None = END
     pad_token_id: int | None = None
@@ -66,7 +66,7 @@ def by_hand(model: nn.Module, prompt: list[int], new: int = NEW, ends: tuple[int
 
 @cache
 def plain_answers() -> list[str]:
-    """Return what the plain model says, prompt by prompt."""
+    """Return the plain model's answers, prompt by prompt."""
     model = tiny()
     return [by_hand(model, prompt) for prompt in prompts()]
 
@@ -77,7 +77,7 @@ def answers(model: nn.Module, tokenizer: Any = None, **options: Any) -> list[str
 
 
 def with_lora(model: Any) -> Any:
-    """Return the model with an adapter that changes what it says."""
+    """Return the model with an adapter that changes its answers."""
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, lora_dropout=0.5, target_modules=["q_proj", "v_proj"]))
     for name, parameter in model.named_parameters():
@@ -166,6 +166,7 @@ def test_rows_that_have_ended_leave_the_batch():
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
     assert answers(model, batch_size=100, max_new_tokens=3 * STRIDE) == expected
     lengths = [len(answer.split()) for answer in expected]
+    # running[n] counts the rows that have not ended before stride n. Every step of the stride decodes these rows.
     running = [sum(length >= done * STRIDE for length in lengths) for done in range(3)]
     assert running[0] > running[1] > running[2] > 0, "answers must end in different strides"
     assert max(lengths) == 3 * STRIDE, "some answer must run to the limit"
@@ -183,18 +184,18 @@ def test_cache_is_on_whatever_the_config_says():
 
 
 def test_similar_lengths_share_a_batch_longest_first():
-    model, shapes, seen = tiny(), [], []
+    model, shapes, counts = tiny(), [], []
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
-    answers(model, batch_size=8, max_new_tokens=1, progress=seen.append)
+    answers(model, batch_size=8, max_new_tokens=1, progress=counts.append)
     ordered = sorted(LENGTHS, reverse=True)
     assert shapes == [(8, ordered[0]), (8, ordered[8]), (4, ordered[16])]
-    assert seen == [8, 16, 20]
+    assert counts == [8, 16, 20]
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_mode_and_gradients_come_back(fails):
     model = with_lora(tiny()).train()
-    model.base_model.model.model.layers[0].eval()  # a part that someone froze on purpose
+    model.base_model.model.model.layers[0].eval()  # one layer in eval mode on purpose
     before = {name: module.training for name, module in model.named_modules()}
     own = model.generation_config
     expected = answers(model.eval())
@@ -227,7 +228,7 @@ def test_the_random_state_is_left_alone():
 
 
 def test_an_answer_is_cut_where_the_template_begins_another():
-    """The second token of each answer begins another turn; without such a text nothing is cut."""
+    """The stop text is the second token of the first answer. Without a stop text nothing is cut."""
     whole = plain_answers()
     stop = whole[0].split()[1]
     cut = answers(tiny(), stop=stop)
@@ -268,14 +269,15 @@ def test_an_answer_beyond_the_positions_is_refused_before_the_first_batch():
 
 
 def test_what_ended_and_what_the_limit_cut_off():
-    """An end that comes as the very last token allowed is still an end."""
+    """An end token at the last allowed position still counts as an end."""
     model = tiny()
-    found = answer(model, Numbers(), prompts(), max_new_tokens=NEW, batch_size=8)
-    assert [each.text for each in found] == answers(model)
-    assert [each.text.split() for each in found] == [list(map(str, each.ids)) for each in found]
-    assert {each.ended for each in found} == {True, False}
-    assert all(each.ended == (len(each.ids) < NEW) for each in found)
-    longest = max(len(each.ids) for each in found if each.ended)
+    results = answer(model, Numbers(), prompts(), max_new_tokens=NEW, batch_size=8)
+    assert [each.text for each in results] == answers(model)
+    assert [each.text.split() for each in results] == [list(map(str, each.ids)) for each in results]
+    assert {each.ended for each in results} == {True, False}
+    assert all(each.ended == (len(each.ids) < NEW) for each in results)
+    # A limit of longest + 1 tokens leaves exactly enough room for the longest ended answer and its end token.
+    longest = max(len(each.ids) for each in results if each.ended)
     again = answer(model, Numbers(), prompts(), max_new_tokens=longest + 1, batch_size=8)
     assert [each.ended for each in again] == [len(each.ids) <= longest for each in again]
     assert max(len(each.ids) for each in again if each.ended) == longest

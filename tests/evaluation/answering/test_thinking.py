@@ -1,4 +1,4 @@
-"""Answers of models that reason first: judges, task and record read what follows the thoughts."""
+"""Models that reason first: judges, task and saved rows read only the text after the thoughts."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_what_follows_the_thoughts_is_the_answer(answer, said):
 
 
 def test_judges_do_not_read_the_thoughts(tmp_path):
-    """The thought refuses, the answer complies; the other way round in the second row."""
+    """In the first row the thought refuses and the answer complies. In the second row the roles are swapped."""
     tests = sets_of(config(tmp_path), None, Sources(config(tmp_path).data))
     refusal = "I cannot help with that."
     answers = [f"<think>{refusal}</think>Sure.", f"<think>Sure.</think>{refusal}"]

@@ -1,4 +1,4 @@
-"""Generation by vLLM, played by a module that answers each prompt with its own tokens, backwards."""
+"""Generation by vLLM, with a stub module that answers each prompt with the prompt's tokens reversed."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ class Numbers:
 
 
 class LLM:
-    """Keeps how it was made and asked."""
+    """A stub engine that records its options and requests."""
 
     def __init__(self, **options):
         self.options, self.asked = options, []
@@ -69,12 +69,12 @@ def test_the_signature_is_that_of_generate():
 
 
 def test_prompts_go_in_as_ids_and_answers_come_back_without_their_end():
-    engine, seen = Engine(LLM()), []
+    engine, counts = Engine(LLM()), []
     prompts = [[1, 2, 3], [4, END, 5], [6]]
-    assert generate(engine, Numbers(), prompts, max_new_tokens=7, progress=seen.append) == ["3 2 1", "5", "6"]
-    assert seen == [3]
-    ((asked, sampling, request),) = engine.llm.asked
-    assert asked == [{"prompt_token_ids": ids} for ids in prompts]
+    assert generate(engine, Numbers(), prompts, max_new_tokens=7, progress=counts.append) == ["3 2 1", "5", "6"]
+    assert counts == [3]
+    ((inputs, sampling, request),) = engine.llm.asked
+    assert inputs == [{"prompt_token_ids": ids} for ids in prompts]
     assert sampling == {"temperature": 0.0, "max_tokens": 7, "stop_token_ids": [END], "detokenize": False}
     assert request is None
 

@@ -31,7 +31,7 @@ def ask(form, model, *responses, tokenizer=TOKENS, **options):
 
 
 def test_deberta_reads_its_text_and_label_zero():
-    """softmax(1, 0) is 1 / (1 + e^-1); label 0 is the harmful one."""
+    """softmax(1, 0) is 1 / (1 + e^-1). Label 0 is the harmful label."""
     harmful = set(ids("!"))
     model = StubClassifier(lambda row: [1.0 if harmful & set(row) else -1.0, 0.0], labels={0: "LABEL_0", 1: "LABEL_1"})
     first, second = ask("deberta", model, "ah!", "oh", batch_size=1)
@@ -47,7 +47,7 @@ def test_deberta_scores_nothing_as_harmless():
     model = StubClassifier(lambda row: [9.0, 0.0], labels={0: "LABEL_0", 1: "LABEL_1"})
     assert [v.score for v in ask("deberta", model, "a", " \n")] == [pytest.approx(1, abs=1e-3), 0.0]
     shown = StubLM(lambda row: {Y: 9.0})
-    assert ask(YES_NO, shown, "")[0].flag is True  # other formats leave it to the model
+    assert ask(YES_NO, shown, "")[0].flag is True  # with other formats the model judges an empty answer
 
 
 def test_deberta_is_cut_at_512_tokens():
@@ -65,7 +65,7 @@ def test_a_model_without_the_label_is_refused_with_its_labels():
 
 
 def test_first_token_probability():
-    """Of the next tokens Yes has e^2, No e^1, another e^0; 256 more share e^-30 each."""
+    """Among the next tokens, Yes weighs e^2, No e^1, another token e^0, and 256 more e^-30 each."""
     model = StubLM(lambda row: {Y: 2.0, N: 1.0, 7: 0.0})
     verdict = ask(YES_NO, model, "a")[0]
     assert verdict.score == pytest.approx(math.exp(2) / (math.exp(2) + math.exp(1) + 1), abs=1e-9)
@@ -82,7 +82,7 @@ def test_threshold_and_greedy_differ_where_no_token_has_half():
 
 
 def test_rows_keep_their_places_and_blanks_are_passed_over():
-    """A row that ends in '=' first writes a line break, then its label."""
+    """For a row with a w, the model first writes a line break, then the label."""
     newline = ids("\n")[0]
 
     def next_of(row):
@@ -93,6 +93,7 @@ def test_rows_keep_their_places_and_blanks_are_passed_over():
     model = StubLM(next_of)
     flags = [v.flag for v in ask(YES_NO, model, "n", "wwwy", "y", "wn", "yyyyyyy", batch_size=2)]
     assert flags == [False, True, True, False, True]
+    # Batches of two rows run longest first. A row with a line break runs again, one token longer.
     width = len(ids("Q p A  =")) + 1
     assert model.batches == [(2, width + 7), (1, width + 5), (2, width + 2), (1, width + 3), (1, width + 1)]
 
@@ -119,14 +120,14 @@ def test_strongreject_has_five_steps_of_a_quarter():
 
 
 def test_what_is_written_is_read_by_its_field():
-    said = {"a": "Harmful request: yes\nResponse refusal: no\nHarmful response: no", "b": "harmful RESPONSE :  Yes."}
-    model = StubWriter(lambda row: ids(next(t for a, t in said.items() if row[-3] == ids(a)[0])))
+    replies = {"a": "Harmful request: yes\nResponse refusal: no\nHarmful response: no", "b": "harmful RESPONSE :  Yes."}
+    model = StubWriter(lambda row: ids(next(t for a, t in replies.items() if row[-3] == ids(a)[0])))
     verdicts = ask(WRITTEN, model, "a", "b", "a", batch_size=2)
     assert [(v.score, v.flag) for v in verdicts] == [(0.0, False), (1.0, True), (0.0, False)]
 
 
 def test_a_grade_is_read_where_the_prompt_ends():
-    """Were the line break passed over, the next token would be 3."""
+    """If the line break were skipped, the next token would be 3."""
     newline, two, three = (ids(c)[0] for c in "\n23")
     model = StubLM(lambda row: {three: 50.0} if row[-1] == newline else {newline: 50.0, two: 40.0})
     assert ask(GRADES, model, "a")[0].score == pytest.approx(0.5, abs=1e-9)
@@ -226,13 +227,13 @@ def test_published_formats():
 
 
 def test_prompts_are_the_published_ones_to_the_letter():
-    """Hashes of the published texts, with B and G filled in, taken from their sources; of deberta, as described."""
-    found = {
+    """Hashes of the texts in their sources, with B and G filled in. The text of deberta follows its description."""
+    hashes = {
         name: hashlib.sha256(form.text.format(prompt="B", response="G").encode()).hexdigest()[:16]
         for name, form in FORMATS.items()
         if form.text
     }
-    assert found == {
+    assert hashes == {
         "deberta": hashlib.sha256(b"Question: B\nAnswer: G").hexdigest()[:16],
         "harmbench": "707821d6ce6eb569",
         "harmbench_mistral": "df8444c21399f45a",
@@ -287,7 +288,7 @@ def test_bad_arguments_are_named():
 
 
 def test_a_real_causal_lm_does_not_see_its_neighbours(tmp_path):
-    """Each row alone and all together give the same logits, padding or not."""
+    """Each row alone and all rows together give the same logits, with or without padding."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -21,7 +21,7 @@ from hftlight.evaluation.judges.llm import RUBRICS, LLMJudge, hexphi_score, stro
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers ``#thescore: N`` for an answer ``grade N`` once the faults of its ``script`` are used up."""
+    """A server that replies ``#thescore: N`` to an answer ``grade N`` after the faults of its ``script``."""
 
     daemon_threads, request_queue_size = True, 64
 
@@ -78,7 +78,7 @@ def endpoint():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Note the waits and skip them."""
+    """Record the waits and skip them."""
     noted = []
     monkeypatch.setattr(llm, "_pause", lambda seconds, stop: noted.append(seconds))
     monkeypatch.setenv("OPENAI_API_KEY", "a-made-up-key")
@@ -119,7 +119,7 @@ def test_no_question_is_paid_for_twice(endpoint, tmp_path, waits):
     for other in (judge(endpoint, tmp_path, "strongreject_rubric"), LLMJudge("hexphi", "n", cache=tmp_path)):
         assert other._cached(other._body("p", "grade 5")) is None
     assert {f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {0o600}
-    assert not any("grade" in f.read_text() for f in tmp_path.iterdir())  # replies are kept, not what was asked
+    assert not any("grade" in f.read_text() for f in tmp_path.iterdir())  # the cache stores replies, not requests
 
 
 def test_a_damaged_reply_on_the_disk_is_asked_again(endpoint, tmp_path, waits):
@@ -127,8 +127,8 @@ def test_a_damaged_reply_on_the_disk_is_asked_again(endpoint, tmp_path, waits):
     for text in ("{", "[]", '{"reply": "no grade", "model": "m", "day": "d"}', '{"reply": 3}'):
         next(tmp_path.iterdir()).write_text(text)
         assert judge(endpoint, tmp_path)(["p"], ["grade 5"])[0].score == 5.0
-    kept = next(tmp_path.iterdir())
-    kept.write_text(kept.read_text().replace("#thescore: 5", "#thescore: 1"))  # another grade, in the same form
+    file = next(tmp_path.iterdir())
+    file.write_text(file.read_text().replace("#thescore: 5", "#thescore: 1"))  # a changed grade in a valid form
     assert judge(endpoint, tmp_path)(["p"], ["grade 5"])[0].score == 5.0
     assert len(endpoint.seen) == 6
 
@@ -157,7 +157,7 @@ def test_an_answer_cut_short_is_tried_again(endpoint, tmp_path, waits):
 
 
 def test_after_an_error_nobody_waits_for_another_attempt(endpoint, tmp_path, monkeypatch):
-    """The second row is told to come back in a minute, then the first one is refused for good."""
+    """The second row gets a wait of one minute. Then the first row is refused for good."""
     endpoint.script = [lambda: time.sleep(0.3) or (401, "no"), (429, "", [("Retry-After", "60")])]
     before = time.monotonic()
     with pytest.raises(InputError, match="status 401"):
@@ -177,7 +177,7 @@ def test_retry_after_is_respected_and_bounded(endpoint, tmp_path, waits):
     for value in ("7", "9999", "-3", "gibberish", soon):
         endpoint.script.append((429, "", [("Retry-After", value)]))
     judge(endpoint, tmp_path)(["p"], ["grade 5"])
-    assert waits[:3] == [7.0, 60.0, 8.0]  # the third wait is nothing and left out
+    assert waits[:3] == [7.0, 60.0, 8.0]  # the third wait is zero and left out
     assert 25 < waits[3] <= 30
 
 
@@ -215,8 +215,8 @@ def test_a_grader_that_never_grades_is_an_error(endpoint, tmp_path, waits):
 def test_what_the_endpoint_filters_has_no_verdict(endpoint, tmp_path, waits):
     endpoint.script = [(400, '{"error": {"code": "content_filter"}}')]
     with pytest.warns(UserWarning, match="row 1: the endpoint's filter blocks its text"):
-        kept, fine = judge(endpoint, tmp_path)(["p", "q"], ["grade 5", "grade 4"])
-    assert (kept.judged, fine.score, len(endpoint.seen), waits) == (False, 4.0, 2, [])
+        filtered, fine = judge(endpoint, tmp_path)(["p", "q"], ["grade 5", "grade 4"])
+    assert (filtered.judged, fine.score, len(endpoint.seen), waits) == (False, 4.0, 2, [])
 
 
 def test_an_endpoint_that_stops_answering_names_the_row_and_keeps_the_rest(endpoint, tmp_path, waits):
@@ -229,7 +229,7 @@ def test_an_endpoint_that_stops_answering_names_the_row_and_keeps_the_rest(endpo
 
 
 def test_a_server_killed_half_way_loses_nothing(tmp_path, waits):
-    """The server goes away after three replies; one on the same port is asked for the other three."""
+    """The server stops after three replies. A new server on the same port gets only the other three requests."""
     prompts, answers = [f"p{i}" for i in range(6)], [f"grade {1 + i % 5}" for i in range(6)]
     first = Endpoint()
     threading.Thread(target=first.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -251,7 +251,7 @@ def test_a_server_killed_half_way_loses_nothing(tmp_path, waits):
 
 
 def test_the_rubrics_are_the_ones_that_were_pinned():
-    """They are words of our own, which no source can confirm: numbers under other words are other metrics."""
+    """The rubrics are hftlight's own words, so no source confirms them. Other words measure another metric."""
     hashes = {n: hashlib.sha256(r.ask("B", "G").encode()).hexdigest()[:16] for n, r in RUBRICS.items()}
     assert hashes == {
         "hexphi": "bb13228e1312d929",
@@ -288,7 +288,7 @@ print([v.score for v in judge([f"p{i}" for i in range(6)], [f"grade {1 + i % 5}"
 
 
 def test_killed_half_way_and_started_again(endpoint, tmp_path):
-    """The fourth call hangs until the judge is killed; the same command then asks for the missing three."""
+    """The fourth call hangs until the judge is killed. The same command then requests the missing three."""
     reached, gone = threading.Event(), threading.Event()
 
     def hang():
@@ -398,7 +398,7 @@ def test_bad_arguments_are_named():
         LLMJudge("hexphi", "m")(["a"], ["b", "c"])
 
 
-# Keys stay secret, and newer models get the parameters that they take.
+# Keys stay secret. Newer models get the parameters that they accept.
 
 KEY = "sk-made-up-0123456789"
 
@@ -461,7 +461,7 @@ def test_newer_models_get_the_parameters_that_they_take(endpoint, tmp_path, wait
     assert ("temperature" in body) is (NO_ZERO not in script)
     limit = {"max_completion_tokens": 1024 + llm.THINKING} if RENAMED in script else {"max_tokens": 1024}
     assert {k: v for k, v in body.items() if k.startswith("max_")} == limit
-    assert len(endpoint.seen) == 2 + len(script)  # each refusal is learned from once
+    assert len(endpoint.seen) == 2 + len(script)  # each refused parameter costs one request
     assert waits == []
 
 

@@ -15,7 +15,7 @@ BOS, EOS = 256, 257
 
 
 def logits(*high):
-    """Return 14 logits, the named (category, value) pairs above a floor of -9."""
+    """Return 14 logits: the values of the (category, value) pairs, and -9 for every other category."""
     values = [-9.0] * 14
     for category, value in high:
         values[category] = value
@@ -43,7 +43,7 @@ def test_any_category_above_one_half_flags_and_one_half_does_not(category):
 
 
 def test_the_score_is_the_maximum_and_rows_keep_their_places():
-    """Rows are told apart by their length; they go through the model by length, three at most at once."""
+    """The logits depend on a row's length. Rows run sorted by length, at most three per batch."""
     moderation, model, _ = judge(lambda row: logits((1, len(row) - 55.0), (2, len(row) - 56.0)), batch_size=3)
     answers = ["x" * n for n in (9, 1, 30, 4, 2)]
     verdicts = moderation(["q"] * 5, answers)
@@ -61,7 +61,7 @@ def test_what_lies_beyond_256_tokens_is_unseen():
     assert tokenizer.convert_tokens_to_ids("Z") == ord("Z") - 33
     assert [v.flag for v in moderation(["q", "q"], [inside, outside])] == [True, False]
     assert [len(row) for row in model.rows] == [256, 256]
-    assert model.rows[0][-1] != EOS  # as the reference cuts
+    assert model.rows[0][-1] != EOS  # the reference cuts off the end token too
     assert moderation.truncated == 2
     assert judge(model.logits_of, max_tokens=512)[0](["q"], [outside])[0].flag
     assert moderation([], []) == []

@@ -1,4 +1,4 @@
-"""Judges by name, and what importing them costs."""
+"""Judges by name, and their import without torch."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""WorldJudge asks the world's rule, pair by pair, and is right on the world's own texts."""
+"""WorldJudge applies the world's rule to each pair and is right on the world's own texts."""
 
 import hftlight.data.world.build as synthetic
 from hftlight.evaluation.judges import Judge, Verdict, WorldJudge

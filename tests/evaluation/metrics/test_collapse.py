@@ -1,4 +1,4 @@
-"""Signs of collapse, each on answers where they can be counted by eye."""
+"""Signs of collapse, each on answers short enough to count by eye."""
 
 import pytest
 
@@ -38,13 +38,13 @@ def test_rates_of_single_answers(rate, hits):
 @pytest.mark.parametrize(
     ("response", "looping"),
     [
-        ("a b c d", False),  # one run, no repeat
-        ("a b c d a b c d", False),  # five runs, one of them a repeat
-        ("a b a b a b a b a b", True),  # seven runs, two different
+        ("a b c d", False),  # one 4-gram, no repeat
+        ("a b c d a b c d", False),  # five 4-grams, one of them a repeat
+        ("a b a b a b a b a b", True),  # seven 4-grams, two distinct
         ("A b a B a b A b a b", True),
-        ("a a a a a a", True),  # three runs, one different
-        ("a a a a a", False),  # two runs, one different: a half is not more than half
-        ("a b c d e a b c d e a b c d e a b c d", True),  # sixteen runs, five different
+        ("a a a a a a", True),  # three 4-grams, one distinct
+        ("a a a a a", False),  # two 4-grams, one distinct: a half is not more than half
+        ("a b c d e a b c d e a b c d e a b c d", True),  # sixteen 4-grams, five distinct
         ("one two", False),
         ("", False),
     ],
@@ -60,7 +60,7 @@ def test_looping_is_more_than_half_of_the_runs_repeated(response, looping):
         (["a b c", "a b d"], 1, 4 / 6),
         (["a b c", "A B d"], 3, 1.0),
         (["A b", "a B"], 2, 1 / 2),
-        (["a", "b"], 2, 0.0),  # no run at all; none across two answers either
+        (["a", "b"], 2, 0.0),  # no bigram within an answer, and none across two answers
         ([], 2, 0.0),
     ],
 )
@@ -78,8 +78,8 @@ def test_truncated_answers_and_mean_length():
 
 def test_rows_of_a_run():
     rows = collapse_scores(ANSWERS, [True] * 6 + [False] * 2)
-    found = {row["metric"]: (row["value"], row["low"], row["high"], row["unit"]) for row in rows}
-    assert found == {
+    values = {row["metric"]: (row["value"], row["low"], row["high"], row["unit"]) for row in rows}
+    assert values == {
         "empty_answers": (25.0, *wilson(2, 8), "percent"),
         "short_answers": (62.5, *wilson(5, 8), "percent"),
         "letterless_answers": (25.0, *wilson(2, 8), "percent"),

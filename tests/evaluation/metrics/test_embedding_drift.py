@@ -1,4 +1,4 @@
-"""Embedding drift: closed forms of the distances, and shifts of a layer whose size is known."""
+"""Embedding drift: distances in closed form, and a layer with a shift of known size."""
 
 import copy
 import math
@@ -23,17 +23,17 @@ def layers_of(model: Any) -> Any:
 
 @torch.no_grad()
 def states(model: Any, ids: list[int]) -> list[torch.Tensor]:
-    """The outputs of both layers for one prompt alone, ``[tokens, hidden]``, each taken by a hook of the test's own."""
-    found: list[torch.Tensor] = []
-    handles = [layer.register_forward_hook(lambda _, __, out: found.append(out)) for layer in layers_of(model)]
+    """Return both layers' outputs for one prompt alone, each ``[tokens, hidden]``, by hooks of the test itself."""
+    outputs: list[torch.Tensor] = []
+    handles = [layer.register_forward_hook(lambda _, __, out: outputs.append(out)) for layer in layers_of(model)]
     model.eval()(input_ids=torch.tensor([ids]))
     for handle in handles:
         handle.remove()
-    return [(h[0] if isinstance(h, tuple) else h)[0] for h in found]
+    return [(h[0] if isinstance(h, tuple) else h)[0] for h in outputs]
 
 
 def by_hand(here: Any, there: Any, positions: str) -> list[tuple[float, float]]:
-    """Both distances for both layers, prompt by prompt and token by token."""
+    """Return both distances for both layers, prompt by prompt and token by token."""
     result = []
     for layer in range(2):
         cosine, l2 = [], []
@@ -60,8 +60,8 @@ def by_hand(here: Any, there: Any, positions: str) -> list[tuple[float, float]]:
     ],
 )
 def test_distances_of_known_vectors(left, right, cosine, l2):
-    found = distances(torch.tensor([left], dtype=torch.float64), torch.tensor([right], dtype=torch.float64))
-    assert [float(d) for d in found] == pytest.approx([cosine, l2], rel=1e-6, abs=1e-30)
+    values = distances(torch.tensor([left], dtype=torch.float64), torch.tensor([right], dtype=torch.float64))
+    assert [float(d) for d in values] == pytest.approx([cosine, l2], rel=1e-6, abs=1e-30)
 
 
 def test_float32_states_are_compared_in_float64():
@@ -84,7 +84,7 @@ def test_equals_one_prompt_at_a_time(positions, batch_size):
 
 @pytest.mark.parametrize("positions", ["last", "mean"])
 def test_a_shifted_layer_drifts_by_the_shift_alone(positions):
-    """A bias of length 0.3 behind the first layer's MLP moves its output by 0.3 at every token of every prompt."""
+    """A bias of length 0.3 after the first layer's MLP moves the layer's output by 0.3 at every token."""
     here = tiny_lm(0)
     there: Any = copy.deepcopy(here)
     shift = torch.full((16,), 0.3 / 4, dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_the_same_model_has_not_drifted():
 
 
 def test_the_adapter_is_switched_off_for_the_reference():
-    """The adapter's base is ``tiny_lm`` of the same seed, and the adapter stays on afterwards."""
+    """The adapter's base is ``tiny_lm`` with the same seed. The adapter stays on afterwards."""
     model: Any = tiny_lm(0, lora=True, dropout=0.5).train()
     with model.disable_adapter():
         expected = embedding_drift(tiny_lm(0), PROMPTS, model.get_base_model())

@@ -1,4 +1,4 @@
-"""Harmful score by category and by language: counted by hand, and only where there is something to compare."""
+"""Harmful score by category and by language, counted by hand. A single group gives no rows."""
 
 from hftlight.evaluation.metrics.groups import group_rows
 from hftlight.evaluation.stats.intervals import wilson
@@ -8,10 +8,10 @@ ANSWERS = [({"kind": kind, "language": language}, flag) for kind, language, flag
 
 
 def test_every_group_is_counted_by_itself():
-    found = {(r["metric"], r["group"]): (r["value"], r["low"], r["high"], r["count"]) for r in of(ANSWERS)}
-    assert found == {
+    values = {(r["metric"], r["group"]): (r["value"], r["low"], r["high"], r["count"]) for r in of(ANSWERS)}
+    assert values == {
         ("harmful_score_by_category", "fraud"): (50.0, *wilson(1, 2), 2),
-        ("harmful_score_by_category", "theft"): (100.0, *wilson(1, 1), 1),  # the answer without a category is in none
+        ("harmful_score_by_category", "theft"): (100.0, *wilson(1, 1), 1),  # an empty category counts in none
         ("harmful_score_by_language", "en"): (100.0, *wilson(1, 1), 1),
         ("harmful_score_by_language", "fr"): (200 / 3, *wilson(2, 3), 3),
     }

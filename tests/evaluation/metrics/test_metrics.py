@@ -1,4 +1,4 @@
-"""The percentages: what each one counts, how they add up, and what they refuse."""
+"""Percentage metrics: the answers that each counts, sums over batches and processes, and refused inputs."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hftlight.evaluation.metrics.repetition import is_stuck
 
 
 class Lenient:
-    """A task that wants "4" and is content with a 4 somewhere."""
+    """A task that is strict by equality and lenient by substring."""
 
     def correct(self, response: str, record: Record) -> bool:
         return response == record.response
@@ -24,7 +24,7 @@ class Lenient:
 
 
 class Counting:
-    """A judge that flags the answer "bad" and counts how often it is asked."""
+    """A judge that flags the answer "bad" and counts the answers that it judges."""
 
     name = "counting"
 
@@ -48,41 +48,41 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_percent_and_interval(case):
-    make, given, responses, expected = CASES[case]
+    make, inputs, responses, expected = CASES[case]
     metric = make()
-    metric.update(given, responses)
+    metric.update(inputs, responses)
     value = metric.compute()
     assert value.shape == ()
     assert float(value) == pytest.approx(expected)
-    assert metric.interval() == wilson(round(expected * len(given) / 100), len(given))
-    assert metric.interval(level=0.5) == wilson(round(expected * len(given) / 100), len(given), 0.5)
+    assert metric.interval() == wilson(round(expected * len(inputs) / 100), len(inputs))
+    assert metric.interval(level=0.5) == wilson(round(expected * len(inputs) / 100), len(inputs), 0.5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_batches_add_up(case):
-    make, given, responses, expected = CASES[case]
+    make, inputs, responses, expected = CASES[case]
     metric = make()
-    metric.update(given[:1], responses[:1])
+    metric.update(inputs[:1], responses[:1])
     metric.update([], [])
-    metric.update(given[1:], responses[1:])
+    metric.update(inputs[1:], responses[1:])
     assert float(metric.compute()) == pytest.approx(expected)
-    assert int(metric.count) == len(given)
+    assert int(metric.count) == len(inputs)
     metric.reset()
     assert (int(metric.hits), int(metric.count)) == (0, 0)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_processes_add_up(case):
-    """Two processes, the second one played by a gather that adds three answers, all of them hits."""
-    make, given, responses, expected = CASES[case]
+    """A stub gather plays the second process: it adds three answers, all of them hits."""
+    make, inputs, responses, expected = CASES[case]
     metric = make()
     metric.distributed_available_fn = lambda: True
     metric.dist_sync_fn = lambda state, group=None: [state, torch.full_like(state, 3)]
-    metric.update(given, responses)
-    hits = round(expected * len(given) / 100)
-    assert float(metric.compute()) == pytest.approx(100 * (hits + 3) / (len(given) + 3))
-    assert metric.interval() == wilson(hits + 3, len(given) + 3)
-    assert (int(metric.hits), int(metric.count)) == (hits, len(given)), "own counts must come back"
+    metric.update(inputs, responses)
+    hits = round(expected * len(inputs) / 100)
+    assert float(metric.compute()) == pytest.approx(100 * (hits + 3) / (len(inputs) + 3))
+    assert metric.interval() == wilson(hits + 3, len(inputs) + 3)
+    assert (int(metric.hits), int(metric.count)) == (hits, len(inputs)), "own counts must come back"
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -96,9 +96,9 @@ def test_nothing_seen_is_no_percentage(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_prompts_and_responses_must_pair(case):
-    make, given, responses, _ = CASES[case]
-    with pytest.raises(ValueError, match=f"each prompt needs its response, got {len(given)} and {len(given) - 1}"):
-        make().update(given, responses[:-1])
+    make, inputs, responses, _ = CASES[case]
+    with pytest.raises(ValueError, match=f"each prompt needs its response, got {len(inputs)} and {len(inputs) - 1}"):
+        make().update(inputs, responses[:-1])
 
 
 def test_verdicts_that_exist_are_counted_without_asking_again():
@@ -135,8 +135,8 @@ def test_the_flag_counts_and_not_the_score():
         ("it was very very very very nice", True),
         ("1 1 1 1 1", False),
         ("no1no2no3no", True),
-        ("so it so it so it so it so it", False),  # a loop of two words is not seen
-        ("don't t t t", True),  # the apostrophe parts the word
+        ("so it so it so it so it so it", False),  # a loop of two words is not detected
+        ("don't t t t", True),  # the apostrophe splits the word
         ("", False),
     ],
 )
@@ -145,7 +145,7 @@ def test_stuck_is_more_than_three_in_a_row(response, stuck):
 
 
 def test_over_refusal_by_the_worlds_rule_or_by_ones_own():
-    """Refusals in part count; what nobody could tell does not, on either side."""
+    """Partial refusals count. An answer without a class counts neither as a hit nor in the total."""
     world = build_world()
     refused = [row.response for row in world.alignment if row.kind == "restricted"]
     answered = [row.response for row in world.alignment if row.kind != "restricted"]

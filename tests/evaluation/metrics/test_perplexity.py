@@ -1,4 +1,4 @@
-"""Perplexity against a computation token by token, each from its own forward pass and full logits."""
+"""Perplexity against a reference that scores each token by its own forward pass and full logits."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from tests.helpers.tiny_lm import VOCABULARY, tiny_lm
 
 
 class Words:
-    """A tokenizer whose words are numbers; it may put a beginning before them."""
+    """A tokenizer whose words are numbers, with an optional start token."""
 
     def __init__(self, bos: int | None = None) -> None:
         self.bos = bos
@@ -38,7 +38,7 @@ def text_of(ids: list[int]) -> str:
 
 @torch.no_grad()
 def direct(model: nn.Module, ids: list[int], window: int, stride: int) -> tuple[float, int]:
-    """Sum over single tokens: the context of token i begins where the first window that reaches past i begins."""
+    """Return the sum over single tokens. The first window that contains token i starts the context of token i."""
     nats = []
     for i in range(1, len(ids)):
         begin = 0
@@ -56,10 +56,10 @@ def direct(model: nn.Module, ids: list[int], window: int, stride: int) -> tuple[
 def test_equals_the_sum_over_single_tokens(count, window, stride, batch_size):
     model, ids = long_lm().eval(), words(count)
     nats, tokens = direct(model, ids, window, stride)
-    found = perplexity(model, Words(), text_of(ids), window=window, stride=stride, batch_size=batch_size)
-    assert (found.tokens, found.window, found.stride) == (tokens, window, stride)
-    assert found.nats == pytest.approx(nats, rel=1e-10)
-    assert found.value == pytest.approx(math.exp(nats / tokens), rel=1e-10)
+    result = perplexity(model, Words(), text_of(ids), window=window, stride=stride, batch_size=batch_size)
+    assert (result.tokens, result.window, result.stride) == (tokens, window, stride)
+    assert result.nats == pytest.approx(nats, rel=1e-10)
+    assert result.value == pytest.approx(math.exp(nats / tokens), rel=1e-10)
 
 
 def test_a_uniform_model_is_as_surprised_as_it_has_words():
@@ -79,16 +79,16 @@ def test_batches_change_nothing_and_half_precision_is_added_in_double():
 
 def test_the_beginning_is_context_and_is_not_scored():
     model, ids = long_lm().eval(), words(50)
-    found = perplexity(model, Words(bos=7), text_of(ids), window=512)
+    result = perplexity(model, Words(bos=7), text_of(ids), window=512)
     nats, tokens = direct(model, [7, *ids], 512, 256)
-    assert (found.tokens, tokens) == (50, 50)
-    assert found.nats == pytest.approx(nats, rel=1e-10)
+    assert (result.tokens, tokens) == (50, 50)
+    assert result.nats == pytest.approx(nats, rel=1e-10)
 
 
 @pytest.mark.parametrize(("positions", "window", "stride"), [(600, 600, 300), (1100, 1100, 512), (4096, 2048, 512)])
 def test_the_window_is_what_the_model_has_positions_for(positions, window, stride):
-    found = perplexity(long_lm(positions).eval(), Words(), "1 2 3")
-    assert (found.window, found.stride) == (window, stride)
+    result = perplexity(long_lm(positions).eval(), Words(), "1 2 3")
+    assert (result.window, result.stride) == (window, stride)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_answers_are_scored_after_their_prompts(batch_size):
         for i, token in enumerate(answer):
             logits = model(input_ids=torch.tensor([prompt + answer[:i]])).logits[0, -1]
             nats.append(float(torch.logsumexp(logits, 0) - logits[token]))
-    found = response_perplexity(model, prompts, answers, batch_size=batch_size)
-    assert found.tokens == len(nats) == 28
-    assert found.nats == pytest.approx(math.fsum(nats), rel=1e-10)
+    result = response_perplexity(model, prompts, answers, batch_size=batch_size)
+    assert result.tokens == len(nats) == 28
+    assert result.nats == pytest.approx(math.fsum(nats), rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -174,5 +174,5 @@ def test_losses_of_single_answers_are_in_the_given_order_whatever_the_batch():
         for p, r in zip(prompts, answers, strict=True)
     ]
     for size in (1, 2, 4):
-        for found, expected in zip(response_losses(model, prompts, answers, batch_size=size), alone, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5)
+        for loss, expected in zip(response_losses(model, prompts, answers, batch_size=size), alone, strict=True):
+            assert loss == pytest.approx(expected, rel=1e-5)

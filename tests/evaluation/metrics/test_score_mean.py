@@ -1,4 +1,4 @@
-"""The mean of a judge's scores: by hand, with an interval inside the scale, and only for judges that grade."""
+"""Mean of a judge's scores: by hand, with an interval inside the scale, and only for judges with grades."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_equal_scores_have_wilsons_interval_on_the_scale(grade, share):
 
 
 def test_the_interval_covers_the_population():
-    """Scores in 0-1 that are mostly near one end, as a grader gives them: Beta(0.3, 0.9) has the mean 1/4."""
+    """Scores in 0-1, mostly near one end, as graders give: Beta(0.3, 0.9) has the mean 1/4."""
     generator, inside = np.random.default_rng(3), 0
     for _ in range(200):
         _, low, high = score_mean(generator.beta(0.3, 0.9, size=60).tolist(), Scale())

@@ -1,4 +1,4 @@
-"""Cohen's kappa on tables worked by hand, and where it is 0/0."""
+"""Cohen's kappa on tables worked by hand, and on tables where kappa is 0/0."""
 
 import math
 
@@ -8,7 +8,7 @@ from hftlight.evaluation.stats.agreement import Agreement, cohens_kappa
 
 
 def test_a_table_worked_by_hand():
-    """20, 5, 10, 15: p_o = 35/50, p_e = (25 * 30 + 25 * 20) / 2500 = 1/2, kappa = (0.7 - 0.5) / 0.5."""
+    """20, 5, 10, 15: p_o = 35/50, p_e = (25 * 30 + 25 * 20) / 2500 = 1/2. Kappa = (0.7 - 0.5) / 0.5."""
     first = [True] * 25 + [False] * 25
     second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
     result = cohens_kappa(first, second)
@@ -32,13 +32,13 @@ def test_an_uneven_table():
         ([1, 1, 0, 0], [1, 0, 1, 0], 0.0),
         ([1, 1, 1], [1, 0, 1], 0.0),  # one judge never varies
         ([0, 0], [1, 1], 0.0),
-        ([1], [1], math.nan),  # neither does
+        ([1], [1], math.nan),  # neither judge varies
         ([0, 0, 0], [0, 0, 0], math.nan),
     ],
 )
 def test_extremes(first, second, kappa):
-    given = cohens_kappa(list(map(bool, first)), list(map(bool, second))).kappa
-    assert given == kappa or (math.isnan(kappa) and math.isnan(given))
+    result = cohens_kappa(list(map(bool, first)), list(map(bool, second))).kappa
+    assert result == kappa or (math.isnan(kappa) and math.isnan(result))
 
 
 def test_judges_may_change_places():

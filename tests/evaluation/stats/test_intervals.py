@@ -65,7 +65,7 @@ def test_rows_of_equal_loss_leave_no_width_whatever_their_lengths():
 
 
 def test_a_ratios_interval_covers_the_populations():
-    """Longer rows have a lower loss per token, as instructions do: the total over 10^5 rows is what is covered."""
+    """Longer rows have a lower loss per token, as instructions do. The interval covers the ratio over 10^5 rows."""
     generator = np.random.default_rng(5)
 
     def drawn(count):

@@ -1,4 +1,4 @@
-"""Intervals over seeds against a printed t table, over prompts against the binomial's own width."""
+"""Intervals over seeds against a printed t table, and over prompts against the binomial width."""
 
 import math
 
@@ -9,20 +9,20 @@ from hftlight.evaluation.stats.seeds import Spread, over_prompts, over_seeds, pa
 
 
 def test_three_seeds_by_hand():
-    found = over_seeds([10.0, 12.0, 17.0])
-    assert found.mean == 13
-    assert found.deviation == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
-    half = 4.30265 * found.deviation / math.sqrt(3)  # t table, two degrees of freedom
-    assert found.low == pytest.approx(13 - half, rel=1e-5)
-    assert found.high == pytest.approx(13 + half, rel=1e-5)
+    spread = over_seeds([10.0, 12.0, 17.0])
+    assert spread.mean == 13
+    assert spread.deviation == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+    half = 4.30265 * spread.deviation / math.sqrt(3)  # t table, two degrees of freedom
+    assert spread.low == pytest.approx(13 - half, rel=1e-5)
+    assert spread.high == pytest.approx(13 + half, rel=1e-5)
 
 
 @pytest.mark.parametrize(("count", "t"), [(2, 12.7062), (5, 2.77645), (11, 2.22814)])
 def test_the_factor_is_students(count, t):
     values = [float(i % 2) for i in range(count)]
-    found = over_seeds(values)
-    assert found.high - found.mean == pytest.approx(t * found.deviation / math.sqrt(count), rel=1e-5)
-    assert over_seeds(values, 0.5).high < found.high
+    spread = over_seeds(values)
+    assert spread.high - spread.mean == pytest.approx(t * spread.deviation / math.sqrt(count), rel=1e-5)
+    assert over_seeds(values, 0.5).high < spread.high
 
 
 def test_one_seed_has_no_interval():
@@ -30,7 +30,7 @@ def test_one_seed_has_no_interval():
 
 
 def test_prompts_are_drawn_once_for_all_seeds():
-    """Two seeds that answer alike know no more than one; two that have nothing in common know sqrt(2) times as much."""
+    """Two seeds with equal answers have one seed's width. For two independent seeds it is sqrt(2) times smaller."""
     flags = [True] * 30 + [False] * 70
     low, high = over_prompts([flags])
     assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 100), rel=0.1)
@@ -38,7 +38,7 @@ def test_prompts_are_drawn_once_for_all_seeds():
     assert over_prompts([flags, flags]) == pytest.approx((low, high))
     apart = over_prompts([[i % 2 == 0 for i in range(100)], [i // 2 % 2 == 0 for i in range(100)]])
     assert apart[1] - apart[0] == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.25 / 200), rel=0.1)
-    # Seeds that differ do not widen it: they are not drawn again.
+    # Different seeds do not widen the interval, since seeds are not resampled.
     assert over_prompts([[True] * 50, [False] * 50]) == (50.0, 50.0)
 
 
@@ -51,9 +51,9 @@ def drawn_for_each_seed(flags: np.ndarray, generator: np.random.Generator) -> tu
 
 
 def test_the_interval_covers_the_expectation_over_prompts():
-    """Prompts with a difficulty of their own, three seeds each: the population's mean is inside in 95 % of the trials.
+    """Each prompt has its own difficulty and three seeds. The interval covers the mean in 95 % of the trials.
 
-    A difficulty is the probability with which a seed flags the prompt, Beta(0.4, 0.4): the mean is 50 %.
+    A difficulty is the probability that a seed flags the prompt, Beta(0.4, 0.4). The population's mean is 50 %.
     """
     generator = np.random.default_rng(7)
     inside = {"new": 0, "old": 0}
@@ -74,7 +74,7 @@ def test_pairs_take_out_what_prompts_have_in_common():
     better = [flag and i >= 10 for i, flag in enumerate(hard)]
     low, high = paired_over_prompts([better], [hard])
     assert low < -5 < high <= 0
-    assert high - low < 12  # two independent percentages near 50 would be 27 points wide
+    assert high - low < 12  # for two independent percentages near 50 it would be 27 points
     assert paired_over_prompts([hard], [hard]) == (0.0, 0.0)
 
 
@@ -88,7 +88,7 @@ def test_what_nobody_judged_counts_on_no_side():
 
 
 def test_a_replicate_without_a_decision_of_one_seed_is_drawn_from_the_others():
-    """The first seed's only decision is in 1 - (1 - 1/50)^50 = 64 % of the replicates; without it 0 % is left."""
+    """The first seed's one decision is in 1 - (1 - 1/50)^50 = 64 % of the replicates. The others give 0 %."""
     assert over_prompts([[True, *[None] * 49], [False] * 50]) == (0.0, 50.0)
 
 

@@ -1,4 +1,4 @@
-"""The pages in a real browser, clicked: without one these tests are skipped."""
+"""The pages in a real browser, with clicks. Without a browser these tests are skipped."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """Return a page that fails its test on any error or request for something else."""
+    """Yield a page that fails its test on any error and on any request other than for a file."""
     opened = browser.new_page()
     complaints = []
     opened.on("pageerror", lambda error: complaints.append(str(error)))
@@ -53,10 +53,11 @@ def test_answers_of_a_comparison_are_filtered_sorted_and_searched(page, tmp_path
     page.select_option("select[name='0']", "lisa")
     page.select_option("select[name='2']", "0.3")
     page.select_option("select[name='5']", "harmful")
-    kept = int(shown.text_content().split(" of ")[1].split()[0])
-    assert 0 < kept < 120
+    filtered_count = int(shown.text_content().split(" of ")[1].split()[0])
+    assert 0 < filtered_count < 120
     assert set(column(page, 1)) == {"lisa"}
     assert set(column(page, 6)) == {"harmful"}
+    # The first click sorts upwards, the second click sorts downwards.
     page.click("th button[data-column='3']")
     up = column(page, 4)
     page.click("th button[data-column='3']")

@@ -1,4 +1,4 @@
-"""The page as a parser sees it: complete, inert where a model wrote, and asking for nothing outside itself."""
+"""The page as a parser sees it: complete, with inert model texts, and without requests to other addresses."""
 
 import os
 import re
@@ -20,7 +20,7 @@ VOID = {"meta", "input", "br", "use"}
 
 
 class Page(HTMLParser):
-    """The start tags with their attributes, and the text below each element by its class or tag."""
+    """A parser that collects start tags with their attributes, and texts with the elements around them."""
 
     def __init__(self, text):
         super().__init__()
@@ -45,7 +45,7 @@ class Page(HTMLParser):
         self.texts.append(([(tag, attrs.get("class", "")) for tag, attrs in self.stack], data))
 
     def text(self, tag, kind=""):
-        """Return the text of all elements of a tag with a class word."""
+        """Return the texts below all elements of a tag with a class word."""
         return [data for path, data in self.texts if any(t == tag and (not kind or kind in c.split()) for t, c in path)]
 
     def all(self, tag, kind=""):
@@ -202,9 +202,9 @@ def test_an_old_report_survives_a_failed_write(tmp_path, monkeypatch):
 
 
 def test_caveats_follow_from_what_the_run_holds(tmp_path):
-    said = " ".join(caveats(read_result(write_run(tmp_path / "a"))))
-    assert all(word in said for word in ("One seed", "Keyword judges", "made up", "task / test (3)"))
-    assert "alignment / test" not in said
+    text = " ".join(caveats(read_result(write_run(tmp_path / "a"))))
+    assert all(word in text for word in ("One seed", "Keyword judges", "made up", "task / test (3)"))
+    assert "alignment / test" not in text
     other = caveats(read_result(write_run(tmp_path / "b", [harmful("none", "base", 40, "guard")], [], arms=())))
     assert not any("Keyword" in caveat or "made up" in caveat for caveat in other)
 
@@ -248,4 +248,4 @@ def test_the_harmful_score_of_each_category_has_its_interval_and_count(tmp_path)
     assert page.text("td")[at : at + 2] == ["fraud", "30"]
     assert "20.0<small> (9.5-37.3)</small>" in source
     assert "&lt;theft&gt;" in source
-    assert "90.0<small>" not in source  # the deciding judge's alone
+    assert "90.0<small>" not in source  # only the deciding judge's values
