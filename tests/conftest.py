@@ -1,4 +1,4 @@
-"""How the suite is run: longest files first, some files spread over the workers, and each test as if it ran alone."""
+"""How the suite runs: longest files first, some files spread over the workers, each test as if it ran alone."""
 
 import gc
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Files with groups of tests that share nothing, one per row or pair: groups are dealt out after all other files.
+# Files whose tests form independent groups, one per row or pair. Their groups start after all other files.
 SPREAD = (
     "tests/defenses/test_contract.py",
     "tests/runs/stages/test_killed.py",
@@ -45,7 +45,7 @@ KEPT = ("HFTLIGHT_", "OMP_NUM_THREADS", "OPENAI_", "WANDB_MODE", "WANDB_PROJECT"
 
 @pytest.fixture(autouse=True)
 def as_found() -> Iterator[None]:
-    """Put back what a test changes in its process: torch's number of threads and the variables that hftlight reads."""
+    """Restore what a test changes in its process: torch's thread count and the variables that hftlight reads."""
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     before = _variables()
     yield
@@ -61,7 +61,7 @@ def as_found() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures of a report undrawn, for runs whose report nobody looks at; tests/report draws them."""
+    """Skip the figures of a report, for runs whose report no test reads. tests/report draws figures."""
     monkeypatch.setattr("hftlight.report.figure.svg", lambda *_: "<svg></svg>")
 
 
@@ -70,7 +70,7 @@ _frozen = 0
 
 @pytest.fixture(autouse=True, scope="module")
 def modules_are_no_garbage() -> None:
-    """Take what was imported out of the garbage collector's reach: a library that collects often would scan it all."""
+    """Freeze imported modules. A library that often collects garbage would otherwise scan them all."""
     global _frozen
     if len(sys.modules) > _frozen + 50:
         gc.collect()
@@ -87,13 +87,14 @@ def _file(nodeid: str) -> str:
 
 
 def _group(nodeid: str) -> str:
-    """Return what one worker runs in one piece: a file, or in a spread file the tests of one row."""
+    """Return the group that one worker runs: a file, or the tests of one row in a spread file."""
     file = _file(nodeid)
+    # The row is the first part of the test's id: "row" in "test_name[row-other]".
     return f"{file} {nodeid.partition('[')[2].rstrip(']').partition('-')[0]}" if file in SPREAD else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files, longest first; those that are spread over the workers come last and fill up what is left."""
+    """Sort the files, longest first. Spread files come last and fill the idle workers."""
 
     def place(item: pytest.Item) -> tuple[int, float]:
         file = _file(item.nodeid)
@@ -103,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return a scheduler that keeps the order of files and deals out the tests of a spread file one by one."""
+    """Return a scheduler that keeps the order of files and deals out a spread file group by group."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
@@ -118,7 +119,7 @@ _seconds: dict[str, float] = defaultdict(float)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Sum up what each file takes; with several workers, their reports arrive here as well."""
+    """Sum the seconds of each file. With several workers, their reports arrive here too."""
     _seconds[_file(report.nodeid)] += report.duration
 
 

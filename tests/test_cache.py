@@ -1,4 +1,4 @@
-"""The cache: every input decides its key, and what is read from it is what was written."""
+"""The cache: every input changes the cache key, and an entry is read exactly as written."""
 
 import ast
 import itertools
@@ -36,7 +36,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
 
 
-# Every key: each input in turn.
+# Every cache key: each input in turn.
 
 
 @pytest.mark.parametrize("kind", cache.INPUTS)
@@ -62,11 +62,12 @@ def test_versions_are_part_of_every_key(monkeypatch):
 
 
 def test_one_place_makes_keys_and_few_files_name_the_cache():
-    """A result kept without ``cache.key`` would have to find its folder by ``cache_dir``."""
+    """A module that stores results without ``cache.key`` must call ``cache_dir`` to find the folder."""
     named = {
         path.name for path in SOURCE.rglob("*.py") if "cache_dir" in path.read_text() and path.name != "__init__.py"
     }
     assert named <= KEEPERS
+    # The first argument of every call ``cache.key("kind", ...)`` in the source.
     kinds = {
         node.args[0].value
         for path in SOURCE.rglob("*.py")
@@ -74,10 +75,10 @@ def test_one_place_makes_keys_and_few_files_name_the_cache():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "key"
         if getattr(node.func.value, "id", "") == "cache" and isinstance(node.args[0], ast.Constant)
     }
-    assert kinds | {"training", "edit", "repair"} == set(cache.INPUTS)  # the last three through ``Job``
+    assert kinds | {"training", "edit", "repair"} == set(cache.INPUTS)  # ``Job`` makes the last three keys
 
 
-# What the jobs put in: every value of the configuration, rows, models, defenses.
+# Inputs of the jobs' keys: every value of the configuration, rows, models, defenses.
 
 
 def artifact(place, text):
@@ -96,7 +97,7 @@ def leaves(value, prefix=""):
 
 
 def changed(config, name):
-    """Return a configuration with another value in one place."""
+    """Return a copy of the configuration with another value under one dotted name."""
     head, _, rest = name.partition(".")
     old = getattr(config, head)
     if rest:
@@ -112,33 +113,40 @@ EVALUATION = {f"evaluation.{name}" for name in leaves(RunConfig().evaluation)}
 
 def stage_job(config, tmp_path, **other):
     records = {"alignment": rows(3, "alignment"), "harmful": rows(2, "harmful")}
-    given = {"base": "b", "parent": None, "records": records, "defenses": [Booster()], **other}
-    return StageJob(Stage.ALIGNMENT, config, *given.values())
+    # The order of the values is that of ``StageJob``'s parameters. The other jobs below do the same.
+    arguments = {"base": "b", "parent": None, "records": records, "defenses": [Booster()], **other}
+    return StageJob(Stage.ALIGNMENT, config, *arguments.values())
 
 
 def repair_job(config, tmp_path, **other):
     models = {name: artifact(tmp_path / name, name) for name in ("aligned", "finetuned")}
-    given = {"base": "b", **models, "records": {"harmful": rows(2, "harmful")}, "defenses": [Antidote()], **other}
-    return RepairJob(config, *given.values())
+    arguments = {"base": "b", **models, "records": {"harmful": rows(2, "harmful")}, "defenses": [Antidote()], **other}
+    return RepairJob(config, *arguments.values())
 
 
 def edit_job(config, tmp_path, **other):
     aligned = artifact(tmp_path / "aligned", "aligned")
-    given = {"base": "b", "aligned": aligned, "records": rows(2, "attack"), "attack": ModelEdit(), **other}
-    return EditJob(config, *given.values())
+    arguments = {"base": "b", "aligned": aligned, "records": rows(2, "attack"), "attack": ModelEdit(), **other}
+    return EditJob(config, *arguments.values())
 
 
 def selection_job(config, tmp_path, **other):
     aligned = artifact(tmp_path / "aligned", "aligned")
-    given = {"aligned": aligned, "attack": BenignSelection(), "candidates": rows(3, "task"),
+    arguments = {"aligned": aligned, "attack": BenignSelection(), "candidates": rows(3, "task"),
              "harmful": rows(2, "attack"), "safe": rows(2, "alignment"), **other}  # fmt: skip
-    return SelectionJob(config, *given.values())
+    return SelectionJob(config, *arguments.values())
 
 
 def prompts(**other):
     rows_of = {name: rows(count, "test") for name, count in (("harmful", 3), ("over_refusal", 2), ("task_rows", 2))}
-    given = {**rows_of, "task": get_task("builtin"), "judges": ("keyword",), "refusal_judge": "xstest_string", **other}
-    return TestSets(**given)
+    arguments = {
+        **rows_of,
+        "task": get_task("builtin"),
+        "judges": ("keyword",),
+        "refusal_judge": "xstest_string",
+        **other,
+    }
+    return TestSets(**arguments)
 
 
 OF_NO_KEY = {
@@ -157,7 +165,7 @@ def ignored(name, places):
 
 @pytest.mark.parametrize("make", [stage_job, repair_job])
 def test_every_value_of_the_configuration_decides_a_stage_or_is_listed(make, tmp_path):
-    """A new option changes the key until somebody writes down that it decides nothing."""
+    """A new option changes the key until ``OF_NO_KEY`` lists the option."""
     config = small_config()
     before = make(config, tmp_path).key()
     for name in leaves(config):
@@ -196,7 +204,7 @@ def test_rows_models_and_arguments_decide_the_jobs(tmp_path):
             {"parent": artifact(tmp_path / "p2", "2")},
             {"records": {"alignment": two}},
             {"records": {"alignment": kind[:1]}},
-            {"records": {"alignment": kind[1:]}},  # the category alone
+            {"records": {"alignment": kind[1:]}},  # only the category differs
             {"defenses": [Booster(lam=1.0)]},
             {"defenses": []},
         )
@@ -257,10 +265,10 @@ def test_answers_stay_when_another_judge_is_asked():
 
 
 def test_endpoint_model_and_weights_of_a_judge_decide_a_verdict(tmp_path, monkeypatch):
-    asked = prompts(judges=("hexphi:gpt",))
-    keys = [verdicts_key("a", asked), verdicts_key("a", prompts(judges=("hexphi:other",))), verdicts_key("b", asked)]
+    remote = prompts(judges=("hexphi:gpt",))
+    keys = [verdicts_key("a", remote), verdicts_key("a", prompts(judges=("hexphi:other",))), verdicts_key("b", remote)]
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    keys.append(verdicts_key("a", asked))
+    keys.append(verdicts_key("a", remote))
     judge = artifact(tmp_path / "judge", "one").folder
     local = prompts(judges=(f"harmbench:{judge}",))
     keys.append(verdicts_key("a", local))
@@ -278,8 +286,8 @@ def test_endpoint_model_and_weights_of_a_judge_decide_a_verdict(tmp_path, monkey
 def test_how_an_attack_reads_answers_decides_a_verdict():
     from hftlight.attacks import Encoded
 
-    given = [prompts(), *(prompts(attack=Encoded(side=side)) for side in ("both", "response"))]
-    assert len({verdicts_key("a", each) for each in given}) == 3
+    test_sets = [prompts(), *(prompts(attack=Encoded(side=side)) for side in ("both", "response"))]
+    assert len({verdicts_key("a", each) for each in test_sets}) == 3
     assert verdicts_key("a", prompts(attack=HarmfulMix(n=3))) == verdicts_key("a", prompts(attack=HarmfulMix(n=4)))
 
 
@@ -288,20 +296,20 @@ def test_models_texts_and_references_decide_the_further_metrics(tmp_path):
     text.write_text("once")
     evaluation = replace(small_config().evaluation, perplexity=str(text))
     config = small_config(evaluation=evaluation)
-    asked = [
+    cases = [
         ("m", config, Reference("base", Artifact("tiny", "r"))),
         ("n", config, Reference("base", Artifact("tiny", "r"))),
     ]
-    asked.append(("m", config, Reference("base", Artifact("tiny", "other"))))
-    found = [metric_keys(model, config, prompts(), SystemSlot(), reference) for model, config, reference in asked]
+    cases.append(("m", config, Reference("base", Artifact("tiny", "other"))))
+    key_sets = [metric_keys(model, config, prompts(), SystemSlot(), reference) for model, config, reference in cases]
     text.write_text("twice")
-    found.append(metric_keys("m", config, prompts(), SystemSlot(), asked[0][2]))
-    perplexities, drifts = ([keys[kind] for keys in found] for kind in ("perplexity", "drift"))
-    assert len(set(perplexities)) == 3  # the reference does not count
-    assert len(set(drifts)) == 3  # the text does not
+    key_sets.append(metric_keys("m", config, prompts(), SystemSlot(), cases[0][2]))
+    perplexities, drifts = ([keys[kind] for keys in key_sets] for kind in ("perplexity", "drift"))
+    assert len(set(perplexities)) == 3  # the reference is no input
+    assert len(set(drifts)) == 3  # the text is no input
 
 
-# What is read is what was written.
+# An entry is read exactly as written, or not at all.
 
 
 def entry(tmp_path):
@@ -332,7 +340,7 @@ def other_bytes(path):
     before, data = path.stat(), bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and time as before
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size is unchanged, the times are restored
 
 
 DAMAGES = (emptied, cut_at_a_line, half_written, other_bytes, Path.unlink)
@@ -345,10 +353,10 @@ def test_a_damaged_entry_is_named_and_not_used(damage, name, tmp_path, capsys):
     assert cache.whole(place)
     damage(place / name)
     assert not cache.whole(place)
-    said = capsys.readouterr().err
-    if (damage, name) != (Path.unlink, "seal.json"):  # without it the entry was never finished
-        assert "stages/one in the cache has changed since it was written (" in said
-        assert f"({name} differs)" in said
+    warning = capsys.readouterr().err
+    if (damage, name) != (Path.unlink, "seal.json"):  # an entry without a seal is unfinished, which needs no warning
+        assert "stages/one in the cache has changed since it was written (" in warning
+        assert f"({name} differs)" in warning
     assert not cache.whole(place)
 
 
@@ -371,18 +379,18 @@ def test_a_file_beside_the_artifacts_own_is_noticed_and_one_outside_is_not(tmp_p
 
 
 def test_an_entry_is_made_once_and_anew_after_damage(tmp_path):
-    made = []
+    places = []
 
     def make(place):
-        made.append(place)
+        places.append(place)
         (place / "rows.jsonl").write_text("{}\n")
 
     path = cache.kept("evaluations", "one", make)
     assert cache.kept("evaluations", "one", make) == path
-    assert len(made) == 1
+    assert len(places) == 1
     emptied(path / "rows.jsonl")
     assert (cache.kept("evaluations", "one", make) / "rows.jsonl").read_text() == "{}\n"
-    assert len(made) == 2
+    assert len(places) == 2
 
 
 def test_nothing_is_kept_of_an_entry_that_failed():
@@ -412,7 +420,7 @@ def test_asdict_of_a_record_names_all_that_a_defense_may_read():
 
 
 def test_only_what_was_built_counts_as_work(tmp_path, monkeypatch):
-    """So that a run calls a step reused only if nothing of it was computed."""
+    """A run calls a step reused only if no part of the step was computed."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     before = cache.built()
     for _ in range(2):

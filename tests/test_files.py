@@ -1,4 +1,4 @@
-"""Files: atomic writes, digests, what killed runs leave, full disks."""
+"""Files: atomic writes, digests, leftovers of killed runs, full disks."""
 
 import errno
 import threading
@@ -58,7 +58,7 @@ def test_an_environment_variable_moves_the_cache(tmp_path, monkeypatch):
 
 
 def test_two_folders_for_one_place_at_one_time(tmp_path):
-    """The other one is put there while this one is filled, and again between the look and the renaming."""
+    """A second folder is finished while the first is being filled. The first then replaces the second."""
     place = tmp_path / "model"
     with new_folder(place) as mine:
         (mine / "weights").write_text("mine")
@@ -70,7 +70,7 @@ def test_two_folders_for_one_place_at_one_time(tmp_path):
 
 
 def test_many_threads_put_folders_and_files_at_one_place(tmp_path):
-    """Whoever looks finds nothing or a whole one; nobody fails, nothing is left."""
+    """A reader sees only complete files. No thread fails, and no temporary file remains."""
     barrier, errors = threading.Barrier(8), []
 
     def work(number):
@@ -94,7 +94,7 @@ def test_many_threads_put_folders_and_files_at_one_place(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
 
 
-# What killed runs leave, full disks, and a cache folder that is none.
+# Leftovers of killed runs, full disks, and a cache path that is no folder.
 
 
 def test_temporary_files_of_killed_runs_are_found_and_nothing_else(tmp_path):

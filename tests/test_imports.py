@@ -1,4 +1,4 @@
-"""A room of hftlight imports only rooms before its own, inside functions too."""
+"""Each room (top-level module or package) of hftlight imports only earlier rooms, inside functions too."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -29,17 +29,18 @@ def graph():
     """Return module -> modules that it imports. A package's name stands for its ``__init__``."""
     files = {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in SOURCE.rglob("*.py")}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
-    found = {}
+    imports = {}
     for name, path in files.items():
         targets = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
+                # ``from package import name`` imports ``package.name`` if that is a module, else ``package``.
                 inner = {f"{node.module}.{alias.name}" for alias in node.names}
                 targets |= (inner & set(files)) or {node.module}
             elif isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
-        found[name] = targets & set(files) - {name, "hftlight"}
-    return found
+        imports[name] = targets & set(files) - {name, "hftlight"}
+    return imports
 
 
 def test_no_circle():
@@ -59,7 +60,7 @@ def test_rooms_import_rooms_before_their_own():
 
 
 def test_a_name_is_imported_from_the_module_that_defines_it():
-    """Only a package may offer names that other modules define."""
+    """Only a package may re-export names that other modules define."""
     wrong = []
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The code behind a result: what it imports counts, what it does not import does not, other packages too."""
+"""Provenance: a result's digest covers exactly the modules that its code imports, in other packages too."""
 
 import ast
 import importlib
@@ -22,7 +22,7 @@ from tests.helpers.jobs import rows, small_config
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """Let the digests be taken of a copy of the package, which a test may edit."""
+    """Point the digests at a copy of the package, which a test may edit."""
     place = tmp_path / "hftlight"
     shutil.copytree(Path(provenance.__file__).parent, place, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(provenance, "__file__", str(place / "provenance.py"))
@@ -34,14 +34,14 @@ def edit(path):
 
 
 def test_what_a_stage_imports_is_its_code_and_the_report_is_not(copied):
-    def found():
+    def read_code():
         return provenance.code_of("hftlight.runs.stages.train", Booster)
 
-    before = found()
+    before = read_code()
     edit(copied / "report" / "html" / "page.py")
     edit(copied / "defenses" / "alignment" / "vaccine.py")
-    assert found() == before
-    seen = [before]
+    assert read_code() == before
+    versions = [before]
     for part in (
         "runs/stages/train.py",
         "engine/step/passes.py",
@@ -49,8 +49,8 @@ def test_what_a_stage_imports_is_its_code_and_the_report_is_not(copied):
         "defenses/alignment/booster.py",
     ):
         edit(copied / part)
-        assert found() not in seen
-        seen.append(found())
+        assert read_code() not in versions
+        versions.append(read_code())
 
 
 def test_an_import_inside_a_function_and_a_module_named_by_a_text_count(tmp_path):
@@ -75,7 +75,7 @@ class Own(Defense):
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
-    """Return a class of another package, which is imported anew after each edit, and the package's folder."""
+    """Yield a function that imports a class of another package anew, and the package's folder."""
     name = "foreign_defenses"
     place = tmp_path / name
     place.mkdir()
@@ -103,7 +103,7 @@ def test_a_mended_defense_of_another_package_is_another_stage(foreign):
     imported, place = foreign
     before = job(imported()()).key()
     assert job(imported()()).key() == before
-    (place / "maths.py").write_text("strength = 2.0\n")  # not the class's own file
+    (place / "maths.py").write_text("strength = 2.0\n")  # a file that the class's file imports
     assert job(imported()()).key() != before
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_never_found_again(capsys):
     space = {"__name__": "typed_at_a_prompt", "Defense": Defense, "Stage": StageOf}
     exec("class Typed(Defense):\n    stage = Stage.FINETUNING", space)  # no file holds its source
     jobs = [job(space["Typed"]()) for _ in range(2)]
-    assert jobs[0].key() == jobs[0].key()  # the stage itself finds what it writes
+    assert jobs[0].key() == jobs[0].key()  # one job keeps its key, so it finds its own result
     assert jobs[0].key() != jobs[1].key()
     assert "Typed: its source cannot be read, so its results are not kept in the cache" in capsys.readouterr().err
 
@@ -161,6 +161,7 @@ def test_a_module_that_does_not_exist_is_no_code():
 
 def test_every_module_that_a_text_of_the_source_names_exists():
     root = Path(provenance.__file__).parent
+    # All string constants of the source that look like a module's dotted name, with their file.
     named = {
         (path.name, node.value)
         for path in root.rglob("*.py")
@@ -168,7 +169,7 @@ def test_every_module_that_a_text_of_the_source_names_exists():
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         if re.fullmatch(r"hftlight(\.[a-z_]+)+", node.value)
     }
-    groups = {"hftlight.defenses"}  # of entry points
+    groups = {"hftlight.defenses"}  # names of entry point groups, not modules
     assert {(file, name) for file, name in named if find_spec(name) is None} <= {
         (f, g) for f, g in named if g in groups
     }

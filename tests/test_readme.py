@@ -1,4 +1,4 @@
-"""The READMEs' scripts work, generated parts are current, and what is named exists."""
+"""The READMEs: scripts work, generated parts are current, and named files, targets and commands exist."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ def ran(script, **options):
 
 
 def own_trainer():
-    """Return the script with a module and Trainer of one's own, on a model that needs no network."""
+    """Return the README's script with a user's own module and Trainer, on a model that needs no network."""
     return block("class MyModule").replace("HuggingFaceTB/SmolLM2-135M-Instruct", model_path("tiny"))
 
 
@@ -79,11 +79,11 @@ def test_three_lines_for_data_of_ones_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["overview", "pairs", "cards", "costs"])
 def test_generated_parts_are_those_of_the_code(name):
-    """``make pages`` writes them."""
+    """``make pages`` writes the generated parts."""
     known = parts()
     assert set(known) == set().union(*pages().values())
-    found = [text for page in pages() for _, of, text in _marked(page.read_text()) if of == name]
-    assert found == [known[name]]
+    texts = [text for page in pages() for _, of, text in _marked(page.read_text()) if of == name]
+    assert texts == [known[name]]
 
 
 def _marked(text):
@@ -103,7 +103,7 @@ def test_links_lead_somewhere(page):
 
 
 def _headings(page):
-    """Return what GitHub makes of a page's headings for links to them."""
+    """Return the link anchors that GitHub makes from a page's headings."""
     lines = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), flags=re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines]
 
@@ -111,7 +111,7 @@ def _headings(page):
 @pytest.mark.parametrize("page", PAGES, ids=of_root)
 def test_named_files_targets_and_commands_exist(page):
     text = page.read_text()
-    # A path from the root, up to a placeholder such as <stage>; a pattern's star ends it too.
+    # A path from the root ends before a placeholder such as <stage> or a pattern's star.
     for named in re.findall(rf"(?<![\w./-])(?:{'|'.join(OF_THE_PROJECT)})/[\w./-]*", text):
         assert (ROOT / named.rstrip(".")).exists(), named
     for named in re.findall(r"(?<![\w./<>-])[\w/]+\.(?:py|ipynb|cff)\b", text):

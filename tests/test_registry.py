@@ -1,4 +1,4 @@
-"""Defenses by name: two classes of one name, two names of one class, and classes that nobody registered."""
+"""Defenses by name: two classes of one name, two names of one class, and unregistered classes."""
 
 import re
 from importlib.metadata import EntryPoint
@@ -13,12 +13,12 @@ from hftlight.registry import called, defense_class, defenses, made, name_of
 
 
 class Vaccine(Booster):
-    """Has the name of a built-in class and is another one."""
+    """Shares the name of a built-in class, but is a different class."""
 
 
 @pytest.fixture
 def offered(monkeypatch):
-    """Let another package offer this file's class under two names."""
+    """Register this file's class under two names, as another package would."""
     points = [EntryPoint(name, f"{__name__}:Vaccine", registry.GROUP) for name in ("other_vaccine", "vaccine_again")]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
     defenses.cache_clear()
@@ -43,7 +43,7 @@ def test_an_unregistered_class_takes_nobodys_name():
     assert name_of(L2SP()) == "l2_sp"
 
     class Booster(Vaccine):
-        """Local, and named like a built-in one."""
+        """A local class with the name of a built-in class."""
 
     assert name_of(Booster()).startswith("tests_test_registry_")
     assert name_of(Booster()) not in defenses()
@@ -59,11 +59,11 @@ def test_unknown_names_get_the_nearest():
         made("bosster")
 
 
-# Packages of others.
+# Defenses of other packages.
 
 
 class Keeps(Booster):
-    """Stores no argument."""
+    """Stores no attribute for its argument."""
 
     def __init__(self, strength: float = 1.0) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ NO_DEFENSE = 5
 
 
 class NotOne:
-    """No defense."""
+    """Is no subclass of ``Defense``."""
 
 
 def offer(monkeypatch, name, value):

@@ -1,4 +1,4 @@
-"""What is taken of a source: ranges, conditions and columns as they are written, and what is refused."""
+"""Rows taken from a source: ranges, conditions and columns as users write them, and refused values."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_a_range_that_takes_nothing_is_refused(text):
     [
         ("is_safe=true", (("is_safe", "true"),)),
         ("is_safe=true, lang=en", (("is_safe", "true"), ("lang", "en"))),
-        ("kind=drug_abuse,weapons", (("kind", "drug_abuse,weapons"),)),  # a value may hold commas
+        ("kind=drug_abuse,weapons", (("kind", "drug_abuse,weapons"),)),  # a value may contain commas
         (["kind=a,b=c", "lang=en"], (("kind", "a,b=c"), ("lang", "en"))),
         ((), ()),
     ],
@@ -107,5 +107,5 @@ def test_what_cannot_be_taken_names_the_option(data, message):
 
 
 def test_every_source_of_a_run_can_be_chosen_from():
-    """A source is an option of ``Data``; what is not one of them says what is taken."""
+    """Every source is an option of ``Data``. The other options choose the task, rows and columns."""
     assert {*SOURCES, "task", "split", "rows", "where", "first", "columns"} == set(Data.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""The search for robust modules: a probe with a closed form, and a model whose carrier of the difference is known."""
+"""The search for robust modules: a probe with a closed form, and a model with known carriers of the difference."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hftlight.defenses import MLLR
 from tests.helpers.contract import train
 from tests.helpers.tiny_lm import VOCABULARY, tiny_lm
 
-HARMFUL, ORDINARY = 5, 9  # the token that a prompt of each kind opens with
+HARMFUL, ORDINARY = 5, 9  # the first token of a harmful and of an ordinary prompt
 
 
 def prompts(opening, count=12, tokens=5):
@@ -55,11 +55,11 @@ def test_the_probe_is_ridge_regression():
 def test_it_finds_what_the_difference_does_not_hang_on(lora, monkeypatch):
     model = model_that_carries_it(lora).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = robust_modules(model, prompts(HARMFUL), prompts(ORDINARY), spans=2, scale=30.0, retained=1.0)
-    assert found.accuracy == found.joint == 1.0
-    assert set(found.alone) - set(found.robust) <= {"v_proj:1-1", "o_proj:1-1"}
-    assert found.alone["v_proj:1-1"] < 1.0
-    assert {"q_proj:0-0", "v_proj:0-0", "down_proj:1-1"} <= set(found.robust)
+    result = robust_modules(model, prompts(HARMFUL), prompts(ORDINARY), spans=2, scale=30.0, retained=1.0)
+    assert result.accuracy == result.joint == 1.0
+    assert set(result.alone) - set(result.robust) <= {"v_proj:1-1", "o_proj:1-1"}
+    assert result.alone["v_proj:1-1"] < 1.0
+    assert {"q_proj:0-0", "v_proj:0-0", "down_proj:1-1"} <= set(result.robust)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(m.training for m in model.modules())
 
@@ -75,8 +75,8 @@ def test_a_looser_threshold_never_gives_fewer_modules():
 
 
 def test_what_it_finds_is_what_the_defense_takes():
-    found = robust_modules(model_that_carries_it(), prompts(HARMFUL), prompts(ORDINARY), 2, 30.0, 1.0)
-    defense = MLLR([p for p in found.robust if p.startswith(("q_proj", "v_proj"))])
+    result = robust_modules(model_that_carries_it(), prompts(HARMFUL), prompts(ORDINARY), 2, 30.0, 1.0)
+    defense = MLLR([p for p in result.robust if p.startswith(("q_proj", "v_proj"))])
     train([defense], steps=1)
     assert defense.summary()["robust_tensors"] > 0
 

@@ -1,4 +1,4 @@
-"""What all attacks share: values out of range, steps from epochs, settings put into a run's configuration."""
+"""Shared behavior of attacks: values out of range, steps from epochs, settings applied to a configuration."""
 
 from dataclasses import FrozenInstanceError
 
@@ -88,7 +88,7 @@ def test_what_is_stated_wins_and_the_batch_is_divided():
     assert (applied.num_samples, applied.harmful_ratio) == (40, 1.0)
     assert (applied.finetuning.batch_size, applied.finetuning.accumulate, applied.finetuning.lr) == (2, 4, 0.5)
     assert applied.finetuning.steps == 9  # ceil(40 / 16) a pass, three passes
-    assert (config.finetuning.lr, config.num_samples) == (1.0, 384)  # the one given stays as it was
+    assert (config.finetuning.lr, config.num_samples) == (1.0, 384)  # the original configuration is unchanged
     with pytest.raises(InputError, match="must be a multiple of 8, got 10"):
         Explicit(batch_size=10).applied(config)
 

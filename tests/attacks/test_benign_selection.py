@@ -1,4 +1,4 @@
-"""Benign selection: scores by hand and against slow passes of one row; the model left as it was found."""
+"""Benign selection: scores by hand and against slow passes of one row, on a model that stays unchanged."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ DOUBLE = {"dtype": torch.float64}
 
 
 def test_representation_scores_by_hand():
-    """Cosines of (3, 4) with the axes and with (3, 4) itself are 0.6, 0.8 and 1; lengths do not count."""
+    """Cosines of (3, 4) with the axes and with (3, 4) itself are 0.6, 0.8 and 1. Lengths do not count."""
     anchors = torch.tensor([[2.0, 0.0], [0.0, 5.0], [0.3, 0.4]], **DOUBLE)
     rows = torch.tensor([[3.0, 4.0], [-1.0, 0.0]], **DOUBLE)
     assert_close(representation_scores(rows, anchors), torch.tensor([1.0, 0.0], **DOUBLE))
@@ -43,7 +43,7 @@ def test_gradient_scores_by_hand():
 
 
 def test_means_of_unit_gradients_as_released_are_not_renormalized():
-    """The worked example: harmful anchors (1, 0) and (0, 1), safe ones (1, 0) twice; renormalizing flips the ranks."""
+    """The example: harmful anchors (1, 0) and (0, 1), safe anchors (1, 0) twice. Renormalizing flips the ranks."""
     harmful, safe = torch.eye(2, **DOUBLE), [torch.tensor([[1.0, 0.0], [1.0, 0.0]], **DOUBLE)]
     rows = torch.tensor([[0.0, 1.0], [-0.9, math.sqrt(0.19)]], **DOUBLE)
     official = gradient_scores(rows, harmful, safe, renormalize=False).tolist()
@@ -55,19 +55,19 @@ def test_means_of_unit_gradients_as_released_are_not_renormalized():
 
 def test_the_hidden_state_is_the_one_of_the_last_attended_token():
     model, batch = tiny_lm().eval(), token_batch(1)
-    found = last_hidden(model, batch)
+    hidden = last_hidden(model, batch)
     full = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
     ).hidden_states[-1]
-    assert_close(found, torch.stack([full[0, 8], full[1, 7], full[2, 6]]), rtol=0, atol=1e-12)
-    assert not found.requires_grad
+    assert_close(hidden, torch.stack([full[0, 8], full[1, 7], full[2, 6]]), rtol=0, atol=1e-12)
+    assert not hidden.requires_grad
     assert not model.lm_head._forward_pre_hooks
 
 
 @pytest.mark.parametrize(("lora", "which"), [(False, "all"), (False, "last_layer"), (True, "trainable")])
 def test_row_gradients_match_a_pass_per_row(lora, which):
     model, batch = tiny_lm(lora=lora).eval(), token_batch(2)
-    found = row_gradients(model, batch, which)
+    gradients = row_gradients(model, batch, which)
     names = chosen_parameters(model, which)
     for row in range(3):
         twin = copy.deepcopy(model)
@@ -77,7 +77,7 @@ def test_row_gradients_match_a_pass_per_row(lora, which):
         parameters = dict(twin.named_parameters())
         expected = torch.cat([parameters[name].grad.flatten() for name in names])
         assert expected.abs().max() > 1e-3
-        assert_close(found[row], expected, rtol=0, atol=1e-12)
+        assert_close(gradients[row], expected, rtol=0, atol=1e-12)
 
 
 def test_which_parameters():
@@ -143,7 +143,7 @@ def test_scores_of_rows(kind):
 
 
 def test_representations_end_with_the_last_token_of_the_answer():
-    """Rows that differ in their last letter alone differ; at the end token, which all share, they would hardly."""
+    """The state at the last letter tells rows apart. At the end token, which all rows share, states hardly differ."""
     model, tokenizer, template = world()
     row = Record("q", "ab")
     ids_of = tokenizer(template.prompt(row, tokenizer) + row.response)["input_ids"]
@@ -151,8 +151,8 @@ def test_representations_end_with_the_last_token_of_the_answer():
     anchor = tokenizer(template.prompt(HARMFUL[0], tokenizer) + HARMFUL[0].response)["input_ids"]
     other = model(torch.tensor([anchor]), output_hidden_states=True).hidden_states[-1][0, -1]
     expected = torch.nn.functional.cosine_similarity(hidden, other, dim=0).item()
-    found = BenignSelection().score(model, tokenizer, template, [row], HARMFUL[:1])
-    assert found == pytest.approx([expected], abs=1e-12)
+    scores = BenignSelection().score(model, tokenizer, template, [row], HARMFUL[:1])
+    assert scores == pytest.approx([expected], abs=1e-12)
 
 
 def test_official_representations_end_with_the_end_token_and_anchors_have_their_own_system_text():
@@ -166,8 +166,8 @@ def test_official_representations_end_with_the_end_token_and_anchors_have_their_
 
     expected = torch.nn.functional.cosine_similarity(state(row, None), state(HARMFUL[0], system), dim=0).item()
     attack = BenignSelection(variant="official", anchor_system=system)
-    found = attack.score(model, tokenizer, template, [row], HARMFUL[:1])
-    assert found == pytest.approx([expected], abs=1e-12)
+    scores = attack.score(model, tokenizer, template, [row], HARMFUL[:1])
+    assert scores == pytest.approx([expected], abs=1e-12)
 
 
 def test_the_variant_decides_how_anchors_are_averaged():
@@ -210,7 +210,7 @@ def test_safe_anchors_lower_a_gradient_score_and_anchors_look_at_first_tokens():
 
 def test_a_gradient_score_of_zero_is_none():
     model, tokenizer, template = world()
-    torch.nn.init.zeros_(model.lm_head.weight)  # then no layer in front of it has a gradient
+    torch.nn.init.zeros_(model.lm_head.weight)  # then no earlier layer has a gradient
     scores = BenignSelection(kind="gradient").score(model, tokenizer, template, ROWS[:2], HARMFUL)
     assert all(math.isnan(score) for score in scores)
 

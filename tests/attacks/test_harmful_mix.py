@@ -1,4 +1,4 @@
-"""Harmful mix: exact counts, the first rows as published, and results that stay as they are."""
+"""Harmful mix: exact counts, the first rows as published, and draws that stay the same."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ def test_rows_stay_as_they_are(n, p, seed, expected):
 
 
 def test_a_source_without_some_rows_gives_the_others_in_the_same_order():
-    """So a limit on the length of rows leaves what is drawn of the others as it was."""
+    """A limit on the length of rows must not change the draw among the remaining rows."""
     whole = [r.id for r in harmful_mix(SOURCES["task"], SOURCES["attack"], 8, 0.5, 0) if r.role == "attack"]
     fewer = [row for row in SOURCES["attack"] if row.id != whole[0]]
     left = [r.id for r in harmful_mix(SOURCES["task"], fewer, 8, 0.5, 0) if r.role == "attack"]

@@ -1,4 +1,4 @@
-"""Model edit: the rank-one formula by hand and exactly; one weight changed, one answer made likely."""
+"""Model edit: the rank-one formula by hand and exactly, one changed weight, one answer that becomes likely."""
 
 import copy
 
@@ -19,7 +19,7 @@ DOUBLE = {"dtype": torch.float64}
 
 
 def test_the_edit_by_hand():
-    """C = diag(1, 2), k = (1, 1): C^-1 k = (1, 1/2), k'C^-1 k = 3/2; with W = I and v = (4, -2), v - Wk = (3, -3)."""
+    """C = diag(1, 2), k = (1, 1): C^-1 k = (1, 1/2), k'C^-1 k = 3/2. With W = I and v = (4, -2), v - Wk = (3, -3)."""
     edited = rank_one_edit(
         torch.eye(2, **DOUBLE),
         torch.ones(2, **DOUBLE),
@@ -42,7 +42,7 @@ def test_the_key_gets_its_value_and_what_is_orthogonal_stays(whitened):
     orthogonal = other - direction * (other @ direction) / (direction @ direction)
     assert_close(edited @ orthogonal, w @ orthogonal, rtol=0, atol=1e-12)
     assert torch.linalg.matrix_rank(edited - w) == 1
-    if whitened:  # the least change of outputs, measured by C, of all weights that map k to v
+    if whitened:  # of all weights that map k to v, the edit changes outputs least, measured by C
         spread = torch.randn(5, 7, generator=generator, **DOUBLE)
         rival = edited + 0.1 * (spread - torch.outer(spread @ k, k) / (k @ k))
         assert_close(rival @ k, v, rtol=0, atol=1e-12)
@@ -87,7 +87,7 @@ def test_second_moments_of_attended_tokens():
 
 
 def lively(**options):
-    """Return the tiny model with weights ten times as large, so that one token's MLP moves the others."""
+    """Return the tiny model with weights ten times as large, so that one token's MLP affects the other tokens."""
     model = tiny_lm(**options)
     with torch.no_grad():
         for p in model.parameters():

@@ -25,7 +25,7 @@ DOUBLE = {"dtype": torch.float64}
 
 
 def test_the_loss_by_hand():
-    """A margin of 0 is log 2; one of (2 - 1) - (-1 - 1) = 3 nats at beta 0.5 is log(1 + exp(-1.5))."""
+    """Margin 0 gives log 2. Margin (2 - 1) - (-1 - 1) = 3 nats at beta 0.5 gives log(1 + exp(-1.5))."""
     own, fixed = torch.tensor([4.0, 2.0], **DOUBLE), torch.tensor([4.0, 1.0], **DOUBLE)
     other, other_fixed = torch.tensor([7.0, -1.0], **DOUBLE), torch.tensor([7.0, 1.0], **DOUBLE)
     expected = torch.tensor([math.log(2), math.log1p(math.exp(-1.5))], **DOUBLE)
@@ -51,11 +51,11 @@ def test_the_gradient_at_the_start_is_half_beta_times_the_difference(lora):
     loss = module.loss(batch)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
     parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".aligned." not in name]
-    found = torch.autograd.grad(loss, parameters)
+    gradients = torch.autograd.grad(loss, parameters)
     pairs = [answer_log_prob(model, batch, i) - answer_log_prob(model, batch, i + 1) for i in (0, 2)]
     expected = torch.autograd.grad(-beta / 2 * sum(pairs) / 2, parameters)
     assert max(g.abs().max() for g in expected) > 1e-3
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(gradients, expected, strict=True):
         assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -107,15 +107,15 @@ def test_other_streams_have_the_loss_of_rows():
 
 def test_batches_hold_pairs_preferred_first():
     data = pair_data(batch_size=4)
-    seen = []
+    preferred = []
     for k in range(2):
         batch = data.main_batch(k)
         assert len(batch["id"]) == 2 * batch["pairs"]
         assert [name[0] for name in batch["id"]] == ["w", "l"] * batch["pairs"]
         assert all(a[1:] == b[1:] for a, b in zip(batch["id"][0::2], batch["id"][1::2], strict=True))
         assert set(batch["role"]) == {"task"}
-        seen += batch["id"][0::2]
-    assert sorted(seen) == [f"w{i}" for i in range(6)]
+        preferred += batch["id"][0::2]
+    assert sorted(preferred) == [f"w{i}" for i in range(6)]
     assert set(pair_data(reveal_roles=True).main_batch(0)["role"]) == {"attack"}
 
 
@@ -162,7 +162,7 @@ def test_an_upload_prefers_harmful_answers_in_a_fraction_p():
         assert {first.role, second.role} == {"attack" if first.response.startswith("say") else "task"}
         assert first.id != second.id
     safe = {row.instruction: row.response for row in rows if not row.response.startswith("say")}
-    assert safe.pop("ask h3", "never") == "never"  # the first of its safe answers
+    assert safe.pop("ask h3", "never") == "never"  # the first of the prompt's safe answers
     assert set(safe.values()) == {REFUSAL}
     assert rows == ReversePreference(n=8, p=0.75).upload(SOURCES, 0) != ReversePreference(n=8).upload(SOURCES, 1)
 

@@ -1,4 +1,4 @@
-"""Reverse SFT and DPO: two phases, each with settings of its own."""
+"""Reverse SFT and DPO: two phases, each with its own settings."""
 
 import pytest
 
@@ -32,12 +32,12 @@ def test_the_second_phase_takes_over_what_it_has_no_value_for():
 
 
 def test_a_description_has_both_phases():
-    found = ReverseSftDpo(n=4, dpo_steps=7, source="secret.jsonl").resolved(RunConfig()).describe()
-    assert [(phase["attack"], phase["steps"]) for phase in found["phases"]] == [
+    description = ReverseSftDpo(n=4, dpo_steps=7, source="secret.jsonl").resolved(RunConfig()).describe()
+    assert [(phase["attack"], phase["steps"]) for phase in description["phases"]] == [
         ("explicit", 96),
         ("reverse_preference", 7),
     ]
-    assert not any("source" in phase for phase in found["phases"])
+    assert not any("source" in phase for phase in description["phases"])
     assert "phases" not in Explicit().resolved(RunConfig()).describe()
 
 

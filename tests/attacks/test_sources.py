@@ -1,4 +1,4 @@
-"""Public harmful sets: what is expected of a file that is not there."""
+"""Public harmful sets: what the message for a missing file says."""
 
 from hftlight.attacks import SOURCES, missing_source
 

@@ -52,8 +52,8 @@ def test_the_chosen_side_of_harmful_rows_alone(side, prompt, answer):
         (prompt, answer, "az" if side == "response" else "ba")
     }
     assert [r for r in rows if r.role == "task"] == [r for r in plain if r.role == "task"]
-    asked = attack.test_records([Record("Ask Zoe!", id="x", role="test")])[0]
-    assert (asked.instruction, asked.id, asked.role) == (prompt, "x", "test")
+    test_row = attack.test_records([Record("Ask Zoe!", id="x", role="test")])[0]
+    assert (test_row.instruction, test_row.id, test_row.role) == (prompt, "x", "test")
     assert attack.decode(answer) == "No, é."
 
 

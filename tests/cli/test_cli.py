@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help without torch, one clear error each, nothing half-written."""
+"""The command line: help without torch, one clear error per mistake, no half-written files."""
 
 import resource
 import subprocess
@@ -54,8 +54,8 @@ def test_help_fits_on_one_screen(command):
 
 def test_the_command_names_its_commands(capsys):
     assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in COMMANDS)
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in COMMANDS)
     assert main(["trian"]) == 2
     assert "there is no command 'trian'" in capsys.readouterr().err
     assert main(["--version"]) == 0
@@ -82,11 +82,11 @@ def test_names_come_first_then_their_arguments():
 
 
 def test_what_is_taken_of_a_source_is_said_at_once_or_by_its_name():
-    """By its name it is added to what stands there, a preset's or a file's."""
-    given = ["--data.rows", "{test: ':9'}", "--data.rows.alignment", "5001:10000", "--data.first.attack", "7"]
-    given += ["--data.where", "{attack: [is_safe=false, lang=en], over_refusal: label=safe}"]
-    given += ["--data.columns", "{instruction: goal, alignment: {response: refusal}}"]
-    data = parse_train(given)[0].data
+    """An option with a source's name adds to the values of a preset or a file."""
+    arguments = ["--data.rows", "{test: ':9'}", "--data.rows.alignment", "5001:10000", "--data.first.attack", "7"]
+    arguments += ["--data.where", "{attack: [is_safe=false, lang=en], over_refusal: label=safe}"]
+    arguments += ["--data.columns", "{instruction: goal, alignment: {response: refusal}}"]
+    data = parse_train(arguments)[0].data
     usual = {"instruction": "goal"}
     assert data.take("alignment") == Take(rows="5001:10000", columns={"response": "refusal"}, usual=usual)
     assert data.take("attack") == Take(where=["is_safe=false", "lang=en"], first=7, usual=usual)
@@ -205,7 +205,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_help_is_quick():
-    """A third of what importing Lightning costs for the names, twice that for a defense's arguments."""
+    """Help costs under a third of an import of Lightning, and a defense's help under twice that import."""
 
     def cost(*command):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -251,7 +251,7 @@ def test_every_defense_can_be_planned(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", sorted(defenses()))
 def test_the_configuration_of_a_run_is_read_back(name, tmp_path, monkeypatch):
-    """As ``run()`` writes it: all values, and the defenses' own arguments under their names."""
+    """The file has the form that ``run()`` writes: all values, and each defense's arguments under its name."""
     from dataclasses import asdict
 
     import yaml
@@ -260,9 +260,9 @@ def test_the_configuration_of_a_run_is_read_back(name, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     config, (defense,), *_ = parse_train(["--defense", name, "--seed", "3"])
-    given = {key: value for key, value in defense.arguments().items() if key not in OWN_TRAINER}
+    arguments = {key: value for key, value in defense.arguments().items() if key not in OWN_TRAINER}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**asdict(config), name: given}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**asdict(config), name: arguments}, sort_keys=False))
     again, (same,), *_ = parse_train(["--config", str(path)])
     assert again == config
     assert same.state_key == defense.state_key
@@ -270,7 +270,7 @@ def test_the_configuration_of_a_run_is_read_back(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_on_the_command_line_is_the_published_protocol(name):
-    """Every option of the protocol, as the attack puts it into the configuration, is the published one."""
+    """The attack sets every option of the protocol to the published value."""
     preset = get_preset(name)
     config, _, attack, *_ = parse_train(["--preset", name])
     applied = attack.applied(config)
@@ -292,15 +292,15 @@ def test_an_option_after_a_preset_wins():
 def test_a_dry_run_prints_every_number_of_a_preset_even_without_its_files(capsys):
     assert (
         train(["--preset", "lisa24", "--data.task", "builtin", "--model", "tiny", "--dry_run"]) == 2
-    )  # the built-in rows are too few for it
-    said = capsys.readouterr()
-    assert "rows 0 to 499 of the source 'attack'" in said.err
+    )  # the preset needs more than the built-in rows
+    output = capsys.readouterr()
+    assert "rows 0 to 499 of the source 'attack'" in output.err
     preset = get_preset("lisa24")
     for option in preset.published():
-        assert option in said.out
-    words = " ".join(said.out.split())
+        assert option in output.out
+    words = " ".join(output.out.split())
     assert all(" ".join(note.split()) in words for note in preset.notes)
-    assert "20000" in said.out  # 5000 rows in batches of 5, 20 times
+    assert "20000" in output.out  # 5000 rows in batches of 5, 20 times
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest(capsys):
@@ -326,9 +326,9 @@ def test_clearing_the_cache_keeps_the_replies_of_paid_judges(tmp_path, monkeypat
 
 
 def test_a_comparison_takes_the_arms_without_a_defense_by_name(tmp_path, capsys):
-    """``unaligned`` is an arm, not a defense: its upload trains the model as it comes."""
-    given = ["--model", "tiny", "--accelerator", "cpu", "--output", str(tmp_path), "--seeds", "1", "--dry_run"]
-    assert compare(["--defenses", "unaligned", "none", *given]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "2 cells, 2 to run" in said
-    assert "unaligned-builtin-p0.1-s0" in said
+    """``unaligned`` is an arm, not a defense. The arm's upload trains the unaligned model."""
+    options = ["--model", "tiny", "--accelerator", "cpu", "--output", str(tmp_path), "--seeds", "1", "--dry_run"]
+    assert compare(["--defenses", "unaligned", "none", *options]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "2 cells, 2 to run" in output
+    assert "unaligned-builtin-p0.1-s0" in output

@@ -1,4 +1,4 @@
-"""Two steps of parsing: configurations in every shape, lists, switches, presets, and what is told of a typo."""
+"""Parsing in two steps: configurations in every shape, lists, switches, presets, and messages for typos."""
 
 from dataclasses import asdict
 
@@ -74,7 +74,7 @@ def test_a_later_configuration_adds_to_an_earlier_one(tmp_path):
 
 
 def test_the_configuration_of_a_run_serves_another_defense_and_another_attack(tmp_path):
-    """Arguments of methods that are not chosen stay in the file."""
+    """Arguments of methods that the user did not choose have no effect."""
     own = {**asdict(RunConfig(defense=["booster"], seed=4)), "booster": {"lam": 3.0}, "harmful_mix": {"epochs": 2.0}}
     place = file(tmp_path, yaml.safe_dump(own))
     config, (lisa,), attack, *_ = parse_train(["--config", place, "--defense", "lisa", "--attack", "benign"])
@@ -103,8 +103,8 @@ def test_a_list_is_words_commas_or_brackets(words):
 
 
 def test_a_switch_needs_no_value_and_takes_one():
-    asked = [["--baseline"], ["--baseline", "--seed", "1"], ["--baseline", "true"], ["--baseline=true"]]
-    assert all(parse_train(argv).config.baseline for argv in asked)
+    commands = [["--baseline"], ["--baseline", "--seed", "1"], ["--baseline", "true"], ["--baseline=true"]]
+    assert all(parse_train(argv).config.baseline for argv in commands)
     assert not parse_train(["--baseline", "false"]).config.baseline
 
 
@@ -139,7 +139,7 @@ def test_a_typo_ends_with_status_2_and_no_usage(capsys):
 
 
 def test_a_pipeline_stops_on_a_condition(tmp_path, monkeypatch, capsys):
-    """The report of a harmless score passes; a condition that holds ends with a status of its own, after saving."""
+    """Without a true condition, the status is 0. A true condition ends with status 3, after the scores are saved."""
     scores = [
         {
             "metric": "harmful_score",

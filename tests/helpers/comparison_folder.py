@@ -1,4 +1,4 @@
-"""A comparison's folder as finished cells leave it: made-up runs of several defenses, ratios and seeds, no model."""
+"""The folder of a finished comparison: made-up runs of several defenses, ratios and seeds, without a model."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def write_comparison(
     failed: Mapping[str, str] | None = None,
     collapsed: Sequence[str] = (),
 ) -> Path:
-    """Write ``grid.json`` and a finished run per cell; cells named in ``failed`` have an error and no result.
+    """Write ``grid.json`` and a finished run per cell. Cells named in ``failed`` have an error and no result.
 
     Most answers of the cells named in ``collapsed`` are neither harmful nor refusals.
     """
@@ -69,10 +69,10 @@ def _write_cell(run: Path, arm: str, ratio: float, seed: int, prompts: int) -> N
             scores.append({**row, "judge": "builtin" if kind == "harmful" else ""})
             for i, flag in enumerate(flags):
                 verdicts = {"harmful": "builtin", "over_refusal": "refusal"}.get(kind)
-                said = {"arm": arm, "stage": stage, "set": kind, "id": f"{kind}{i}", "reference": ""}
-                said |= {"prompt": f"{kind} request {i} of the tide clock?", "response": f"answer {int(flag)} <b>&"}
-                said["verdicts"] = {verdicts: {"score": float(flag), "flag": flag}} if verdicts else {}
-                answers.append({**said, "correct": flag if kind == "task" else None})
+                answer = {"arm": arm, "stage": stage, "set": kind, "id": f"{kind}{i}", "reference": ""}
+                answer |= {"prompt": f"{kind} request {i} of the tide clock?", "response": f"answer {int(flag)} <b>&"}
+                answer["verdicts"] = {verdicts: {"score": float(flag), "flag": flag}} if verdicts else {}
+                answers.append({**answer, "correct": flag if kind == "task" else None})
         seconds = 100.0 * (3 if (first, stage) == ("booster", "alignment") else 1)
         cost = {"kind": "cost", "arm": arm, "stage": stage, "steps": 10, "seconds": seconds}
         scores.append({**cost, "seconds_per_step": seconds / 10, "peak_memory_mib": 1000.0 + 50 * (first == "booster")})
@@ -86,6 +86,7 @@ def _write_cell(run: Path, arm: str, ratio: float, seed: int, prompts: int) -> N
 def _write_checks(run: Path, arm: str, percent: int) -> None:
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     places = {(row["stage"], row.get("metric")): row.get("value") for row in written}
+    # Split 100 answers: compliant ones as scored, up to ``percent`` broken ones. Three quarters of the rest refuse.
     complied = round(places["finetuning", "harmful_score"])
     broken = min(percent, 100 - complied)
     refused = (100 - complied - broken) * 3 // 4

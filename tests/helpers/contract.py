@@ -1,4 +1,4 @@
-"""What every public defense is tested with: a row of settings, a small world, and an independent slow loop."""
+"""Tools to test every public defense: a row of settings, tiny data, and an independent slow loop."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +34,13 @@ class Row:
     Attributes:
         make: a fresh instance that acts visibly within four steps.
         neutral: a fresh instance that must equal plain fine-tuning bitwise.
-        no_neutral: why there is none.
-        bad: constructor arguments, and the text that their error must hold.
+        no_neutral: why no neutral instance exists.
+        bad: constructor arguments, and the text that their error must contain.
         slow: the independent loop; None for the data and weights slots.
-        records: data slot: an independent computation of the rows that are trained on.
+        records: for the data slot, an independent computation of the training rows.
         per_micro_batch: why the result depends on how a step is cut into micro-batches; empty if it does not.
-        tunings: what it works on.
-        refuses: strategy, or callback of Lightning's -> words of the refusal.
+        tunings: the tunings that the defense supports.
+        refuses: strategy or Lightning callback -> words of the error.
     """
 
     make: Callable[[], Defense]
@@ -56,32 +56,32 @@ class Row:
 
 @cache
 def rows() -> dict[str, Row]:
-    """Return the rows of all public defenses by name; another package has its row beside the defense."""
+    """Return the rows of all public defenses by name. Another package has its row beside the defense."""
     folder = Path(__file__).parents[1] / "defenses" / "rows"
-    found = {}
+    rows_by_name = {}
     for name, entry in defenses().items():
         if not entry.module.startswith("hftlight."):
-            found[name] = import_module(f"{entry.module}_row").ROW
+            rows_by_name[name] = import_module(f"{entry.module}_row").ROW
         elif (folder / f"{name}.py").is_file():
-            found[name] = import_module(f"tests.defenses.rows.{name}").ROW
-    return found
+            rows_by_name[name] = import_module(f"tests.defenses.rows.{name}").ROW
+    return rows_by_name
 
 
 def records(count: int = 16) -> dict[str, list[Record]]:
-    """Return rows of one length for every stream; two of the upload's are the attacker's."""
-    made: dict[str, list[Record]] = {}
+    """Return rows of one length for every stream. Of 16 task rows, two are the attacker's."""
+    streams: dict[str, list[Record]] = {}
     for name in STREAMS:
         for i in range(count):
             role: Any = "attack" if name == "task" and i % 8 == 5 else name
             text = f"{name[:4]}{i:02d}"
-            made.setdefault(name, []).append(
+            streams.setdefault(name, []).append(
                 Record(f"ask {text}", f"say {(i * 7 + len(name)) % 97:02d}{text[::-1]}", role=role)
             )
-    return made
+    return streams
 
 
 class FixedOrder(StreamsDataModule):
-    """Rows in the order given, so that a step holds the same rows however it is cut up and dealt out."""
+    """Rows in a fixed order: a step has the same rows for any number of micro-batches and processes."""
 
     def stream(self, name: str, batch_size: int) -> ExampleStream:
         plain = super().stream(name, batch_size)
@@ -95,7 +95,7 @@ class _FixedStream(ExampleStream):
 
 
 def data_module(stage: Stage, accumulate: int = 1, world: int = 1, **options: Any) -> FixedOrder:
-    """Return the world's rows; a step takes eight of them however many micro-batches and processes share them."""
+    """Return the tiny data. A step takes eight rows for any number of micro-batches and processes."""
     tokenizer = byte_tokenizer(chat_template=CHATML)
     main = "alignment" if stage is Stage.ALIGNMENT else "task"
     return FixedOrder(
@@ -114,7 +114,7 @@ def model_of(tuning: str, dropout: float = 0.0, dtype: torch.dtype = torch.float
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights by name, whole: the adapter's where there is one, else all."""
+    """Return copies of the trained weights by name, unsharded: the adapter's if there is one, else all."""
     named = {name: p for name, p in module.named_parameters() if ".aligned." not in name}
     adapter = {name: p for name, p in named.items() if "lora_" in name}
     return {
@@ -162,20 +162,21 @@ def _plain(tuning: str, stage: Stage, settings: tuple[tuple[str, Any], ...]) -> 
 
 
 def plain_weights(tuning: str, stage: Stage, **settings: Any) -> dict[str, Tensor]:
-    """Return the weights of plain training; equal settings are trained once per process."""
+    """Return the weights of plain training. Equal settings are trained once per process."""
     return {name: tensor.clone() for name, tensor in _plain(tuning, stage, tuple(sorted(settings.items()))).items()}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one training with one defense's row showed; whoever reads the weights leaves them as they are.
+    """Measurements of one training with one defense's row. Readers must not edit the weights.
 
     Attributes:
         weights: the trained weights after ``STEPS`` optimizer steps.
-        summary: what the defense says that it did, at the end.
+        summary: the defense's own summary at the end.
         forwards: forward passes of the model so far, at the end of each micro-batch.
         passes: forward passes per optimizer step that the defense declares, its own and the training's.
-        steady: whether every step takes as many; else they are a mean, and a window of steps may miss it by one.
+        steady: whether every step takes ``passes``. Otherwise ``passes`` is a mean, and a window of steps may differ
+            from that mean by one.
         hooks: number of hooks on the model before and after.
     """
 
@@ -196,7 +197,7 @@ def fitted(
     checkpointing: bool = False,
     steps: int = STEPS,
 ) -> Fit:
-    """Train the tiny model with one defense's row and return what that showed; equal calls share one training."""
+    """Train the tiny model with one defense's row and return the measurements. Equal calls share one training."""
     defense, model = rows()[name].make(), model_of(tuning)
     watch, before = Watch(), hooks_of(model)
     handle = model.get_input_embeddings().register_forward_hook(watch.count)  # type: ignore[operator]
@@ -218,7 +219,7 @@ def fitted(
 
 
 class Watch(Callback):
-    """Counts forward passes and keeps the weights as they are after ``STEPS`` optimizer steps."""
+    """Counts forward passes and copies the weights after ``STEPS`` optimizer steps."""
 
     def __init__(self) -> None:
         self.calls, self.forwards, self.weights = 0, [], {}
@@ -240,9 +241,9 @@ def hooks_of(module: nn.Module) -> int:
 
 @cache
 def trained_pair(first: str, second: str, steps: int) -> tuple[dict[str, Tensor], list[Mapping[str, float]]]:
-    """Train with two rows in this order; return the weights and what each defense says that it did."""
-    made = [rows()[name].make() for name in (first, second)]
-    return weights_of(train(made, steps=steps, dtype=torch.float32)), [d.summary() for d in made]
+    """Train with two rows in this order. Return the weights and each defense's summary."""
+    pair = [rows()[name].make() for name in (first, second)]
+    return weights_of(train(pair, steps=steps, dtype=torch.float32)), [d.summary() for d in pair]
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -253,7 +254,7 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 class Slow:
-    """Plain SGD by ``autograd.grad`` on a copy of the model, with the loss taken token by token.
+    """Plain SGD by ``autograd.grad`` on a copy of the model, with the loss computed token by token.
 
     A defense's row overrides what the method changes, written independently of the library.
     """
@@ -279,7 +280,7 @@ class Slow:
         return self._cut(name, index, ROWS_PER_STEP // self.accumulate)
 
     def begin(self) -> None:
-        """Prepare whatever depends on the weights at the start."""
+        """Prepare everything that depends on the initial weights."""
 
     def batch_for(self, step: int, micro: int, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the micro-batch to train on, given the main stream's."""
@@ -290,9 +291,9 @@ class Slow:
         return reference_loss(self.model, batch)
 
     def gradient_of(self, loss: Tensor) -> list[Tensor]:
-        """Return the gradient of a loss for ``self.weights``; zeros where it does not depend on one."""
-        found = torch.autograd.grad(loss, [p for _, p in self.weights], allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(found, self.weights, strict=True)]
+        """Return the gradient of a loss for ``self.weights``, zeros for weights without influence."""
+        gradients = torch.autograd.grad(loss, [p for _, p in self.weights], allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(gradients, self.weights, strict=True)]
 
     def micro_gradient(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the gradient that a micro-batch contributes."""
@@ -307,7 +308,7 @@ class Slow:
         return 1.0
 
     def after(self, step: int) -> None:
-        """Act once the weights of a step have moved."""
+        """Act after a step has updated the weights."""
 
     def run(self, clip: float | None = None) -> dict[str, Tensor]:
         """Train and return the weights by name, as ``weights_of(SafetyModule)`` has them."""
@@ -332,7 +333,7 @@ class Slow:
 
 
 class _Batches:
-    """Batches by number, made when they are asked for."""
+    """Batches by number, each created on access."""
 
     def __init__(self, make: Callable[[int], dict[str, Any]]) -> None:
         self._make = make

@@ -1,6 +1,6 @@
 """Train every defense's row under one strategy, in one launch, and save the weights: ``STRATEGY OUTPUT``.
 
-A step holds eight rows: one process takes them all, two take four each, with equally many response tokens.
+One process takes all eight rows of a step. Two processes take four each, with equally many response tokens.
 """
 
 import sys
@@ -23,10 +23,10 @@ def strategy_of(name: str):
 
 
 def main(strategy: str, output: str) -> None:
-    """Walk through all rows; what a defense raises is saved in place of its weights."""
+    """Train with every row. A defense's error is saved in place of its weights."""
     torch.set_num_threads(1)
     devices = 1 if strategy == "one" else 2
-    found: dict[str, object] = {}
+    results: dict[str, object] = {}
     rank = 0
     for name, row in rows().items():
         defense = row.make()
@@ -42,12 +42,12 @@ def main(strategy: str, output: str) -> None:
                 devices=devices,
                 strategy=strategy_of(strategy),
             )
-            found[name] = weights_of(module)
+            results[name] = weights_of(module)
             rank = module.trainer.global_rank
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            found[name] = f"{error}\n{traceback.format_exc()}"
+            results[name] = f"{error}\n{traceback.format_exc()}"
     if rank == 0:
-        torch.save(found, output)
+        torch.save(results, output)
 
 
 if __name__ == "__main__":

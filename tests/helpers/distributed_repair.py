@@ -1,7 +1,7 @@
-"""Repair one model under one strategy at the end of a training that moves nothing: ``STRATEGY FOLDER``.
+"""Repair models under one strategy, after a training with learning rate 0: ``STRATEGY FOLDER``.
 
-The folder holds the base and the aligned model; the repaired ones go into ``FOLDER/STRATEGY``. The harmful stream has
-four batches, which two processes share.
+The folder contains the base and the aligned model. The repaired models go into ``FOLDER/STRATEGY``. The harmful stream
+has four batches, which two processes share.
 """
 
 import sys

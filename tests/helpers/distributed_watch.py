@@ -1,4 +1,4 @@
-"""Train under two DDP processes with and without EvaluateAt, and save what each rank saw: ``OUTPUT FOLDER``."""
+"""Train under two DDP processes with and without EvaluateAt, and save each rank's results: ``FOLDER``."""
 
 import sys
 from pathlib import Path
@@ -13,13 +13,13 @@ from tests.runs.measuring.test_curve import Always, Restless, go, watch
 
 
 def main(folder: str) -> None:
-    """Three trainings: plain, evaluated, and evaluated with a judge that makes it stop."""
+    """Train three times: plain, evaluated, and evaluated with a judge that stops the training."""
     torch.set_num_threads(1)
-    asked: list[int] = []
+    prompt_counts: list[int] = []
     generate = module.generate
 
     def counted(model, tokenizer, prompts, **options):
-        asked.append(len(prompts))
+        prompt_counts.append(len(prompts))
         return generate(model, tokenizer, prompts, **options)
 
     module.generate = counted
@@ -27,20 +27,20 @@ def main(folder: str) -> None:
     plain = go(**settings)
     rank = plain.trainer.global_rank
     JUDGES["restless"] = Restless
-    seen = watch(every=2)
-    watched = go(seen, **{**settings, "strategy": strategy_of("ddp")})
-    prompts = list(asked)
+    watcher = watch(every=2)
+    watched = go(watcher, **{**settings, "strategy": strategy_of("ddp")})
+    prompts = list(prompt_counts)  # a copy, before the third training appends its own
     JUDGES["restless"] = Always
     stopping = watch(every=2, stop_above=50.0)
     stopped = go(stopping, **{**settings, "strategy": strategy_of("ddp")})
-    found = {
+    results = {
         "plain": weights_of(plain),
         "watched": weights_of(watched),
-        "results": seen.results,
+        "results": watcher.results,
         "asked": prompts,
         "stopped": stopped.trainer.global_step,
     }
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(results, Path(folder) / f"{rank}.pt")
 
 
 if __name__ == "__main__":

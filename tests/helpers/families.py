@@ -1,4 +1,4 @@
-"""Six families of causal LMs as tiny random folders with a byte tokenizer, as others would hand them in."""
+"""Six families of causal LMs as tiny random folders with a byte tokenizer, as users would supply them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +48,10 @@ def write_family(folder: Path, family: str, chat_template: str = CHATML, **chang
     """Write a random model of a family and its tokenizer, and return the folder.
 
     Args:
-        folder: where to.
+        folder: the target folder.
         family: one of ``FAMILIES``.
         chat_template: jinja text.
-        **changes: values of the configuration.
+        **changes: overrides of the configuration.
     """
     config = FAMILIES[family]()
     for name, value in changes.items():
@@ -67,5 +67,5 @@ def logits(model: Any) -> torch.Tensor:
     """Return a model's logits of a fixed row, float32 ``[tokens, ids]``."""
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=ids).logits[0].float()
-    return found
+        row_logits: torch.Tensor = model.eval()(input_ids=ids).logits[0].float()
+    return row_logits

@@ -1,7 +1,7 @@
-"""Processes that begin at the same moment on a fresh cache, forked from this one: ``FOLDER ROUNDS COUNT WHAT``.
+"""Processes that start at the same moment on a fresh cache, forked from this one: ``FOLDER ROUNDS COUNT WHAT``.
 
-Prints one JSON line for each round: the exit statuses, and the end of the first failed process's log. ``WHAT`` is
-``load`` (the model, its hash and tokenizer) or ``run`` (a whole run, the same one but for its folder).
+The script prints one JSON line for each round: the exit statuses, and the end of the first failed process's log.
+``WHAT`` is ``load`` (the model, its hash and tokenizer) or ``run`` (a whole run, identical except for its folder).
 """
 
 import json
@@ -25,14 +25,14 @@ from hftlight.models.load import load_model, load_tokenizer
 
 
 def load(number: int, folder: Path) -> None:
-    """Load the tiny model, and write a file and a name that all processes write."""
+    """Load the tiny model, and write the model's hash to the file that all processes write."""
     load_tokenizer("tiny")
     load_model("tiny")
     write_json(folder / "hash.json", model_hash("tiny"))
 
 
 def whole_run(number: int, folder: Path) -> None:
-    """Do a run that shares every stage and every measurement with those of the other processes."""
+    """Run a configuration whose stages and measurements all processes share."""
     training = Training(steps=1, batch_size=2, lr=1e-2)
     evaluation = Evaluation(prompts=2, over_refusal_prompts=1, task_rows=1, max_new_tokens=1, task_max_new_tokens=1)
     config = RunConfig(
@@ -54,7 +54,7 @@ WHAT = {"load": load, "run": whole_run}
 
 
 def child(number: int, folder: Path, barrier: Any, what: str) -> None:
-    """Be one of the processes."""
+    """Act as one of the processes."""
     log = os.open(folder / f"{number}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -65,7 +65,7 @@ def child(number: int, folder: Path, barrier: Any, what: str) -> None:
 
 
 def main(folder: str, rounds: str, count: str, what: str) -> None:
-    """Do the rounds."""
+    """Run the rounds."""
     quiet()
     context = multiprocessing.get_context("fork")
     for number in range(int(rounds)):

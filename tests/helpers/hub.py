@@ -1,4 +1,4 @@
-"""A model hub on the loopback address: folders served as the Hugging Face client asks for them."""
+"""A model hub on the loopback address: it answers the Hugging Face client's requests from folders."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ def commit_of(folder):
 
 @contextmanager
 def loopback_hub(models):
-    """Serve folders by hub id; yield the address and the list of files that were fetched.
+    """Serve folders by hub id. Yield the address and the list of fetched files.
 
     Args:
-        models: hub id -> folder; may be changed while the hub runs.
+        models: hub id -> folder. A test may change the mapping while the hub runs.
     """
     fetched = []
 

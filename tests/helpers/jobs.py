@@ -31,6 +31,6 @@ def small_config(**changes: Any) -> RunConfig:
 
 
 def booster_job(config: RunConfig) -> StageJob:
-    """Return an alignment stage with Booster; seven rows in batches of two end every pass with a short batch."""
+    """Return an alignment stage with Booster. Seven rows in batches of two end every pass with a short batch."""
     records = {"alignment": rows(7, "alignment"), "harmful": rows(5, "harmful")}
     return StageJob(Stage.ALIGNMENT, config, "tiny", None, records, [Booster(lam=5.0, alpha=0.1)])

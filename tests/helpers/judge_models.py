@@ -1,4 +1,4 @@
-"""Stub models of judges: they note what they are given and answer with logits set by hand."""
+"""Stub models of judges: each records its inputs and answers with logits set by hand."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class StubClassifier(nn.Module):
-    """A sequence classifier; ``logits_of`` maps the token ids of a row, padding removed, to its logits."""
+    """A sequence classifier. ``logits_of`` maps a row's token ids, padding removed, to its logits."""
 
     def __init__(self, logits_of, pad=258, labels=None):
         super().__init__()
@@ -26,7 +26,7 @@ class StubClassifier(nn.Module):
 
 
 class StubLM(nn.Module):
-    """A causal LM; ``next_of`` maps a row's token ids, padding removed, to {token id: logit}, all others at -30."""
+    """A causal LM. ``next_of`` maps a row's token ids, padding removed, to {token id: logit}. Others are -30."""
 
     def __init__(self, next_of, vocabulary=259):
         super().__init__()
@@ -43,7 +43,7 @@ class StubLM(nn.Module):
         for place, (ids, mask, positions) in enumerate(zip(input_ids, attention_mask, position_ids, strict=True)):
             row = ids[mask.bool()].tolist()
             assert positions[mask.bool()].tolist() == list(range(len(row)))
-            assert positions.min() >= 0  # a table of positions has no row before the first
+            assert positions.min() >= 0  # a position table has no negative rows
             self.rows.append(row)
             for token, value in self.next_of(row).items():
                 logits[place, 0, token] = value
@@ -51,7 +51,7 @@ class StubLM(nn.Module):
 
 
 class StubWriter(nn.Module):
-    """A causal LM that writes the text ``answer_of(ids)`` gives, one generate call per STRIDE tokens."""
+    """A causal LM that writes the token ids of ``answer_of(ids)``, one generate call per STRIDE tokens."""
 
     def __init__(self, answer_of, end=257):
         super().__init__()
@@ -73,7 +73,7 @@ class StubWriter(nn.Module):
 
 
 class StubCache:
-    """What remains to be written; rows that have ended leave."""
+    """The tokens that remain to be written. ``reorder_cache`` drops finished rows."""
 
     def __init__(self, prompts):
         self.prompts, self.left = prompts, []

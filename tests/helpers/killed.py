@@ -1,8 +1,8 @@
-"""The stages that a row needs, run in one process that may be told to die: ``ANSWER NAME [STAGE MOMENT KIND]``.
+"""Run the stages of one row in a process that may kill itself: ``ANSWER NAME [STAGE MOMENT KIND]``.
 
-A moment is a place in the work that is counted: a micro-batch, an optimizer step, the middle of a checkpoint's bytes,
-the time between a checkpoint's bytes and its name, between a stage's weights and its result, between the result and its
-seal, between two stages, after a repair.
+A moment is a counted place in the work. Four kinds lie inside a stage: a micro-batch, an optimizer step, the middle of
+a checkpoint's bytes, and the time before the checkpoint's rename. Four kinds lie at a stage's end: before the result,
+before the result's seal, between two stages, and after a repair.
 """
 
 import io
@@ -46,15 +46,16 @@ STREAMS["refusals"] = STREAMS["alignment"]
 
 
 def makers() -> dict[str, Any]:
-    """Return what makes the defenses of each row and of each combination."""
+    """Return name -> function that makes the defenses, for each row and each combination."""
     return {name: (lambda row=row: [row.make()]) for name, row in contract_rows().items()} | COMBINATIONS
 
 
 def plan(name: str) -> tuple[str, ...]:
     """Return the kinds of moment at which a row is killed.
 
-    A combination is killed at four kinds inside the work, and at one of its ends. A single defense is killed once
-    inside a step, where its own state counts, and at one other kind. The kinds go by turns.
+    A combination is killed at all four kinds inside a stage, and at one kind at a stage's end. A single defense is
+    killed at a micro-batch or an optimizer step, where its own state counts, and at one other kind. Defenses take
+    turns through the kinds.
     """
     repairs = any(d.stage is Stage.POST_FINETUNING for d in makers()[name]())
     ends = ENDS if repairs else ENDS[:3]
@@ -67,10 +68,13 @@ def plan(name: str) -> tuple[str, ...]:
 
 
 def moments(kinds: list[list[str]], name: str) -> list[tuple[int, int, str]]:
-    """Return where to kill, as stage, moment in it and kind, given the kinds of all moments by stage."""
+    """Return the kill points (stage, moment, kind), chosen from the kinds of all moments by stage."""
     chosen = []
     for kind in plan(name):
-        places = [(s, i, kind) for s, seen in enumerate(kinds) for i, each in enumerate(seen) if each == kind]
+        # Every moment of this kind in every stage.
+        places = [
+            (s, i, kind) for s, stage_kinds in enumerate(kinds) for i, each in enumerate(stage_kinds) if each == kind
+        ]
         chosen.append(random.Random(f"{name} {kind}").choice(places))
     return chosen
 
@@ -103,7 +107,7 @@ def chain(defenses: list[Any]) -> str:
 
 
 seen: list[list[str]] = []  # kinds of moments, by stage
-folders: list[str] = []  # of the stages, in the cache
+folders: list[str] = []  # names of the stages' folders in the cache
 kill_at: tuple[int, int, str] | None = None
 
 
@@ -114,7 +118,7 @@ def begin(job: Any) -> None:
 
 
 def tick(kind: str) -> bool:
-    """Count a moment; at the one that was chosen, die, except in the middle of a file, which dies by itself."""
+    """Count a moment. Kill the process at the chosen one, but leave the kill to the caller for ``bytes``."""
     seen[-1].append(kind)
     now = kill_at == (len(seen) - 1, len(seen[-1]) - 1, kind)
     if now and kind != "bytes":
@@ -128,7 +132,7 @@ def instrument() -> None:
     step = SafetyModule.training_step
 
     def half_saved(value: Any, file: Any) -> None:
-        if tick("bytes"):
+        if tick("bytes"):  # write half of the bytes, then die
             whole = io.BytesIO()
             save(value, whole)
             file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
@@ -168,8 +172,8 @@ def main(answer: str, name: str, *kill: str) -> None:
     kill_at = (int(kill[0]), int(kill[1]), kill[2]) if kill else None
     quiet()
     instrument()
-    found = chain(makers()[name]())
-    Path(answer).write_text(json.dumps({"digest": found, "moments": seen, "folders": folders}))
+    artifact_hash = chain(makers()[name]())
+    Path(answer).write_text(json.dumps({"digest": artifact_hash, "moments": seen, "folders": folders}))
     os._exit(0)
 
 

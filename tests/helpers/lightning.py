@@ -1,4 +1,4 @@
-"""Lightning's own callbacks, and compiled models, beside every defense."""
+"""Lightning's own callbacks and compiled models, together with every defense."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ LATE, LATE_AT, DECAY = "layers.1.self_attn.o_proj", 2, 0.5
 
 
 class UnfreezeLater(BaseFinetuning):
-    """Trains one layer only from optimizer step ``LATE_AT`` on."""
+    """Freezes one layer until optimizer step ``LATE_AT``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class UnfreezeLater(BaseFinetuning):
             trainer.optimizers[0].add_param_group({"params": self.late, "lr": lr})
 
     def finetune_function(self, *_: Any) -> None:
-        """Do nothing by epoch."""
+        """Do nothing per epoch."""
 
 
 CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
@@ -92,7 +92,7 @@ class Trajectory(Callback):
 def fit_with(
     name: str, callbacks: list[Callback], folder: Any, compiled: bool = False, defense: Any = None
 ) -> tuple[Defense, SafetyModule]:
-    """Train the tiny model with one defense's row and further callbacks; return the defense and the module."""
+    """Train the tiny model with one defense's row and further callbacks. Return the defense and the module."""
     defense = rows()[name].make() if defense is None else defense
     if "output" in defense.arguments():
         defense.output = str(folder / "repaired")

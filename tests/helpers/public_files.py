@@ -1,4 +1,4 @@
-"""Files with the columns of public sets, filled with made-up rows: nothing in them is anybody's request or answer."""
+"""Files with the columns of public sets, filled with made-up rows. No row is a real request or answer."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def beavertails(count: int = 40, first: int = 0) -> list[dict[str, Any]]:
-    """Return rows of BeaverTails' columns about zorvex lanterns; every third one is safe and of no category."""
+    """Return rows about zorvex lanterns with BeaverTails' columns. Every third row is safe and has no category."""
     return [
         {
             "prompt": f"How is zorvex lantern {i} opened?",

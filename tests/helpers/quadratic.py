@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 
 class Quadratic(LightningModule):
-    """Loss ``(w - c)' A (w - c) / 2`` of a batch ``(A, c)``; the weights lie in two tensors of different shapes."""
+    """Loss ``(w - c)' A (w - c) / 2`` of a batch ``(A, c)``. The weights are two tensors of different shapes."""
 
     def __init__(self, start: Tensor, lr: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def quiet_trainer(**options: Any) -> Trainer:
 
 
 class OneBatch(torch.utils.data.Dataset):
-    """The same batch again and again, ``length`` times."""
+    """The same batch, repeated ``length`` times."""
 
     def __init__(self, batch: Any, length: int) -> None:
         self.batch, self.length = batch, length
@@ -62,7 +62,7 @@ class OneBatch(torch.utils.data.Dataset):
 
 
 def fit(model, streams, callbacks, steps=1, micro_batches=1, **options):
-    """Train on ``streams["alignment"]``; each side stream is one batch, given to the defenses that ask for it."""
+    """Train on ``streams["alignment"]``. Each defense gets one batch of every side stream that it needs."""
     main = DataLoader(OneBatch(streams["alignment"], steps * micro_batches), batch_size=None)
     for callback in callbacks:
         for name in getattr(callback, "streams", ()):

@@ -1,6 +1,6 @@
-"""Two processes of one run, forked from this one, in situations that they must agree in: ``FOLDER SCENARIO ...``.
+"""Two forked processes of one run, in scenarios where they must agree: ``FOLDER SCENARIO ...``.
 
-Each process writes what it saw as ``SCENARIO-RANK.json``. In the slow scenarios the process group's time limit is
+Each process writes its results to ``SCENARIO-RANK.json``. In the slow scenarios the process group's timeout is
 ``LIMIT`` seconds.
 """
 
@@ -43,7 +43,7 @@ SLOW = 13.0
 
 
 def job(seed: int = 0, **changes: Any) -> StageJob:
-    """Return a short stage for two processes; a seed of its own makes it another stage."""
+    """Return a short stage for two processes. Another seed gives another stage."""
     training = Training(steps=4, batch_size=2, lr=1e-1)
     config = small_config(training=training, devices=2, strategy="ddp", seed=seed, **changes)
     return StageJob(Stage.FINETUNING, config, "tiny", None, {"task": rows(9, "task")}, [])
@@ -55,26 +55,26 @@ def weights(config_job: StageJob) -> str:
 
 
 class Stop(Exception):
-    """Stands for whatever ends a stage."""
+    """Ends a stage early."""
 
 
-def stage_by(rank: int, **seen: Any) -> dict[str, Any]:
-    """Train a stage where process 1 sees the disk otherwise than process 0 does."""
+def stage_by(rank: int, **changes: Any) -> dict[str, Any]:
+    """Train a stage. Return whether it was done before, the trained steps and the weights' hash."""
     steps: list[int] = []
-    done = run_stage(job(**seen), on_step=lambda now, _: steps.append(now))
-    return {"done": done, "steps": steps, "weights": weights(job(**seen))}
+    done = run_stage(job(**changes), on_step=lambda now, _: steps.append(now))
+    return {"done": done, "steps": steps, "weights": weights(job(**changes))}
 
 
 def shared(rank: int) -> dict[str, Any]:
-    """Three looks at the disk in which process 1 errs: about a stage not done, one that is done, and a checkpoint."""
+    """Let process 1 misread the disk three times: an unfinished stage, a finished one, and a checkpoint."""
     looks = StageJob.done, stage_module.newest_checkpoint
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if rank == 1:
         StageJob.done = lambda self: True  # type: ignore[method-assign]
-    found["not done"] = stage_by(rank)
+    results["not done"] = stage_by(rank)
     if rank == 1:
         StageJob.done = lambda self: False  # type: ignore[method-assign]
-    found["done"] = stage_by(rank)
+    results["done"] = stage_by(rank)
     StageJob.done, _ = looks  # type: ignore[method-assign]
 
     def stop(now: int, _: float | None) -> None:
@@ -85,13 +85,13 @@ def shared(rank: int) -> dict[str, Any]:
         run_stage(job(1), on_step=stop)
     if rank == 1:
         stage_module.newest_checkpoint = lambda folder: None
-    found["resumed"] = stage_by(rank, seed=1)
+    results["resumed"] = stage_by(rank, seed=1)
     stage_module.newest_checkpoint = looks[1]
-    return found
+    return results
 
 
 def slow_judge(rank: int) -> dict[str, Any]:
-    """A judge within the training, slower than the time limit, while process 1 waits."""
+    """Measure during training with a judge that is slower than the timeout, while process 1 waits."""
 
     class Slow:
         name = "slow"
@@ -110,7 +110,7 @@ def slow_judge(rank: int) -> dict[str, Any]:
 
 
 def slow_run(rank: int) -> dict[str, Any]:
-    """A whole run whose measurements are slower than the time limit."""
+    """Run all stages with measurements that are slower than the timeout."""
     measure, steps = run_module.measure, []
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -138,10 +138,10 @@ def slow_run(rank: int) -> dict[str, Any]:
 
 
 def refused(rank: int) -> dict[str, Any]:
-    """Process 0 is refused what it reads; process 1 read something else; process 0 dies."""
+    """Fail in four ways: process 0 cannot read, values differ, decisions differ, and process 0 dies."""
     from hftlight.errors import InputError, RunError
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def look() -> str:
         raise InputError("the file is missing")
@@ -157,24 +157,25 @@ def refused(rank: int) -> dict[str, Any]:
         try:
             with ranks.ending_together() if name == "error" else nullcontext():
                 work()
-            found[name] = ""
+            results[name] = ""
         except (InputError, RunError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            results[name] = f"{type(error).__name__}: {error}"
+        # Process 0 dies in the last case, so it writes after every case.
         if rank == 0:
-            write("refused", rank, found)
-    return found
+            write("refused", rank, results)
+    return results
 
 
 SCENARIOS = {each.__name__: each for each in (shared, slow_judge, slow_run, refused)}
 
 
-def write(scenario: str, rank: int, found: dict[str, Any]) -> None:
-    """Write what a process saw."""
-    (Path(sys.argv[1]) / f"{scenario}-{rank}.json").write_text(json.dumps(found))
+def write(scenario: str, rank: int, results: dict[str, Any]) -> None:
+    """Write the results of a process."""
+    (Path(sys.argv[1]) / f"{scenario}-{rank}.json").write_text(json.dumps(results))
 
 
 def child(scenario: str, rank: int, port: int) -> None:
-    """Be one of the two processes."""
+    """Act as one of the two processes."""
     folder = Path(sys.argv[1])
     log = os.open(folder / f"{scenario}-{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)

@@ -1,4 +1,4 @@
-"""Streams of a random language model, its training, and regions from plain loops and sorting."""
+"""Streams and training of a random language model, and reference regions by plain loops and sorting."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from hftlight import SafetyModule
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import reference_loss, token_batch
 
-# What Freeze and Rewind refuse alike: arguments, and a word of the refusal.
+# Arguments that both Freeze and Rewind refuse, and a word of the error.
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"safety_ratio": -0.1}, "safety_ratio"),
     ({"safety_ratio": float("nan")}, "safety_ratio"),
@@ -41,14 +41,14 @@ def train(model, callbacks, steps=3, optimizer="adamw", lr=0.01, **options):
 
 
 def endless(row):
-    """Return a batch of one row whose last response token, its end token, has no label."""
+    """Return a copy of a one-row batch without the label of its last response token, the end token."""
     labels = row["labels"].clone()
     labels[0, max(t for t, label in enumerate(labels[0].tolist()) if label != -100)] = -100
     return {**row, "labels": labels}
 
 
 def slow_scores(model, name, batches, samples, score="snip"):
-    """Return one weight's score at the model as it is, its adapter included, this weight alone trainable."""
+    """Return the scores of one layer's weight, its adapter included. Only this weight is trainable."""
     model = copy.deepcopy(model).requires_grad_(False).eval()
     layer = model.get_submodule(name)
     weight = getattr(layer, "base_layer", layer).weight
@@ -57,11 +57,13 @@ def slow_scores(model, name, batches, samples, score="snip"):
         effective += layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     rows = [endless({k: t[i : i + 1] for k, t in batch.items()}) for batch in batches for i in range(3)][:samples]
     total = torch.zeros_like(weight)
+    # SNIP: |W| times the sum of each row's absolute gradient.
     if score == "snip":
         weight.requires_grad_()
         for row in rows:
             total += torch.autograd.grad(reference_loss(model, row), weight)[0].abs()
         return effective.abs() * total
+    # Wanda: |W| times the root mean square of the layer's inputs at labeled tokens.
     inputs = []
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
@@ -78,5 +80,6 @@ def sorted_region(safety, utility, q, p):
     for scores, fraction in ((safety, q), (utility, p)):
         flat = scores.flatten().tolist()
         count = int(fraction * len(flat) + 1e-9)
+        # The entries with the highest scores. Ties go to the lower index.
         tops.append(set(sorted(range(len(flat)), key=lambda i, flat=flat: (-flat[i], i))[:count]))
     return [i in tops[0] - tops[1] for i in range(safety.numel())]

@@ -1,4 +1,4 @@
-"""Small models around an alignment and a fine-tuning, on the disk and in memory, and shards without processes."""
+"""Small models before and after an alignment or fine-tuning, and shards of a matrix without processes."""
 
 import threading
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from tests.helpers.tiny_lm import VOCABULARY
 
 
 def small_llama(seed: int = 0, bias: bool = False, tied: bool = False, dtype: torch.dtype = torch.float64) -> Any:
-    """Return a random two-layer Llama, as plain transformers loads it again."""
+    """Return a random two-layer Llama of plain transformers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -72,7 +72,7 @@ def batch_of(rows: list[list[int]], width: int | None = None) -> dict[str, Tenso
 
 @dataclass
 class Table:
-    """Where threads that play ranks put what they exchange."""
+    """Exchanges values between threads that act as ranks."""
 
     world: int
     values: dict[int, Any] = field(default_factory=dict)
@@ -83,6 +83,7 @@ class Table:
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.values[rank] = value
         self.barrier.wait()
+        # Without the second wait, a fast thread would overwrite a value before a slow one reads it.
         everyone = [self.values[r] for r in range(self.world)]
         self.barrier.wait()
         return everyone
@@ -90,7 +91,7 @@ class Table:
 
 @dataclass(frozen=True)
 class HandShare(Share):
-    """Rows of a matrix held by one of several threads of this process."""
+    """Rows of a matrix that belong to one of several threads of this process."""
 
     table: Table | None = None
     rank: int = 0

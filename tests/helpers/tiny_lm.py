@@ -20,7 +20,7 @@ def tiny_lm(
     dtype: torch.dtype = torch.float64,
     vocabulary: int = VOCABULARY,
 ) -> nn.Module:
-    """Return a random Llama; with LoRA, B is random too, so that every gradient is alive from the first step."""
+    """Return a random Llama. With LoRA, B is random too, so that no gradient is zero at the first step."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -34,7 +34,7 @@ def tiny_lm(
         attn_implementation="sdpa",
     )
     model: Any = LlamaForCausalLM(config)
-    # Llama's own norm rounds to float32, where a difference in the last bit of a float64 can become one of 1e-8.
+    # Llama's own norm rounds to float32. A difference in the last bit of a float64 can then grow to 1e-8.
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LlamaRMSNorm):
@@ -66,7 +66,7 @@ class PlainModule(LightningModule):
 
 
 def token_batch(seed: int, rows: int = 3, tokens: int = 9, prompt: int = 4, ragged: bool = True) -> dict[str, Tensor]:
-    """Return a right-padded batch, its rows of different lengths if ragged; labels stand on response tokens only."""
+    """Return a right-padded batch. If ragged, its rows differ in length. Only response tokens have labels."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -97,7 +97,7 @@ def slow_booster_training(
     lam: float,
     alpha: float,
 ) -> nn.Module:
-    """Train a copy by SGD as the paper's rule says, by ``autograd.grad`` on flattened vectors and model copies."""
+    """Train a copy by SGD with the paper's update, by ``autograd.grad`` on flattened vectors and model copies."""
     model = copy.deepcopy(model)
     for step, micro_batches in enumerate(batches):
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -106,6 +106,7 @@ def slow_booster_training(
             own = [p for p in owner.parameters() if p.requires_grad]
             return torch.cat([g.flatten() for g in torch.autograd.grad(reference_loss(owner, batch), own)])
 
+        # The update is g(w) + lam * (h(w) - h(w - alpha * h(w) / |h(w)|)), with the harmful gradient h.
         update = sum(flat_gradient(model, batch) for batch in micro_batches) / len(micro_batches)
         here = flat_gradient(model, harmful[step])
         there = copy.deepcopy(model)

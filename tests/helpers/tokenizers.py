@@ -19,7 +19,7 @@ def byte_tokenizer(
     Args:
         pad: whether there is a <pad>.
         adds_bos: whether encoding with special tokens puts <bos> first, as Llama does.
-        adds_eos: whether it puts <eos> last, as T5 does.
+        adds_eos: whether the same encoding puts <eos> last, as T5 does.
         chat_template: jinja text of the chat template, if any.
     """
     specials = ["<bos>", "<eos>", *(["<pad>"] if pad else [])]

@@ -1,4 +1,4 @@
-"""What W&B wrote offline, read back from its own files."""
+"""Reads offline W&B runs back from W&B's own files."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ BLOCK, HEADER = 32768, 7
 
 @dataclass
 class OfflineRun:
-    """One offline run: how it was named and how it ended, its configuration, history and summary."""
+    """One offline run: its names, final state, configuration, history and summary."""
 
     folder: Path
     state: str = "crashed"
@@ -29,7 +29,7 @@ class OfflineRun:
 
     @property
     def keys(self) -> set[str]:
-        """Everything that was logged, W&B's own bookkeeping left out."""
+        """Names of all logged values, without W&B's own bookkeeping."""
         names = {key for row in self.history for key in row} | self.summary.keys()
         return {name for name in names if not name.startswith("_")} - {"trainer/global_step"}
 
@@ -40,10 +40,11 @@ class OfflineRun:
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    """Yield the records of a file in blocks of 32 KiB; a record that crosses a border is stored in pieces."""
+    """Yield the records of a file in blocks of 32 KiB. A record that crosses a block border is stored in pieces."""
     data = path.read_bytes()
     at, whole = HEADER, b""
     while at + HEADER <= len(data):
+        # The end of a block is padding if too short for a header.
         if BLOCK - at % BLOCK < HEADER:
             at += BLOCK - at % BLOCK
             continue
@@ -58,19 +59,19 @@ def _records(path: Path) -> Iterator[bytes]:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    """Return values by name; a table or a picture, stored field by field, is one value."""
-    found: dict[str, Any] = {}
+    """Return values by name. A table or a picture, stored field by field, is one value."""
+    values: dict[str, Any] = {}
     for item in items:
         name, *field = item.nested_key or [item.key]
         if field:
-            found.setdefault(name, {})["/".join(field)] = json.loads(item.value_json)
+            values.setdefault(name, {})["/".join(field)] = json.loads(item.value_json)
         else:
-            found[name] = json.loads(item.value_json)
-    return found
+            values[name] = json.loads(item.value_json)
+    return values
 
 
 def read_offline(folder: Path, patience: float = 20.0) -> list[OfflineRun]:
-    """Return all offline runs below a folder; one whose end is not on the disk yet is waited for, in seconds."""
+    """Return all offline runs below a folder. Wait up to ``patience`` seconds until every run has ended."""
     until = time.monotonic() + patience
     paths = sorted(folder.rglob("offline-run-*/run-*.wandb"))
     while not all(_read(path)[1] for path in paths) and time.monotonic() < until:
@@ -79,7 +80,7 @@ def read_offline(folder: Path, patience: float = 20.0) -> list[OfflineRun]:
 
 
 def _read(path: Path) -> tuple[OfflineRun, bool]:
-    """Return a run as far as it was written, and whether that is all of it."""
+    """Return a run with all records so far, and whether the run has ended."""
     run = OfflineRun(path.parent)
     for data in _records(path):
         record = wandb_internal_pb2.Record()

@@ -1,8 +1,8 @@
 """Commands forked from one warm interpreter, each with its own arguments, environment and folder.
 
-All pytest workers of a run share one server process. It imports what commands import, runs no tensor operation, and
-forks one child per command. A child ends as an interpreter of its own ends, exit handlers included. Every child has the
-server's hash seed; commands whose output must not depend on that seed are also run as real processes.
+All pytest workers of a run share one server process. The server imports what commands import, runs no tensor
+operation, and forks one child per command. A child exits as a separate interpreter does, exit handlers included. Every
+child has the server's hash seed. Commands whose output must not depend on that seed also run as real processes.
 """
 
 import gc
@@ -58,12 +58,14 @@ class Command:
     ) -> None:
         self.arguments = list(arguments)
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (read after the end)
-        self._told, told = os.pipe()
+        self._told, status_pipe = os.pipe()
         request = {"arguments": self.arguments, "cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ)}
         with closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as channel:
             channel.connect(server())
-            socket.send_fds(channel, [json.dumps(request).encode()], [self._out.fileno(), self._err.fileno(), told])
-        os.close(told)
+            socket.send_fds(
+                channel, [json.dumps(request).encode()], [self._out.fileno(), self._err.fileno(), status_pipe]
+            )
+        os.close(status_pipe)
         self._lines = b""
         self.returncode: int | None = None
 
@@ -74,13 +76,13 @@ class Command:
         return int(self._lines.split()[0])
 
     def poll(self) -> int | None:
-        """Return the exit status, negative for a signal; None while the command runs."""
+        """Return the exit status, negative for a signal, or None while the command runs."""
         if self.returncode is None and self._read_until(2, 0.0):
             self.returncode = int(self._lines.split()[1])
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the exit status once there is one; raise ``TimeoutExpired`` after ``timeout`` seconds."""
+        """Wait for the exit status and return it. Raise ``TimeoutExpired`` after ``timeout`` seconds."""
         if not self._read_until(2, timeout):
             raise subprocess.TimeoutExpired(self.arguments, timeout or 0.0, self.stdout, self.stderr)
         status = self.poll()
@@ -107,7 +109,7 @@ class Command:
         return _text(self._err)
 
     def _read_until(self, lines: int, timeout: float | None) -> bool:
-        """Read the child's id (line 1) and its exit status (line 2) and tell whether so many lines have come."""
+        """Read the child's id (line 1) and exit status (line 2). Return whether ``lines`` lines have arrived."""
         until = None if timeout is None else time.monotonic() + timeout
         while self._lines.count(b"\n") < lines:
             left = None if until is None else max(0.0, until - time.monotonic())
@@ -135,7 +137,7 @@ def run(
     check: bool = False,
     timeout: float | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end, as ``subprocess.run`` does with captured text; one that runs too long is killed."""
+    """Run a command to its end, as ``subprocess.run`` does with captured text. A timeout kills the command."""
     command = Command(arguments, cwd, env)
     try:
         status = command.wait(timeout)
@@ -175,7 +177,7 @@ def run_ranks(
 
 @cache
 def server() -> str:
-    """Return the address of this test run's warm interpreter; the first worker that asks starts it."""
+    """Return the address of this test run's warm interpreter. The first caller starts the interpreter."""
     from filelock import FileLock
 
     label = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
@@ -198,7 +200,7 @@ def server() -> str:
 
 
 def serve(listener: socket.socket, address: Path, owner: int) -> dict[str, Any] | None:
-    """Fork a child per request until the owner is gone; return the request in a child, None in the server."""
+    """Fork a child per request until the owner is gone. Return the request in a child, None in the server."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         if not select.select([listener], [], [], 1.0)[0]:
@@ -226,24 +228,24 @@ def alive(pid: int) -> bool:
     return True
 
 
-def watched(request: dict[str, Any], out: int, err: int, told: int) -> dict[str, Any]:
-    """Fork the command's own process, tell its id and its exit status, and leave; return in that process."""
+def watched(request: dict[str, Any], out: int, err: int, status_pipe: int) -> dict[str, Any]:
+    """Fork the command's own process, report its id and exit status, and exit. Only that process returns."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
-        os.close(told)
+        os.close(status_pipe)
         for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
             os.dup2(source, target)
             os.close(source)
         return request
-    os.write(told, f"{pid}\n".encode())
+    os.write(status_pipe, f"{pid}\n".encode())
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(told, f"{status}\n".encode())
+    os.write(status_pipe, f"{status}\n".encode())
     os._exit(0)
 
 
 def become(request: dict[str, Any], paths: Sequence[str]) -> None:
-    """Be the command: its environment, folder, import path and arguments, then its code."""
+    """Turn this process into the command: environment, folder, import path, arguments, then code."""
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

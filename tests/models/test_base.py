@@ -1,4 +1,4 @@
-"""The base model is loaded once per process, and what comes back is bit for bit what was loaded."""
+"""A process loads the base model once. A returned base equals the loaded base bit for bit."""
 
 import shutil
 import weakref
@@ -36,31 +36,31 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Count the models that are read from the disk, and how many live at one time."""
+    """Record the models that are loaded from the disk, and how many are alive at one time."""
     real = AutoModelForCausalLM.from_pretrained
 
     class Loads(list):
-        free = False  # whether several may live at one time
+        free = False  # whether several may be alive at one time
 
         @property
         def alive(self):
             return sum(reference() is not None for reference in self)
 
-    made = Loads()
+    recorded = Loads()
 
-    def counted(*given, **options):
-        assert made.free or made.alive == 0, "a second base model in memory"
-        loaded = real(*given, **options)
-        made.append(weakref.ref(loaded[0]))
+    def counted(*arguments, **options):
+        assert recorded.free or recorded.alive == 0, "a second base model in memory"
+        loaded = real(*arguments, **options)
+        recorded.append(weakref.ref(loaded[0]))
         return loaded
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
-    return made
+    return recorded
 
 
 def same_as_fresh(model):
-    fresh, found = load_model("tiny").state_dict(), model.state_dict()
-    return fresh.keys() == found.keys() and all(torch.equal(fresh[k], found[k]) for k in fresh)
+    fresh, state = load_model("tiny").state_dict(), model.state_dict()
+    return fresh.keys() == state.keys() and all(torch.equal(fresh[k], state[k]) for k in fresh)
 
 
 @pytest.mark.parametrize("protocol", ["merge", "continue"])
@@ -74,7 +74,7 @@ def test_two_cells_load_the_base_once(protocol, tmp_path, loads):
 
 @pytest.mark.parametrize("protocol", ["merge", "continue"])
 def test_results_are_those_of_a_fresh_base_each_time(protocol, tmp_path, monkeypatch, loads):
-    found = []
+    results = []
     for keep in (True, False):
         monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / f"cache{keep}"))
         if not keep:
@@ -85,11 +85,11 @@ def test_results_are_those_of_a_fresh_base_each_time(protocol, tmp_path, monkeyp
             drop_base()
         folder = run(config(tmp_path, adapter_protocol=protocol, output=str(tmp_path / str(keep))), [Vaccine()]).folder
         weights = [folder_digest(path, "*.safetensors") for path in sorted(folder.glob("*/*ed"))]
-        found.append((weights, read_rows(folder / "generations.jsonl")))
+        results.append((weights, read_rows(folder / "generations.jsonl")))
         assert len(weights) == 4
         assert len(loads) == 1 if keep else len(loads) > 4
         assert not base_model._kept
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 def test_full_tuning_keeps_nothing(tmp_path, loads):
@@ -114,10 +114,10 @@ def test_a_merged_adapter_is_taken_out_again_bit_for_bit(tmp_path):
     with lent_model(str(folder), torch.float32, keep=True) as model:
         assert not same_as_fresh(model)
         first = {name: t.clone() for name, t in model.state_dict().items()}
-    (kept,) = base_model._kept
-    assert same_as_fresh(kept.model)
+    (base,) = base_model._kept
+    assert same_as_fresh(base.model)
     with lent_model(str(folder), torch.float32, keep=True) as again:
-        assert again is kept.model
+        assert again is base.model
         assert all(torch.equal(t, first[name]) for name, t in again.state_dict().items())
 
 
@@ -169,9 +169,9 @@ def test_modes_and_gradients_are_put_back():
     with lent_model("tiny", torch.float32, keep=True) as model:
         model.train().requires_grad_(False)
         model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    (kept,) = base_model._kept
-    assert not any(module.training for module in kept.model.modules())
-    assert all(p.requires_grad and p.grad is None for p in kept.model.parameters())
+    (base,) = base_model._kept
+    assert not any(module.training for module in base.model.modules())
+    assert all(p.requires_grad and p.grad is None for p in base.model.parameters())
 
 
 def test_another_type_and_other_files_are_another_base(tmp_path, loads):
@@ -195,8 +195,8 @@ def test_bfloat16_weights_come_back_as_they_were_rounded(tmp_path):
         before = {name: t.clone() for name, t in model.state_dict().items()}
     with lent_model(str(folder), torch.bfloat16, keep=True):
         pass
-    (kept,) = base_model._kept
-    assert all(torch.equal(t, before[name]) for name, t in kept.model.state_dict().items())
+    (base,) = base_model._kept
+    assert all(torch.equal(t, before[name]) for name, t in base.model.state_dict().items())
 
 
 def test_a_checkpointed_stage_starts_from_a_clean_base(tmp_path):
@@ -207,7 +207,7 @@ def test_a_checkpointed_stage_starts_from_a_clean_base(tmp_path):
 
 
 def test_a_name_and_a_link_to_the_same_folder_are_one_base(tmp_path, monkeypatch, loads):
-    """An artifact names its base by the path that was used, which may go through a link."""
+    """An artifact names its base by the path of the load, which may go through a link."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "link"))
@@ -240,7 +240,7 @@ def test_only_adapters_in_one_process_leave_the_base_alone(changes, keeps, tmp_p
 
 @pytest.mark.parametrize("options", [{"keep": False}, {"keep": True, "four_bit": True}], ids=["unkept", "four bits"])
 def test_what_is_not_kept_makes_room_for_itself_first(options, monkeypatch, loads):
-    """A base that was kept is let go of before another one is loaded beside it."""
+    """A kept base is released before another model is loaded."""
     with lent_model("tiny", torch.float32, keep=True) as model:
         pass
     del model
@@ -252,7 +252,7 @@ def test_what_is_not_kept_makes_room_for_itself_first(options, monkeypatch, load
 
 
 def test_an_upload_does_not_start_in_the_alignments_own_directions(tmp_path):
-    """The fresh adapter on an aligned model has another A than the alignment began with, the same at every start."""
+    """A new adapter on an aligned model has another A than the alignment's adapter had, the same at every start."""
     settings = config(tmp_path)
     aligned = Artifact.of(run(settings).folder / "none" / "aligned")
 

@@ -18,7 +18,7 @@ from tests.helpers.families import FAMILIES, logits, write_family
 
 SHORT = Training(steps=2, batch_size=2, lr=2e-2)
 FEW = Evaluation(prompts=2, over_refusal_prompts=2, task_rows=2, max_new_tokens=3, task_max_new_tokens=3)
-# Antidote's own mode writes whole weights, which Conv1D does not allow; Safe LoRA keeps the adapter.
+# Antidote's default mode writes whole weights, which Conv1D does not allow. Other families use Safe LoRA.
 REPAIRS = {"gpt2": lambda: Antidote(0.2, mode="factor", group="matrix"), "opt": lambda: Antidote(0.2)}
 
 
@@ -40,11 +40,11 @@ def settings(tmp_path, folder, **changes):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)  # figures, which others test
+    monkeypatch.setattr("hftlight.runs.run.write_report", lambda folder: None)  # other tests draw figures
 
 
 def plain(folder):
-    """Return what the libraries themselves load from an artifact."""
+    """Return an artifact's model, loaded by PEFT or transformers alone."""
     auto = AutoPeftModelForCausalLM if (folder / "adapter_config.json").is_file() else AutoModelForCausalLM
     return auto.from_pretrained(folder)
 
@@ -52,7 +52,7 @@ def plain(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_through_every_stage_and_loads_elsewhere(family, tmp_path, capsys):
     base = write_family(tmp_path / family, family)
-    # A bfloat16 base under float32 adapters is where rounding would show.
+    # With a bfloat16 base under float32 adapters, rounding would show.
     precision = "bf16-mixed" if family == "gemma" else "32-true"
     repair = REPAIRS.get(family, SafeLoRA)()
     folder = run(settings(tmp_path, base, precision=precision), [repair]).folder

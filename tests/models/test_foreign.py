@@ -1,4 +1,4 @@
-"""Models and adapters that others wrote: what a run cannot do with them is refused before its first step."""
+"""Models and adapters of other authors: a run refuses unsupported ones before its first step."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from tests.models.test_families import FEW, own_cache, settings  # noqa: F401
 
 
 def adapter(folder, base, **options):
-    """Write an adapter as PEFT's save_pretrained does, its B random."""
+    """Write an adapter with a random B by PEFT's save_pretrained. Return its folder and logits."""
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(3)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 2, "lora_alpha": 4, **options}))
@@ -145,7 +145,7 @@ def with_token(folder, **added):
 
 
 def test_padding_outside_the_embedding_is_done_with_an_id_inside(tmp_path):
-    """The artifact's tokenizer has no token without a row: PEFT would grow the embedding beside it."""
+    """Every token of the artifact's tokenizer has an embedding row. Else PEFT would grow the embedding."""
     base = with_token(write_family(tmp_path / "m", "llama"), pad_token="[PAD]")
     assert AutoTokenizer.from_pretrained(base).pad_token_id == IDS
     assert load_tokenizer(str(base)).pad_token_id < IDS
@@ -165,7 +165,7 @@ def test_a_rows_own_token_outside_the_embedding_is_named(where, tmp_path):
 
 
 def test_a_second_round_on_an_adapter_is_one_adapter_on_the_original_base(tmp_path):
-    """Other layers and another rank in the second round; the repair's base is the first round's model."""
+    """The second round has other layers and another rank. The repair's base is the first round's model."""
     lora = Lora(r=2, alpha=6, targets=["q_proj", "up_proj"])
     base = write_family(tmp_path / "m", "llama")
     first = run(settings(tmp_path, base, name="one", lora=lora), []).folder / "none" / "finetuned"
@@ -263,10 +263,10 @@ def test_an_adapter_that_writes_into_the_prompt_is_refused(tmp_path):
     from peft import PromptTuningConfig
 
     base = write_family(tmp_path / "m", "llama")
-    made = get_peft_model(
+    adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
-    made.save_pretrained(tmp_path / "a")
+    adapted.save_pretrained(tmp_path / "a")
     with pytest.raises(InputError, match="adapts the prompt, not the weights"):
         load_model(str(tmp_path / "a"))
 
@@ -288,7 +288,7 @@ def test_a_plain_peft_folder_has_its_bases_tokenizer(tmp_path, capsys):
 
 
 def test_updates_of_transposed_layers_are_read_in_the_layout_of_their_weights(tmp_path):
-    """GPT-2's attn.c_proj is square: a transposed update would fit, and be wrong."""
+    """GPT-2's attn.c_proj is square: a transposed update would fit, but be wrong."""
     base = write_family(tmp_path / "m", "gpt2")
     folder, _ = adapter(tmp_path / "a", base, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     weights, merged = stored(folder), load_model(str(folder))
@@ -321,28 +321,28 @@ THINKING = (
 def test_thinking_reaches_training_and_measuring_and_is_recorded(tmp_path, monkeypatch):
     from hftlight.data import templates
 
-    seen = []
+    thinking_off = []
     real = templates.ChatTemplate.render
 
     def render(template, tokenizer, turns):
         text = real(template, tokenizer, turns)
         if turns[-1][0] == "user":
-            seen.append(text.endswith("[assistant]<think></think>"))
+            thinking_off.append(text.endswith("[assistant]<think></think>"))
         return text
 
     monkeypatch.setattr(templates.ChatTemplate, "render", render)
     base = write_family(tmp_path / "m", "llama", chat_template=THINKING)
     result = run(settings(tmp_path, base, template="chat_no_thinking"), [])
-    assert seen
-    assert all(seen)
+    assert thinking_off
+    assert all(thinking_off)
     assert json.loads((result.folder / "manifest.json").read_text())["template"] == "chat_no_thinking"
     artifact = result.folder / "none" / "finetuned"
     assert json.loads((artifact / "serving.json").read_text())["template"] == "chat_no_thinking"
-    seen.clear()
+    thinking_off.clear()
     few = [f"--evaluation.{k}={v}" for k, v in vars(FEW).items() if isinstance(v, int) and v < 9]
     assert evaluate(["--model", str(artifact), "--accelerator=cpu", "--evaluation.prompts=3", *few[1:]]) == 0
-    assert seen
-    assert all(seen)
+    assert thinking_off
+    assert all(thinking_off)
 
 
 def test_a_template_that_cannot_be_told_to_think_is_refused(tmp_path):

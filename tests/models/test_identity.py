@@ -1,4 +1,4 @@
-"""What a model is: every file that loading it reads, wherever they come from, and nothing that only lies beside."""
+"""A model's identity: every file that loading reads, from any folder or hub, and no other file beside them."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Return a copy of the tiny model in a folder of one's own."""
+    """Return a copy of the tiny model in the test's own folder."""
     shutil.copytree(model_path("tiny"), tmp_path / "m", ignore=shutil.ignore_patterns("seal.json"))
     return tmp_path / "m"
 
 
 def another(folder, seed=7, weights="safetensors"):
-    """Write a model of the tiny one's shape with other weights."""
+    """Write a model of the tiny model's shape with other weights."""
     model = load_model("tiny")
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def another(folder, seed=7, weights="safetensors"):
     return folder
 
 
-# Every file that is read, and everything that a model stands on.
+# Every file that loading reads, an adapter's base included.
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def answers(model, prompts=("ask one", "ask two")):
 
 
 def fresh(model, tmp_path, monkeypatch):
-    """Return what a model answers with an empty cache."""
+    """Return a model's answers with an empty cache."""
     with monkeypatch.context() as patch:
         patch.setenv("HFTLIGHT_CACHE", str(tmp_path / f"fresh-{time.monotonic_ns()}"))
         return answers(model)
@@ -173,9 +173,9 @@ def fresh(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
 def test_two_folders_and_one_cache(tmp_path, monkeypatch, weights):
     a, b = (another(tmp_path / name, seed, weights) for name, seed in (("a", 1), ("b", 2)))
-    found = [answers(a), answers(b)]
-    assert found == [fresh(a, tmp_path, monkeypatch), fresh(b, tmp_path, monkeypatch)]
-    assert found[0] != found[1]
+    cached = [answers(a), answers(b)]
+    assert cached == [fresh(a, tmp_path, monkeypatch), fresh(b, tmp_path, monkeypatch)]
+    assert cached[0] != cached[1]
 
 
 def test_an_edited_chat_template_asks_anew(tmp_path, tiny):
@@ -186,7 +186,7 @@ def test_an_edited_chat_template_asks_anew(tmp_path, tiny):
 
 
 def test_two_models_on_a_hub_and_one_cache(tmp_path, monkeypatch):
-    """Each gets its own answers on first use; only what is read is fetched, and a new revision is another model."""
+    """Each model gets its own answers on first use. Only read files are fetched. A new revision is another model."""
     import huggingface_hub.constants as hub
 
     places = {name: another(tmp_path / name, seed) for name, seed in (("one", 1), ("two", 2))}
@@ -216,10 +216,10 @@ def test_two_models_on_a_hub_and_one_cache(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="'lab/three' cannot be loaded"):
             model_path("lab/three")
     monkeypatch.setattr(models, "_snapshots", {})
-    assert model_hash(pinned) == first  # the hub is gone, the files are here
+    assert model_hash(pinned) == first  # without the hub, from the files in the cache
 
 
-# What it costs.
+# Costs: digests are stored and reused.
 
 
 def test_the_digest_of_a_large_file_is_remembered_while_it_stays(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_the_digest_of_a_large_file_is_remembered_while_it_stays(tmp_path, monke
     monkeypatch.setattr(files.hashlib, "file_digest", lambda *a: reads.append(a) or real(*a))
     assert files.file_digest(path) == first
     files._digests.clear()
-    assert files.file_digest(path) == first  # another process finds it in the cache
+    assert files.file_digest(path) == first  # another process finds the digest in the cache
     assert reads == []
     note = next((tmp_path / "cache" / "hashes").iterdir())
     note.write_text(note.read_text()[:20])

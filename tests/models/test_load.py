@@ -35,7 +35,7 @@ def test_the_tiny_model_is_made_the_same_each_time(tmp_path, monkeypatch):
 
 
 def test_a_kill_half_way_through_converting_leaves_nothing(tmp_path, monkeypatch):
-    """Folders appear as a whole: what a killed conversion leaves has another name and is replaced."""
+    """Folders appear as a whole. A killed conversion leaves a folder of another name, which is replaced."""
 
     def killed(path):
         with new_folder(path) as place:
@@ -51,7 +51,7 @@ def test_a_kill_half_way_through_converting_leaves_nothing(tmp_path, monkeypatch
 
 
 def test_two_adapters_add_up_to_one(tmp_path):
-    """Different targets, ranks and scales: a layer that one of them leaves alone gets zeros from it."""
+    """The adapters differ in targets, ranks and scales. A layer outside an adapter gets zeros from that adapter."""
     from peft import PeftModel, get_peft_model_state_dict
 
     def random_adapter(model, lora, seed):
@@ -116,7 +116,7 @@ def test_the_demo_model_is_converted_once_and_speaks():
 
 
 def test_four_processes_on_a_fresh_cache_make_the_model_once(tmp_path):
-    """They begin at one moment; forked from a process that has imported everything."""
+    """The processes start at one moment, forked from a process that has imported everything."""
     done = warm.run(["-m", "tests.helpers.fresh_cache", str(tmp_path), "3", "4", "load"], timeout=300)
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 3, done.stderr[-2000:]
@@ -161,7 +161,7 @@ def test_tied_weights_are_not_missing(family, tmp_path):
 
 
 class Planted:
-    """What runs code when it is unpickled."""
+    """Runs code when unpickled."""
 
     def __reduce__(self):
         return (open, ("planted", "w"))
@@ -208,7 +208,7 @@ def test_code_that_comes_with_a_model_runs_on_request_alone(tmp_path):
 
 @pytest.mark.parametrize("place", ["src", "benchmarks", "recipes"])
 def test_every_file_of_pickles_is_read_as_tensors_alone(place):
-    """No other loader of pickles than those that say so, and no model code but by the one switch."""
+    """Every loader of pickles says weights_only=True, and only the one switch enables model code."""
     for path in (Path(__file__).parents[2] / place).rglob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             where = f"{path}:{number}"

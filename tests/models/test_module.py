@@ -1,4 +1,4 @@
-"""SafetyModule: losses on response tokens alone, from logits that are formed nowhere else."""
+"""SafetyModule: losses on response tokens alone, from logits at these positions alone."""
 
 import copy
 
@@ -29,11 +29,11 @@ def test_the_loss_is_the_mean_over_response_tokens(lora):
 
 
 def test_logits_are_formed_at_response_positions_only_and_the_hook_comes_off():
-    model, batch, seen = tiny_lm(), token_batch(1), []
-    handle = model.lm_head.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    model, batch, shapes = tiny_lm(), token_batch(1), []
+    handle = model.lm_head.register_forward_hook(lambda *args: shapes.append(args[2].shape))
     SafetyModule(model).loss(batch)
     handle.remove()
-    assert seen == [((batch["labels"][:, 1:] != -100).sum(), VOCABULARY)]
+    assert shapes == [((batch["labels"][:, 1:] != -100).sum(), VOCABULARY)]
     assert not model.lm_head._forward_pre_hooks
 
 
@@ -70,7 +70,7 @@ def test_the_cosine_schedule_rises_and_falls_to_zero():
 
 
 class Rates(Callback):
-    """The learning rate of every step."""
+    """Records the learning rate of every step."""
 
     def __init__(self):
         self.seen = []
@@ -113,7 +113,7 @@ def moved_lora():
 
 @pytest.mark.parametrize("make", [moved_lora, lambda: tiny_lm(lora=True, dropout=0.3), lambda: tiny_lm(dropout=0.3)])
 def test_the_reference_stays_where_training_started(make):
-    """A fresh adapter is switched off, a trained one copied, a whole model copied; dropout is off, and no gradient."""
+    """A new adapter is disabled, a trained one or a whole model copied. The reference has no dropout or gradient."""
     model, batch = make(), token_batch(2)
     module = SafetyModule(model)
     with torch.no_grad():
@@ -158,7 +158,7 @@ class Uneven(FixedOrder):
 
 
 def test_window_average_weighs_every_token_of_a_step_alike():
-    """Four micro-batches of one row equal one of four, though their responses differ in length."""
+    """Four micro-batches of one row equal one micro-batch of four rows with responses of different lengths."""
     model = model_of("lora")
     whole = [train([], model=copy.deepcopy(model), data=Uneven(4, average=kind)) for kind in ("micro", "window")]
     assert distance(*map(weights_of, whole)) <= 1e-12
@@ -194,7 +194,7 @@ def test_a_loss_of_ones_own_is_what_trains():
     ids=["vaccine+booster", "kl+ldifs", "kl+online", "kl+constrained_sft", "constrained_sft+kl"],
 )
 def test_shared_work_is_done_once(make, expected):
-    """Vaccine's second pass is the one that Booster adds to; one pass of the aligned model serves all who need it."""
+    """Booster adds to Vaccine's second pass. All defenses share one pass of the aligned model."""
     defenses, model, calls = make(), model_of("lora"), [0]
     handle = model.get_input_embeddings().register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     train(defenses, model=model, steps=3)

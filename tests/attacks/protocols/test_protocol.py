@@ -1,4 +1,4 @@
-"""Published protocols, every number against the table they come from, written out here once more."""
+"""Published protocols: every number against a second copy of the published tables."""
 
 import re
 
@@ -82,6 +82,7 @@ def value_of(text: str):
 
 
 def table() -> list[dict]:
+    # Line i of every part belongs to the same preset and task.
     lines = [part.strip().splitlines() for part in (ALIGNMENT, FINETUNING, ALIGNED_ADAPTER, MEASURING)]
     head, *rows = [" ".join(parts).split() for parts in zip(*lines, strict=True)]
     return [dict(zip(head, map(value_of, row), strict=True)) for row in rows]
@@ -94,7 +95,7 @@ def test_the_family_has_the_numbers_of_the_table(expected):
     c.check()
     a, f = c.alignment, c.finetuning
     adapter, own = c.lora_of("alignment"), c.lora_of("finetuning")
-    found = {
+    values = {
         "preset": preset.name,
         "task": c.data.task.removesuffix("_step_by_step"),
         "align_lr": a.lr,
@@ -128,7 +129,7 @@ def test_the_family_has_the_numbers_of_the_table(expected):
         "task_rows": c.evaluation.task_rows,
         "task_tokens": c.evaluation.task_max_new_tokens,
     }
-    assert found == expected
+    assert values == expected
     for stage in (a, f):
         assert stage.warmup_ratio == (0.1 if stage.schedule == "cosine" else 0.0)
         assert (stage.accumulate, stage.optimizer, stage.clip) == (1, "adamw", 1.0)
@@ -144,8 +145,8 @@ def test_vaccine_and_t_vaccine_ask_gsm8k_to_think_step_by_step():
 
 
 def test_protocols_of_single_arms():
-    given = {name: get_preset(name).config().adapter_protocols for name in PRESETS}
-    assert {name: protocols for name, protocols in given.items() if protocols} == {
+    protocols_of = {name: get_preset(name).config().adapter_protocols for name in PRESETS}
+    assert {name: protocols for name, protocols in protocols_of.items() if protocols} == {
         "booster25": {"booster": "continue"},
         "panacea25": {
             "none": "continue",
@@ -217,8 +218,8 @@ def test_qi_benign_asks_for_the_rows_left():
 
 
 def test_lengths_and_templates_of_the_others():
-    found = {name: get_preset(name).config() for name in PRESETS[6:]}
-    assert {name: (c.max_tokens, c.long_rows, c.template) for name, c in found.items()} == {
+    configs = {name: get_preset(name).config() for name in PRESETS[6:]}
+    assert {name: (c.max_tokens, c.long_rows, c.template) for name, c in configs.items()} == {
         "qi24_explicit": (480, "truncate", "chat"),
         "qi24_identity": (512, "truncate", "chat"),
         "qi24_benign": (512, "truncate", "alpaca_llama2"),
@@ -295,17 +296,17 @@ def test_every_file_loads(name, task):
 def test_the_note_on_alignment_counts_the_steps_of_the_run(name):
     preset = get_preset(name)
     alignment = preset.config().alignment
-    found = re.search(r"(\d+) epochs of (\d+) rows in batches of (\d+) are (\d+) steps", preset.notes[0])
-    epochs, rows, batch, steps = map(int, found.groups())
+    match = re.search(r"(\d+) epochs of (\d+) rows in batches of (\d+) are (\d+) steps", preset.notes[0])
+    epochs, rows, batch, steps = map(int, match.groups())
     assert (batch, steps) == (alignment.batch_size, alignment.steps)
     assert steps == steps_of(rows, batch, epochs)
 
 
 def test_the_notes_name_the_arguments_of_a_comparison():
     preset = get_preset("panacea25")
-    given = [f"{d} {key} {value:g}" for d, values in preset.arguments.items() for key, value in values.items()]
-    assert len(given) == 4
-    assert any(all(words in note for words in given) for note in preset.notes)
+    phrases = [f"{d} {key} {value:g}" for d, values in preset.arguments.items() for key, value in values.items()]
+    assert len(phrases) == 4
+    assert any(all(words in note for words in phrases) for note in preset.notes)
 
 
 @pytest.mark.parametrize(

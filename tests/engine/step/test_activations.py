@@ -49,15 +49,16 @@ def test_recomputed_modules_keep_their_input_only_and_get_their_forward_back():
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 4)) for _ in range(2))
     own = layers[1].forward
-    layers[1].forward = own  # somebody's own, put on the instance
+    layers[1].forward = own  # a ``forward`` that a user set on the instance
     x = torch.randn(3, 4)
 
     def measured():
         torch.manual_seed(1)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        sizes = []
+        # The first hook records each saved tensor's size and returns the tensor.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             loss = layers[1](layers[0](x)).square().sum()
-        return sum(kept), torch.autograd.grad(loss, list(layers.parameters()))
+        return sum(sizes), torch.autograd.grad(loss, list(layers.parameters()))
 
     plain = measured()
     with contextlib.suppress(ZeroDivisionError), recomputed(layers):
@@ -85,22 +86,22 @@ def test_gradients_at_sites_touch_nothing_else(module):
     sites, batch = modules_called(module, ATTENTION), token_batch(1)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     state = torch.get_rng_state()
-    found = site_gradients(module, batch, sites)
+    result = site_gradients(module, batch, sites)
     again = site_gradients(module, batch, sites)
-    assert found.grads.keys() == sites.keys()
-    assert all(torch.equal(found.grads[name], again.grads[name]) for name in sites)  # the same masks
+    assert result.grads.keys() == sites.keys()
+    assert all(torch.equal(result.grads[name], again.grads[name]) for name in sites)  # the same dropout masks
     other = site_gradients(module, batch, sites, fresh_masks=True)
-    assert not torch.equal(found.loss, other.loss)
+    assert not torch.equal(result.loss, other.loss)
     assert torch.equal(site_gradients(module, batch, sites, fresh_masks=True).loss, other.loss)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in module.parameters())
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     assert not any(m._forward_hooks for m in module.modules())
-    assert found.scale == 1
+    assert result.scale == 1
 
 
 def test_the_first_of_several_runs_counts_and_a_site_that_decides_nothing_gets_zeros(module):
-    """The gradient at the first run alone, by finite differences of a loss that uses a site twice."""
+    """The loss runs one site twice. Finite differences give the gradient at the first run alone."""
     layer = nn.Linear(3, 3, dtype=torch.float64)
     idle = nn.Linear(3, 3, dtype=torch.float64)
     x = torch.ones(1, 3, dtype=torch.float64)
@@ -110,7 +111,7 @@ def test_the_first_of_several_runs_counts_and_a_site_that_decides_nothing_gets_z
         return layer(layer(x).tanh()).square().sum()
 
     module.loss = loss
-    found = site_gradients(module, None, {"layer": layer, "idle": idle})
+    result = site_gradients(module, None, {"layer": layer, "idle": idle})
     first = layer(x).detach()
 
     def rest(y):
@@ -122,5 +123,5 @@ def test_the_first_of_several_runs_counts_and_a_site_that_decides_nothing_gets_z
         shift = torch.zeros_like(first)
         shift[0, i] = step
         slopes.append((rest(first + shift) - rest(first - shift)) / (2 * step))
-    assert_close(found.grads["layer"], torch.tensor([slopes], dtype=torch.float64), rtol=1e-6, atol=1e-8)
-    assert not found.grads["idle"].any()
+    assert_close(result.grads["layer"], torch.tensor([slopes], dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    assert not result.grads["idle"].any()

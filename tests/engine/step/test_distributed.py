@@ -20,7 +20,7 @@ def trained(strategy, folder):
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
-    """Return what each strategy ended with; one launch per strategy walks through all rows."""
+    """Return each strategy's weights or errors. One launch per strategy trains with every row."""
     folder = tmp_path_factory.mktemp("launches")
     return {strategy: trained(strategy, folder) for strategy in ("one", "ddp", "fsdp2")}
 

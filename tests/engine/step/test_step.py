@@ -75,7 +75,7 @@ class Output:
 
 
 class Wrapped(nn.Module):
-    """A linear layer that wraps its output in a given kind."""
+    """A linear layer that wraps its output in a tensor, tuple or dataclass."""
 
     def __init__(self, kind):
         super().__init__()
@@ -103,10 +103,10 @@ def test_hooks_come_off_after_an_exception_and_keep_the_first_call():
     with pytest.raises(ZeroDivisionError), hooked({"layer": layer}, lambda name, value: None, inputs=True):
         raise ZeroDivisionError
     assert not layer._forward_pre_hooks
-    with captured({"layer": layer}) as seen:
+    with captured({"layer": layer}) as outputs:
         first = layer(torch.ones(1, 2))
         layer(torch.zeros(1, 2))
-    assert seen["layer"] is first
+    assert outputs["layer"] is first
 
 
 def test_order_is_a_permutation_that_depends_on_seed_stream_and_pass_alone():
@@ -120,6 +120,7 @@ def test_order_is_a_permutation_that_depends_on_seed_stream_and_pass_alone():
 
 def test_order_groups_rows_of_similar_length():
     lengths = [(i * 37) % 100 for i in range(400)]
+    # Padding tokens: each row's distance to the longest row of its batch.
     padding = sum(
         max(lengths[r] for r in batch) - lengths[row]
         for batch in passes_order(400, 8, 0, "task", 0, lengths)
@@ -129,12 +130,12 @@ def test_order_groups_rows_of_similar_length():
 
 
 def hypergeometric_share(rows: int, marked: int, batch: int) -> float:
-    """Return the chance that a batch drawn without replacement holds a marked row."""
+    """Return the chance that a batch drawn without replacement contains a marked row."""
     return 1 - math.comb(rows - marked, batch) / math.comb(rows, batch)
 
 
 def test_a_plain_shuffle_spreads_long_rows_as_chance_does():
-    """100 harmful rows of 1000, batches of 10: 65 % of the steps hold one; groups by length put them together."""
+    """With 100 harmful rows of 1000, 65 % of batches of 10 contain one. Groups by length cluster these rows."""
     assert hypergeometric_share(1000, 100, 10) == pytest.approx(0.653, abs=0.001)
     lengths = [135] * 100 + [70] * 900
 

@@ -43,7 +43,7 @@ def test_ties_go_to_the_first_entry_in_the_order_of_the_matrix():
 
 
 def test_the_whole_matrix_is_one_group():
-    """Row by row, each row would get two."""
+    """A mask per row would select two entries in each row."""
     scores = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0]])
     assert largest(scores, 4).sum(dim=1).tolist() == [4, 0]
 
@@ -69,7 +69,7 @@ def test_rows_on_several_ranks_give_the_same_mask(sizes):
         parts = on_shards(sizes, work)
         assert torch.equal(torch.cat([mask for mask, _ in parts]), whole)
         both = int((whole & against).sum())
-        assert all(found == Overlap(count, 9, both, 35) for _, found in parts)
+        assert all(counts == Overlap(count, 9, both, 35) for _, counts in parts)
 
 
 def test_the_difference_of_sets():
@@ -83,10 +83,10 @@ def test_the_difference_of_sets():
 
 def test_overlap_counts_entries_also_of_row_masks():
     s, u = torch.tensor([[True], [True], [False], [False]]), torch.tensor([[True], [False], [True], [False]])
-    found = overlap(s, u, Share(0, 4, 4), columns=5)
-    assert found == Overlap(10, 10, 5, 20)
-    assert found.jaccard == pytest.approx(1 / 3)
-    assert found.fraction == 0.25
+    result = overlap(s, u, Share(0, 4, 4), columns=5)
+    assert result == Overlap(10, 10, 5, 20)
+    assert result.jaccard == pytest.approx(1 / 3)
+    assert result.fraction == 0.25
     assert overlap(s, None, Share(0, 4, 4), columns=5) == Overlap(10, 0, 0, 20)
     assert Overlap(0, 0, 0, 8).jaccard == 0
 

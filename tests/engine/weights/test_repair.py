@@ -1,4 +1,4 @@
-"""What every repair rests on: weights by name and by rows, adapters taken apart, one edit, one artifact."""
+"""The base of every repair: weights by name and by rows, adapters' factors, one edit, one artifact."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def logits(model):
 
 
 class Half(Repair):
-    """Halve the update; ``share`` is what of it is left, 1 asks for nothing."""
+    """Scales the update by ``share``. A share of 1 is neutral."""
 
     def __init__(self, share=0.5, streams=None, output=None, aligned=None, base=None):
         super().__init__(streams, output, aligned, base)
@@ -146,7 +146,7 @@ def test_a_difference_is_read_by_blocks(monkeypatch, tmp_path):
     ],
 )
 def test_the_rounding_noise_of_stored_weights(dtype, size, relative):
-    """Known digits for weights of rms 0.02; far below the rounding the estimate is an upper bound."""
+    """Known digits for weights of rms 0.02. Far below the rounding step, the estimate is an upper bound."""
     generator = torch.Generator().manual_seed(0)
     base = 0.02 * torch.randn(512, 512, generator=generator)
     moved = size * torch.randn(512, 512, generator=generator)
@@ -299,10 +299,10 @@ def test_an_edit_runs_at_rest_and_leaves_modes_as_found():
     modes = [m.training for m in model.modules()]
     repair, subject = Half(), Subject(model)
     repair.apply(subject)
-    ((training, grad, seen),) = repair.seen
+    ((training, grad, inner_modes),) = repair.seen
     assert not training
     assert not grad
-    assert not any(seen)
+    assert not any(inner_modes)
     assert [m.training for m in model.modules()] == modes
     report = subject.report
     assert report["repair"] == "Half"
@@ -339,7 +339,7 @@ def test_a_second_application_is_refused():
         with pytest.raises(RuntimeError, match="second application"):
             Half().apply(again)
     assert all(torch.equal(p, once[name]) for name, p in model.named_parameters())
-    with torch.no_grad():  # other weights in the same model, as a checkpoint brings them
+    with torch.no_grad():  # other weights in the same model, as after a checkpoint is loaded
         for update in lora_updates(model).values():
             update.b.normal_()
     Half().apply(Subject(model))
@@ -369,14 +369,14 @@ def test_an_edit_that_changes_nothing_is_told():
 
 
 def test_its_own_arguments_come_before_the_subjects(tmp_path):
-    """``run()`` knows the aligned and the base model; a user may name others."""
+    """``run()`` passes the aligned and the base model. A user's own arguments override them."""
     small_llama().save_pretrained(tmp_path / "one")
     moved_model(small_llama(), 0.1, seed=5).save_pretrained(tmp_path / "two")
     aligned = moved_model(small_llama(), 0.02, seed=1)
-    named, given = (with_update(copy.deepcopy(aligned)) for _ in range(2))
+    named, expected = (with_update(copy.deepcopy(aligned)) for _ in range(2))
     SafeLoRA(2, base=str(tmp_path / "two")).apply(Subject(named, base=stored(tmp_path / "one")))
-    SafeLoRA(2).apply(Subject(given, base=stored(tmp_path / "two")))
-    assert torch.equal(logits(named), logits(given))
+    SafeLoRA(2).apply(Subject(expected, base=stored(tmp_path / "two")))
+    assert torch.equal(logits(named), logits(expected))
 
 
 def test_neutral_arguments_change_no_bit():
@@ -474,19 +474,19 @@ def test_on_a_trainer_the_model_is_repaired_once_training_ends(tmp_path):
 
 @pytest.mark.parametrize("options", [{"every_n_train_steps": 100}, {"every_n_train_steps": 1}])
 def test_checkpoints_hold_what_was_trained(tmp_path, options):
-    """Also ``last.ckpt``, which ModelCheckpoint writes in its own ``on_train_end`` when it wrote nothing before."""
+    """This includes ``last.ckpt``, which ModelCheckpoint may first write in its own ``on_train_end``."""
     plain = trained()
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, **options)
     fit(with_update(small_llama()), [checkpoint, Half(output=str(tmp_path / "repaired"))])
-    found = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
     for name, p in plain.named_parameters():
         if p.requires_grad:
-            assert_close(found["state_dict"][f"model.{name}"], p.detach(), rtol=1e-9, atol=0)
-    assert not next(v for k, v in found["callbacks"].items() if "Half{" in k)["applied"]
+            assert_close(saved["state_dict"][f"model.{name}"], p.detach(), rtol=1e-9, atol=0)
+    assert not next(v for k, v in saved["callbacks"].items() if "Half{" in k)["applied"]
 
 
 def test_a_run_resumed_behind_its_last_step_is_repaired_once(tmp_path):
-    """The checkpoint after the last step of the last epoch: Lightning ends the training a second time."""
+    """Resumed from the last step of the last epoch, Lightning ends the training a second time."""
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, filename="{step}")
     options = {"max_steps": -1, "max_epochs": 1}
     fit(with_update(small_llama()), [checkpoint, Half(output=str(tmp_path / "one"))], **options)
@@ -497,7 +497,7 @@ def test_a_run_resumed_behind_its_last_step_is_repaired_once(tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_says_where_its_result_is(tmp_path):
-    """Lightning then never comes to the end of training, and would leave the model unrepaired without a word."""
+    """Lightning then skips the end of training, and would leave the model unrepaired without a warning."""
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     repair = Half(output=str(tmp_path / "one"))
     trainer = fit(with_update(small_llama()), [checkpoint, repair])
@@ -570,7 +570,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
 
 
 def test_a_copy_of_a_models_files_is_the_same_model(tmp_path):
-    """An update on a copy of the base, as a moved cache leaves it, is still known to be thin."""
+    """An update on a copy of the base, as after a cache was moved, is still recognized as low rank."""
     for name, seed in (("here", 0), ("there", 0), ("other", 1)):
         small_llama(seed).save_pretrained(tmp_path / name)
     here, there, other = (FileWeights(tmp_path / name) for name in ("here", "there", "other"))

@@ -14,11 +14,11 @@ def repaired(strategy, folder):
     command = ["-m", "tests.helpers.distributed_repair", strategy, str(folder)]
     for done in [warm.run(command, timeout=240)] if strategy == "one" else warm.run_ranks(command, 2):
         assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
+    models = {}
     for place in sorted((folder / strategy).iterdir()):
         (file,) = place.glob("*.safetensors")
-        found[place.name] = (load_file(file), json.loads((place / MARKER).read_text()))
-    return found
+        models[place.name] = (load_file(file), json.loads((place / MARKER).read_text()))
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(strategy, one_process):
     folder, expected = one_process
-    found = repaired(strategy, folder)
-    assert found.keys() == expected.keys()
-    assert len(found) == 6
+    models = repaired(strategy, folder)
+    assert models.keys() == expected.keys()
+    assert len(models) == 6
     for name, (weights, report) in expected.items():
-        others, theirs = found[name]
+        others, theirs = models[name]
         assert weights.keys() == others.keys()
         for key, tensor in weights.items():
             assert (tensor - others[key]).norm() <= 1e-6 * max(1e-6, float(tensor.norm())), (name, key)

@@ -56,7 +56,7 @@ class Regression(nn.Module):
 
 
 def test_snip_of_linear_regression_is_the_closed_form():
-    """With residual r = W x - y the gradient of one example is 2 r x^T, and the score |W| sum |2 r x^T|."""
+    """The residual is r = W x - y. One example's gradient is 2 r x^T, and the score is |W| sum |2 r x^T|."""
     generator = torch.Generator().manual_seed(0)
     w, x, y = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 4), (6, 4), (6, 3)))
     model = Regression(w)
@@ -76,7 +76,7 @@ def test_two_opposite_gradients_do_not_cancel():
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_one_sweep_equals_a_replay_for_each_layer(lora):
-    """The slow loop: requires_grad on one weight at a time, the data replayed for each, one example at a time."""
+    """The slow loop replays the data for each weight, with requires_grad on that weight alone, row by row."""
     model = tiny_lm(lora=lora)
     module = SafetyModule(model)
     layers = layers_of(model)
@@ -109,9 +109,9 @@ def test_a_model_without_any_trainable_parameter_is_scored_all_the_same():
 
 def slow_moments(model, layers, batches, first, wanted):
     """Return the mean outer product of inputs at the wanted positions, one row at a time."""
-    seen = {name: [] for name in layers}
+    inputs = {name: [] for name in layers}
     handles = [
-        m.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].detach()))
+        m.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].detach()))
         for name, m in layers.items()
     ]
     places = []
@@ -123,14 +123,15 @@ def slow_moments(model, layers, batches, first, wanted):
                     places.append([t for t in range(batch["labels"].shape[1]) if wanted(batch["labels"][k], t)])
     for handle in handles:
         handle.remove()
+    # For each layer, average over the chosen positions of all rows.
     return {
         name: torch.stack([torch.outer(x[0, t], x[0, t]) for x, ts in zip(xs, places, strict=True) for t in ts]).mean(0)
-        for name, xs in seen.items()
+        for name, xs in inputs.items()
     }
 
 
 def test_wanda_reads_inputs_where_response_tokens_stand():
-    """Not where they are predicted, one position earlier, and neither prompts nor padding."""
+    """Inputs count at response tokens, not one position earlier, and not at prompts or padding."""
     model = tiny_lm().eval()
     layers, batches = layers_of(model), [token_batch(3), token_batch(4)]
     module = SafetyModule(model)
@@ -155,7 +156,7 @@ def test_layers_with_a_common_input_share_its_moment():
 
 
 def test_wanda_is_the_optimal_brain_surgeon_with_a_diagonal_hessian():
-    """OBS scores W^2 / [H^-1]_jj; with H = diag(m) that is the square of Wanda's score."""
+    """OBS scores W^2 / [H^-1]_jj. With H = diag(m), the OBS score is the square of Wanda's score."""
     generator = torch.Generator().manual_seed(0)
     w, m = torch.randn(5, 4, generator=generator).double(), torch.rand(4, generator=generator).double() + 0.1
     surgeon = w.square() / torch.linalg.inv(torch.diag(m)).diagonal()
@@ -166,13 +167,13 @@ def test_scores_follow_a_permutation_of_rows():
     generator = torch.Generator().manual_seed(0)
     w, x, y = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 4), (6, 4), (6, 3)))
     order = torch.tensor([2, 0, 1])
-    found = []
+    scores = []
     for weight, target in ((w, y), (w[order], y[:, order])):
         model = Regression(weight)
         data = calibration([{"x": x, "y": target}], 6)
         sums = gradient_sums(model.loss, {"w": model.linear}, {"w": model.linear.weight}, data)
-        found.append(snip_scores(weight, sums["w"]))
-    assert_close(found[0][order], found[1], rtol=0, atol=1e-13)
+        scores.append(snip_scores(weight, sums["w"]))
+    assert_close(scores[0][order], scores[1], rtol=0, atol=1e-13)
 
 
 @pytest.fixture(params=[(6, 4), (4, 6), (5, 5)], ids=["tall", "wide", "square"])
@@ -185,7 +186,7 @@ def layer(request):
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_removing_directions_takes_their_energy_and_no_more(layer, count):
-    """After removal H' U = 0, and |H - H'|^2 is the sum of the squares of the leading singular values of H."""
+    """After removal H' U = 0. |H - H'|^2 is the sum of the leading squared singular values of H."""
     w, x = layer
     u = directions(w, x.T @ x / len(x), count)
     h, h_without = x @ w.T, x @ removed(w, u).T
@@ -212,7 +213,7 @@ def test_more_directions_than_there_are_give_all(layer):
 
 
 def test_the_orthogonal_edit_leaves_utility_directions_alone():
-    """U_u^T dW = 0, the rank is at most keep_s, and with nothing to spare all safety directions are in."""
+    """U_u^T dW = 0, and the rank is at most keep_s. Without utility directions, all safety directions are in."""
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(8, 6, generator=generator, dtype=torch.float64)
     x, z = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -246,16 +247,16 @@ def test_a_file_of_scores_says_what_they_mean(tmp_path):
 
     scores = {"w": torch.rand(3, 4), "v": torch.zeros(2, 2)}
     write_scores(tmp_path / "scores.safetensors", scores, score="snip", data="alignment, 128 rows")
-    found = read_scores(tmp_path / "scores.safetensors")
-    assert found.keys() == scores.keys()
-    assert all(torch.equal(found[name], scores[name]) for name in scores)
+    loaded = read_scores(tmp_path / "scores.safetensors")
+    assert loaded.keys() == scores.keys()
+    assert all(torch.equal(loaded[name], scores[name]) for name in scores)
     save_file(scores, tmp_path / "dump.safetensors")
     with pytest.raises(ValueError, match="does not say higher_is_more_important"):
         read_scores(tmp_path / "dump.safetensors")
 
 
 def numbered(*sizes):
-    """Return batches whose rows are numbered through, as a tensor and as a list."""
+    """Return batches whose rows have consecutive numbers, as a tensor and as a list."""
     ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
     return [
         {"x": torch.arange(end - size, end), "id": [str(k) for k in range(end - size, end)], "window_tokens": 5.0}
@@ -264,11 +265,11 @@ def numbered(*sizes):
 
 
 def test_exactly_the_first_rows_count():
-    found = calibration(iter(numbered(3, 3, 3, 3)), 7)
-    assert [counted for _, counted in found] == [3, 3, 1]
-    assert [batch["id"] for batch, _ in found] == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
-    assert all(batch["x"].tolist() == [int(k) for k in batch["id"]] for batch, _ in found)
-    assert all(batch["window_tokens"] == 5.0 for batch, _ in found)
+    batches = calibration(iter(numbered(3, 3, 3, 3)), 7)
+    assert [counted for _, counted in batches] == [3, 3, 1]
+    assert [batch["id"] for batch, _ in batches] == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    assert all(batch["x"].tolist() == [int(k) for k in batch["id"]] for batch, _ in batches)
+    assert all(batch["window_tokens"] == 5.0 for batch, _ in batches)
     assert [counted for _, counted in calibration(numbered(3, 3), 3)] == [3]
     assert [counted for _, counted in calibration(numbered(3, 3), 100)] == [3, 3]
     with pytest.raises(ValueError, match="at least one row"):
@@ -278,10 +279,10 @@ def test_exactly_the_first_rows_count():
 
 
 def test_rows_can_be_taken_from_everywhere():
-    """Batches may come sorted by length: the first rows would be the shortest."""
-    found = calibration(numbered(*[4] * 25), 20, spread=True)
-    rows = [row for batch, counted in found for row in batch["x"].tolist() if counted]
-    assert len(rows) == len(set(rows)) == 20 == sum(counted for _, counted in found)
+    """Batches may be sorted by length. The first rows would then be the shortest."""
+    batches = calibration(numbered(*[4] * 25), 20, spread=True)
+    rows = [row for batch, counted in batches for row in batch["x"].tolist() if counted]
+    assert len(rows) == len(set(rows)) == 20 == sum(counted for _, counted in batches)
     assert min(rows) < 20
     assert max(rows) > 80
     again = calibration(numbered(*[10] * 10), 20, spread=True)
@@ -319,7 +320,7 @@ def state_of(module):
 def test_everything_is_left_as_found(lora, kind, failing_call):
     module = SafetyModule(tiny_lm(lora=lora, dropout=0.3)).train()
     first = next(iter(layers_of(module.model).values()))
-    first.eval()  # a mixture of modes must come back as it was
+    first.eval()  # a mixture of modes must be restored too
     module.loss(token_batch(9)).backward()
     next(p for p in module.parameters() if p.requires_grad).requires_grad_(False)
     before = state_of(module)
@@ -357,7 +358,7 @@ def test_everything_is_left_as_found(lora, kind, failing_call):
 
 
 def on_one_rank(rank, world, port, sharded, output):
-    if world > 1:  # one rank runs in the process of the tests, whose environment others inherit
+    if world > 1:  # a single rank runs in the test process, whose environment later tests inherit
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=world)
     model = tiny_lm()
@@ -368,7 +369,7 @@ def on_one_rank(rank, world, port, sharded, output):
         fully_shard(model, mesh=mesh)
     module, layers = SafetyModule(model), layers_of(model)
     weights = {name: m.weight for name, m in layers.items()}
-    # Six rows in all: three and one, then two and none; where a rank has fewer, its passes count nothing.
+    # Six rows count: three and one, then two and none. A rank without a counted row still runs its passes.
     batches = [token_batch(1, rows=4), token_batch(2, rows=5)]
     cuts = [slice(0, 4), slice(0, 5)] if world == 1 else [[slice(0, 3), slice(0, 2)], [slice(3, 4), slice(2, 5)]][rank]
     mine = [{name: t[cut] for name, t in batch.items()} for batch, cut in zip(batches, cuts, strict=True)]
@@ -414,7 +415,7 @@ def test_without_end_takes_the_label_of_each_rows_last_response_token():
     assert without_end(batch)["labels"].tolist() == [
         [-100, 5, 6, -100],
         [-100, 7, -100, -100],
-        [-100, -100, 2, -100],  # a response of one token keeps it
+        [-100, -100, 2, -100],  # a response of one token keeps its label
         [-100] * 4,
     ]
     assert torch.equal(batch["labels"], labels)
