@@ -232,7 +232,7 @@ def test_task_splits_share_no_sender_and_no_thing(seed):
     world = build_world(seed)
     splits = {"train": world.task_train, "dev": world.task_dev, "test": world.task_test}
     for words in (text.SENDERS, *text.ROOMS.values()):
-        # ``owners`` lists for each word the splits that contain it, four ambiguous words aside.
+        # The splits that contain each word. Four words are also parts of other questions, such as a zip file.
         owners = [
             [split for split, rows in splits.items() if any(re.search(rf"\b{word}\b", r.instruction) for r in rows)]
             for word in words
