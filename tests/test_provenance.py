@@ -60,6 +60,26 @@ def test_an_import_inside_a_function_and_a_module_named_by_a_text_count(tmp_path
     assert provenance.imported(path) == ("hftlight.data", "hftlight.data.sources.gsm8k", "hftlight.data.tokens")
 
 
+def named_by_syntax(path):
+    """Return the modules of hftlight that a file imports, or names in a string, by its syntax tree."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+    return {name for name in names if re.fullmatch(r"hftlight(\.\w+)+", str(name)) and provenance._file_of(name)}
+
+
+def test_no_import_of_any_source_file_is_missed():
+    files = sorted(Path(provenance.__file__).parent.rglob("*.py"))
+    missed = {path.name: named_by_syntax(path) - set(provenance.imported(path)) for path in files}
+    assert not any(missed.values()), missed
+    assert sum(len(named_by_syntax(path)) for path in files) > 500
+
+
 DEFENSE = """
 from hftlight.engine import Defense, Slot, Stage
 from {package}.maths import strength

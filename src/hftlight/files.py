@@ -241,7 +241,10 @@ def _write_note(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:
-    """Return the SHA-256 of each file, in the order of ``paths``. Threads hash several files at the same time."""
+    """Return the SHA-256 of each file, in the order of ``paths``. Threads hash several large files at the same time."""
+    paths = list(paths)
+    if sum(path.stat().st_size for path in paths) < REMEMBERED:  # starting threads would take longer
+        return [file_digest(path) for path in paths]
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
         return list(pool.map(file_digest, paths))
 

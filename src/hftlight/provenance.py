@@ -1,6 +1,5 @@
 """The provenance of a result: library versions, and digests of the code that computes it."""
 
-import ast
 import inspect
 import re
 import sys
@@ -15,10 +14,15 @@ from hftlight.errors import InputError
 from hftlight.files import digest, file_digest, files_digest
 
 OWN = "hftlight"
-# Another version of these libraries can change the last bits of a result.
-LIBRARIES = ("torch", "lightning", "transformers", "peft", "tokenizers")
+# Another version of these libraries can change a result.
+LIBRARIES = ("torch", "lightning", "transformers", "peft", "tokenizers", "torchmetrics")
 # Base classes from these packages are not hashed.
-PLAIN = {"builtins", "abc", "typing", "typing_extensions", "torch", "lightning", "collections", "dataclasses"}
+PLAIN = {"builtins", "abc", "typing", "typing_extensions", "collections", "dataclasses", *LIBRARIES}
+# The imports of a source file: ``import a, b``, and ``from a import b`` with one line or with parentheses.
+IMPORTS = re.compile(
+    r"^[ \t]*(?:import[ \t]+([^\n#;]+)|from[ \t]+([\w.]+)[ \t]+import[ \t]*(\([^)]*\)|[^\n#;]+))", re.M
+)
+NAMED = re.compile(rf"""(["'])({OWN}(?:\.\w+)+)\1""")  # a module that a string names
 
 
 class UnknownSourceError(InputError):
@@ -62,15 +66,15 @@ def code_of(*parts: Any) -> dict[str, str]:
 
 def _own_digest(modules: frozenset[str]) -> str:
     """Return a digest of modules of hftlight and of all its modules that they import, directly or indirectly."""
-    closure: dict[str, Path] = {}
+    closure: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _file_of(name)
         if path is not None and name not in closure:
-            closure[name] = path
-            waiting += imported(path)
-    return files_digest(closure)[:16]
+            closure[name] = file_digest(path)
+            waiting += _imported(path, closure[name])
+    return digest(closure)[:16]
 
 
 def imported(path: Path) -> tuple[str, ...]:
@@ -81,15 +85,13 @@ def imported(path: Path) -> tuple[str, ...]:
 @cache
 def _imported(path: Path, _: str) -> tuple[str, ...]:
     """Return the modules that a file names. The second argument, the file's digest, is only part of the cache key."""
-    names = set[str]()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            # ``from a import b`` may import the module a.b; names that are no modules drop out below.
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names |= {node.value} if re.fullmatch(rf"{OWN}(\.\w+)+", node.value) else set()
+    text = path.read_text(encoding="utf-8")
+    names = {name for _, name in NAMED.findall(text)}
+    for plain, module, chosen in IMPORTS.findall(text):
+        # ``import a as b, c`` names a and c. ``from a import b`` may import the module a.b.
+        parts = [part.split()[0] for part in (plain or chosen.strip("()")).split(",") if part.split()]
+        names |= {f"{module}.{part}" for part in parts} | {module} if module else set(parts)
+    # Names that are no modules of hftlight drop out.
     return tuple(sorted(n for n in names if n.startswith(f"{OWN}.") and _file_of(n) is not None))
 
 

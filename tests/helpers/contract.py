@@ -17,14 +17,15 @@ from hftlight.data.records import Record
 from hftlight.data.streams import ExampleStream
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate
-from hftlight.engine import Defense, Stage, count_passes, rank_and_world
+from hftlight.engine import Defense, Stage, count_passes, main_stream, rank_and_world
 from hftlight.registry import defenses
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import reference_loss, tiny_lm
 from tests.helpers.tokenizers import CHATML, byte_tokenizer
 
 ROWS_PER_STEP, SIDE_ROWS, STEPS, LR = 8, 4, 4, 0.1
-STREAMS = ("alignment", "harmful", "task", "retain")
+MAIN = {Stage.ALIGNMENT: "alignment", Stage.FINETUNING: "task"}
+STREAMS = ("alignment", "harmful", "pairs", "task", "retain")
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def records(count: int = 16) -> dict[str, list[Record]]:
         for i in range(count):
             role: Any = "attack" if name == "task" and i % 8 == 5 else name
             text = f"{name[:4]}{i:02d}"
-            streams.setdefault(name, []).append(
-                Record(f"ask {text}", f"say {(i * 7 + len(name)) % 97:02d}{text[::-1]}", role=role)
-            )
+            rejected = f"do {i * 11 % 97:02d}{text} now"[: 6 + i % 5] if name == "pairs" else ""
+            answer = f"say {(i * 7 + len(name)) % 97:02d}{text[::-1]}"
+            streams.setdefault(name, []).append(Record(f"ask {text}", answer, role=role, rejected=rejected))
     return streams
 
 
@@ -94,14 +95,13 @@ class _FixedStream(ExampleStream):
         return [self.examples[(first + k) % len(self.examples)] for k in range(self.batch_size)]
 
 
-def data_module(stage: Stage, accumulate: int = 1, world: int = 1, **options: Any) -> FixedOrder:
+def data_module(stage: Stage, accumulate: int = 1, world: int = 1, main: str = "", **options: Any) -> FixedOrder:
     """Return the tiny data. A step takes eight rows for any number of micro-batches and processes."""
     tokenizer = byte_tokenizer(chat_template=CHATML)
-    main = "alignment" if stage is Stage.ALIGNMENT else "task"
     return FixedOrder(
         tokenizer,
         get_template("chat", tokenizer),
-        main,
+        main or MAIN[stage],
         batch_size=ROWS_PER_STEP // accumulate // world,
         side_batch_size=SIDE_ROWS // world,
         **{**records(), **options},
@@ -152,7 +152,7 @@ def train(
         use_distributed_sampler=False,
         **options,
     )
-    trainer.fit(module, data or data_module(stage, accumulate, trainer.world_size))
+    trainer.fit(module, data or data_module(stage, accumulate, trainer.world_size, main_stream(chosen, MAIN[stage])))
     return module
 
 
@@ -265,6 +265,7 @@ class Slow:
         self.weights = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         data = data_module(stage)
         self._examples = {name: data._encoded(name)[0] for name in STREAMS}
+        self.main = MAIN[stage]
         self._pad = 258
         self.side = {name: _Batches(lambda k, n=name: self._cut(n, k, SIDE_ROWS)) for name in STREAMS}
 
@@ -312,12 +313,11 @@ class Slow:
 
     def run(self, clip: float | None = None) -> dict[str, Tensor]:
         """Train and return the weights by name, as ``weights_of(SafetyModule)`` has them."""
-        main = "alignment" if self.stage is Stage.ALIGNMENT else "task"
         self.begin()
         for step in range(self.steps):
             total: list[Tensor] | None = None
             for micro in range(self.accumulate):
-                batch = self.batch_for(step, micro, self.main_like(main, step * self.accumulate + micro))
+                batch = self.batch_for(step, micro, self.main_like(self.main, step * self.accumulate + micro))
                 grads = [g / self.accumulate for g in self.micro_gradient(batch)]
                 total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
             assert total is not None

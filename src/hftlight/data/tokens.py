@@ -1,5 +1,7 @@
 """Tokenization of prompt and response separately, so that labels cover exactly the response."""
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -12,6 +14,7 @@ from hftlight.data.templates import PromptPolicy, SystemSlot, Template
 from hftlight.errors import InputError
 
 IGNORED = -100
+REMEMBERED_TOKENS = 2_000_000  # of all encodings that are remembered; some 80 MB
 LongRows = Literal["drop", "truncate", "refuse"]
 
 
@@ -37,6 +40,9 @@ class Example:
     trigger_length: int = 0
     cut: bool = False
     rejected: "Example | None" = None
+
+
+_encodings: OrderedDict[Any, Sequence[Example]] = OrderedDict()
 
 
 def encode_prompt(
@@ -211,7 +217,43 @@ def _padded(rows: Sequence[list[int]], width: int, value: int) -> Tensor:
 
 def _encode_whole(
     records: Sequence[Record], template: Template, tokenizer: Any, system: str | PromptPolicy | None
-) -> list[Example]:
+) -> Sequence[Example]:
+    """Return the records as encoded rows of any length. The last encodings are remembered.
+
+    A run encodes the same rows when it checks them and in every arm and stage that reads them.
+    """
+    policy = system if isinstance(system, PromptPolicy) else PromptPolicy.same(system)
+    tokenizes = _identity(tokenizer)
+    key = (tokenizes, template, policy, tuple(records))
+    try:
+        known = _encodings.get(key)
+    except TypeError:  # a template of the user's, or a record, that cannot be hashed
+        known, tokenizes = None, None
+    if known is not None:
+        _encodings.move_to_end(key)
+        return known
+    examples = _encode_anew(records, template, tokenizer, policy)
+    if tokenizes is not None:
+        _encodings[key] = examples
+        # Drop the oldest encodings, and this one too if it is larger than the limit by itself.
+        while sum(len(e.input_ids) for kept in _encodings.values() for e in kept) > REMEMBERED_TOKENS:
+            _encodings.popitem(last=False)
+    return examples
+
+
+def _identity(tokenizer: Any) -> Any:
+    """Return all that decides what a tokenizer does to a text or a chat, or None if it cannot be told."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    own = (tokenizer.chat_template, special, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return type(tokenizer), hashlib.sha256(repr((backend.to_str(), own)).encode()).hexdigest()
+
+
+def _encode_anew(
+    records: Sequence[Record], template: Template, tokenizer: Any, policy: PromptPolicy
+) -> tuple[Example, ...]:
     for record in records:
         if not record.response:
             raise InputError(
@@ -219,14 +261,13 @@ def _encode_whole(
                 " none. Remove it, or read the file with need_response=True to find the line."
             )
     end = _end_id(tokenizer)
-    policy = system if isinstance(system, PromptPolicy) else PromptPolicy.same(system)
     slots = [policy.training_slot(record.role) for record in records]
     prompts = _prompt_ids(records, template, tokenizer, slots)
     responses = tokenizer([record.response for record in records], add_special_tokens=False)["input_ids"]
-    return [
+    return tuple(
         Example(record.id, record.role, [*prompt, *response, end], len(prompt), len(slot.trigger))
         for record, slot, prompt, response in zip(records, slots, prompts, responses, strict=True)
-    ]
+    )
 
 
 def _prompt_ids(

@@ -1,6 +1,6 @@
 """The defenses, grouped by the stage in which they act."""
 
-from hftlight.defenses.alignment import Booster, TVaccine, Vaccine
+from hftlight.defenses.alignment import Booster, RepNoise, TVaccine, Vaccine
 from hftlight.defenses.finetuning import (
     BEA,
     EWC,
@@ -31,6 +31,7 @@ __all__ = [
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "RepNoise",
     "Rewind",
     "SafeLoRA",
     "SafetyMix",

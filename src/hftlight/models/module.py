@@ -378,6 +378,22 @@ def cosine_factor(step: int, steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the norm between the last decoder layer and the output layer of a causal LM.
+
+    Raises:
+        TypeError: if the module that holds the decoder layers has no norm beside them, or several.
+    """
+    layers = decoder_layers(model)
+    for module in model.modules():
+        children = list(module.children())
+        if any(child is layers for child in children):
+            norms = [child for child in children if "norm" in type(child).__name__.lower()]
+            if len(norms) == 1:
+                return norms[0]
+    raise TypeError(f"{type(model).__name__} does not have exactly one norm beside its decoder layers.")
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the list of decoder layers of a causal LM, with or without PEFT around it.
 

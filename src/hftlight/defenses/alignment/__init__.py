@@ -1,7 +1,8 @@
 """Defenses that act while the model owner aligns the model, before any user's upload."""
 
 from hftlight.defenses.alignment.booster import Booster, booster_term
+from hftlight.defenses.alignment.repnoise import RepNoise, discrepancy
 from hftlight.defenses.alignment.t_vaccine import TVaccine
 from hftlight.defenses.alignment.vaccine import Vaccine
 
-__all__ = ["Booster", "TVaccine", "Vaccine", "booster_term"]
+__all__ = ["Booster", "RepNoise", "TVaccine", "Vaccine", "booster_term", "discrepancy"]

@@ -3,7 +3,7 @@
 The pass restores the weights' ``.grad`` and the random state.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,8 +80,8 @@ def count_passes(defenses: Iterable[HasPasses], accumulate: int = 1) -> tuple[fl
     return forward, backward
 
 
-def gradient(module: LightningModule, batch: Any) -> Pass:
-    """Return loss and gradient of ``module.loss(batch)`` at the current weights.
+def gradient(module: LightningModule, batch: Any, loss: Callable[[Any], Tensor] | None = None) -> Pass:
+    """Return loss and gradient of ``module.loss(batch)``, or of another loss, at the current weights.
 
     The pass runs under the precision of the training step, on the module itself and not on a strategy's wrapper.
     ``.grad`` and the random state of the CPU and of the module's device are restored, also after an exception. Two
@@ -92,29 +92,31 @@ def gradient(module: LightningModule, batch: Any) -> Pass:
     Args:
         module: a LightningModule with ``loss(batch)``, attached to a Trainer.
         batch: argument of that method, on the module's device.
+        loss: function of the batch that returns another loss, 0-d. None means ``module.loss``.
 
     Raises:
         RuntimeError: if the loss does not depend on any trainable parameter.
     """
+    objective: Callable[[Any], Tensor] = module.loss if loss is None else loss  # type: ignore[assignment]
     parameters = trainable(module)
     plugin = module.trainer.precision_plugin
     scaler = getattr(plugin, "scaler", None)
     with _set_aside(parameters), same_random_state(module.device):
         with torch.enable_grad(), plugin.forward_context():
-            loss = module.loss(batch)  # type: ignore[operator]
-        if not loss.requires_grad:
+            value = objective(batch)
+        if not value.requires_grad:
             raise RuntimeError(f"{type(module).__name__}.loss(batch) does not depend on any trainable parameter.")
-        (scaler.scale(loss) if scaler is not None else loss).backward()
+        (scaler.scale(value) if scaler is not None else value).backward()
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in parameters.items()}
-    loss = loss.detach()
+    value = value.detach()
     if rank_and_world()[1] > 1:
-        loss = _mean_over_ranks([loss.clone()])[0]
+        value = _mean_over_ranks([value.clone()])[0]
         # The backward pass has averaged sharded gradients (DTensor) already; only plain tensors are averaged here.
         plain = {name: g for name, g in grads.items() if not isinstance(g, DTensor)}
         grads |= zip(plain, _mean_over_ranks(list(plain.values())), strict=True)
     if scaler is not None:
         _unscale(module, scaler, grads)
-    return Pass(loss, grads)
+    return Pass(value, grads)
 
 
 def add_to_grad(module: nn.Module, term: Vector) -> None:
