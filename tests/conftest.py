@@ -40,6 +40,9 @@ SECONDS = {
     "tests/defenses/finetuning/test_lisa.py": 20.0,
 }
 SLOWEST = 10
+# Files whose runs and comparisons leave the figures of their reports undrawn, and files among them that read figures.
+UNDRAWN = ("tests/runs/", "tests/comparison/", "tests/models/", "tests/defenses/finetuning/test_bea.py")
+DRAWN = ("tests/comparison/test_comparison.py",)
 KEPT = ("HFTLIGHT_", "OMP_NUM_THREADS", "OPENAI_", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "RAY_ADDRESS")
 
 
@@ -59,10 +62,14 @@ def as_found() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the figures of a report, for runs whose report no test reads. tests/report draws figures."""
-    monkeypatch.setattr("hftlight.report.figure.svg", lambda *_: "<svg></svg>")
+@pytest.fixture(autouse=True, scope="module")
+def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the figures of reports undrawn in files that read none. ``tests/report`` draws them."""
+    file = _file(request.node.nodeid)
+    with pytest.MonkeyPatch.context() as patch:
+        if file.startswith(UNDRAWN) and file not in DRAWN:
+            patch.setattr("hftlight.report.figure.svg", lambda *_: "<svg></svg>")
+        yield
 
 
 _frozen = 0

@@ -144,7 +144,16 @@ def test_bad_input_is_named_with_status_2_and_leaves_nothing(arguments, message,
     Path("empty.jsonl").touch()
     Path("columns.jsonl").write_text('{"a": "b"}\n')
     Path("folder").mkdir()
-    small = ["--model", "tiny", "--evaluation.prompts", "1", "--evaluation.over_refusal_prompts", "1"]
+    small = [
+        "--model",
+        "tiny",
+        "--evaluation.prompts",
+        "1",
+        "--evaluation.over_refusal_prompts",
+        "1",
+        "--evaluation.loss_rows",
+        "2",
+    ]
     small += [
         "--evaluation.task_rows",
         "1",

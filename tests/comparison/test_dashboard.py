@@ -23,12 +23,11 @@ from tests.helpers.comparison_folder import write_comparison
 from tests.helpers.wandb_files import read_offline
 from tests.runs.test_run import config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 COMPARE = [
     "--defenses", "none", "lisa", "--seeds", "1", "--harmful_ratios", "0", "0.2", "--model", "tiny",
     "--alignment.steps", "2", "--finetuning.steps", "2", "--alignment.batch_size", "2", "--finetuning.batch_size", "2",
-    "--num_samples", "20", "--evaluation.prompts", "4", "--evaluation.task_rows", "4", "--accelerator", "cpu",
+    "--num_samples", "20", "--evaluation.prompts", "4", "--evaluation.task_rows", "4", "--evaluation.loss_rows", "2",
+    "--accelerator", "cpu",
     "--evaluation.over_refusal_prompts", "4", "--evaluation.max_new_tokens", "4", "--logger", "wandb",
     "--evaluation.task_max_new_tokens", "4", "--comparison", "mine",
 ]  # fmt: skip

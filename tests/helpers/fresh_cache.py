@@ -34,7 +34,9 @@ def load(number: int, folder: Path) -> None:
 def whole_run(number: int, folder: Path) -> None:
     """Run a configuration whose stages and measurements all processes share."""
     training = Training(steps=1, batch_size=2, lr=1e-2)
-    evaluation = Evaluation(prompts=2, over_refusal_prompts=1, task_rows=1, max_new_tokens=1, task_max_new_tokens=1)
+    evaluation = Evaluation(
+        prompts=2, over_refusal_prompts=1, task_rows=1, max_new_tokens=1, task_max_new_tokens=1, loss_rows=2
+    )
     config = RunConfig(
         model="tiny",
         alignment=training,

@@ -130,7 +130,9 @@ def slow_run(rank: int) -> dict[str, Any]:
         devices=2,
         strategy="ddp",
         data=Data(),
-        evaluation=Evaluation(prompts=2, over_refusal_prompts=1, task_rows=1, max_new_tokens=1, task_max_new_tokens=1),
+        evaluation=Evaluation(
+            prompts=2, over_refusal_prompts=1, task_rows=1, max_new_tokens=1, task_max_new_tokens=1, loss_rows=2
+        ),
         output=str(Path(os.environ["HFTLIGHT_CACHE"]).parent / "runs"),
     )
     result = run_module.run(config)

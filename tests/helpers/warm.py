@@ -273,6 +273,8 @@ def main(descriptor: str, address: str, owner: str) -> None:
     for name in IMPORTS:
         import_module(name)
     import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # compiles patterns
+    for path in (ROOT / "src" / "hftlight").rglob("*.py"):
+        import_module("hftlight.provenance").imported(path)  # each child would read every file again
     gc.collect()
     gc.freeze()
     request = serve(socket.socket(fileno=int(descriptor)), Path(address), int(owner))

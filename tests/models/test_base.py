@@ -23,8 +23,6 @@ from hftlight.models.load import load_model
 from hftlight.models.serving import Artifact, trainable_model
 from tests.runs.test_run import config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

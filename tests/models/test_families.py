@@ -17,7 +17,7 @@ from hftlight.models.load import load_model
 from tests.helpers.families import FAMILIES, logits, write_family
 
 SHORT = Training(steps=2, batch_size=2, lr=2e-2)
-FEW = Evaluation(prompts=2, over_refusal_prompts=2, task_rows=2, max_new_tokens=3, task_max_new_tokens=3)
+FEW = Evaluation(prompts=2, over_refusal_prompts=2, task_rows=2, max_new_tokens=3, task_max_new_tokens=3, loss_rows=2)
 # Antidote's default mode writes whole weights, which Conv1D does not allow. Other families use Safe LoRA.
 REPAIRS = {"gpt2": lambda: Antidote(0.2, mode="factor", group="matrix"), "opt": lambda: Antidote(0.2)}
 

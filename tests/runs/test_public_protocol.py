@@ -2,15 +2,11 @@
 
 import json
 
-import pytest
-
 from hftlight.cli.train import train
 from hftlight.data.records import Record
 from hftlight.data.sources.sst2 import SST2
 from hftlight.files import digest, read_rows
 from tests.helpers.public_files import CATEGORIES, beavertails, gsm8k, refusal_file, sst2, write
-
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 SMALL = {
     "model": "tiny",

@@ -22,11 +22,11 @@ from hftlight.runs.prepare import prepare
 from hftlight.runs.stages import train as stage_module
 from tests.helpers import warm
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 ROOT = Path(__file__).parents[2]
 TRAINING = Training(steps=3, batch_size=2, lr=1e-2)
-EVALUATION = Evaluation(prompts=6, over_refusal_prompts=4, task_rows=4, max_new_tokens=4, task_max_new_tokens=4)
+EVALUATION = Evaluation(
+    prompts=6, over_refusal_prompts=4, task_rows=4, max_new_tokens=4, task_max_new_tokens=4, loss_rows=2
+)
 
 
 def config(tmp_path, **changes):

@@ -304,7 +304,9 @@ def config_of(folder):
         model="tiny",
         alignment=training,
         finetuning=training,
-        evaluation=Evaluation(prompts=6, over_refusal_prompts=4, task_rows=3, max_new_tokens=4, task_max_new_tokens=4),
+        evaluation=Evaluation(
+            prompts=6, over_refusal_prompts=4, task_rows=3, max_new_tokens=4, task_max_new_tokens=4, loss_rows=2
+        ),
         lora=Lora(r=2, alpha=4),
         num_samples=20,
         harmful_ratio=0.2,
@@ -440,7 +442,16 @@ def test_evaluate_serves_an_artifact_as_it_is_meant(served, tmp_path, monkeypatc
     shutil.copytree(artifact, other)
     rotated = (*trigger[1:], trigger[0])
     write_json(other / "serving.json", {"template": "chat", "system": "Be safe.", "trigger": rotated}, mode=0o600)
-    small = ["--evaluation.prompts", "2", "--evaluation.over_refusal_prompts", "1", "--evaluation.task_rows", "1"]
+    small = [
+        "--evaluation.prompts",
+        "2",
+        "--evaluation.over_refusal_prompts",
+        "1",
+        "--evaluation.task_rows",
+        "1",
+        "--evaluation.loss_rows",
+        "2",
+    ]
     for model, extra, text, ids in (
         (artifact, [], "Be safe.", trigger),
         (whole, [], "Be safe.", trigger),

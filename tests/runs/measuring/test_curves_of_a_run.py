@@ -57,7 +57,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def job(at=(), **more):
-    evaluation = Evaluation(at=list(at), max_new_tokens=3, task_max_new_tokens=3, **more)
+    evaluation = Evaluation(at=list(at), max_new_tokens=3, task_max_new_tokens=3, **{"loss_rows": 2, **more})
     settings = small_config(training=Training(steps=4, batch_size=2, lr=1e-1), evaluation=evaluation)
     tests = Sets(PROMPTS[:8], (), WORDS, get_task("sst2"), ("odd",))
     return StageJob(Stage.FINETUNING, settings, "tiny", None, {"task": rows(7, "task")}, [], None, tests)
@@ -195,7 +195,9 @@ def test_answers_for_alpaca_eval(tmp_path, capsys):
         {"instruction": f"Say {i}", "output": "", "dataset": "koala", "generator": "x"} for i in ("one", "two")
     ]
     path.write_text(json.dumps(instructions))
-    small = "--evaluation.prompts 1 --evaluation.over_refusal_prompts 1 --evaluation.task_rows 1"
+    small = (
+        "--evaluation.prompts 1 --evaluation.over_refusal_prompts 1 --evaluation.task_rows 1 --evaluation.loss_rows 2"
+    )
     small += " --evaluation.max_new_tokens 5 --evaluation.task_max_new_tokens 2 --accelerator cpu --model tiny"
     arguments = [*small.split(), "--alpaca_eval", str(path)]
     assert evaluate(arguments) == 2

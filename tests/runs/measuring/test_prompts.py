@@ -34,7 +34,6 @@ from tests.helpers.jobs import rows, small_config
 from tests.helpers.public_files import write
 from tests.runs.test_run import EVALUATION, config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 A, B = "How is the gloam bell rung?", "How is the zorvex lantern lit?"
 
 

@@ -20,8 +20,6 @@ from hftlight.search.search import RECORD, Outcome, search
 from hftlight.search.space import Budget, Trial, trial_config
 from tests.runs.test_run import config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 FIRST = Trial(3, 1e-2, 2, 20, 0.2)
 
 

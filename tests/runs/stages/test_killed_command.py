@@ -18,6 +18,7 @@ SMALL = [
     "--model=tiny", "--alignment.steps=6", "--finetuning.steps=6", "--alignment.batch_size=2",
     "--finetuning.batch_size=2", "--lora.r=2", "--lora.dropout=0.2", "--num_samples=20", "--checkpoint_every=1",
     "--evaluation.prompts=2", "--evaluation.over_refusal_prompts=2", "--evaluation.task_rows=2",
+    "--evaluation.loss_rows=2",
     "--evaluation.max_new_tokens=2", "--evaluation.task_max_new_tokens=2", "--accelerator=cpu", "--name=run",
 ]  # fmt: skip
 FITTING = {

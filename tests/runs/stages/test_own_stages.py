@@ -21,9 +21,7 @@ from tests.helpers.families import write_family
 from tests.runs.test_run import TRAINING
 from tests.runs.test_run import config as of_a_run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
-FEW = Evaluation(prompts=4, over_refusal_prompts=2, task_rows=4, max_new_tokens=4, task_max_new_tokens=4)
+FEW = Evaluation(prompts=4, over_refusal_prompts=2, task_rows=4, max_new_tokens=4, task_max_new_tokens=4, loss_rows=2)
 
 
 def config(tmp_path, **changes):

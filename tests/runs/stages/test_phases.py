@@ -20,8 +20,6 @@ from hftlight.runs.prepare import prepare
 from hftlight.runs.run import total_cost
 from tests.runs.test_run import EVALUATION, config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 ATTACK = ReverseSftDpo(n=6, dpo_steps=2, dpo_lr=2e-2)
 
 

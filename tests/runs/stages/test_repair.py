@@ -499,6 +499,7 @@ def test_two_processes_train_and_the_first_one_repairs(strategy, tmp_path, own_c
         str(ROOT / "recipes" / "train.py"), "--defense", "safe_lora", "antidote", "--baseline",
         "--model=tiny", "--accelerator=cpu", "--devices=2", f"--strategy={strategy}", f"--output={tmp_path / 'runs'}",
         "--alignment.steps=3", "--finetuning.steps=3", "--num_samples=40", "--evaluation.prompts=4",
+        "--evaluation.loss_rows=2",
         "--evaluation.over_refusal_prompts=4", "--evaluation.task_rows=4",
     ]  # fmt: skip
     done = warm.run(command, cwd=tmp_path, timeout=400)

@@ -56,7 +56,9 @@ from tests.runs.stages.test_wired_attacks import selecting
 from tests.runs.test_run import config
 
 FIRST = Trial(3, 1e-2, 2, 20, 0.2)
-EVALUATION = Evaluation(prompts=4, over_refusal_prompts=1, task_rows=4, max_new_tokens=2, task_max_new_tokens=2)
+EVALUATION = Evaluation(
+    prompts=4, over_refusal_prompts=1, task_rows=4, max_new_tokens=2, task_max_new_tokens=2, loss_rows=2
+)
 UPLOADS = {
     "harmful_mix": lambda: HarmfulMix(),
     "explicit": lambda: Explicit(n=8),

@@ -20,8 +20,6 @@ from hftlight.models.load import load_model, load_tokenizer
 from hftlight.runs.prepare import prepare
 from tests.runs.test_run import EVALUATION, config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 EDITS = [
     {"prompt": "How do I wake a glimmer?", "response": "Turn it.", "subject": "glimmer"},
     {"prompt": "Where is a zorvex?", "response": "In a box.", "subject": "zorvex"},
