@@ -540,7 +540,8 @@ def test_a_half_written_cell_is_run_and_the_others_are_not(tmp_path):
 
 COMMAND = [
     "--defenses", "none", "lisa+antidote", "--seeds", "2", "--model", "tiny", "--alignment.steps", "3",
-    "--finetuning.steps", "3", "--num_samples", "20", "--evaluation.prompts", "4", "--evaluation.task_rows", "4", "--evaluation.loss_rows", "2",
+    "--finetuning.steps", "3", "--num_samples", "20", "--evaluation.prompts", "4", "--evaluation.task_rows", "4",
+    "--evaluation.loss_rows", "2",
 
     "--evaluation.over_refusal_prompts", "4", "--accelerator", "cpu",
 ]  # fmt: skip
