@@ -10,8 +10,16 @@ from hftlight.runs.stages.train import StageJob
 
 
 def rows(count: int, role: Any) -> list[Record]:
-    """Return short made-up rows of different lengths."""
-    return [Record(f"ask {role} {i}" + "?" * (i % 5), f"answer {i}" + "!" * (i % 3), role=role) for i in range(count)]
+    """Return short made-up rows of different lengths; rows of ``pairs`` have a rejected answer too."""
+    return [
+        Record(
+            f"ask {role} {i}" + "?" * (i % 5),
+            f"answer {i}" + "!" * (i % 3),
+            role=role,
+            rejected=f"other {i}" + "." * (i % 4) if role == "pairs" else "",
+        )
+        for i in range(count)
+    ]
 
 
 def small_config(**changes: Any) -> RunConfig:

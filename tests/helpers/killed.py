@@ -24,7 +24,7 @@ from hftlight import cache
 from hftlight.config import Training
 from hftlight.console import quiet
 from hftlight.defenses import Antidote, Booster, ConstrainedSFT, Freeze, Lisa, SafeLoRA, SafetyMix, Vaccine
-from hftlight.engine import Stage, in_order
+from hftlight.engine import Stage, in_order, main_stream
 from hftlight.model_files import model_hash
 from hftlight.models.module import SafetyModule
 from tests.helpers.contract import rows as contract_rows
@@ -41,7 +41,7 @@ COMBINATIONS = {
     "vaccine+freeze+safe_lora": lambda: [Vaccine(0.5), Freeze(0.5, 0.25, samples=4), SafeLoRA(fraction=0.5)],
     "safety_mix+constrained_sft": lambda: [SafetyMix(ratio=0.5), ConstrainedSFT()],
 }
-STREAMS = {name: rows(count, name) for name, count in (("alignment", 7), ("harmful", 5), ("task", 9))}
+STREAMS = {name: rows(count, name) for name, count in (("alignment", 7), ("harmful", 5), ("pairs", 5), ("task", 9))}
 STREAMS["refusals"] = STREAMS["alignment"]
 
 
@@ -86,7 +86,8 @@ def chain(defenses: list[Any]) -> str:
     needed = {name for d in defenses for name in d.streams}
     aligned = finetuned = None
     if of[Stage.ALIGNMENT] or of[Stage.POST_FINETUNING]:
-        streams = {name: STREAMS[name] for name in sorted({"alignment", *needed} - {"task"})}
+        main = main_stream(of[Stage.ALIGNMENT], "alignment")
+        streams = {name: STREAMS[name] for name in sorted({main, *needed} - {"task"})}
         job = stage.StageJob(Stage.ALIGNMENT, config, "tiny", None, streams, of[Stage.ALIGNMENT])
         begin(job)
         stage.run_stage(job, on_step=lambda *_: tick("step"))
