@@ -40,6 +40,8 @@ class Row:
         slow: the independent loop; None for the data and weights slots.
         records: for the data slot, an independent computation of the training rows.
         per_micro_batch: why the result depends on how a step is cut into micro-batches; empty if it does not.
+        per_rank: whether each process's micro-batch is treated by itself, so that two processes equal one process
+            with twice the micro-batches.
         tunings: the tunings that the defense supports.
         refuses: strategy or Lightning callback -> words of the error.
     """
@@ -51,6 +53,7 @@ class Row:
     slow: "type[Slow] | None" = None
     records: Callable[[dict[str, list[Record]], int], dict[str, list[Record]]] | None = None
     per_micro_batch: str = ""
+    per_rank: bool = False
     tunings: tuple[str, ...] = ("lora", "full")
     refuses: Mapping[str, str] = field(default_factory=dict)
 

@@ -36,7 +36,7 @@ def main(strategy: str, output: str) -> None:
             module = train(
                 [defense],
                 row.tunings[0],
-                accumulate=2,
+                accumulate=4 if row.per_rank and strategy == "one" else 2,
                 clip=1.0,
                 dtype=torch.float32,
                 devices=devices,

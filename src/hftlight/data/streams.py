@@ -1,6 +1,6 @@
 """StreamsDataModule: the streams of a run by name, in an order that can resume at any position."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -57,6 +57,13 @@ class ExampleStream:
     def batch(self, index: int) -> dict[str, Any]:
         """Return this rank's batch number ``index``, from 0."""
         return collate(self.rows(index, rank_and_world()[0]), self.pad_id)
+
+    def part(self, name: str, chosen: Callable[[str], bool]) -> "ExampleStream":
+        """Return the stream of the rows whose id is chosen, shuffled under another name."""
+        rows = [e for e in self.examples if chosen(e.id)]
+        part = type(self)(rows, name, self.batch_size, self.pad_id, self.seed, self.order)
+        _ = part.per_pass  # refuses a part that is too small
+        return part
 
     def tokens(self, index: int) -> int:
         """Return the number of response tokens in batch number ``index``, over all ranks."""

@@ -1,6 +1,6 @@
 """The defenses, grouped by the stage in which they act."""
 
-from hftlight.defenses.alignment import Booster, RepNoise, TVaccine, Vaccine
+from hftlight.defenses.alignment import TAR, Booster, RepNoise, TVaccine, Vaccine
 from hftlight.defenses.finetuning import (
     BEA,
     EWC,
@@ -26,6 +26,7 @@ __all__ = [
     "MLLR",
     "PTST",
     "SPPFT",
+    "TAR",
     "Antidote",
     "Booster",
     "ConstrainedSFT",

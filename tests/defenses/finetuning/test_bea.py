@@ -442,16 +442,7 @@ def test_evaluate_serves_an_artifact_as_it_is_meant(served, tmp_path, monkeypatc
     shutil.copytree(artifact, other)
     rotated = (*trigger[1:], trigger[0])
     write_json(other / "serving.json", {"template": "chat", "system": "Be safe.", "trigger": rotated}, mode=0o600)
-    small = [
-        "--evaluation.prompts",
-        "2",
-        "--evaluation.over_refusal_prompts",
-        "1",
-        "--evaluation.task_rows",
-        "1",
-        "--evaluation.loss_rows",
-        "2",
-    ]
+    small = ["--evaluation.prompts", "2", "--evaluation.over_refusal_prompts", "1", "--evaluation.task_rows", "1"]
     for model, extra, text, ids in (
         (artifact, [], "Be safe.", trigger),
         (whole, [], "Be safe.", trigger),

@@ -54,7 +54,7 @@ class SlowRepNoise(Slow):
         step, micro = divmod(self.taken, self.accumulate)
         self.taken += 1
         for number, output in enumerate(outputs):
-            seed = draws(0, step, f"repnoise/{number}/0/{micro}").getrandbits(62)
+            seed = draws(0, step, f"repnoise/{number}/{micro}").getrandbits(62)
             noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype)
             x, y = (
                 torch.stack([(r * m[:, None]).flatten() for r, m in zip(t, masks[1], strict=True)])
@@ -85,5 +85,6 @@ ROW = Row(
         ({"labels": "float16"}, "labels"),
     ],
     slow=SlowRepNoise,
+    per_rank=True,
     per_micro_batch="the discrepancy compares the rows of one micro-batch, and the logarithm is taken per micro-batch",
 )

@@ -169,7 +169,7 @@ def test_a_run_with_everything_asked_for(tmp_path):
     assert len(further) == 10  # 3 perplexities, 1 drift, 6 losses
     for metric in ("alignment_loss", "harmful_validation_loss"):
         losses = [result.score("none", stage, metric) for stage in ("base", "alignment", "finetuning")]
-        assert [loss.count for loss in losses] == [50] * 3
+        assert [loss.count for loss in losses] == [2] * 3
         assert all(loss.low < loss.value < loss.high for loss in losses)
         assert len({loss.value for loss in losses}) == 3
     assert run(settings).scores == read_result(result.folder).scores
@@ -195,9 +195,7 @@ def test_answers_for_alpaca_eval(tmp_path, capsys):
         {"instruction": f"Say {i}", "output": "", "dataset": "koala", "generator": "x"} for i in ("one", "two")
     ]
     path.write_text(json.dumps(instructions))
-    small = (
-        "--evaluation.prompts 1 --evaluation.over_refusal_prompts 1 --evaluation.task_rows 1 --evaluation.loss_rows 2"
-    )
+    small = "--evaluation.prompts 1 --evaluation.over_refusal_prompts 1 --evaluation.task_rows 1"
     small += " --evaluation.max_new_tokens 5 --evaluation.task_max_new_tokens 2 --accelerator cpu --model tiny"
     arguments = [*small.split(), "--alpaca_eval", str(path)]
     assert evaluate(arguments) == 2

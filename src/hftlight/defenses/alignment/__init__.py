@@ -3,6 +3,7 @@
 from hftlight.defenses.alignment.booster import Booster, booster_term
 from hftlight.defenses.alignment.repnoise import RepNoise, discrepancy
 from hftlight.defenses.alignment.t_vaccine import TVaccine
+from hftlight.defenses.alignment.tar import TAR, step_weights
 from hftlight.defenses.alignment.vaccine import Vaccine
 
-__all__ = ["Booster", "RepNoise", "TVaccine", "Vaccine", "booster_term", "discrepancy"]
+__all__ = ["TAR", "Booster", "RepNoise", "TVaccine", "Vaccine", "booster_term", "discrepancy", "step_weights"]

@@ -114,11 +114,11 @@ class RepNoise(Defense):
         Equation 5 and Algorithm 1 disagree about alpha and beta.
     Differs: M covers response tokens only. The official mask includes padding where one answer has ended, and leaves
         out token 0. The ascent's gradient is computed layer by layer with the loss, and held instead of the logits.
-        Noise depends on seed, step, layer and process, so that a resumed step repeats it. The discrepancy is computed
-        in float32 per micro-batch and then averaged. Layers before the first trained weight have no noise term. Hooks
-        are removed after each pass; the official code adds more at every call. Presets keep LoRA possible, the paper
-        trains all parameters. ``booster_port`` keeps the rounded labels of a known-bad port and its ascent weight. Its
-        unpaired batches and its mask over prompt and padding are not reproduced.
+        Noise depends on seed, step, layer and micro-batch, so that a resumed step repeats it. The discrepancy is
+        computed in float32 per micro-batch and then averaged. Layers before the first trained weight have no noise
+        term. Hooks are removed after each pass; the official code adds more at every call. Presets keep LoRA
+        possible, the paper trains all parameters. ``booster_port`` keeps the rounded labels of a known-bad port and
+        its ascent weight. Its unpaired batches and its mask over prompt and padding are not reproduced.
     """
 
     stage, slots, main = Stage.ALIGNMENT, (Slot.LOSS, Slot.GRADIENT), "pairs"
@@ -312,12 +312,14 @@ class RepNoise(Defense):
 
     def _noise(self, module: LightningModule, outputs: Mapping[str, Tensor], mask: Tensor, micro: int) -> Tensor:
         """Return the mean discrepancy of MLP outputs and noise over the layers, 0-d."""
-        layers = len(outputs)
+        layers, (rank, world) = len(outputs), rank_and_world()
         values = []
         for number, output in outputs.items():
             if not output.requires_grad:  # no trained weight lies before this layer
                 continue
-            where = f"repnoise/{number}/{rank_and_world()[0]}/{micro}"
+            # Numbered over all ranks, so that a step has the same noise however its micro-batches are dealt out.
+            index = micro * world + rank
+            where = f"repnoise/{number}/{index}"
             seed = draws(trainer_seed(), module.trainer.global_step, where).getrandbits(62)
             generator = torch.Generator(output.device).manual_seed(seed)
             # Exponentials of ratios of large sums need float32, also within autocast.

@@ -3,10 +3,11 @@
 A position in a stream is one integer, which a checkpoint can store.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hftlight.engine.step.order import batches_per_pass, passes_order, rank_and_world
 
@@ -17,6 +18,14 @@ class Stream(Protocol):
 
     def batch(self, index: int) -> Any:
         """Return this rank's batch number ``index``, counted from 0, on the CPU."""
+
+    def part(self, name: str, chosen: Callable[[str], bool]) -> "Stream":
+        """Return the stream of some of the rows.
+
+        Args:
+            name: name of the new stream, which enters its random order.
+            chosen: whether a row belongs to the part, by the row's id.
+        """
 
 
 class LoaderStream:
@@ -68,6 +77,34 @@ class LoaderStream:
             order = passes_order(self.rows, self.source.batch_size, self.seed, self.name, epoch)
             self._pass = (epoch, order)
         return self.source.collate_fn([self.source.dataset[row] for row in self._pass[1][position]])
+
+    def part(self, name: str, chosen: Callable[[str], bool]) -> "LoaderStream":
+        """Return the stream of some rows. The id of a row is its number in the data set, or that of its batch."""
+        if not isinstance(self.source, DataLoader):
+            return LoaderStream([b for i, b in enumerate(self.source) if chosen(str(i))], name, self.seed)
+        rows = Subset(self.source.dataset, [i for i in range(self.rows) if chosen(str(i))])
+        loader = DataLoader(rows, batch_size=self.source.batch_size, collate_fn=self.source.collate_fn)
+        return LoaderStream(loader, name, self.seed)
+
+
+def halves(stream: Stream, name: str, fraction: float) -> tuple[Stream, Stream]:
+    """Return two streams without common rows: most of the rows, and those that are held out.
+
+    A hash of the row's id decides, so that further rows do not move a row to the other part.
+
+    Args:
+        stream: all rows.
+        name: name of the stream.
+        fraction: fraction of the rows that are held out, in (0, 1).
+
+    Raises:
+        ValueError: if a part has less than one batch.
+    """
+
+    def held_out(row: str) -> bool:
+        return int(hashlib.sha256(f"held out/{row}".encode()).hexdigest()[:12], 16) < fraction * 16**12
+
+    return stream.part(name, lambda row: not held_out(row)), stream.part(f"{name}, held out", held_out)
 
 
 def _length(dataset: Dataset[Any]) -> int:

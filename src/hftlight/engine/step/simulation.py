@@ -15,8 +15,9 @@ from hftlight.engine.step.vectors import Vector, local, trainable
 def simulated(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """Yield the trainable parameters by name, and restore weights, buffers and dropout when the block ends.
 
-    The block may change the parameters in place. Dropout is off inside the block, in every submodule. Everything is
-    restored from copies, also after an exception. Sharded parameters are copied and restored shard by shard.
+    The block may change the parameters in place. Dropout is off inside the block, in every submodule, while gradient
+    checkpointing stays on. Everything is restored from copies, also after an exception. Sharded parameters are copied
+    and restored shard by shard.
 
     Args:
         module: the module whose training is simulated.
@@ -37,6 +38,9 @@ def simulated(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
+        for part, mode in modes:
+            if getattr(part, "gradient_checkpointing", False):
+                part.training = mode  # of this module alone; a layer checkpoints itself only in training mode
         yield parameters
     finally:
         with torch.no_grad():
@@ -90,6 +94,25 @@ class InnerAdamW:
             eps=self.eps,
             maximize=False,
         )
+
+
+class InnerSGD:
+    """Plain gradient descent, which updates parameters in place.
+
+    Args:
+        parameters: the parameters by name; of sharded ones, this rank's shards are updated.
+        lr: learning rate, >= 0.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float) -> None:
+        self.lr = lr
+        self._targets = {name: local(p.detach()) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, gradient: Vector) -> None:
+        """Take one step along a gradient with the same names."""
+        steps = [local(gradient[name]) for name in self._targets]
+        torch._foreach_add_(list(self._targets.values()), steps, alpha=-self.lr)
 
 
 def draws(seed: int, step: int, name: str) -> random.Random:
