@@ -431,6 +431,7 @@ def tell_gpus(spec):
     return ""
 
 
+@pytest.mark.slow
 def test_each_cell_sees_gpus_of_its_own_and_its_share_of_the_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "run_cell", tell_gpus)
     monkeypatch.setattr(sweep, "plan", lambda *_: {})

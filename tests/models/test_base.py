@@ -21,6 +21,7 @@ from hftlight.models.adapters import attach
 from hftlight.models.base import drop_base, keeps_base, lent_model
 from hftlight.models.load import load_model
 from hftlight.models.serving import Artifact, trainable_model
+from tests.helpers.slow import some_slow
 from tests.runs.test_run import config
 
 
@@ -61,7 +62,7 @@ def same_as_fresh(model):
     return fresh.keys() == state.keys() and all(torch.equal(fresh[k], state[k]) for k in fresh)
 
 
-@pytest.mark.parametrize("protocol", ["merge", "continue"])
+@pytest.mark.parametrize("protocol", some_slow(["merge", "continue"], fast={"continue"}))
 def test_two_cells_load_the_base_once(protocol, tmp_path, loads):
     settings = config(tmp_path, adapter_protocol=protocol)
     outcome = compare(settings, Grid(("none", "lisa")), tmp_path / "c")
@@ -70,7 +71,7 @@ def test_two_cells_load_the_base_once(protocol, tmp_path, loads):
     assert not base_model._kept
 
 
-@pytest.mark.parametrize("protocol", ["merge", "continue"])
+@pytest.mark.parametrize("protocol", some_slow(["merge", "continue"], fast={"merge"}))
 def test_results_are_those_of_a_fresh_base_each_time(protocol, tmp_path, monkeypatch, loads):
     results = []
     for keep in (True, False):

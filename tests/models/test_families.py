@@ -15,6 +15,7 @@ from hftlight.defenses import Antidote, SafeLoRA
 from hftlight.errors import InputError
 from hftlight.models.load import load_model
 from tests.helpers.families import FAMILIES, logits, write_family
+from tests.helpers.slow import some_slow
 
 SHORT = Training(steps=2, batch_size=2, lr=2e-2)
 FEW = Evaluation(prompts=2, over_refusal_prompts=2, task_rows=2, max_new_tokens=3, task_max_new_tokens=3, loss_rows=2)
@@ -49,7 +50,7 @@ def plain(folder):
     return auto.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, fast={"gpt2", "gemma", "llama"}))
 def test_a_family_goes_through_every_stage_and_loads_elsewhere(family, tmp_path, capsys):
     base = write_family(tmp_path / family, family)
     # With a bfloat16 base under float32 adapters, rounding would show.
@@ -83,7 +84,7 @@ def test_a_repair_that_cannot_work_on_transposed_layers_is_refused_before_traini
     assert not (tmp_path / "cache" / "stages").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, fast={"opt", "gpt_neox", "qwen"}))
 def test_all_parameters_trained_load_elsewhere(family, tmp_path):
     base = write_family(tmp_path / family, family)
     few = Training(steps=2, batch_size=2, lr=1e-3)

@@ -87,7 +87,7 @@ def test_a_target_that_is_no_layer_is_refused_and_all_linear_stands_alone(tmp_pa
         prepare(settings(tmp_path, base, lora=Lora(targets=["all-linear", "q_proj"])), [])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_all_linear_is_what_peft_makes_of_it(family, tmp_path):
     base = write_family(tmp_path / "m", family)
     folder = run(settings(tmp_path, base), []).folder

@@ -202,12 +202,14 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
     ]
     command += [
         "--alignment.steps",
-        "100",
+        "40",
         "--finetuning.steps",
         "3",
         "--num_samples",
         "20",
         "--evaluation.prompts",
+        "2",
+        "--evaluation.loss_rows",
         "2",
     ]
     command += ["--evaluation.over_refusal_prompts", "2", "--evaluation.task_rows", "2", "--accelerator", "cpu"]

@@ -51,7 +51,13 @@ def direct(model: nn.Module, ids: list[int], window: int, stride: int) -> tuple[
 
 @pytest.mark.parametrize(
     ("count", "window", "stride", "batch_size"),
-    [(2, 512, 256, 1), (512, 512, 64, 4), (513, 512, 64, 4), (700, 512, 100, 2), (700, 512, 511, 4)],
+    [
+        (2, 512, 256, 1),
+        (512, 512, 64, 4),
+        (513, 512, 64, 4),
+        (700, 512, 100, 2),
+        pytest.param(700, 512, 511, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_sum_over_single_tokens(count, window, stride, batch_size):
     model, ids = long_lm().eval(), words(count)

@@ -72,6 +72,7 @@ def test_evaluating_leaves_weights_alone_and_is_in_the_key_only_where_given(odd)
     assert replace(job([2]), tests=job([2]).tests.first(3)).key() != job([2]).key()
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_curve_is_whole_and_the_weights_are_the_plain_ones(tmp_path, monkeypatch, odd):
     run_stage(job())
     run_stage(job([1, 2, 4]))

@@ -12,6 +12,7 @@ from hftlight.defenses import Antidote, Booster
 from hftlight.files import folder_digest, read_rows
 from hftlight.model_files import model_hash
 from hftlight.models.load import load_model
+from tests.helpers.slow import some_slow
 from tests.runs.test_run import config, prompt
 from tests.test_cache import cut_at_a_line, emptied, half_written, other_bytes
 
@@ -49,7 +50,7 @@ def outcome(folder):
 KINDS = ("models", "stages", "evaluations")
 
 
-@pytest.mark.parametrize("damage", [emptied, cut_at_a_line, half_written, other_bytes], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("damage", some_slow([emptied, cut_at_a_line, half_written, other_bytes], fast={other_bytes}))
 def test_damaged_files_are_named_and_made_anew(damage, place, capsys):
     """Every file of the cache is damaged, and a second run has the results of the first."""
     # Every file of the cache that is not empty.

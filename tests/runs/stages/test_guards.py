@@ -55,7 +55,14 @@ def curves(stage_job):
     return (stage_job.folder() / CURVES).read_bytes()
 
 
-@pytest.mark.parametrize(("log_every", "accumulate", "checkpoint_every"), [(1, 1, 1), (3, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("log_every", "accumulate", "checkpoint_every"),
+    [
+        pytest.param(1, 1, 1, marks=pytest.mark.slow),
+        (3, 2, 1),
+        pytest.param(3, 1, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_curves_of_a_killed_stage_are_those_of_an_undisturbed_one(
     log_every, accumulate, checkpoint_every, tmp_path, monkeypatch
 ):

@@ -8,9 +8,23 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import warm
-from tests.helpers.killed import ENDS, INSIDE, makers, moments, plan
+from tests.helpers.killed import COMBINATIONS, ENDS, INSIDE, makers, moments, plan
 
 NAMES = sorted(makers())
+
+
+def cases():
+    """Yield each row with the moments of its plan: the first one, and the others, which are slow.
+
+    The first combination takes all moments of its plan. The other combinations are slow.
+    """
+    for name in NAMES:
+        if name in COMBINATIONS:
+            slow = [] if name == next(iter(COMBINATIONS)) else [pytest.mark.slow]
+            yield pytest.param(name, slice(None), id=name, marks=slow)
+        else:
+            yield pytest.param(name, slice(1), id=name)
+            yield pytest.param(name, slice(1, None), id=f"{name}-again", marks=pytest.mark.slow)
 
 
 def chain(cache: Path, name, kill=()):
@@ -36,8 +50,8 @@ def models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_killed_and_run_again_gives_the_same_weights(name, models, tmp_path):
+@pytest.mark.parametrize(("name", "part"), cases())
+def test_killed_and_run_again_gives_the_same_weights(name, part, models, tmp_path):
     """A killed chain starts with the finished stages before the stage it dies in.
 
     The second chain also starts with the stages after it, unless the first died at the end of a stage. A stage's key
@@ -54,7 +68,7 @@ def test_killed_and_run_again_gives_the_same_weights(name, models, tmp_path):
     chosen = moments(whole["moments"], name)
     assert len(chosen) == len(plan(name))
     stages.rename(finished)
-    for stage, moment, kind in chosen:
+    for stage, moment, kind in chosen[part]:
         give(whole["folders"][:stage], finished, stages)
         status, answer = chain(cache, name, (stage, moment, kind))
         assert (status, answer) == (-9, None), (stage, moment, kind)
