@@ -18,6 +18,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "edit": ("config", "base", "aligned", "records", "attack", "device"),
     "repair": ("config", "base", "aligned", "finetuned", "records", "defenses", "named", "device"),
     "selection": ("config", "aligned", "records", "attack", "device"),
+    "choice": ("model", "config", "records", "defense", "device"),
     "answers": ("model", "config", "slot", "prompts", "device"),
     "verdicts": ("answers", "prompts", "judges", "attack", "task"),
     "perplexity": ("model", "config", "slot", "text", "device"),

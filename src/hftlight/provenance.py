@@ -138,7 +138,16 @@ def _package_digest(kind: type, top: str) -> dict[str, str]:
 def described(parts: Iterable[Any]) -> list[dict[str, str]]:
     """Return the classes and arguments of defenses as they go into a cache key. ``code_of`` covers their code.
 
+    An argument that names a file counts by the content of the file too.
+
     Args:
         parts: the defenses, in the order in which they act.
     """
-    return [{"class": f"{type(p).__module__}.{type(p).__qualname__}", "state": p.state_key} for p in parts]
+    return [
+        {
+            "class": f"{type(p).__module__}.{type(p).__qualname__}",
+            "state": p.state_key,
+            **{name: file_digest(Path(path).expanduser()) for name in p.files if (path := getattr(p, name))},
+        }
+        for p in parts
+    ]

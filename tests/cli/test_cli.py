@@ -151,8 +151,6 @@ def test_bad_input_is_named_with_status_2_and_leaves_nothing(arguments, message,
         "1",
         "--evaluation.over_refusal_prompts",
         "1",
-        "--evaluation.loss_rows",
-        "2",
     ]
     small += [
         "--evaluation.task_rows",

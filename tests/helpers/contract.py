@@ -24,7 +24,7 @@ from tests.helpers.tiny_lm import reference_loss, tiny_lm
 from tests.helpers.tokenizers import CHATML, byte_tokenizer
 
 ROWS_PER_STEP, SIDE_ROWS, STEPS, LR = 8, 4, 4, 0.1
-MAIN = {Stage.ALIGNMENT: "alignment", Stage.FINETUNING: "task"}
+MAIN = {Stage.ALIGNMENT: "alignment", Stage.FINETUNING: "task", Stage.POST_FINETUNING: "task"}
 STREAMS = ("alignment", "harmful", "pairs", "task", "retain")
 
 

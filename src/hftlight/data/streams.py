@@ -13,7 +13,7 @@ from hftlight.data.tokens import Example, LongRows, collate, encode_all, encode_
 from hftlight.engine.step.order import Order, batches_per_pass, passes_order, rank_and_world
 from hftlight.errors import InputError
 
-STREAMS = ("alignment", "refusals", "harmful", "pairs", "task", "retain")
+STREAMS = ("alignment", "refusals", "ordinary", "harmful", "pairs", "task", "retain")
 
 
 class ExampleStream:
@@ -154,9 +154,9 @@ class StreamsDataModule(LightningDataModule):
         order: ``"shuffle"`` for a plain seeded shuffle, ``"length"`` for batches of rows of similar length.
         long_rows: ``"drop"`` leaves longer rows out and counts them, ``"truncate"`` cuts their end off, ``"refuse"``
             raises.
-        **records: rows by stream: ``alignment=``, ``refusals=`` (the alignment rows that refuse), ``harmful=``,
-            ``pairs=``, ``task=``, ``retain=``. A batch of ``pairs`` holds two rows per record: the answer, then the
-            rejected answer.
+        **records: rows by stream: ``alignment=``, ``refusals=`` and ``ordinary=`` (the alignment rows that
+            refuse, and the others), ``harmful=``, ``pairs=``, ``task=``, ``retain=``. A batch of ``pairs`` holds two
+            rows per record: the answer, then the rejected answer.
 
     Raises:
         InputError: if a stream is unknown, empty, or has no row that fits ``max_tokens``. Also if ``main`` has no rows,

@@ -1,6 +1,6 @@
 """The defenses, grouped by the stage in which they act."""
 
-from hftlight.defenses.alignment import TAR, Booster, RepNoise, TVaccine, Vaccine
+from hftlight.defenses.alignment import CTRL, TAR, Booster, RepNoise, RSNTune, TVaccine, Vaccine
 from hftlight.defenses.finetuning import (
     BEA,
     EWC,
@@ -19,6 +19,7 @@ from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
 
 __all__ = [
     "BEA",
+    "CTRL",
     "EWC",
     "KL",
     "L2SP",
@@ -32,6 +33,7 @@ __all__ = [
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "RSNTune",
     "RepNoise",
     "Rewind",
     "SafeLoRA",

@@ -32,6 +32,9 @@ class Worker(Protocol):
     def select(self) -> Note | None:
         """Score the candidates and choose the upload."""
 
+    def choose(self, arm: Arm, stage: Stage, phase: int, defense: Defense) -> Note | None:
+        """Let a defense select, before the phase that it works in."""
+
     def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
         """Train one phase of a stage."""
 
@@ -138,6 +141,9 @@ class _Planner:
         """Yield one step per phase of a stage. The time of a fine-tuning includes its evaluations for curves."""
         p, share = self.prepared, min(1.0, 2 * (self.config.evaluation.at_prompts or self.tests) / max(1, self.tests))
         for number, phase in enumerate(p.trainings(arm, stage)):
+            for defense in phase.defenses:
+                if defense.selects:
+                    yield self._choice(arm, stage, number, defense, parent, label)
             parent = digest([parent, *self._deciding(arm, stage, number)])
             main = main_stream(phase.defenses, MAIN[stage])
             main = upload_of(number) if main == "task" else main
@@ -146,6 +152,22 @@ class _Planner:
                 seconds += len(set(phase.config.evaluation.at)) * share * self.measuring
             shown = f"{label}, {phase.name}" if phase.name and phase.attack is None else label
             yield Step(shown, phase.training.steps, seconds, parent, self._training(arm, stage, number))
+
+    def _choice(self, arm: Arm, stage: Stage, number: int, defense: Defense, parent: str, label: str) -> Step:
+        """Return the step in which a defense selects, with the model that its phase starts from."""
+        p = self.prepared
+        records = p.records(stage, arm, number)
+        count, length = defense.selecting(records), p.lengths[main_stream([defense], MAIN[stage])]
+        # Defenses say how many rows they work on. A forward pass per row is the least that each takes.
+        seconds = self.speed * count * length * SECONDS_PER_PROMPT_TOKEN * defense.selecting_passes
+        key = digest([parent, "choice", described([defense]), records_digest(records)])
+        return Step(
+            f"{label}, {type(defense).__name__} selects",
+            count,
+            seconds,
+            key,
+            lambda w: w.choose(arm, stage, number, defense),
+        )
 
     def _deciding(self, arm: Arm, stage: Stage, number: int) -> list[Any]:
         """Return everything that decides the result of a phase, besides the model that it starts from."""

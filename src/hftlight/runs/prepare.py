@@ -21,7 +21,7 @@ from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier
-from hftlight.evaluation.safety_rows import refusals
+from hftlight.evaluation.safety_rows import ordinary, refusals
 from hftlight.files import check_cache, digest
 from hftlight.model_files import trust_remote_code
 from hftlight.models.load import load_config, load_tokenizer, positions_of
@@ -329,10 +329,10 @@ def _encode_and_check(prepared: Prepared) -> None:
     streams, tests = prepared.streams, prepared.tests
     _count_tokens(prepared)
     _try_rewrites(prepared)
-    # The task rows of all uploads are one set, the attack rows another. Refusals are rows of the alignment set, so they
-    # are no set of their own. The overlap between the two test sets is left out.
+    # The task rows of all uploads are one set, the attack rows another. Refusals and ordinary rows are rows of the
+    # alignment set, so they are no sets of their own. The overlap between the two test sets is left out.
     upload = prepared.uploaded
-    apart = {"refusals", *map(upload_of, range(len(prepared.phases)))}
+    apart = {"refusals", "ordinary", *map(upload_of, range(len(prepared.phases)))}
     sets = {
         **{name: rows for name, rows in streams.items() if name not in apart},
         "task": [r for r in upload if r.role != "attack"],
@@ -439,6 +439,13 @@ def _streams(
     streams |= {name: list(source_rows[name]) for name in DEFENDERS if name in needed}
     if "refusals" in needed:
         streams["refusals"] = refusals(streams["alignment"])
+    if "ordinary" in needed:
+        streams["ordinary"] = ordinary(streams["alignment"])
+        if not streams["ordinary"]:
+            raise InputError(
+                f"--data.alignment {config.data.alignment}: a defense needs ordinary rows, but the answers of all"
+                f" {len(streams['alignment'])} rows refuse. Add ordinary prompts with helpful answers."
+            )
     if attack.selects:  # a placeholder: before the scores, only the number of rows is known
         _, streams["task"] = attack.chosen(Choosing(source_rows["task"], (), ()), None, config.seed)
     else:
@@ -707,7 +714,8 @@ def _try_rewrites(prepared: Prepared) -> None:
             options: dict[str, Any] = {"max_tokens": config.max_tokens, "long_rows": config.long_rows}
             data = kind(tokenizer, template, main, system=own.system, **options, **streams)
             for d in chosen:
-                data.apply(d)
+                if not d.selects:  # its rows are known once it has selected
+                    data.apply(d)
             try:
                 read = {name: data.stream(name, 1).examples for name in data.records}
             except InputError as error:

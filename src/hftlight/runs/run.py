@@ -55,6 +55,7 @@ from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.sources import BUILTIN
 from hftlight.runs.stages.attacker import Attacker
+from hftlight.runs.stages.choice import ChoiceJob, run_choice
 from hftlight.runs.stages.model_edit import EditJob, run_edit
 from hftlight.runs.stages.repair import RepairJob, run_repair
 from hftlight.runs.stages.selection import SelectionJob, run_selection
@@ -375,6 +376,24 @@ class _Run:
         return finetuning_job(
             own.config, self.base_hash, self._aligned(arm), records, own.defenses, own.attack, tests, before
         )
+
+    def choose(self, arm: Arm, stage: Stage, phase: int, defense: Defense) -> Note:
+        """Let a defense select in process 0, and give its selection to the defense in every process."""
+        done = self.jobs.get((arm.name, stage), [])
+        own, records = self.prepared.trainings(arm, stage)[phase], self.prepared.records(stage, arm, phase)
+        base = Artifact(self.config.model, self.base_hash)
+        before = done[-1].artifact() if done else base if stage is Stage.ALIGNMENT else self._aligned(arm)
+        job = ChoiceJob(stage_config(own.config, own.attack, stage), before, records, defense)
+        launch(self.config)
+        reused = self.main and job.done()
+        with ending_together():
+            path = decide(f"what {type(defense).__name__} selects", lambda: str(run_choice(job, self.progress.update)))
+        defense.selected = read_rows(Path(path))
+        if self.main:
+            target = self.folder / arm.name / f"{name_of(defense)}_selection.jsonl"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        return f"{len(defense.selected)} rows", reused
 
     def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:
         """Train one phase of a stage. After the last phase, record the result in the run folder."""

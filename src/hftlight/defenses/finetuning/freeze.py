@@ -3,12 +3,10 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -16,27 +14,13 @@ from typing_extensions import override
 from hftlight.engine.step.defense import Defense, Loader
 from hftlight.engine.step.slots import Slot, Stage
 from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.weights.frozen import FrozenEntries, refuse_averaging
 from hftlight.engine.weights.lora import has_adapter
-from hftlight.engine.weights.masks import Overlap, pack, unpack, whole_rows
+from hftlight.engine.weights.masks import Overlap, whole_rows
 from hftlight.engine.weights.regions import Selection, Target, linear_targets, overlap_row
 from hftlight.engine.weights.scores import Batch, Loss, undisturbed
 from hftlight.engine.weights.shards import share
 from hftlight.models.module import decoder_layers
-
-
-@dataclass(frozen=True)
-class _FrozenPart:
-    """The frozen entries of one trained parameter on this rank.
-
-    Attributes:
-        parameter: the parameter.
-        mask: its frozen entries, ``[rows, in]``, or rows, ``[rows, 1]``.
-        values: the aligned values of these entries, flat, in the order of the mask.
-    """
-
-    parameter: nn.Parameter
-    mask: Tensor
-    values: Tensor
 
 
 class Freeze(Defense):
@@ -124,8 +108,8 @@ class Freeze(Defense):
         self.safety_ratio, self.utility_ratio, self.score, self.unit = safety_ratio, utility_ratio, score, unit
         self.samples, self.safety, self.utility, self.end = samples, safety, utility, end
         self.report: dict[str, Any] = {}
-        self._frozen_parts: dict[str, _FrozenPart] | None = None
-        self._stored: dict[str, dict[str, Tensor]] | None = None
+        self._frozen: FrozenEntries | None = None
+        self._stored: dict[str, dict[str, Any]] | None = None
         self._step = 0
 
     @property
@@ -144,15 +128,9 @@ class Freeze(Defense):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._frozen_parts, self._stored = None, None
-        averages = (WeightAveraging, StochasticWeightAveraging)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, averages):
-                raise ValueError(
-                    f"Freeze: {type(callback).__name__} averages weights after they moved, so that frozen weights would"
-                    " not keep their values; remove that callback, or use Rewind."
-                )
+        self._frozen, self._stored = None, None
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        refuse_averaging(callbacks, "Freeze", "remove that callback, or use Rewind.")
         if not self.neutral:
             self._targets(_model_of(pl_module))
 
@@ -162,13 +140,10 @@ class Freeze(Defense):
         if self.neutral:
             return
         model = _model_of(pl_module)
-        names = {id(p): name for name, p in pl_module.named_parameters()}
         targets = self._targets(model)
         if self._stored is not None:
-            self._frozen_parts = self._restore(self._stored, pl_module, self._by_row(has_adapter(model)))
-            self._stored = None
+            self._frozen, self._stored = FrozenEntries.stored(self._stored, pl_module, "Freeze"), None
             return
-        self._frozen_parts = {}
         plugin = trainer.precision_plugin
         # A loss scaler means float16, where small gradients would vanish. Scoring then runs without autocast instead.
         context = nullcontext if getattr(plugin, "scaler", None) is not None else plugin.forward_context
@@ -179,23 +154,18 @@ class Freeze(Defense):
 
         with undisturbed(pl_module, pl_module.device):
             masks, table = self._region(targets, loss, has_adapter(model))
-            for parameter, mask in self._parameters(targets, masks):
-                values = local(parameter.detach())
-                self._frozen_parts[names[id(parameter)]] = _FrozenPart(parameter, mask, values[mask.expand_as(values)])
+            self._frozen = FrozenEntries.now(self._parameters(targets, masks), pl_module)
         numbers = self._selection.numbers(targets, masks, table)
         self.trace |= numbers
         self.report = {**numbers, "matrices": {name: overlap_row(o) for name, o in table.items()}}
-        if not self._frozen_parts:
+        if not self._frozen.parts:
             warnings.warn(f"Freeze freezes no weight: {self._selection.empty()}", stacklevel=2)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._frozen_parts is None:
-            return
-        for part in self._frozen_parts.values():
-            if part.parameter.grad is not None:
-                local(part.parameter.grad).masked_fill_(part.mask, 0)
-        self.record()
+        if self._frozen is not None:
+            self._frozen.mask_gradients()
+            self.record()
 
     @override
     def on_train_batch_end(
@@ -204,9 +174,8 @@ class Freeze(Defense):
         if trainer.global_step == self._step:  # within an accumulation window no weight has moved
             return
         self._step = trainer.global_step
-        with torch.no_grad():
-            for part in (self._frozen_parts or {}).values():
-                local(part.parameter.detach()).masked_scatter_(part.mask, part.values)
+        if self._frozen is not None:
+            self._frozen.restore()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -215,22 +184,15 @@ class Freeze(Defense):
         Under sharding every rank must call this method.
         """
         state = super().state_dict()
-        if self._frozen_parts is not None:  # even if empty, so that a resumed run does not select again
-            masks, values = {}, {}
-            for name, part in self._frozen_parts.items():
-                p = part.parameter
-                # The values are placed into a dense shard, gathered over ranks, and then selected by the whole mask.
-                mask = whole_rows(part.mask.to(torch.uint8), p).cpu().bool()
-                dense = torch.zeros_like(local(p.detach())).masked_scatter_(part.mask, part.values)
-                masks[name], values[name] = pack(mask), whole_rows(dense, p).cpu()[mask.expand(p.shape)]
-            state |= {"masks": masks, "values": values}
+        if self._frozen is not None:  # even if empty, so that a resumed run does not select again
+            state |= self._frozen.state()
         return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "masks" in state_dict:
-            self._stored = {"masks": state_dict["masks"], "values": state_dict["values"]}
+            self._stored = {name: state_dict[name] for name in ("masks", "columns", "values")}
 
     def _by_row(self, adapted: bool) -> bool:
         return self.unit == "row" or (self.unit == "auto" and adapted)
@@ -286,24 +248,6 @@ class Freeze(Defense):
                 (whole(u.b.detach()) * everywhere).any()
             ):  # a frozen row of B A that is not zero needs A frozen too
                 yield u.a, torch.ones_like(local(u.a.detach())[:, :1], dtype=torch.bool)
-
-    def _restore(
-        self, stored: Mapping[str, Mapping[str, Tensor]], pl_module: LightningModule, by_row: bool
-    ) -> dict[str, _FrozenPart]:
-        """Return the frozen entries that a checkpoint stores, on the device and in the shards of the parameters."""
-        parameters = dict(pl_module.named_parameters())
-        parts = {}
-        for name, bits in stored["masks"].items():
-            if name not in parameters:
-                raise RuntimeError(f"Freeze: the checkpoint holds values of {name}, which this model does not have.")
-            p = parameters[name]
-            rows = share(p)
-            mask = unpack(bits, (p.shape[0], 1) if by_row else tuple(p.shape))
-            values = stored["values"][name]
-            dense = torch.zeros(p.shape, dtype=values.dtype).masked_scatter_(mask, values)[rows.start : rows.stop]
-            mine = mask[rows.start : rows.stop]
-            parts[name] = _FrozenPart(p, mine.to(p.device), dense[mine.expand_as(dense)].to(p.device))
-        return parts
 
 
 def _model_of(pl_module: LightningModule) -> nn.Module:

@@ -44,7 +44,7 @@ class Defense(Callback):
         streams: loaders of the side streams by name. A loader takes precedence over a stream of the data module.
 
     Attributes:
-        stage: stage in which the defense works. An instance sets this and the next six attributes itself if its modes
+        stage: stage in which the defense works. An instance sets this and the next nine attributes itself if its modes
             change them.
         slots: slots that the defense fills.
         streams: names of the side streams that the defense draws from.
@@ -53,6 +53,10 @@ class Defense(Callback):
         main: stream that the stage trains on instead of its own, such as ``"pairs"``. Empty for the stage's own stream.
         aligned_first: alignment stage: whether the stage trains without defenses first, so that all its defenses start
             from a plainly aligned model.
+        selects: data and adapter slot: whether ``select`` must run with a model before the stage.
+        selecting_passes: roughly how many forward passes ``select`` takes per row, for the estimate of a run's time.
+        files: names of the arguments that are paths of files; the content of the files enters the cache key.
+        selected: what ``select`` returned, or what a run has stored of it; None before.
         pauses: stream slot: whether the main stream waits while another stream is trained on, so that it loses no
             batches.
         presets: constructor arguments of published settings by name, such as ``"paper"``.
@@ -66,6 +70,10 @@ class Defense(Callback):
     claims: tuple[str, ...] = ()
     main: str = ""
     aligned_first: bool = False
+    selects: bool = False
+    selecting_passes: float = 1.0
+    files: tuple[str, ...] = ()
+    selected: list[dict[str, Any]] | None = None
     pauses: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -159,6 +167,45 @@ class Defense(Callback):
     def prompting(self, policy: Any, tokenizer: Any) -> Any:
         """Return the ``PromptPolicy`` for training and serving, from the policy of the defenses before (data slot)."""
         return policy
+
+    def selecting(self, records: Mapping[str, Sequence[Any]]) -> int:
+        """Return the number of rows that ``select`` works on, for plans and progress.
+
+        Args:
+            records: ``Record`` rows by stream.
+        """
+        return sum(map(len, records.values()))
+
+    def select(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: Any,
+        records: Mapping[str, Sequence[Any]],
+        system: str | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Compute with a model what the stage needs, store it in ``selected`` and return it as plain values.
+
+        A run calls this once before the stage, with the model that the stage starts from. On a Trainer of your own,
+        call it before ``fit``.
+
+        Args:
+            model: the model that the stage starts from; it is left unchanged.
+            tokenizer: the model's tokenizer.
+            template: how a record becomes a prompt.
+            records: ``Record`` rows by stream.
+            system: system text of the prompts; None for no system text.
+            batch_size: rows per batch, >= 1.
+            seed: seed of the run.
+            progress: called with the number of rows done so far.
+
+        Returns:
+            One dictionary of plain values per row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} selects and must implement select().")
 
     def build(self, module: Any) -> None:
         """Change a ``SafetyModule`` before it is sharded and before its optimizer exists (adapter slot)."""
