@@ -41,7 +41,10 @@ COMBINATIONS = {
     "vaccine+freeze+safe_lora": lambda: [Vaccine(0.5), Freeze(0.5, 0.25, samples=4), SafeLoRA(fraction=0.5)],
     "safety_mix+constrained_sft": lambda: [SafetyMix(ratio=0.5), ConstrainedSFT()],
 }
-STREAMS = {name: rows(count, name) for name, count in (("alignment", 7), ("harmful", 5), ("pairs", 5), ("task", 9))}
+STREAMS = {
+    name: rows(count, name)
+    for name, count in (("alignment", 7), ("harmful", 5), ("pairs", 5), ("retain", 6), ("task", 9))
+}
 STREAMS["refusals"] = STREAMS["alignment"]
 
 
