@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.defenses import (
     BEA,
+    CTRL,
     EWC,
     KL,
     L2SP,
@@ -39,15 +40,18 @@ from hftlight.defenses import (
     MLLR,
     PTST,
     SPPFT,
+    TAR,
     Booster,
     ConstrainedSFT,
     Freeze,
     Lisa,
+    RepNoise,
+    RSNTune,
     SafetyMix,
     TVaccine,
     Vaccine,
 )
-from hftlight.engine import Defense, Stage, count_passes
+from hftlight.engine import Defense, Stage, count_passes, main_stream
 from hftlight.registry import defense_class, defenses
 from tests.helpers.buffers import LiveBytes
 from tests.helpers.tokenizers import CHATML, byte_tokenizer
@@ -61,6 +65,10 @@ ROWS, WARM_UP, MIB = 16, 4, 2**20
 # A defense has two settings if their costs differ.
 SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "booster": (Booster,),
+    "ctrl": (lambda: selected(CTRL()),),
+    "repnoise": (RepNoise,),
+    "rsn_tune": (lambda: RSNTune(0.9, 0.5, "wanda", samples=16, safety="harmful", utility="alignment"),),
+    "tar": (TAR,),
     "vaccine": (Vaccine,),
     "t_vaccine": (lambda: TVaccine(layers=8), lambda: TVaccine(layers=2)),
     "bea": (lambda: BEA(rows=ROWS),),
@@ -77,6 +85,12 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "sppft": (lambda: SPPFT(first=3, last=4),),
 }
 SHOWN = ("layers", "online", "mode", "first", "last")
+
+
+def selected(defense: Defense) -> Defense:
+    """Return a defense that has selected no row, so that a fit takes its training steps only."""
+    defense.selected = []
+    return defense
 
 
 @dataclass
@@ -104,14 +118,16 @@ class Setup:
             model = get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets))
         return model.train()
 
-    def data(self, stage: Stage) -> StreamsDataModule:
-        """Return streams whose rows all have one length."""
+    def data(self, stage: Stage, chosen: Sequence[Defense] = ()) -> StreamsDataModule:
+        """Return streams whose rows all have one length. The two answers of a pair differ in every letter."""
         tokenizer = byte_tokenizer(chat_template=CHATML)
         rows: Any = {}
         for name in ("alignment", "harmful", "task"):
             texts = [(f"{i:02d}{name}" * self.letters)[: self.letters] for i in range(ROWS)]
             rows[name] = [Record(text, text[::-1], role=name) for text in texts]
-        main = "alignment" if stage is Stage.ALIGNMENT else "task"
+        letters = str.maketrans("abcdefghijklmnopqrstuvwxyz0123456789", "bcdefghijklmnopqrstuvwxyza1234567890")
+        rows["pairs"] = [replace(r, role="pairs", rejected=r.response.translate(letters)) for r in rows["alignment"]]
+        main = main_stream(chosen, "alignment" if stage is Stage.ALIGNMENT else "task")
         template = get_template("chat", tokenizer)
         return StreamsDataModule(tokenizer, template, main, batch_size=self.rows, max_tokens=4096, **rows)
 
@@ -130,7 +146,7 @@ class Setup:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        trainer.fit(SafetyModule(model, lr=1e-4), self.data(stage))
+        trainer.fit(SafetyModule(model, lr=1e-4), self.data(stage, chosen))
 
 
 class Arm(Callback):
@@ -182,6 +198,7 @@ class Passes:
         self.forward: list[float] = []
         self.backward: list[float] = []
         self.inputs: list[float] = []  # backward passes without the gradient of any weight
+        self.heads: list[float] = []  # projections onto the vocabulary with their loss, forward and back
 
     def measure(self) -> None:
         model, device = self.arm.model, self.arm.device
@@ -200,6 +217,18 @@ class Passes:
             p.requires_grad_(True)
             p.grad = grad
         _wait(device)
+        self._project()
+
+    def _project(self) -> None:
+        """Time one projection of the batch's response tokens onto the vocabulary, with its loss, forward and back."""
+        head, batch = self.arm.model.get_output_embeddings(), self.arm.batch
+        targets = batch["labels"][batch["labels"] != -100]
+        hidden = torch.randn(len(targets), head.in_features, device=targets.device, dtype=head.weight.dtype)
+        since = time.perf_counter()
+        logits = head(hidden.requires_grad_()).float()
+        torch.autograd.grad(nn.functional.cross_entropy(logits, targets), hidden)
+        _wait(self.arm.device)
+        self.heads.append(time.perf_counter() - since)
 
     def _loss_and(self, forward: list[float] | None, backward: list[float], work: Callable[[Any], Any]) -> None:
         device = self.arm.device
@@ -247,10 +276,15 @@ def memory(setup: Setup, chosen: Sequence[Defense], stage: Stage) -> tuple[int, 
 
 
 def floor(defense: Defense, sft: float, passes: Passes) -> float:
-    """Return the seconds per step with a defense's passes and nothing else, relative to plain fine-tuning."""
+    """Return the seconds per step with a defense's passes and nothing else, relative to plain fine-tuning.
+
+    RepNoise also projects the hidden states of all layers onto the vocabulary.
+    """
     forward, backward = (count - 1 for count in count_passes([defense]))
     probe = passes.inputs if isinstance(defense, Vaccine) else passes.backward
     extra = forward * statistics.median(passes.forward) + backward * statistics.median(probe)
+    if isinstance(defense, RepNoise):
+        extra += (passes.arm.model.config.num_hidden_layers + 1) * statistics.median(passes.heads)
     return 1 + extra / sft
 
 

@@ -126,9 +126,12 @@ def docstring_parts(kind: type) -> dict[str, str]:
 
 
 def _needs(defense: Any) -> str:
+    # An alignment defense trains on the alignment rows unless it names another stream.
+    main = [f"the stream `{defense.main}` to train on"] if defense.main not in ("", "alignment") else []
     streams = [f"the stream `{name}`" for name in defense.streams]
     models = [f"the {name} model" for name in getattr(defense, "needs", ())]
-    needs = [*streams, *models]
+    aligned = ["a plainly aligned model to start from"] if defense.aligned_first else []
+    needs = [*main, *streams, *models, *aligned, *(["the model before the stage"] if defense.selects else [])]
     return f"{' and '.join(needs)}." if needs else "no side stream and no other model's folder."
 
 

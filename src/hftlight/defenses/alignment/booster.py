@@ -55,7 +55,7 @@ class Booster(Defense):
     """
 
     stage, slots, streams = Stage.ALIGNMENT, (Slot.GRADIENT,), ("harmful",)
-    passes = (Passes(2, 2),)
+    passes, claims = (Passes(2, 2),), ("simulated attack",)
 
     def __init__(self, lam: float = 5.0, alpha: float = 0.1, streams: Mapping[str, Loader] | None = None) -> None:
         if not lam >= 0:

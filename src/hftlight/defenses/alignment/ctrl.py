@@ -151,7 +151,7 @@ class CTRL(Defense):
         measures perplexity. The paper trains 50 epochs on curated rows. A port found that this breaks the model.
     """
 
-    stage, slots, selects = Stage.ALIGNMENT, (Slot.DATA,), True
+    stage, slots, selects, main = Stage.ALIGNMENT, (Slot.DATA,), True, "alignment"
     selecting_passes = 100.0  # some 300 rewritings of a row at most, each generated and scored
     files = ("rewrites",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -116,7 +116,7 @@ class TAR(Defense):
         over ranks, and do not change the user's optimizer.
     """
 
-    stage = Stage.ALIGNMENT
+    stage, claims = Stage.ALIGNMENT, ("simulated attack",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "inner_steps": 64,
