@@ -9,6 +9,7 @@ from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.engine import Defense, Slot, Stage
+from hftlight.engine.step.side_streams import halves
 from hftlight.errors import InputError
 from tests.helpers.contract import data_module, model_of, train, weights_of
 from tests.helpers.tokenizers import byte_tokenizer
@@ -44,6 +45,29 @@ def test_a_schedule_drops_or_keeps_the_batches_it_takes_the_place_of(pauses):
         alignment[step // 3] if step % 3 == 0 else next(rest) if rest is not None else task[step] for step in range(7)
     ]
     assert handed_out(data, 7) == expected
+
+
+def test_a_main_stream_of_pairs_trains_on_the_preferred_answers():
+    """Each batch holds the rejected rows as a batch of their own, with the same prompts in the same places."""
+    data = data_module(Stage.ALIGNMENT, main="pairs")
+    batch, records = data.main_batch(1), data.records["pairs"][8:16]
+    both = [batch, batch["rejected"]]
+    texts = [[data.tokenizer.decode(row[row != -100])[: -len("<eos>")] for row in b["labels"]] for b in both]
+    assert [t.split("<")[0] for t in texts[0]] == [r.response for r in records]
+    assert [t.split("<")[0] for t in texts[1]] == [r.rejected for r in records]
+    assert batch["input_ids"].shape == batch["rejected"]["input_ids"].shape
+    starts = [(b["labels"] != -100).int().argmax(1).tolist() for b in both]
+    assert starts[0] == starts[1]
+    for row, start in enumerate(starts[0]):
+        assert torch.equal(*(b["input_ids"][row, :start] for b in both))
+    assert "pairs" not in batch
+
+
+def test_parts_of_a_stream_share_no_row():
+    stream = data_module(Stage.ALIGNMENT).streams["harmful"]
+    rest, held_out = ({e.id for e in part.examples} for part in halves(stream, "harmful", 0.25))
+    assert not rest & held_out
+    assert rest | held_out == {e.id for e in stream.examples}
 
 
 def test_an_epoch_holds_whole_windows():

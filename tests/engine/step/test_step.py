@@ -30,6 +30,7 @@ from hftlight.engine import (
     unit,
 )
 from hftlight.engine.step.order import trainer_seed
+from hftlight.engine.step.side_streams import halves
 
 A = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
 B = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[-1.0]])}
@@ -196,6 +197,23 @@ def test_a_loader_becomes_a_stream_with_random_access():
     assert epochs[0] != epochs[1]
     assert stream.batch(1).tolist() == LoaderStream(DataLoader(data, batch_size=4), "harmful").batch(1).tolist()
     assert stream.batch(1).tolist() != LoaderStream(DataLoader(data, batch_size=4), "harmful", 1).batch(1).tolist()
+
+
+@pytest.mark.parametrize("loader", [True, False], ids=["loader", "batches"])
+def test_a_held_out_part_shares_no_row_with_the_rest(loader):
+    """A hash of the row decides, so that more rows move none to the other part."""
+    data = [torch.tensor(i) for i in range(40)]
+
+    def rows(count):
+        source = DataLoader(data[:count], batch_size=1) if loader else [row[None] for row in data[:count]]
+        parts = halves(LoaderStream(source, "harmful"), "harmful", 0.25)
+        return [{int(part.batch(k)) for k in range(part.per_pass)} for part in parts]
+
+    rest, held_out = rows(40)
+    assert not rest & held_out
+    assert rest | held_out == set(range(40))
+    assert 2 < len(held_out) < 18
+    assert rows(20)[1] == {row for row in held_out if row < 20}
 
 
 def test_side_batches_follow_the_seed_of_the_trainer(monkeypatch):
