@@ -1,6 +1,7 @@
 """What a defense needs from a training step beyond Lightning's own hooks."""
 
 from hftlight.engine.step.activations import captured, first_tensor, hooked, shifted
+from hftlight.engine.step.choices import ChoosesStreams
 from hftlight.engine.step.defense import Defense, HasLoss
 from hftlight.engine.step.displacement import moved, shifted_gradient
 from hftlight.engine.step.order import batches_per_pass, passes_order, rank_and_world
@@ -22,6 +23,7 @@ from hftlight.engine.step.vectors import (
 )
 
 __all__ = [
+    "ChoosesStreams",
     "Defense",
     "HasLoss",
     "LoaderStream",
