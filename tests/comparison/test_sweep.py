@@ -485,11 +485,11 @@ def test_one_job_leaves_the_number_of_threads_as_it_was(fails, tmp_path, monkeyp
 def test_a_cell_on_two_devices_is_a_command_of_its_own(tmp_path):
     events = []
     settings = config(tmp_path, devices=2, strategy="ddp", alignment=Training(steps=2, batch_size=2, lr=1e-2))
-    grid, folder = Grid(("none", "lisa"), (0.1,), ("builtin",), 1), tmp_path / "c"
+    grid, folder = Grid(("lisa",), (0.1,), ("builtin",), 1), tmp_path / "c"
     outcome = compare(settings, grid, folder, jobs=1, on_cell=lambda cell, what: events.append((cell.arm, what)))
     assert set(outcome.values()) == {"done"}
-    assert events == [("none", "started"), ("none", "done"), ("lisa", "started"), ("lisa", "done")]
-    assert len(results(folder)) == 2
+    assert events == [("lisa", "started"), ("lisa", "done")]
+    assert len(results(folder)) == 1
     with pytest.raises(InputError, match="is not a model folder"):
         compare(replace(settings, model=str(tmp_path)), grid, tmp_path / "bad", retries=0)
 
@@ -527,13 +527,13 @@ def test_the_plan_counts_an_aligned_model_once(tmp_path):
 @pytest.mark.slow
 def test_a_half_written_cell_is_run_and_the_others_are_not(tmp_path):
     """Real cells, two at a time. One manifest is cut off, as a crash leaves it."""
-    assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c", jobs=2).values()) == {"done"}
+    assert set(compare(config(tmp_path), TWO, tmp_path / "c", jobs=2).values()) == {"done"}
     cells = sorted((tmp_path / "c" / CELLS).iterdir())
     before = {cell.name: (cell / "metrics.jsonl").stat().st_mtime_ns for cell in cells}
     manifest = cells[0] / "manifest.json"
     whole = manifest.read_text()
     manifest.write_text(whole[: len(whole) // 2])
-    assert set(compare(config(tmp_path), GRID_OF_FOUR, tmp_path / "c").values()) == {"done"}
+    assert set(compare(config(tmp_path), TWO, tmp_path / "c").values()) == {"done"}
     again = {cell.name for cell in cells if (cell / "metrics.jsonl").stat().st_mtime_ns != before[cell.name]}
     assert again == {cells[0].name}
     assert json.loads(manifest.read_text())["config_hash"] == json.loads(whole)["config_hash"]
@@ -543,7 +543,6 @@ COMMAND = [
     "--defenses", "none", "lisa+antidote", "--seeds", "2", "--model", "tiny", "--alignment.steps", "3",
     "--finetuning.steps", "3", "--num_samples", "20", "--evaluation.prompts", "4", "--evaluation.task_rows", "4",
     "--evaluation.loss_rows", "2",
-
     "--evaluation.over_refusal_prompts", "4", "--accelerator", "cpu",
 ]  # fmt: skip
 
@@ -554,13 +553,22 @@ def scores_of(folder):
     return [line for line in lines if "seconds" not in line and "memory" not in line and "relative" not in line]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Return the folder of the whole command's comparison, run once with a cache of its own."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    fresh = {**os.environ, "HFTLIGHT_CACHE": str(place / "cache")}
+    done = warm.run([str(ROOT / "recipes" / "compare.py"), *COMMAND], cwd=place, env=fresh)
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "comparison"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
+def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path, undisturbed):
     command = [str(ROOT / "recipes" / "compare.py"), *COMMAND, "--jobs", jobs]
     process = warm.Command(command, cwd=tmp_path)
     cells = tmp_path / "runs" / "comparison" / CELLS
-    fresh = {**os.environ, "HFTLIGHT_CACHE": str(tmp_path / "another")}
     until = time.monotonic() + 120
     while process.poll() is None and not any(finished(c) for c in cells.glob("*")) and time.monotonic() < until:
         time.sleep(0.05)
@@ -575,9 +583,7 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path):
     assert len([c for c in cells.iterdir() if finished(c)]) == 4
     assert (cells.parent / "leaderboard.csv").read_text().count(",finetuning,harmful_score,builtin") == 4
     assert all(runs_of(cells.parent)[name] == 1 for name in done)
-    whole = warm.run([*command, "--comparison", "whole"], cwd=tmp_path, env=fresh)
-    assert whole.returncode == 0
-    assert scores_of(cells.parent) == scores_of(tmp_path / "runs" / "whole")
+    assert scores_of(cells.parent) == scores_of(undisturbed)
 
 
 def test_a_config_of_cells_is_that_of_a_run():

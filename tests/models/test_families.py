@@ -66,7 +66,9 @@ def test_a_family_goes_through_every_stage_and_loads_elsewhere(family, tmp_path,
         assert (logits(own) - untrained).abs().max() > 1e-3
         if hasattr(elsewhere, "merge_and_unload"):
             torch.testing.assert_close(logits(elsewhere.merge_and_unload()), logits(own), rtol=0, atol=1e-4)
-    few = [f"--evaluation.{key}={value}" for key, value in vars(FEW).items() if isinstance(value, int) and value < 9]
+    few = [
+        f"--evaluation.{key}={value}" for key, value in FEW.answering().items() if isinstance(value, int) and value < 9
+    ]
     assert evaluate(["--model", str(arm / "repaired"), "--accelerator=cpu", *few]) == 0
     assert export([str(arm / "repaired"), str(tmp_path / "whole")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")

@@ -275,7 +275,7 @@ def test_a_plain_peft_folder_has_its_bases_tokenizer(tmp_path, capsys):
     base = write_family(tmp_path / "m", "llama")
     folder, _ = adapter(tmp_path / "a", base, target_modules=["q_proj"])
     assert not (folder / "tokenizer.json").exists()
-    few = [f"--evaluation.{k}={v}" for k, v in vars(FEW).items() if isinstance(v, int) and v < 9]
+    few = [f"--evaluation.{k}={v}" for k, v in FEW.answering().items() if isinstance(v, int) and v < 9]
     assert evaluate(["--model", str(folder), "--accelerator=cpu", *few]) == 0
     assert export([str(folder), str(tmp_path / "whole")]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").vocab_size > 0
@@ -339,7 +339,7 @@ def test_thinking_reaches_training_and_measuring_and_is_recorded(tmp_path, monke
     artifact = result.folder / "none" / "finetuned"
     assert json.loads((artifact / "serving.json").read_text())["template"] == "chat_no_thinking"
     thinking_off.clear()
-    few = [f"--evaluation.{k}={v}" for k, v in vars(FEW).items() if isinstance(v, int) and v < 9]
+    few = [f"--evaluation.{k}={v}" for k, v in FEW.answering().items() if isinstance(v, int) and v < 9]
     assert evaluate(["--model", str(artifact), "--accelerator=cpu", "--evaluation.prompts=3", *few[1:]]) == 0
     assert thinking_off
     assert all(thinking_off)

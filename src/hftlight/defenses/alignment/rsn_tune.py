@@ -140,9 +140,10 @@ class RSNTune(Defense):
             useful = (
                 self._important(loss, self.utility, self.utility_ratio, targets, neurons) if self.utility_ratio else {}
             )
-            chosen = {n.name: safe[n.name] & ~useful[n.name] if useful else safe[n.name] for n in neurons}
-            self._report(neurons, safe, useful, chosen)
-            self._frozen = FrozenEntries.now(self._masks(pl_module, targets, neurons, chosen), pl_module)
+        chosen = {n.name: safe[n.name] & ~useful[n.name] if useful else safe[n.name] for n in neurons}
+        self._report(neurons, safe, useful, chosen)
+        # After the block: within it FSDP2 may show gathered weights in place of the parameters.
+        self._frozen = FrozenEntries.now(self._masks(pl_module, targets, neurons, chosen), pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
