@@ -1,4 +1,6 @@
-"""Train every defense's row under one strategy, in one launch, and save the weights: ``STRATEGY OUTPUT``.
+"""Train every defense's row under one strategy, in one launch, and save the weights: ``STRATEGY OUTPUT TUNING``.
+
+The tuning ``first`` is the first that a row names.
 
 One process takes all eight rows of a step. Two processes take four each, with equally many response tokens.
 """
@@ -22,7 +24,7 @@ def strategy_of(name: str):
     return "auto"
 
 
-def main(strategy: str, output: str) -> None:
+def main(strategy: str, output: str, tuning: str) -> None:
     """Train with every row. A defense's error is saved in place of its weights."""
     torch.set_num_threads(1)
     devices = 1 if strategy == "one" else 2
@@ -30,12 +32,12 @@ def main(strategy: str, output: str) -> None:
     rank = 0
     for name, row in rows().items():
         defense = row.make()
-        if defense.stage is Stage.POST_FINETUNING:
+        if defense.stage is Stage.POST_FINETUNING or (tuning != "first" and tuning not in row.tunings):
             continue
         try:
             module = train(
                 [defense],
-                row.tunings[0],
+                row.tunings[0] if tuning == "first" else tuning,
                 accumulate=4 if row.per_rank and strategy == "one" else 2,
                 clip=1.0,
                 dtype=torch.float32,

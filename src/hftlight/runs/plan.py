@@ -158,8 +158,8 @@ class _Planner:
         p = self.prepared
         records = p.records(stage, arm, number)
         count, length = defense.selecting(records), p.lengths[main_stream([defense], MAIN[stage])]
-        # Defenses say how many rows they work on. A forward pass per row is the least that each takes.
-        seconds = self.speed * count * length * SECONDS_PER_PROMPT_TOKEN * defense.selecting_passes
+        per_row = defense.selecting_passes * length * SECONDS_PER_PROMPT_TOKEN
+        seconds = self.speed * count * (per_row + defense.selecting_tokens * SECONDS_PER_NEW_TOKEN)
         key = digest([parent, "choice", described([defense]), records_digest(records)])
         return Step(
             f"{label}, {type(defense).__name__} selects",

@@ -25,6 +25,8 @@ GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 SETTINGS = [(temperature, top_p) for temperature in GRID for top_p in GRID]
 INSTRUCTION = "Rewrite the answer below from another perspective. Keep its meaning. Write the new answer only."
 SHORTEST = 0.5  # fraction of the original's length, in characters, below which a rewriting is refused
+LONGEST = 2  # times the longest answer of a batch, in tokens, to which rewritings are limited
+USUAL = 64  # tokens of a rewriting, for the estimate of a run's time
 READABLE = 200.0  # added to Flesch's reading ease, so that ratios of it make sense for hard texts too
 
 
@@ -134,7 +136,8 @@ class CTRL(Defense):
         width: texts that stay after each round, >= 1.
         readability: fraction of the original's reading ease that a rewriting must keep, in [0, 1].
         instruction: what the model is told when it rewrites an answer.
-        max_new_tokens: longest rewriting, in tokens, >= 1.
+        max_new_tokens: longest rewriting, in tokens, >= 1. A rewriting has at most twice as many tokens as the longest
+            answer that is rewritten with it.
         rewrites: a file of rewritings, with the columns prompt and response, instead of the model's own. Several rows
             of one prompt are several rewritings.
         aligned_first: whether a run aligns plainly first and then trains that model on the curated rows.
@@ -152,7 +155,6 @@ class CTRL(Defense):
     """
 
     stage, slots, selects, main = Stage.ALIGNMENT, (Slot.DATA,), True, "alignment"
-    selecting_passes = 100.0  # some 300 rewritings of a row at most, each generated and scored
     files = ("rewrites",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"share": 0.05},
@@ -189,6 +191,9 @@ class CTRL(Defense):
         self.share, self.choose, self.given, self.rounds, self.width = share, choose, given, rounds, width
         self.readability, self.instruction, self.max_new_tokens = readability, instruction, max_new_tokens
         self.rewrites, self.aligned_first = rewrites, aligned_first
+        versions = len(SETTINGS) * (1 + width * max(0, rounds - 1)) if rounds else 0
+        self.selecting_passes = 1.0 + versions
+        self.selecting_tokens = 0.0 if rewrites else versions * min(max_new_tokens, USUAL)
 
     @override
     def selecting(self, records: Mapping[str, Sequence[Record]]) -> int:
@@ -310,8 +315,10 @@ class CTRL(Defense):
                 for row, answer in zip(rows, answers, strict=True)
             ]
             ids = [encode_prompt(r, template, tokenizer, system) for r in requests]
+            longest = max(len(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers)
+            limit = min(self.max_new_tokens, max(1, LONGEST * longest))
             number = int(hashlib.sha256(f"ctrl/{seed}/{start}/{next(calls)}".encode()).hexdigest()[:15], 16)
-            return sampled(model, tokenizer, ids, self.max_new_tokens, temperature, top_p, number, batch_size)
+            return sampled(model, tokenizer, ids, limit, temperature, top_p, number, batch_size)
 
         return own, SETTINGS, self.rounds
 

@@ -44,7 +44,7 @@ class Defense(Callback):
         streams: loaders of the side streams by name. A loader takes precedence over a stream of the data module.
 
     Attributes:
-        stage: stage in which the defense works. An instance sets this and the next nine attributes itself if its modes
+        stage: stage in which the defense works. An instance sets this and the next ten attributes itself if its modes
             change them.
         slots: slots that the defense fills.
         streams: names of the side streams that the defense draws from.
@@ -55,6 +55,7 @@ class Defense(Callback):
             from a plainly aligned model.
         selects: data and adapter slot: whether ``select`` must run with a model before the stage.
         selecting_passes: roughly how many forward passes ``select`` takes per row, for the estimate of a run's time.
+        selecting_tokens: roughly how many tokens ``select`` generates per row, for the same estimate.
         files: names of the arguments that are paths of files; the content of the files enters the cache key.
         selected: what ``select`` returned, or what a run has stored of it; None before.
         pauses: stream slot: whether the main stream waits while another stream is trained on, so that it loses no
@@ -72,6 +73,7 @@ class Defense(Callback):
     aligned_first: bool = False
     selects: bool = False
     selecting_passes: float = 1.0
+    selecting_tokens: float = 0.0
     files: tuple[str, ...] = ()
     selected: list[dict[str, Any]] | None = None
     pauses: bool = False
