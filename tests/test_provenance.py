@@ -14,7 +14,7 @@ from hftlight import cache, provenance
 from hftlight.defenses import Booster, Vaccine
 from hftlight.engine import Defense
 from hftlight.engine import Stage as StageOf
-from hftlight.runs.manifest import WORK
+from hftlight.runs.manifest import STAGES, WORK
 from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import StageJob
 from tests.helpers.jobs import rows, small_config
@@ -177,6 +177,15 @@ def test_a_module_that_does_not_exist_is_no_code():
     with pytest.raises(ValueError, match=r"has no module 'hftlight\.runs\.stage'"):
         provenance.code_of("hftlight.runs.stage")
     assert all(provenance.code_of(name) for name in WORK)
+
+
+def test_every_module_with_a_job_is_part_of_the_work():
+    """A module that is left out could change a run's results without another code digest in its manifest."""
+    folder = Path(provenance.__file__).parent / "runs" / "stages"
+    jobs = {
+        path.stem for path in folder.glob("*.py") if re.search(r"^class \w*(Job|Attacker)\b", path.read_text(), re.M)
+    }
+    assert jobs - {"job"} == set(STAGES)
 
 
 def test_every_module_that_a_text_of_the_source_names_exists():

@@ -7,7 +7,7 @@ from hftlight.model_files import model_hash
 from hftlight.provenance import UnknownSourceError, code_of, versions
 
 # The modules that decide a run's results. Modules that only show results are left out.
-STAGES = ("train", "model_edit", "repair", "selection", "attacker")
+STAGES = ("train", "model_edit", "repair", "selection", "choice", "attacker")
 WORK = (
     "hftlight.runs.prepare",
     *(f"hftlight.runs.stages.{name}" for name in STAGES),
