@@ -225,8 +225,16 @@ class _Planner:
             for work in d.passes:
                 times = training.accumulate if work.per == "batch" else 1
                 share = (work.forward + 2 * work.backward) / 3  # a backward pass costs two forward ones
+                if work.projected:  # onto the vocabulary and back to the hidden states, on half of the tokens
+                    share += 0.5 * (work.forward + work.backward) / 3 * _projections(self.config)
                 tokens += training.steps * training.batch_size * times * side * share
         return tokens
+
+
+def _projections(config: RunConfig) -> float:
+    """Return the weights that hidden states of all layers meet in the output layer, relative to all of a model's."""
+    c = text_config(load_config(config.model))
+    return (c.num_hidden_layers + 1) * c.vocab_size * c.hidden_size / _parameters(config)
 
 
 def _parameters(config: RunConfig) -> float:

@@ -46,7 +46,8 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
             if arm.of(stage):
                 phase = prepared.trainings(arm, stage)[-1]  # an alignment's first phase may be without defenses
                 console.print(
-                    f"{arm_word(arm.name)}, {STAGES[stage.value]}: {_passes(phase.defenses, phase.training)} per step."
+                    f"{arm_word(arm.name)}, {STAGES[stage.value]}: {_passes(phase.defenses, phase.training)} per"
+                    f" step{_more(phase.defenses)}."
                 )
     for name, count in prepared.dropped.items():
         if count:
@@ -177,6 +178,12 @@ def _attack(prepared: Prepared) -> str:
 def _passes(defenses: Sequence[Defense], training: Training) -> str:
     forward, backward = count_passes(defenses, training.accumulate)
     return f"{forward:g} forward and {backward:g} backward passes"
+
+
+def _more(defenses: Sequence[Defense]) -> str:
+    """Return what passes take beside their own work, as the end of a sentence."""
+    projected = any(work.projected for d in defenses for work in d.passes)
+    return ", and projections of every layer's states onto the vocabulary" if projected else ""
 
 
 def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:

@@ -157,7 +157,7 @@ class RepNoise(Defense):
         self.aligned_first = aligned_first
         runs = (noise_weight > 0 or ascent_weight > 0) + (self._bounding and noise_weight > 0)
         compared = self._form.compares and ascent_weight > 0
-        self.passes = (Passes(runs + compared, runs, per="batch"),) if runs else ()
+        self.passes = (Passes(runs + compared, runs, per="batch", projected=ascent_weight > 0),) if runs else ()
         self._window: list[dict[str, Any]] = []
         self._noised: dict[str, float | Tensor] = {}
 

@@ -47,12 +47,14 @@ class Passes:
         backward: number of backward passes, likewise.
         per: ``"step"`` for once per optimizer step, ``"batch"`` for once per micro-batch.
         shared: name of work that several defenses need and that runs once for all of them.
+        projected: whether each forward pass also projects the hidden states of all layers onto the vocabulary.
     """
 
     forward: float
     backward: float = 0.0
     per: Literal["step", "batch"] = "step"
     shared: str = ""
+    projected: bool = False
 
 
 class HasPasses(Protocol):
