@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 
 from hftlight import cache, run
 from hftlight.config import Training
@@ -57,6 +58,11 @@ def test_the_first_phase_is_the_undefended_arms_alignment(tmp_path):
     ]
     assert max(curves) == 5
     load_model(str(result.folder / "tar" / "finetuned"))
+    # The upload trains in other directions than the hardening: their A matrices start from other seeds.
+    state = load_file(result.folder / "tar" / "finetuned" / "adapter_model.safetensors")
+    for a in (t for name, t in state.items() if "lora_A" in name):
+        hardening, upload = a[2:4], a[4:6]
+        assert (hardening - upload).norm() > 0.5 * upload.norm()
 
 
 def test_a_plan_names_the_phases_and_shares_the_first(tmp_path):
