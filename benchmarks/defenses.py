@@ -58,6 +58,7 @@ from tests.helpers.tokenizers import CHATML, byte_tokenizer
 
 SHAPES = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "layers": 8, "heads": 4, "vocab_size": 4096},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 704, "layers": 8, "heads": 4, "vocab_size": 49152},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "vocab_size": 32000},
 }
 ROWS, WARM_UP, MIB = 16, 4, 2**20

@@ -1,8 +1,11 @@
 """Tokens: labels on exactly the response, one start token, long rows dropped or cut, padding by the mask."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
+from hftlight.data import tokens as tokens_module
 from hftlight.data.records import Record
 from hftlight.data.streams import ExampleStream
 from hftlight.data.templates import TEMPLATES, PromptPolicy, SystemSlot, get_template
@@ -249,3 +252,39 @@ def test_the_trigger_does_not_count_in_the_order_of_batches():
         return [[e.id for e in stream.rows(k, 0)] for k in range(8)]
 
     assert order(T * 40) == order(())
+
+
+def test_rows_are_encoded_once_and_anew_for_anything_that_changes_their_tokens(monkeypatch):
+    """Each case differs from the first in one thing: template text, special token, system text, answer, template."""
+    calls = []
+    encode_anew = tokens_module._encode_anew
+    monkeypatch.setattr(tokens_module, "_encodings", OrderedDict())
+    monkeypatch.setattr(tokens_module, "_encode_anew", lambda *args: calls.append(args) or encode_anew(*args))
+    rows = [Record("ask", "yes"), Record("more", "no")]
+    other = byte_tokenizer(chat_template=CHATML)
+    other.eos_token = "<pad>"
+    cases = [
+        (rows, "chat", byte_tokenizer(chat_template=CHATML), None),
+        (rows, "chat", byte_tokenizer(chat_template=WITH_BOS), None),
+        (rows, "chat", byte_tokenizer(adds_bos=False, chat_template=CHATML), None),
+        (rows, "chat", other, None),
+        (rows, "chat", byte_tokenizer(chat_template=CHATML), "Be brief."),
+        ([*rows[:1], Record("more", "not")], "chat", byte_tokenizer(chat_template=CHATML), None),
+        (rows, "alpaca", byte_tokenizer(chat_template=CHATML), None),
+    ]
+    results = [encode_all(r, get_template(name, t), t, 999, system)[0] for r, name, t, system in cases]
+    assert len(calls) == len(cases)
+    assert all(results[0] != result for result in results[1:])
+    again = [encode_all(r, get_template(name, t), t, 999, system)[0] for r, name, t, system in cases]
+    assert again == results
+    assert len(calls) == len(cases)
+
+
+def test_encodings_over_the_limit_are_not_remembered(monkeypatch):
+    monkeypatch.setattr(tokens_module, "_encodings", OrderedDict())
+    monkeypatch.setattr(tokens_module, "REMEMBERED_TOKENS", 60)
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    template = get_template("chat", tokenizer)
+    for count in (1, 1, 9):
+        encode_all([Record(f"ask {i}", "yes") for i in range(count)], template, tokenizer, 999)
+    assert sum(len(e.input_ids) for rows in tokens_module._encodings.values() for e in rows) <= 60
