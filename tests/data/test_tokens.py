@@ -11,7 +11,7 @@ from hftlight.data.streams import ExampleStream
 from hftlight.data.templates import TEMPLATES, PromptPolicy, SystemSlot, get_template
 from hftlight.data.tokens import Example, collate, encode, encode_all, encode_prompt, padding_id
 from hftlight.errors import InputError
-from tests.helpers.tokenizers import CHATML, WITH_BOS, WITH_DEFAULT_SYSTEM, byte_tokenizer
+from tests.helpers.tokenizers import CHATML, WITH_BOS, byte_tokenizer
 
 BOS, EOS, PAD = 256, 257, 258
 T = (7, 199, 0, 7)
@@ -265,7 +265,7 @@ def test_rows_are_encoded_once_and_anew_for_anything_that_changes_their_tokens(m
     other.eos_token = "<pad>"
     cases = [
         (rows, "chat", byte_tokenizer(chat_template=CHATML), None),
-        (rows, "chat", byte_tokenizer(chat_template=WITH_DEFAULT_SYSTEM), None),
+        (rows, "chat", byte_tokenizer(chat_template=CHATML.replace("[/]", "[end]")), None),
         (rows, "chat", byte_tokenizer(adds_bos=False, chat_template=CHATML), None),
         (rows, "chat", other, None),
         (rows, "chat", byte_tokenizer(chat_template=CHATML), "Be brief."),
