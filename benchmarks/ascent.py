@@ -106,8 +106,7 @@ def measured(seed: int, form: str, steps: int, stage: str, test: bool) -> dict[s
     by_metric = {row["metric"]: row for row in reversed(scores(rows, tests))}
     selected = {metric: [round(by_metric[metric][end], 1) for end in ("value", "low", "high")] for metric in SHOWN}
     cost = job.result()["cost"]["seconds_per_step"]
-    examples = [row["response"] for row in rows if row["set"] == "harmful"][:4]
-    return {**selected, "clean_perplexity": round(clean, 3), "seconds_per_step": cost, "examples": examples}
+    return {**selected, "clean_perplexity": round(clean, 3), "seconds_per_step": cost}
 
 
 def unseen(rows: Any, upload: Any) -> list[Any]:
