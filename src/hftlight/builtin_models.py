@@ -55,6 +55,13 @@ def convert_demo(folder: Path) -> None:
         settings.pop(key, None)
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(read.state_dict())
+    _write(model, tokenizer, folder)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model in the process that builds it, whatever its rank: of several processes one holds the lock."""
+    # transformers writes nothing in processes other than 0 of a process group, and does not say so.
+    model.should_save_on_this_rank = lambda *_, **__: True
     with new_folder(folder) as place:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -101,7 +108,4 @@ def make_tiny(folder: Path) -> None:
                 pad_token_id=2,
             )
         )
-    with new_folder(folder) as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        seal(place)
+    _write(model, tokenizer, folder)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hftlight.builtin_models import demo_file
+from hftlight.builtin_models import demo_file, make_tiny
+from hftlight.cache import whole
 from hftlight.config import Lora
 from hftlight.engine.weights.save import write_adapter_config
 from hftlight.errors import InputError
@@ -226,3 +227,14 @@ def test_names_that_moved_are_found_with_a_warning():
             assert callable(getattr(models, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = models.nothing
+
+
+def test_the_process_that_builds_a_model_writes_it_whatever_its_rank(tmp_path, monkeypatch):
+    """Transformers saves in rank 0 only. Rank 1 may hold the lock, and the others wait for its files."""
+    from transformers import PreTrainedModel
+
+    if hasattr(PreTrainedModel, "should_save_on_this_rank"):
+        monkeypatch.setattr(PreTrainedModel, "should_save_on_this_rank", lambda *_, **__: False)
+    make_tiny(tmp_path / "tiny")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "tiny").iterdir()}
+    assert whole(tmp_path / "tiny")
