@@ -81,11 +81,13 @@ def compared(tmp_path_factory):
     return place / "mine"
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def offline(compared):
     return read_offline(compared)
 
 
+@pytest.mark.slow
 def test_runs_are_grouped_by_comparison_arm_and_stage(compared, offline):
     cells = [r for r in offline if r.job_type != "summary"]
     assert {r.group for r in offline} == {"mine"}
@@ -103,6 +105,7 @@ def test_runs_are_grouped_by_comparison_arm_and_stage(compared, offline):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_offline_files_hold_curves_scores_and_costs_by_the_names_of_metrics_jsonl(compared, offline):
     for r in offline:
         if r.job_type == "summary":
@@ -120,6 +123,7 @@ def test_offline_files_hold_curves_scores_and_costs_by_the_names_of_metrics_json
         assert r.summary["eval/harmful_score"] == next(x["value"] for x in rows if x.get("metric") == "harmful_score")
 
 
+@pytest.mark.slow
 def test_the_summary_holds_leaderboard_generations_and_figures(compared, offline):
     (summary,) = [r for r in offline if r.job_type == "summary"]
     board = summary.table("leaderboard")
@@ -139,6 +143,7 @@ def test_the_summary_holds_leaderboard_generations_and_figures(compared, offline
     assert all((summary.folder / "files" / p["path"]).read_bytes().startswith(b"\x89PNG") for p in pictures)
 
 
+@pytest.mark.slow
 def test_every_key_of_the_specification_exists_in_the_runs(compared, offline, tmp_path):
     assert command([str(compared), "--save", str(tmp_path / "spec.json")]) == 0
     spec = json.loads((tmp_path / "spec.json").read_text())
@@ -164,6 +169,7 @@ def test_every_key_of_the_specification_exists_in_the_runs(compared, offline, tm
     assert first == ["eval/harmful_score", "eval/harmful_score_low", "eval/harmful_score_high"]
 
 
+@pytest.mark.slow
 def test_the_report_has_a_section_and_a_panel_for_each_of_the_specification(compared):
     pytest.importorskip("wandb_workspaces", reason='wandb-workspaces is missing (pip install "hftlight[dashboard]")')
     spec = specification(read_comparison(compared))

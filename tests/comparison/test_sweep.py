@@ -29,6 +29,7 @@ from hftlight.model_files import model_path
 from hftlight.runs.manifest import identity
 from hftlight.runs.stages.checkpoint import AtomicCheckpointIO
 from tests.helpers import warm
+from tests.helpers.slow import some_slow
 from tests.runs.test_run import config
 
 ROOT = Path(__file__).parents[2]
@@ -309,7 +310,7 @@ def test_the_trace_of_an_error_that_cannot_be_written_is_no_second_error(tmp_pat
     assert runs == []
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "generations.jsonl"])
+@pytest.mark.parametrize("name", some_slow(["metrics.jsonl", "generations.jsonl"], fast={"generations.jsonl"}))
 def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsys):
     settings, folder = config(tmp_path), tmp_path / "c"
     compare(settings, Grid(), folder)
@@ -323,7 +324,9 @@ def test_a_finished_cell_whose_results_were_cut_runs_again(name, tmp_path, capsy
     assert results(folder) == before
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "generations.jsonl"])
+@pytest.mark.parametrize(
+    "name", some_slow(["manifest.json", "metrics.jsonl", "generations.jsonl"], fast={"manifest.json"})
+)
 def test_a_cell_cut_off_in_the_middle_of_a_file_gives_the_same_again(name, tmp_path):
     settings, folder = config(tmp_path), tmp_path / "c"
     compare(settings, Grid(), folder)
@@ -339,6 +342,7 @@ def test_a_cell_cut_off_in_the_middle_of_a_file_gives_the_same_again(name, tmp_p
     assert runs_of(folder) == {cell.name: 2}
 
 
+@pytest.mark.slow
 def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, runs, monkeypatch):
     tries = []
 

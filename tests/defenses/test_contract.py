@@ -89,7 +89,9 @@ def test_it_does_something_and_leaves_its_trace(name, tuning):
 
 
 @pytest.mark.parametrize(("name", "tuning"), tuned(WITH_SLOW))
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["free", "clipped"])
+@pytest.mark.parametrize(
+    "clip", [pytest.param(None, id="free", marks=pytest.mark.slow), pytest.param(0.5, id="clipped")]
+)
 def test_equals_an_independent_slow_loop(name, tuning, clip):
     row = rows()[name]
     slow = row.slow(model_of(tuning), row.make().stage, accumulate=2).run(clip)

@@ -15,7 +15,7 @@ from tests.helpers.lightning import CALLBACKS, DECAY, Trajectory, fit_with
 from tests.helpers.tiny_lm import token_batch
 
 NAMES = sorted(rows())
-SLOW = ("StochasticWeightAveraging", "GradientAccumulationScheduler", "ModelCheckpoint")
+SLOW = ("BaseFinetuning", "StochasticWeightAveraging", "GradientAccumulationScheduler", "ModelCheckpoint")
 REPAIRS = {name for name in NAMES if rows()[name].make().stage is Stage.POST_FINETUNING}
 
 

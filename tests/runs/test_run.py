@@ -183,6 +183,7 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatc
     assert list((result.folder / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
 def test_other_loggers_carry_the_same_names(tmp_path, logger):
     result = run(config(tmp_path, logger=logger, baseline=False))

@@ -59,7 +59,7 @@ def curves(stage_job):
     ("log_every", "accumulate", "checkpoint_every"),
     [
         pytest.param(1, 1, 1, marks=pytest.mark.slow),
-        (3, 2, 1),
+        pytest.param(3, 2, 1, marks=pytest.mark.slow),
         pytest.param(3, 1, 2, marks=pytest.mark.slow),
     ],
 )

@@ -37,6 +37,7 @@ def ctrl(**more):
     return CTRL(**{"share": 0.004, "rounds": 1, "max_new_tokens": 6, "readability": 0.0, **more})
 
 
+@pytest.mark.slow
 def manifest(result):
     return json.loads((result.folder / "manifest.json").read_text())
 
@@ -106,6 +107,7 @@ def test_a_run_trains_on_pairs(tmp_path):
     assert "pairs / attack" in manifest(result)["overlaps"]
 
 
+@pytest.mark.slow
 def test_a_window_average_over_pairs_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"main stream 'pairs'.*--alignment.average micro"):
         run(small(tmp_path, alignment=replace(TRAINING, average="window")), [RepNoise()])
