@@ -81,7 +81,6 @@ def compared(tmp_path_factory):
     return place / "mine"
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def offline(compared):
     return read_offline(compared)
@@ -185,6 +184,7 @@ def test_the_report_has_a_section_and_a_panel_for_each_of_the_specification(comp
             assert all(key in shown for key in panel["metrics"])
 
 
+@pytest.mark.slow
 def test_upload_without_a_package_or_a_key_loses_nothing(compared, tmp_path, monkeypatch, capsys):
     path = tmp_path / "spec.json"
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces", None)

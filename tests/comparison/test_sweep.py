@@ -342,7 +342,6 @@ def test_a_cell_cut_off_in_the_middle_of_a_file_gives_the_same_again(name, tmp_p
     assert runs_of(folder) == {cell.name: 2}
 
 
-@pytest.mark.slow
 def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, runs, monkeypatch):
     tries = []
 
@@ -361,6 +360,7 @@ def test_a_cell_waits_for_a_process_that_is_dying_but_not_for_ever(tmp_path, run
     assert (message, len(tries)) == ("InputError: Another process works in ...", 1)
 
 
+@pytest.mark.slow
 def test_a_second_command_on_the_same_folder_ends_with_status_2(tmp_path):
     folder = tmp_path / "runs" / "comparison"
     folder.mkdir(parents=True)

@@ -183,7 +183,6 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatc
     assert list((result.folder / "wandb").glob("offline-run-*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
 def test_other_loggers_carry_the_same_names(tmp_path, logger):
     result = run(config(tmp_path, logger=logger, baseline=False))
@@ -191,6 +190,7 @@ def test_other_loggers_carry_the_same_names(tmp_path, logger):
     assert any(b"train/loss" in path.read_bytes() for path in files)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
     """The interrupt arrives in the middle of the alignment stage."""
     command = [

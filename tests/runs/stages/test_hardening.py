@@ -37,11 +37,11 @@ def ctrl(**more):
     return CTRL(**{"share": 0.004, "rounds": 1, "max_new_tokens": 6, "readability": 0.0, **more})
 
 
-@pytest.mark.slow
 def manifest(result):
     return json.loads((result.folder / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_first_phase_is_the_undefended_arms_alignment(tmp_path):
     result = run(small(tmp_path, baseline=True, hardening_steps=2), [tar()])
     none, hardened = (manifest(result)["arms"][arm]["stages"]["alignment"] for arm in ("none", "tar"))
@@ -107,12 +107,12 @@ def test_a_run_trains_on_pairs(tmp_path):
     assert "pairs / attack" in manifest(result)["overlaps"]
 
 
-@pytest.mark.slow
 def test_a_window_average_over_pairs_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"main stream 'pairs'.*--alignment.average micro"):
         run(small(tmp_path, alignment=replace(TRAINING, average="window")), [RepNoise()])
 
 
+@pytest.mark.slow
 def test_a_selection_is_a_file_of_the_run_and_made_once(tmp_path):
     result = run(small(tmp_path, baseline=False), [ctrl()])
     chosen = read_rows(result.folder / "ctrl" / "ctrl_selection.jsonl")
