@@ -241,7 +241,7 @@ def _write_note(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:
-    """Return the SHA-256 of each file, in the order of ``paths``. Threads hash several large files at the same time."""
+    """Return the SHA-256 of each file, in the order of ``paths``. Threads hash large files at the same time."""
     paths = list(paths)
     if sum(path.stat().st_size for path in paths) < REMEMBERED:  # starting threads would take longer
         return [file_digest(path) for path in paths]

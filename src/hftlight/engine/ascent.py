@@ -104,7 +104,7 @@ class Ascent:
 
 
 def bounded(ascent: Vector, alignment: Vector, fraction: float) -> Vector:
-    r"""Return :math:`a \min(1, c \|g\| / \|a\|)`: an ascent gradient at most a fraction of the alignment gradient long.
+    r"""Return an ascent gradient, shortened to :math:`a \min(1, c \|g\| / \|a\|)`.
 
     Args:
         ascent: gradient a of the ascent term; parameter name -> tensor.

@@ -38,7 +38,7 @@ class Rewriter(Protocol):
 
 
 def reading_ease(text: str) -> float:
-    """Return Flesch's reading ease of an English text; higher is easier, 100 is very easy.
+    """Return Flesch's reading ease of an English text. Higher is easier, and 100 is very easy.
 
     ``206.835 - 1.015 * words per sentence - 84.6 * syllables per word``, with syllables counted as groups of vowels.
     """

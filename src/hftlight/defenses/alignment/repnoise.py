@@ -55,7 +55,9 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
 
 
 def own_tokens(labels: Tensor, other: Tensor) -> Tensor:
-    """Return the mask of an answer's tokens that the other answer does not have at the same place, ``[rows, tokens]``.
+    """Return the mask of an answer's own tokens, bool ``[rows, tokens]``.
+
+    A token is the answer's own if the other answer does not have it at the same place.
 
     Args:
         labels: labels of the answer's row, int64 ``[rows, tokens]``; -100 on prompt and padding.

@@ -1,24 +1,21 @@
 """RSNTune: align only the neurons that matter to safety and not to general ability."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from hftlight.engine.step.defense import Defense, Loader
+from hftlight.engine.step.defense import Loader
 from hftlight.engine.step.slots import Slot, Stage
 from hftlight.engine.step.vectors import local, whole
-from hftlight.engine.weights.frozen import FrozenEntries, refuse_averaging
+from hftlight.engine.weights.frozen import FreezesEntries, FrozenEntries, scoring_loss
 from hftlight.engine.weights.masks import Overlap, overlap
 from hftlight.engine.weights.neurons import Neurons, agreement, find_neurons, local_rows, masks_of
 from hftlight.engine.weights.regions import Selection, Target, linear_targets
 from hftlight.engine.weights.scores import (
-    Batch,
     calibration,
     gradient_sums,
     input_moments,
@@ -32,7 +29,7 @@ from hftlight.models.module import decoder_layers
 Score = Literal["deactivation", "snip", "wanda"]
 
 
-class RSNTune(Defense):
+class RSNTune(FreezesEntries):
     r"""Train only safety neurons that are no foundation neurons, so that a later upload moves them little.
 
     A neuron is a hidden unit of an MLP, or a channel of an attention's values. It owns a row of each weight that writes
@@ -106,35 +103,18 @@ class RSNTune(Defense):
         self.safety_ratio, self.utility_ratio, self.score, self.shared = safety_ratio, utility_ratio, score, shared
         self.samples, self.safety, self.utility, self.aligned_first = samples, safety, utility, aligned_first
         self.report: dict[str, Any] = {}
-        self._frozen: FrozenEntries | None = None
-        self._stored: dict[str, dict[str, Any]] | None = None
-        self._step = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._frozen, self._stored = None, None
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        refuse_averaging(callbacks, "RSNTune", "remove that callback.")
-        self._found(pl_module)
+        if stage == "fit":
+            self._found(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
-        targets, neurons = self._found(pl_module)
-        if self._stored is not None:
-            self._frozen, self._stored = FrozenEntries.stored(self._stored, pl_module, "RSNTune"), None
+        if self._resumed(trainer, pl_module):
             return
-        plugin = trainer.precision_plugin
-        # A loss scaler means float16, where small gradients would vanish. Scoring then runs without autocast instead.
-        context = nullcontext if getattr(plugin, "scaler", None) is not None else plugin.forward_context
-
-        def loss(batch: Batch) -> Tensor:
-            with context():
-                return pl_module.loss(batch)  # type: ignore[operator]
-
+        (targets, neurons), loss = self._found(pl_module), scoring_loss(trainer, pl_module)
         with undisturbed(pl_module, pl_module.device):
             safe = self._important(loss, self.safety, self.safety_ratio, targets, neurons)
             useful = (
@@ -144,33 +124,6 @@ class RSNTune(Defense):
         self._report(neurons, safe, useful, chosen)
         # After the block: within it FSDP2 may show gathered weights in place of the parameters.
         self._frozen = FrozenEntries.now(self._masks(pl_module, targets, neurons, chosen), pl_module)
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._frozen is not None:
-            self._frozen.mask_gradients()
-            self.record()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:  # within an accumulation window no weight has moved
-            return
-        self._step = trainer.global_step
-        if self._frozen is not None:
-            self._frozen.restore()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state with the masks as bits and the kept values. Under sharding every rank must call this."""
-        return super().state_dict() | (self._frozen.state() if self._frozen is not None else {})
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "masks" in state_dict:
-            self._stored = {name: state_dict[name] for name in ("masks", "columns", "values")}
 
     def _found(self, pl_module: LightningModule) -> tuple[dict[str, Target], list[Neurons]]:
         """Return the trained linear layers and the neurons.
@@ -184,11 +137,6 @@ class RSNTune(Defense):
             return targets, find_neurons(model, decoder_layers(model), {t.layer: n for n, t in targets.items()})
         except ValueError as error:
             raise TypeError(f"RSNTune: {error}") from error
-
-    def _draws(self, name: str) -> Iterator[Batch]:
-        """Yield the batches of a stream without end."""
-        while True:
-            yield self.draw(name)
 
     def _important(
         self, loss: Any, stream: str, ratio: float, targets: Mapping[str, Target], neurons: list[Neurons]

@@ -2,28 +2,26 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from hftlight.engine.step.defense import Defense, Loader
+from hftlight.engine.step.defense import Loader
 from hftlight.engine.step.slots import Slot, Stage
 from hftlight.engine.step.vectors import local, whole
-from hftlight.engine.weights.frozen import FrozenEntries, refuse_averaging
+from hftlight.engine.weights.frozen import FreezesEntries, FrozenEntries, scoring_loss
 from hftlight.engine.weights.lora import has_adapter
 from hftlight.engine.weights.masks import Overlap, whole_rows
 from hftlight.engine.weights.regions import Selection, Target, linear_targets, overlap_row
-from hftlight.engine.weights.scores import Batch, Loss, undisturbed
+from hftlight.engine.weights.scores import Loss, undisturbed
 from hftlight.engine.weights.shards import share
 from hftlight.models.module import decoder_layers
 
 
-class Freeze(Defense):
+class Freeze(FreezesEntries):
     r"""Keep the weights that matter to safety and not to utility at their aligned values.
 
     Each weight matrix of the decoder layers is scored at the aligned model on safety rows and on utility rows. Let S(q)
@@ -81,6 +79,7 @@ class Freeze(Defense):
     """
 
     stage, slots = Stage.FINETUNING, (Slot.PROJECTION, Slot.UPDATE)
+    instead = "remove that callback, or use Rewind."
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"score": "snip", "samples": 128, "safety": "refusals", "end": False},
     }
@@ -108,9 +107,6 @@ class Freeze(Defense):
         self.safety_ratio, self.utility_ratio, self.score, self.unit = safety_ratio, utility_ratio, score, unit
         self.samples, self.safety, self.utility, self.end = samples, safety, utility, end
         self.report: dict[str, Any] = {}
-        self._frozen: FrozenEntries | None = None
-        self._stored: dict[str, dict[str, Any]] | None = None
-        self._step = 0
 
     @property
     def neutral(self) -> bool:
@@ -126,81 +122,27 @@ class Freeze(Defense):
             ValueError: if a ratio is less than one entry, or a callback averages weights.
         """
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._frozen, self._stored = None, None
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        refuse_averaging(callbacks, "Freeze", "remove that callback, or use Rewind.")
-        if not self.neutral:
+        if stage == "fit" and not self.neutral:
             self._targets(_model_of(pl_module))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
-        if self.neutral:
+        if self._resumed(trainer, pl_module) or self.neutral:
             return
         model = _model_of(pl_module)
-        targets = self._targets(model)
-        if self._stored is not None:
-            self._frozen, self._stored = FrozenEntries.stored(self._stored, pl_module, "Freeze"), None
-            return
-        plugin = trainer.precision_plugin
-        # A loss scaler means float16, where small gradients would vanish. Scoring then runs without autocast instead.
-        context = nullcontext if getattr(plugin, "scaler", None) is not None else plugin.forward_context
-
-        def loss(batch: Batch) -> Tensor:
-            with context():
-                return pl_module.loss(batch)  # type: ignore[operator]
-
+        targets, loss = self._targets(model), scoring_loss(trainer, pl_module)
         with undisturbed(pl_module, pl_module.device):
             masks, table = self._region(targets, loss, has_adapter(model))
-            self._frozen = FrozenEntries.now(self._parameters(targets, masks), pl_module)
+        # After the block: within it FSDP2 may show gathered weights in place of the parameters.
+        self._frozen = FrozenEntries.now(self._parameters(targets, masks), pl_module)
         numbers = self._selection.numbers(targets, masks, table)
         self.trace |= numbers
         self.report = {**numbers, "matrices": {name: overlap_row(o) for name, o in table.items()}}
         if not self._frozen.parts:
             warnings.warn(f"Freeze freezes no weight: {self._selection.empty()}", stacklevel=2)
 
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._frozen is not None:
-            self._frozen.mask_gradients()
-            self.record()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:  # within an accumulation window no weight has moved
-            return
-        self._step = trainer.global_step
-        if self._frozen is not None:
-            self._frozen.restore()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state with the masks as bits and the frozen values.
-
-        Under sharding every rank must call this method.
-        """
-        state = super().state_dict()
-        if self._frozen is not None:  # even if empty, so that a resumed run does not select again
-            state |= self._frozen.state()
-        return state
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "masks" in state_dict:
-            self._stored = {name: state_dict[name] for name in ("masks", "columns", "values")}
-
     def _by_row(self, adapted: bool) -> bool:
         return self.unit == "row" or (self.unit == "auto" and adapted)
-
-    def _draws(self, name: str) -> Iterator[Batch]:
-        """Yield the batches of a stream without end."""
-        while True:
-            yield self.draw(name)
 
     def _targets(self, model: nn.Module) -> dict[str, Target]:
         """Return the linear layers that are scored, by the plain name of their weight.

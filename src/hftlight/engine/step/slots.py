@@ -51,7 +51,7 @@ class Slotted(Protocol):
 
     @property
     def main(self) -> str:
-        """Stream that the stage trains on instead of its own; empty for the stage's own stream."""
+        """Stream that the stage trains on, or an empty text for the stage's own stream."""
 
     @property
     def state_key(self) -> str:

@@ -1,15 +1,21 @@
 """Entries of trained parameters that keep their values, bit for bit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
+from hftlight.engine.step.defense import Defense
 from hftlight.engine.step.vectors import local
 from hftlight.engine.weights.masks import pack, unpack, whole_rows
+from hftlight.engine.weights.scores import Batch, Loss
 from hftlight.engine.weights.shards import share
 
 
@@ -123,3 +129,84 @@ class FrozenEntries:
             mine = mask[rows.start : rows.stop]
             parts[name] = FrozenPart(p, mine.to(p.device), dense[mine.expand_as(dense)].to(p.device))
         return cls(parts)
+
+
+class FreezesEntries(Defense):
+    """A defense that scores weights before the first step and then keeps some entries at their values.
+
+    A subclass fills the projection and the update slot. It sets ``_frozen`` in ``on_train_start``, unless ``_resumed``
+    has set it.
+
+    Attributes:
+        instead: what an error advises in place of a callback that averages weights.
+    """
+
+    instead: str = "remove that callback."
+    _frozen: FrozenEntries | None = None
+    _stored: dict[str, Any] | None = None
+    _step: int = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._frozen, self._stored = None, None
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            refuse_averaging(callbacks, type(self).__name__, self.instead)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._frozen is not None:
+            self._frozen.mask_gradients()
+            self.record()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # within an accumulation window no weight has moved
+            return
+        self._step = trainer.global_step
+        if self._frozen is not None:
+            self._frozen.restore()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with the masks as bits and the frozen values.
+
+        Under sharding every rank must call this method.
+        """
+        # Even if no entry is frozen, the state says so: a resumed run does not select again.
+        return super().state_dict() | (self._frozen.state() if self._frozen is not None else {})
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "masks" in state_dict:
+            self._stored = {name: state_dict[name] for name in ("masks", "columns", "values")}
+
+    def _resumed(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Note the step that training starts from, and tell whether a checkpoint holds the frozen entries."""
+        self._step = trainer.global_step
+        if self._stored is None:
+            return False
+        self._frozen, self._stored = FrozenEntries.stored(self._stored, pl_module, type(self).__name__), None
+        return True
+
+    def _draws(self, name: str) -> Iterator[Batch]:
+        """Yield the batches of a stream without end."""
+        while True:
+            yield self.draw(name)
+
+
+def scoring_loss(trainer: Trainer, pl_module: LightningModule) -> Loss:
+    """Return the module's loss of a batch in the precision of the training step, for scores."""
+    plugin = trainer.precision_plugin
+    # A loss scaler means float16, where small gradients would vanish. Scoring then runs without autocast instead.
+    context = nullcontext if getattr(plugin, "scaler", None) is not None else plugin.forward_context
+
+    def loss(batch: Batch) -> Tensor:
+        with context():
+            return pl_module.loss(batch)  # type: ignore[operator]
+
+    return loss
