@@ -2,9 +2,10 @@
 
 Each form of the ascent term works inside RepNoise, on the plainly aligned demo model in the built-in world. The
 hardened model and the model after an upload with 10 % harmful rows are measured, beside plain alignment at the same
-stages. The first part takes two strengths of each form at one seed, on the development prompts. ``--only`` and
-``--test`` measure chosen settings on the frozen test prompts with fresh seeds. Finished measurements are not repeated.
-Results go to ``benchmarks/ascent.json``, and ``--table`` prints them.
+stages. Hardening takes four pairs per step, since a step projects 31 hidden states onto the vocabulary. The first part
+takes two strengths of each form at one seed, on the development prompts. ``--only`` and ``--test`` measure chosen
+settings on the frozen test prompts with fresh seeds. Finished measurements are not repeated. Results go to
+``benchmarks/ascent.json``, and ``--table`` prints them.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-RATIO, SEED, STEPS, CLEAN = 0.1, 103, 40, 100  # the last: rows of the clean perplexity
+RATIO, SEED, STEPS, PAIRS = 0.1, 103, 40, 4  # the last: pairs per step of the hardening
+PROMPTS, TASK, ORDINARY, CLEAN = 60, 40, 20, 100  # rows of each measurement; the last: of the clean perplexity
 RESULTS = Path(__file__).with_suffix(".json")
 SHOWN = ("harmful_score", "refusal_rate", "collapsed_answers", "finetune_accuracy", "over_refusal")
 # Name -> arguments of RepNoise. "bounded" is the linear form whose gradient is at most a fraction of the alignment's.
@@ -87,8 +89,16 @@ def measured(seed: int, form: str, steps: int, stage: str, test: bool) -> dict[s
     streams, tests = streams_of(config, {"pairs"}, attack, sources), test_sets(config, attack, sources)
     if not test:
         tests = replace(tests, harmful=world.dev, over_refusal=world.lookalike_dev, task_rows=world.task_dev)
+    tests = replace(
+        tests,
+        harmful=tests.harmful[:PROMPTS],
+        over_refusal=tests.over_refusal[:ORDINARY],
+        task_rows=tests.task_rows[:TASK],
+    )
     base, artifact = model_hash(config.model), None
     for own, some in alignment_phases(config, defenses):
+        if some:
+            own = replace(own, alignment=replace(own.alignment, batch_size=PAIRS))
         job = alignment_job(own, base, stage_records(streams, Stage.ALIGNMENT, some), some, artifact)
         run_stage(job)
         artifact = job.artifact()

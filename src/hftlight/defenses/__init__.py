@@ -2,28 +2,33 @@
 
 from hftlight.defenses.alignment import CTRL, TAR, Booster, RepNoise, RSNTune, TVaccine, Vaccine
 from hftlight.defenses.finetuning import (
+    ALRIGHT,
     BEA,
     EWC,
     KL,
     L2SP,
     LDIFS,
+    MAXRIGHT,
     MLLR,
     PTST,
     SPPFT,
     ConstrainedSFT,
     Freeze,
     Lisa,
+    SafeGrad,
     SafetyMix,
 )
 from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
 
 __all__ = [
+    "ALRIGHT",
     "BEA",
     "CTRL",
     "EWC",
     "KL",
     "L2SP",
     "LDIFS",
+    "MAXRIGHT",
     "MLLR",
     "PTST",
     "SPPFT",
@@ -36,6 +41,7 @@ __all__ = [
     "RSNTune",
     "RepNoise",
     "Rewind",
+    "SafeGrad",
     "SafeLoRA",
     "SafetyMix",
     "TVaccine",

@@ -158,7 +158,7 @@ class RepNoise(Defense):
         self.double_norm, self.first_token, self.labels = double_norm, first_token, labels
         self.aligned_first = aligned_first
         runs = (noise_weight > 0 or ascent_weight > 0) + (self._bounding and noise_weight > 0)
-        compared = self._form.compares and ascent_weight > 0
+        self.compares = compared = self._form.compares and ascent_weight > 0
         self.passes = (Passes(runs + compared, runs, per="batch", projected=ascent_weight > 0),) if runs else ()
         self._window: list[dict[str, Any]] = []
         self._noised: dict[str, float | Tensor] = {}
@@ -185,8 +185,6 @@ class RepNoise(Defense):
                 " layers such as gate_proj, up_proj and down_proj to the adapter's targets.",
                 stacklevel=2,
             )
-        if self._form.compares and self.ascent_weight:
-            pl_module.reference()  # type: ignore[operator]
         # Rows may be cut to the same tokens, so the encoded answers are compared, before the first step.
         pairs = getattr(trainer, "datamodule", None) and trainer.datamodule.stream("pairs", 1).examples  # type: ignore[attr-defined]
         if same := next((e.id for e in pairs or () if e.rejected and e.input_ids == e.rejected.input_ids), None):

@@ -197,6 +197,7 @@ class TAR(Defense):
         self.tamper, self.bound, self.positions, self.attackers = tamper, bound, positions, list(attackers)
         self.inner_lrs, self.inner_optimizer, self.held_out = list(inner_lrs), inner_optimizer, held_out
         self.representation, self.beta, self.aligned_first = representation, beta, aligned_first
+        self.compares = bool(lam) and tamper == "dpo"
         self._omega = step_weights(inner_steps, every, lam, growth, tasks)
 
     @override
@@ -204,8 +205,6 @@ class TAR(Defense):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not self.lam:
             return
-        if self.tamper == "dpo":
-            pl_module.reference()  # type: ignore[operator]
         # The tamper loss sees rows that no attacker trains on: of the harmful rows, or of the pairs.
         name = "pairs" if self.tamper == "dpo" else "harmful"
         whole = self._sources[name]

@@ -1,30 +1,37 @@
 """Defenses that act while a user's upload fine-tunes the aligned model."""
 
+from hftlight.defenses.finetuning.alright import ALRIGHT
 from hftlight.defenses.finetuning.bea import BEA
 from hftlight.defenses.finetuning.constrained_sft import ConstrainedSFT, constraint_weights
 from hftlight.defenses.finetuning.ewc import EWC, ewc_term
 from hftlight.defenses.finetuning.freeze import Freeze
-from hftlight.defenses.finetuning.kl import KL, divergence
+from hftlight.defenses.finetuning.kl import KL
 from hftlight.defenses.finetuning.l2_sp import L2SP, l2_sp_term
 from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
 from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
+from hftlight.defenses.finetuning.maxright import MAXRIGHT
 from hftlight.defenses.finetuning.mllr import MLLR
 from hftlight.defenses.finetuning.ptst import PTST
+from hftlight.defenses.finetuning.safe_grad import SafeGrad, surgery
 from hftlight.defenses.finetuning.safety_mix import SafetyMix
 from hftlight.defenses.finetuning.sppft import SPPFT
+from hftlight.engine.divergence import divergence
 
 __all__ = [
+    "ALRIGHT",
     "BEA",
     "EWC",
     "KL",
     "L2SP",
     "LDIFS",
+    "MAXRIGHT",
     "MLLR",
     "PTST",
     "SPPFT",
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "SafeGrad",
     "SafetyMix",
     "constraint_weights",
     "divergence",
@@ -32,5 +39,6 @@ __all__ = [
     "feature_distance",
     "l2_sp_term",
     "proximal_pull",
+    "surgery",
     "update_pull",
 ]

@@ -44,7 +44,7 @@ class Defense(Callback):
         streams: loaders of the side streams by name. A loader takes precedence over a stream of the data module.
 
     Attributes:
-        stage: stage in which the defense works. An instance sets this and the next ten attributes itself if its modes
+        stage: stage in which the defense works. An instance sets this and the next attributes itself if its modes
             change them.
         slots: slots that the defense fills.
         streams: names of the side streams that the defense draws from.
@@ -58,6 +58,10 @@ class Defense(Callback):
         selecting_tokens: roughly how many tokens ``select`` generates per row, for the same estimate.
         files: names of the arguments that are paths of files; the content of the files enters the cache key.
         selected: what ``select`` returned, or what a run has stored of it; None before.
+        compares: whether the defense reads the aligned model through the module's ``reference()``. Passes that share
+            ``"reference"`` say so too.
+        acts_first: gradient slot: whether the defense must act before all others of the slot, since it edits the
+            gradient of the stage's own loss.
         pauses: stream slot: whether the main stream waits while another stream is trained on, so that it loses no
             batches.
         presets: constructor arguments of published settings by name, such as ``"paper"``.
@@ -76,6 +80,8 @@ class Defense(Callback):
     selecting_tokens: float = 0.0
     files: tuple[str, ...] = ()
     selected: list[dict[str, Any]] | None = None
+    compares: bool = False
+    acts_first: bool = False
     pauses: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -307,8 +313,13 @@ class Defense(Callback):
             self.build(pl_module)
         if Slot.LOSS in self.slots:
             pl_module.loss_terms.append(self)  # type: ignore[operator, union-attr]
-            if any(p.shared == "reference" for p in self.passes):
-                pl_module.reference()  # type: ignore[operator]
+        if self._reads_reference:
+            if not hasattr(pl_module, "reference"):
+                raise TypeError(
+                    f"{who} compares with the aligned model, which {type(pl_module).__name__} does not offer; use"
+                    " SafetyModule, or a subclass of it."
+                )
+            pl_module.reference()  # type: ignore[operator]
 
     def _release(self, pl_module: LightningModule) -> None:
         # ``on_exception`` and ``teardown`` may both come here; the second call does nothing.
@@ -316,10 +327,15 @@ class Defense(Callback):
             return
         if Slot.LOSS in self.slots:
             pl_module.loss_terms.remove(self)  # type: ignore[operator, union-attr]
+        if self._reads_reference:
             pl_module.forget_reference()  # type: ignore[operator]
         if Slot.ADAPTER in self.slots:
             self.unbuild(pl_module)
         self._trainer, self._sources = None, {}
+
+    @property
+    def _reads_reference(self) -> bool:
+        return self.compares or any(p.shared == "reference" for p in self.passes)
 
     def _find(self, name: str, trainer: Trainer) -> Callable[[], Stream]:
         """Return a function that looks up the stream when it is needed.

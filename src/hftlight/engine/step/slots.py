@@ -113,15 +113,16 @@ def main_stream(defenses: Iterable[Slotted], usual: str) -> str:
 def in_order(defenses: Iterable[D]) -> list[D]:
     """Return the defenses in the order in which they act.
 
-    Within a slot, the order of the list decides. If a defense fills several slots, its slot on ``.grad`` places it,
-    because order changes the result there. Without such a slot, its last slot places it. Defenses of several stages are
-    sorted stage by stage. In the weights slot, ``repair_order`` overrides the list: projection, then pruning, then
-    rewinding.
+    Within a slot, the order of the list decides, except that a defense with ``acts_first`` comes first. If a defense
+    fills several slots, its slot on ``.grad`` places it, because order changes the result there. Without such a slot,
+    its last slot places it. Defenses of several stages are sorted stage by stage. In the weights slot, ``repair_order``
+    overrides the list: projection, then pruning, then rewinding.
     """
 
     def place(defense: Slotted) -> tuple[int, int, int]:
         on_grad = [slot for slot in defense.slots if slot in ON_GRADIENT]
         stage = list(Stage).index(defense.stage)
-        return stage, max(on_grad or defense.slots), getattr(defense, "repair_order", 0)
+        order = -1 if getattr(defense, "acts_first", False) else getattr(defense, "repair_order", 0)
+        return stage, max(on_grad or defense.slots), order
 
     return sorted(defenses, key=place)

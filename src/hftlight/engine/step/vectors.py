@@ -51,8 +51,11 @@ def norm(vector: Vector) -> Tensor:
 
 
 def dot(left: Vector, right: Vector) -> Tensor:
-    """Return the inner product of two vectors with the same names, as a 0-d tensor."""
-    products = torch._foreach_mul(list(left.values()), [right[name] for name in left])
+    """Return the inner product of two vectors with the same names, as a 0-d tensor, at least in float32."""
+    ours, theirs = list(left.values()), [right[name] for name in left]
+    if ours[0].dtype in (torch.float16, torch.bfloat16):
+        ours, theirs = [t.float() for t in ours], [t.float() for t in theirs]
+    products = torch._foreach_mul(ours, theirs)
     return whole(torch.stack([p.sum() for p in products]).sum())
 
 
