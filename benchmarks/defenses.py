@@ -31,12 +31,14 @@ from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.defenses import (
+    ALRIGHT,
     BEA,
     CTRL,
     EWC,
     KL,
     L2SP,
     LDIFS,
+    MAXRIGHT,
     MLLR,
     PTST,
     SPPFT,
@@ -47,6 +49,7 @@ from hftlight.defenses import (
     Lisa,
     RepNoise,
     RSNTune,
+    SafeGrad,
     SafetyMix,
     TVaccine,
     Vaccine,
@@ -72,6 +75,7 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "tar": (TAR,),
     "vaccine": (Vaccine,),
     "t_vaccine": (lambda: TVaccine(layers=8), lambda: TVaccine(layers=2)),
+    "alright": (ALRIGHT,),
     "bea": (lambda: BEA(rows=ROWS),),
     "constrained_sft": (ConstrainedSFT, lambda: ConstrainedSFT(online=True)),
     "ewc": (lambda: EWC(samples=16),),
@@ -80,8 +84,10 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "l2_sp": (L2SP,),
     "ldifs": (LDIFS,),
     "lisa": (lambda: Lisa(2, 2, quiet=0.0, cycles=0),),
+    "maxright": (lambda: MAXRIGHT(task_floor=1.0),),
     "mllr": (MLLR,),
     "ptst": (PTST,),
+    "safe_grad": (SafeGrad,),
     "safety_mix": (lambda: SafetyMix(count=ROWS), lambda: SafetyMix(mode="parallel")),
     "sppft": (lambda: SPPFT(first=3, last=4),),
 }

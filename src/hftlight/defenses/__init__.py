@@ -17,6 +17,7 @@ from hftlight.defenses.finetuning import (
     Lisa,
     SafeGrad,
     SafetyMix,
+    SaLoRA,
 )
 from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
 
@@ -41,6 +42,7 @@ __all__ = [
     "RSNTune",
     "RepNoise",
     "Rewind",
+    "SaLoRA",
     "SafeGrad",
     "SafeLoRA",
     "SafetyMix",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hftlight.config import ALL_LINEAR, Lora
-from hftlight.engine.weights.stored import stored_factors
+from hftlight.engine.weights.stored import plain_name, stored_factors
 from hftlight.errors import InputError
 from hftlight.model_files import model_path, stands_on
 
@@ -91,6 +91,44 @@ def check_targets(model: Any, targets: Sequence[str]) -> bool:
         if not matches or not matches.keys() <= layers.keys():
             raise InputError(f"--lora.targets: no linear layer is called {target!r}; {known}.")
     return transposed
+
+
+def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the linear layers that an adapter with these targets adapts, by their plain names.
+
+    Layers that an adapter already wraps are returned with it.
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+        targets: names as ``lora.targets`` takes them.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    every = [(name, m) for name, m in model.named_modules() if hasattr(m, "get_base_layer")]
+    inner = {id(child) for _, m in every for child in m.modules() if child is not m}
+    every += [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and m is not head and id(m) not in inner
+    ]
+    whole = list(targets) == [ALL_LINEAR]
+    chosen = {n: m for n, m in every if whole or any(f".{n}".endswith(f".{target}") for target in targets)}
+    return {plain_name(name): module for name, module in chosen.items()}
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """Return the weight of a linear layer as a plain matrix ``[out, in]``, at least float32, adapters included."""
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
+
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = dequantize_module_weight(base).detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if base is not layer and not layer.disable_adapters:
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name).detach().to(weight)
+    return weight.T if isinstance(base, Conv1D) else weight
 
 
 def check_stackable(model: str, way: str) -> None:

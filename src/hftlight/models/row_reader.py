@@ -164,6 +164,10 @@ class RowReader:
         batches = (first_tokens_only(batch, first_tokens) for batch in self._batches(examples))
         return torch.cat([row_gradients(self.model, batch, which, dimension, seed) for batch in batches]), fitting
 
+    def batches(self, rows: Sequence[Record]) -> Iterator[dict[str, Any]]:
+        """Yield the rows that fit, in order, as batches with labels on response tokens."""
+        yield from self._batches(self._encoded(rows)[1])
+
     def _encoded(self, rows: Sequence[Record]) -> tuple[list[int], list[Example]]:
         encoded = [encode(row, self.template, self.tokenizer, self.max_tokens, self.system) for row in rows]
         fitting = {i: example for i, example in enumerate(encoded) if example is not None}

@@ -12,6 +12,7 @@ from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
 from hftlight.defenses.finetuning.maxright import MAXRIGHT
 from hftlight.defenses.finetuning.mllr import MLLR
 from hftlight.defenses.finetuning.ptst import PTST
+from hftlight.defenses.finetuning.sa_lora import SaLoRA
 from hftlight.defenses.finetuning.safe_grad import SafeGrad, surgery
 from hftlight.defenses.finetuning.safety_mix import SafetyMix
 from hftlight.defenses.finetuning.sppft import SPPFT
@@ -31,6 +32,7 @@ __all__ = [
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "SaLoRA",
     "SafeGrad",
     "SafetyMix",
     "constraint_weights",

@@ -87,7 +87,7 @@ class MAXRIGHT(TakesTurns):
 
     @override
     def choose(self, step: int) -> str:
-        if not self.lam:
+        if not self.lam or not self._losses:  # Lightning's learning rate finder trains without the callbacks
             return "task"
         gaps = weighted_gaps(self._losses, {"task": self.task_floor, "pairs": self.pairs_floor}, self.lam)
         return "pairs" if gaps["pairs"] > gaps["task"] else "task"
@@ -105,6 +105,7 @@ class MAXRIGHT(TakesTurns):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window = []  # a search for the learning rate has added losses
         if self.lam and not self._losses:
             self._measure(trainer, pl_module)
 

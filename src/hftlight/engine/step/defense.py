@@ -57,6 +57,8 @@ class Defense(Callback):
         selecting_passes: roughly how many forward passes ``select`` takes per row, for the estimate of a run's time.
         selecting_tokens: roughly how many tokens ``select`` generates per row, for the same estimate.
         files: names of the arguments that are paths of files; the content of the files enters the cache key.
+        adapter: adapter slot: settings of the adapter that the stage will train, a ``hftlight.config.Lora``. A run sets
+            them before ``select``.
         selected: what ``select`` returned, or what a run has stored of it; None before.
         compares: whether the defense reads the aligned model through the module's ``reference()``. Passes that share
             ``"reference"`` say so too.
@@ -79,6 +81,7 @@ class Defense(Callback):
     selecting_passes: float = 1.0
     selecting_tokens: float = 0.0
     files: tuple[str, ...] = ()
+    adapter: Any = None
     selected: list[dict[str, Any]] | None = None
     compares: bool = False
     acts_first: bool = False

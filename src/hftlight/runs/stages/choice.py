@@ -9,7 +9,7 @@ from hftlight import cache
 from hftlight.config import OF_NO_STAGE, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
-from hftlight.engine import Defense
+from hftlight.engine import Defense, Slot
 from hftlight.errors import InputError
 from hftlight.files import cache_dir, write_rows
 from hftlight.models.base import device_of
@@ -19,7 +19,7 @@ from hftlight.runs.stages.train import records_digest
 
 ROWS = "rows.jsonl"
 # Options that decide how a stage trains, and not what a model says before it is trained.
-OF_NO_CHOICE = {*OF_NO_STAGE, "alignment", "finetuning", "evaluation", "lora", "adapter_protocol", "log_every"}
+OF_NO_CHOICE = {*OF_NO_STAGE, "alignment", "finetuning", "evaluation", "adapter_protocol", "log_every"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class ChoiceJob:
     records: Mapping[str, Sequence[Record]]
     defense: Defense
 
+    @property
+    def _adapts(self) -> bool:
+        """Whether the selection depends on the adapter that the stage trains."""
+        return Slot.ADAPTER in self.defense.slots
+
     @cached_property
     def _key(self) -> str:
         return cache.key(
             "choice",
             ["hftlight.runs.stages.choice", type(self.defense)],
             model=self.model.identity,
-            config=self.config.without(OF_NO_CHOICE),
+            config=self.config.without(OF_NO_CHOICE | (set() if self._adapts else {"lora"})),
             records=records_digest(self.records),
             defense=described([self.defense]),
             device=device_of(self.config),
@@ -74,6 +79,7 @@ def run_choice(job: ChoiceJob, on_rows: Callable[[int], None] | None = None) -> 
         config = job.config
         tokenizer = job.model.tokenizer()
         template = get_template(config.template, tokenizer)
+        job.defense.adapter = config.lora if job._adapts else None
         with job.model.model(config) as model:
             try:
                 rows = job.defense.select(
