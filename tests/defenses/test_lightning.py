@@ -34,6 +34,9 @@ def trajectories(tmp_path_factory):
     return of
 
 
+REWRITES = {"sa_lora"}  # after the fit its adapter has another form, which its own test compares
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("callback", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CALLBACKS])
 def test_a_defense_works_beside_it_or_says_why_not(name, callback, tmp_path, trajectories, caplog):
@@ -52,7 +55,7 @@ def test_a_defense_works_beside_it_or_says_why_not(name, callback, tmp_path, tra
     *steps, last = trajectories(name)
     if callback in ("LearningRateFinder", "ModelCheckpoint", "torch.compile"):
         assert_close(weights, last, rtol=0, atol=1e-12)
-    if callback == "EMAWeightAveraging":
+    if callback == "EMAWeightAveraging" and name not in REWRITES:
         average = steps[1]  # the average begins with the first step's weights
         for step in steps[2:]:
             average = {key: DECAY * w + (1 - DECAY) * step[key] for key, w in average.items()}

@@ -164,7 +164,9 @@ def check_architecture(config: RunConfig, defenses: Sequence[Defense]) -> None:
         for d in defenses:
             with _as_input_error(d):
                 # Probe a copy with its own trace, so that the defense itself stays as it is.
-                if d.stage is Stage.FINETUNING and Slot.ADAPTER in d.slots:
+                if d.stage is Stage.FINETUNING and Slot.ADAPTER in d.slots and d.selects:
+                    d.check_model(model)  # it can build only once it has selected
+                elif d.stage is Stage.FINETUNING and Slot.ADAPTER in d.slots:
                     probe = copy.copy(d)
                     probe.trace = {}
                     probe.build(module)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
@@ -116,6 +116,15 @@ class Last(Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.logits = logits(pl_module.model.eval())
+
+
+def test_an_average_of_weights_is_exported_too():
+    """Lightning's average replaces the trained factors when training ends, and the export follows."""
+    average, watch = EMAWeightAveraging(decay=0.5), Last()
+    module = train([calibrated()], model=fresh(), callbacks=[average, watch])
+    plain = train([calibrated()], model=fresh())
+    assert_close(logits(module.model), watch.logits, rtol=0, atol=1e-9)
+    assert distance(weights_of(module), weights_of(plain)) > 1e-6
 
 
 def test_the_start_lies_in_the_tasks_directions():

@@ -20,7 +20,7 @@ from hftlight.data.tokens import IGNORED
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.step.activations import hooked
 from hftlight.engine.step.defense import Loader
-from hftlight.engine.step.vectors import placed
+from hftlight.engine.step.vectors import placed, whole
 from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
 from hftlight.engine.weights.lowrank import LowRank
 from hftlight.engine.weights.moment import Moment, principal
@@ -87,6 +87,12 @@ class _Layer:
     a: Tensor
     kept: bool
     input: Tensor | None = None
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """B and A as they are trained. Sharding replaces the parameters that ``update`` holds."""
+        layer, name = self.update.layer, self.update.adapter
+        return layer.lora_B[name].weight, layer.lora_A[name].weight
 
     def remember(self, _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
         """Keep the adapter's input for ``project`` (forward hook of A)."""
@@ -244,16 +250,30 @@ class SaLoRA(Defense):
         return self.selected
 
     @override
+    def check_model(self, model: Any) -> None:
+        if self.selects:
+            self._updates(model)
+
+    @staticmethod
+    def _updates(model: Any) -> dict[str, LoraUpdate]:
+        """Return the adapted layers.
+
+        Raises:
+            TypeError: if the model has no plain LoRA adapter.
+        """
+        if not has_adapter(model):
+            raise TypeError("SaLoRA: the model has no adapter to project; use --tuning lora or qlora.")
+        try:
+            return lora_updates(model)
+        except TypeError as error:
+            raise TypeError(f"SaLoRA: {error}") from error
+
+    @override
     def build(self, module: Any) -> None:
         if not self.selects:
             return
         model = module.model
-        if not has_adapter(model):
-            raise TypeError("SaLoRA: the model has no adapter to project; use --tuning lora or qlora.")
-        try:
-            updates = lora_updates(model)
-        except TypeError as error:
-            raise TypeError(f"SaLoRA: {error}") from error
+        updates = self._updates(model)
         if self.selected is None:
             raise RuntimeError(
                 "SaLoRA: the directions are not computed yet. Call select(model, tokenizer, template, records) before"
@@ -310,12 +330,12 @@ class SaLoRA(Defense):
         # the aligned model is the model without it.
         names = {id(p): name for name, p in pl_module.named_parameters()}
         for layer in self._layers.values():
-            device = layer.update.b.device
+            device = layer.factors[0].device
             layer.subspace, layer.b, layer.a = (t.to(device) for t in (layer.subspace, layer.b, layer.a))
             if self._resumed or layer.kept:
                 continue
             with torch.no_grad():
-                for p, start in ((layer.update.b, layer.b), (layer.update.a, layer.a)):
+                for p, start in zip(layer.factors, (layer.b, layer.a), strict=True):
                     p.copy_(placed({names[id(p)]: start}, pl_module)[names[id(p)]])
         self._resumed = True
 
@@ -369,8 +389,10 @@ def _make_plain(layer: _Layer) -> None:
     """Replace the layer's factors by those of ``exported``, so that the plain layer computes the same."""
     update, name = layer.update, layer.update.adapter
     start = LowRank(layer.b, layer.a, update.scale)
-    result = exported(start, update.factors(), start if layer.kept else None, layer.subspace)
-    for place, factor, old in ((update.layer.lora_A, result.a, update.a), (update.layer.lora_B, result.b, update.b)):
+    b, a = layer.factors
+    trained = LowRank(whole(b.detach()), whole(a.detach()), update.scale)
+    result = exported(start, trained, start if layer.kept else None, layer.subspace)
+    for place, factor, old in ((update.layer.lora_A, result.a, a), (update.layer.lora_B, result.b, b)):
         linear = nn.Linear(factor.shape[1], factor.shape[0], bias=False, device=old.device, dtype=old.dtype)
         with torch.no_grad():
             linear.weight.copy_(factor)

@@ -36,7 +36,7 @@ class Defense(Callback):
     Four slots have methods of their own; the other slots need only Lightning's hooks:
 
     - ``DATA``: ``rewrite``, ``check_template`` and ``prompting``.
-    - ``ADAPTER``: ``build`` and ``unbuild``.
+    - ``ADAPTER``: ``build``, ``unbuild`` and ``check_model``.
     - ``STREAM``: ``stream_at`` and ``steps_on``.
     - ``LOSS``: ``loss_term``, ``token_weights`` and ``taps``.
 
@@ -217,6 +217,12 @@ class Defense(Callback):
             One dictionary of plain values per row.
         """
         raise NotImplementedError(f"{type(self).__name__} selects and must implement select().")
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that the defense cannot work on, which may be on the meta device (adapter slot).
+
+        Without ``selects`` a run tries ``build`` instead.
+        """
 
     def build(self, module: Any) -> None:
         """Change a ``SafetyModule`` before it is sharded and before its optimizer exists (adapter slot)."""
