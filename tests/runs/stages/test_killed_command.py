@@ -31,6 +31,7 @@ FITTING = {
     "freeze": ["--freeze.samples=4"],
     "rewind": ["--rewind.samples=4"],
     "ewc": ["--ewc.samples=4"],
+    "sa_lora": ["--sa_lora.samples=4"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
 REAL = {"antidote", "bea", "vaccine"}  # resumed in a fresh interpreter with its own hash seed

@@ -49,8 +49,9 @@ class MAXRIGHT(TakesTurns):
     Raises:
         ValueError: if an argument is out of range, or the Trainer has no StreamsDataModule.
 
-    Cost: as ALRIGHT, with the share of steps on preferences that the losses decide. Every ``refresh`` steps there are
-        three forward passes more, two of them on both answers. Each step reads one number on the host.
+    Cost: a step on preferences has two forward-backward passes and two forward passes of the aligned model, and the
+        losses decide the share of such steps. Every ``refresh`` steps there are three forward passes more, two of them
+        on both answers. Each step reads one number on the host.
     Source: Fernando et al., "Understanding Forgetting in LLM Supervised Fine-Tuning and Preference Learning",
         arXiv:2410.15483, algorithm MAXRIGHT; official code heshandevaka/XRIGHT, with a refresh after 10 steps. The
         floors of ``pythia`` are those of its example, from runs on one objective each.
