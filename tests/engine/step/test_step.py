@@ -48,6 +48,7 @@ def test_unit_of_zero_is_zero_and_norms_of_half_precision_are_float32():
     assert torch.equal(unit({"a": torch.zeros(3)})["a"], torch.zeros(3))
     large = {"a": torch.full((4,), 3e4, dtype=torch.float16)}
     assert norm(large).item() == 6e4
+    assert dot(large, large).item() == pytest.approx(3.6e9)  # beyond the largest float16
 
 
 def test_moved_restores_bit_for_bit_after_an_exception():
