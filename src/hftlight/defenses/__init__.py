@@ -12,6 +12,7 @@ from hftlight.defenses.finetuning import (
     SPPFT,
     ConstrainedSFT,
     Freeze,
+    FreezePlus,
     Lisa,
     SafetyMix,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Booster",
     "ConstrainedSFT",
     "Freeze",
+    "FreezePlus",
     "Lisa",
     "RSNTune",
     "RepNoise",

@@ -4,6 +4,7 @@ from hftlight.defenses.finetuning.bea import BEA
 from hftlight.defenses.finetuning.constrained_sft import ConstrainedSFT, constraint_weights
 from hftlight.defenses.finetuning.ewc import EWC, ewc_term
 from hftlight.defenses.finetuning.freeze import Freeze
+from hftlight.defenses.finetuning.freeze_plus import FreezePlus, UnitGroups, importance_ranks, unit_groups
 from hftlight.defenses.finetuning.kl import KL, divergence
 from hftlight.defenses.finetuning.l2_sp import L2SP, l2_sp_term
 from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
@@ -24,13 +25,17 @@ __all__ = [
     "SPPFT",
     "ConstrainedSFT",
     "Freeze",
+    "FreezePlus",
     "Lisa",
     "SafetyMix",
+    "UnitGroups",
     "constraint_weights",
     "divergence",
     "ewc_term",
     "feature_distance",
+    "importance_ranks",
     "l2_sp_term",
     "proximal_pull",
+    "unit_groups",
     "update_pull",
 ]
