@@ -12,15 +12,14 @@ class SlowFreezePlus(Slow):
     """Units are sorted into groups by plain loops, and each entry is kept by a mask that is written out by name."""
 
     def begin(self):
-        safe, useful = self.ranks("alignment"), self.ranks("retain")
+        safe, useful = self.ranks("alignment"), self.ranks("task")
         units = list(safe)
         n = len(units)
         places = sorted(range(n), key=lambda i: (useful[units[i]] - safe[units[i]], i))
         critical, rest = places[: int(SCU * n)], sorted(places[int(SCU * n) : n - int(UCU * n)])
-        rest.sort(key=lambda i: safe[units[i]] + useful[units[i]])
-        groups = rest[int(RU * n) :]
-        # Ties of the sum go to the first unit: ``groups`` is reversed, so it is sorted again by falling sum.
-        top = sorted(sorted(groups), key=lambda i: -(safe[units[i]] + useful[units[i]]))[: int(CU * len(groups))]
+        total = [safe[unit] + useful[unit] for unit in units]
+        complex_units = sorted(sorted(rest, key=lambda i: total[i])[int(RU * n) :], key=lambda i: (-total[i], i))
+        top = complex_units[: int(CU * len(complex_units))]
         self.chosen = {units[i] for i in critical + top}
         self.start = {name: p.detach().clone() for name, p in self.weights}
 
@@ -91,8 +90,8 @@ class SlowFreezePlus(Slow):
 
 
 ROW = Row(
-    make=lambda: FreezePlus(SCU, UCU, RU, CU, samples=SAMPLES, safety="alignment", utility="retain"),
-    neutral=lambda: FreezePlus(scu=0.0, cu=0.0, safety="alignment", utility="retain"),
+    make=lambda: FreezePlus(SCU, UCU, RU, CU, samples=SAMPLES, safety="alignment", utility="task"),
+    neutral=lambda: FreezePlus(scu=0.0, cu=0.0, safety="alignment", utility="task"),
     bad=[
         ({"scu": -0.1}, "scu"),
         ({"scu": 1.3}, "write 0.013"),

@@ -301,8 +301,8 @@ def input_variances(
 ) -> dict[str, Tensor]:
     r"""Return the variance of each layer input over response tokens, :math:`\frac1N \sum_t (x_{tj} - \bar x_j)^2`.
 
-    Tokens, arguments and errors are those of ``input_moments``. The sums are float64, because the square of a large mean
-    is subtracted.
+    Tokens, arguments and errors are those of ``input_moments``. The sums are float64, because the square of a mean is
+    subtracted.
 
     Returns:
         ``[in]`` by name, float64.
