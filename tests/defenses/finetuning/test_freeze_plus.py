@@ -434,6 +434,13 @@ def test_a_model_without_units_is_refused():
         train(get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])), [own()])
 
 
+def test_a_trained_layer_whose_units_are_unknown_is_refused():
+    """Without an adapter on o_proj, the channels that v_proj writes are read by a layer that is not scored."""
+    settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj", "gate_proj", "down_proj"])
+    with pytest.raises(TypeError, match=r"FreezePlus: model.layers.0.self_attn.v_proj.weight is trained and holds no"):
+        train(get_peft_model(tiny_lm(), settings), [own()])
+
+
 def test_the_presets_have_the_published_sizes():
     sizes = {name: (p["scu"], p["ucu"], p["ru"]) for name, p in FreezePlus.presets.items()}
     assert sizes == {

@@ -16,7 +16,7 @@ from hftlight.engine.step.simulation import draws
 from hftlight.engine.step.slots import Slot, Stage
 from hftlight.engine.weights.frozen import FreezesEntries, FrozenEntries, scoring_loss
 from hftlight.engine.weights.masks import chance_overlap, count_of, digest, overlap, pack
-from hftlight.engine.weights.neurons import Neurons, importance, kept_parts, trained_neurons
+from hftlight.engine.weights.neurons import Neurons, importance, kept_parts, loose_layers, trained_neurons
 from hftlight.engine.weights.regions import Selection, Target
 from hftlight.engine.weights.scores import Batch, Loss, calibration, checked, undisturbed
 from hftlight.engine.weights.shards import Share
@@ -107,9 +107,10 @@ class FreezePlus(FreezesEntries):
     attention with grouped heads, the columns of all query heads that read the channel are frozen. Every step restores
     the frozen values bit for bit, because weight decay and momentum move even a weight without a gradient.
 
-    Under LoRA a row or a column of B A keeps its value only through the factors. In a new adapter B is zero. Its frozen
-    rows stay zero, and the frozen columns of A are set to zero at the start, which leaves the model unchanged. If B is
-    not zero (an adapter whose training continues), A is frozen with the rows of B, and B with the columns of A.
+    Under LoRA the units of adapted layers count, since the others do not move. A row or a column of B A keeps its value
+    only through the factors. In a new adapter B is zero. Its frozen rows stay zero, and the frozen columns of A are set
+    to zero at the start, which leaves the model unchanged. If B is not zero (an adapter whose training continues), A is
+    frozen with the rows of B, and B with the columns of A.
 
     Args:
         scu: a, fraction of all units that are safety-critical, in [0, 1].
@@ -134,7 +135,8 @@ class FreezePlus(FreezesEntries):
     Raises:
         ValueError: if an argument is out of range, the two streams are the same, ``scu`` is less than one unit, or a
             callback averages weights.
-        TypeError: if the model has no units of a known form among its trained weights, or they are quantized.
+        TypeError: if the model has no units of a known form among its trained weights, a trained linear layer of a
+            decoder layer holds none, or they are quantized.
 
     Cost: three sweeps over ``samples`` rows at most before the first step: safety rows, utility rows, and each half of
         the safety rows, whose SCU are compared. A sweep takes forward passes and two numbers per input; ``"snip"``
@@ -142,14 +144,15 @@ class FreezePlus(FreezesEntries):
         extra pass. Memory holds the frozen values, once more during ``complex_epochs``, and one number per unit.
     Source: Li and Kim, "Superficial Safety Alignment Hypothesis", ICLR 2026, arXiv:2410.10862; the importance is the
         fluctuation metric of An et al., "FLAP", AAAI 2024, arXiv:2312.11983.
-    Differs: no training code was found. Reviews of the paper name structured pruning with the variance of activations;
-        that its form is FLAP's is an assumption. So are the ranks, which make layers and row sets comparable, and the
-        unit of attention. The 6 % are read as a fraction of the complex units. The paper tunes the sizes of the groups
-        by pruning until a benchmark collapses; the presets hold its results. Its defended runs train twice as many
-        epochs as the undefended ones, which is an option of the run. Its Llama-3 runs also freeze the first 12 blocks;
-        list ``SPPFT(first=0, last=11)`` too. Their units then belong to no group. LoRA, ``qk``, the overlap of halves
-        and the random control are additions. The overlap is too high if the stream has fewer than ``samples`` rows,
-        since the halves then share rows.
+    Differs: no training code was found. Reviews of the paper name structured pruning with the variance of activations,
+        on 100 harmful prompts and on simple questions. That its form is FLAP's is an assumption, and that it reads
+        response tokens. So are the ranks, which make layers and row sets comparable, and the unit of attention. The 6 %
+        are read as a fraction of the complex units. The paper tunes the sizes of the groups by pruning until a
+        benchmark collapses; the presets hold its results. Its defended runs train twice as many epochs as the
+        undefended ones, which is an option of the run. Its Llama-3 runs also freeze the first 12 blocks; list
+        ``SPPFT(first=0, last=11)`` too. If all weights train, units of frozen blocks belong to no group. LoRA, ``qk``,
+        the overlap of halves and the random control are additions. The overlap is too high if the stream has fewer than
+        ``samples`` rows, since the halves then share rows.
     """
 
     stage, slots = Stage.FINETUNING, (Slot.PROJECTION, Slot.UPDATE)
@@ -213,7 +216,7 @@ class FreezePlus(FreezesEntries):
         """Check the model before the first step.
 
         Raises:
-            TypeError: if the model has no units of a known form among its trained weights, or they are quantized.
+            TypeError: as the class.
             ValueError: if ``scu`` is less than one unit, or a callback averages weights.
         """
         super().setup(trainer, pl_module, stage)
@@ -284,7 +287,14 @@ class FreezePlus(FreezesEntries):
             TypeError: as in ``setup``.
         """
         model: nn.Module = getattr(pl_module, "model", pl_module)  # type: ignore[assignment]
-        return trained_neurons(model, decoder_layers, "FreezePlus")
+        targets, neurons = trained_neurons(model, decoder_layers, "FreezePlus")
+        if loose := loose_layers(targets, neurons):
+            raise TypeError(
+                f"FreezePlus: {loose[0]} is trained and holds no unit of a known form, like {len(loose) - 1} more, so"
+                " units would move with it. Under LoRA, adapt the layer that reads its outputs too, such as o_proj for"
+                " v_proj. Else use Freeze."
+            )
+        return targets, neurons
 
     def _choose(self, loss: Loss, targets: Mapping[str, Target], neurons: Sequence[Neurons]) -> tuple[Tensor, Tensor]:
         """Return the units that are frozen, and those that are frozen during ``complex_epochs``, bool ``[units]``."""

@@ -27,6 +27,7 @@ MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # what the MLP is call
 READERS = ("down_proj", "fc2", "dense_4h_to_h", "w2")  # the layer of an MLP that reads the hidden units
 OUTPUTS = ("o_proj", "out_proj")  # the layer of an attention that reads the heads
 VALUES = ("v_proj",)  # the layer of an attention that writes the values
+QUERIES, KEYS = "q_proj", "k_proj"  # the layers of an attention whose rows are no neurons
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,17 @@ def trained_neurons(
         return targets, find_neurons(model, layers_of(model), {t.layer: name for name, t in targets.items()})
     except ValueError as error:
         raise TypeError(f"{who}: {error}") from error
+
+
+def loose_layers(targets: Mapping[str, Target], neurons: Iterable[Neurons]) -> list[str]:
+    """Return the plain names of the weights that hold no neuron's row or column, except queries and keys.
+
+    Args:
+        targets: from ``trained_neurons``, and so are the neurons.
+        neurons: the neurons.
+    """
+    known = {name for n in neurons for name in (*n.writers, n.reader)}
+    return [name for name in targets if name not in known and name.split(".")[-2] not in (QUERIES, KEYS)]
 
 
 def _writers(parts: Mapping[str, nn.Module], reader: nn.Module | None) -> list[nn.Module]:
@@ -282,7 +294,7 @@ def kept_parts(
     columns = chosen[neurons.owner.to(chosen.device)]
     if queries:
         place = neurons.reader.rsplit(".", 2)[0]
-        rows += [(f"{place}.q_proj.weight", columns), (f"{place}.k_proj.weight", chosen)]
+        rows += [(f"{place}.{QUERIES}.weight", columns), (f"{place}.{KEYS}.weight", chosen)]
     for name, mask in rows:
         if name in targets:
             yield from _kept_rows(targets[name], mask)
