@@ -18,11 +18,11 @@ from hftlight.defenses.finetuning import importance_ranks, unit_groups
 from hftlight.engine import Stage
 from hftlight.engine.weights.lora import lora_updates
 from hftlight.engine.weights.neurons import importance, kept_parts, trained_neurons
-from hftlight.engine.weights.scores import calibration, input_variances
+from hftlight.engine.weights.scores import calibration, input_variances, without_end
 from hftlight.models.module import decoder_layers
 from tests.helpers.contract import data_module, model_of
 from tests.helpers.quadratic import quiet_trainer
-from tests.helpers.regions import train
+from tests.helpers.regions import slow_scores, train
 from tests.helpers.tiny_lm import tiny_lm, token_batch
 
 SIDE = {"refusals": [token_batch(100), token_batch(101)], "ordinary": [token_batch(200), token_batch(201)]}
@@ -312,6 +312,21 @@ def test_frozen_entries_of_the_adapted_weight_keep_every_bit(fresh):
     )
     assert all(a_moves if fresh else [a or b for a, b in zip(a_moves, b_moves, strict=True)])
     assert all(b_moves) == fresh
+
+
+@pytest.mark.parametrize("estimator", ["wanda", "snip"])
+def test_other_estimators_sum_the_scores_of_the_columns_that_read_a_unit(estimator):
+    """In the continued adapter, the scored weight is W + s B A."""
+    for model in (tiny_lm(), adapted(fresh=False)):
+        module, batches = SafetyModule(model.eval()), SIDE["refusals"]
+        targets, neurons = trained_neurons(model, decoder_layers, "test")
+        data = [(without_end(batch), count) for batch, count in calibration(batches, 5)]
+        scores = importance(estimator, module.loss, neurons, targets, data)
+        names = {module: name for name, module in model.named_modules()}
+        for n in neurons:
+            columns = slow_scores(model, names[targets[n.reader].layer], batches, 5, estimator).sum(0)
+            folded = columns.view(2, 8).sum(0) if n.name.endswith("self_attn") else columns
+            assert_close(scores[n.name], folded.detach(), rtol=1e-9, atol=1e-14)
 
 
 def test_columns_that_are_zero_in_a_continued_adapter_leave_b_free():
