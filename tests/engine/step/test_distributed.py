@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hftlight.engine import Stage
+from hftlight.engine.weights.frozen import FreezesEntries
 from tests.helpers import warm
 from tests.helpers.contract import distance, rows
 
@@ -58,5 +59,7 @@ def test_two_processes_that_share_all_weights_equal_one(name, whole):
     assert distance(weights, whole["one"][name]) <= 1e-5
 
 
-def test_two_refusals_at_most():
-    assert sum(bool(row.refuses) for row in rows().values()) <= 2
+def test_no_strategy_is_refused_and_a_callback_only_beside_frozen_entries():
+    for row in rows().values():
+        assert not {"ddp", "fsdp2"} & set(row.refuses)
+        assert not row.refuses or isinstance(row.make(), FreezesEntries)

@@ -29,6 +29,7 @@ FITTING = {
     "rsn_tune": ["--rsn_tune.samples=4"],
     "t_vaccine": ["--t_vaccine.layers=1"],
     "freeze": ["--freeze.samples=4"],
+    "freeze_plus": ["--freeze_plus.samples=4", "--freeze_plus.scu=0.1"],
     "rewind": ["--rewind.samples=4"],
     "ewc": ["--ewc.samples=4"],
     "sa_lora": ["--sa_lora.samples=4"],

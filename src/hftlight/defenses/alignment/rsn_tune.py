@@ -10,20 +10,13 @@ from typing_extensions import override
 
 from hftlight.engine.step.defense import Loader
 from hftlight.engine.step.slots import Slot, Stage
-from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.step.vectors import local
 from hftlight.engine.weights.frozen import FreezesEntries, FrozenEntries, scoring_loss
 from hftlight.engine.weights.masks import Overlap, overlap
-from hftlight.engine.weights.neurons import Neurons, agreement, find_neurons, local_rows, masks_of
-from hftlight.engine.weights.regions import Selection, Target, linear_targets
-from hftlight.engine.weights.scores import (
-    calibration,
-    gradient_sums,
-    input_moments,
-    snip_scores,
-    undisturbed,
-    wanda_scores,
-)
-from hftlight.engine.weights.shards import Share, share
+from hftlight.engine.weights.neurons import Neurons, agreement, importance, kept_parts, trained_neurons
+from hftlight.engine.weights.regions import Selection, Target
+from hftlight.engine.weights.scores import calibration, undisturbed
+from hftlight.engine.weights.shards import Share
 from hftlight.models.module import decoder_layers
 
 Score = Literal["deactivation", "snip", "wanda"]
@@ -132,11 +125,7 @@ class RSNTune(FreezesEntries):
             TypeError: as the class.
         """
         model: nn.Module = getattr(pl_module, "model", pl_module)  # type: ignore[assignment]
-        targets = linear_targets(model, decoder_layers, "RSNTune")
-        try:
-            return targets, find_neurons(model, decoder_layers(model), {t.layer: n for n, t in targets.items()})
-        except ValueError as error:
-            raise TypeError(f"RSNTune: {error}") from error
+        return trained_neurons(model, decoder_layers, "RSNTune")
 
     def _important(
         self, loss: Any, stream: str, ratio: float, targets: Mapping[str, Target], neurons: list[Neurons]
@@ -146,21 +135,11 @@ class RSNTune(FreezesEntries):
         if self.score == "deactivation":
             shares = agreement(loss, neurons, targets, data, ratio)
             return {name: share >= self.shared - 1e-6 for name, share in shares.items()}
-        readers = {n.reader: targets[n.reader] for n in neurons}
-        layers = {name: t.layer for name, t in readers.items()}
-        snip = self.score == "snip"
-        weights = {name: t.weight for name, t in readers.items()}
-        statistics = gradient_sums(loss, layers, weights, data) if snip else input_moments(loss, layers, data)
-        rule = snip_scores if snip else wanda_scores
         result = {}
+        scores = importance(self.score, loss, neurons, targets, data)
         for n in neurons:
-            columns = rule(readers[n.reader].values(), statistics.pop(n.reader)).sum(0)
-            columns = readers[n.reader].rows.sum(columns)[0]
-            scores = torch.zeros(n.count, device=columns.device).index_add(
-                0, n.owner.to(columns.device), columns.float()
-            )
-            best = scores.topk(max(1, round(ratio * n.count))).indices
-            result[n.name] = torch.zeros(n.count, dtype=torch.bool, device=columns.device).index_fill(0, best, True)
+            best = scores[n.name].topk(max(1, round(ratio * n.count))).indices
+            result[n.name] = torch.zeros_like(scores[n.name], dtype=torch.bool).index_fill(0, best, True)
         return result
 
     def _report(
@@ -196,36 +175,13 @@ class RSNTune(FreezesEntries):
 
         Parameters without a trained neuron keep all their values.
         """
-        yielded = set[int]()
-
-        def frozen(parameter: nn.Parameter, mask: Tensor | None = None) -> tuple[nn.Parameter, Tensor]:
-            yielded.add(id(parameter))
-            mine = local(parameter.detach())
-            everything = torch.ones(len(mine), *[1] * (mine.dim() - 1), dtype=torch.bool, device=mine.device)
-            return parameter, everything if mask is None else mask
-
+        neurons_own = set[int]()  # what is not masked of these parameters trains
         for n in neurons:
-            for name, mask, by_row in masks_of(n, chosen[n.name], targets):
-                target = targets[name]
-                u = target.update
-                columns = mask[None].to(local(target.weight).device)
-                if u is None:
-                    weight: Any = target.weight
-                    yield frozen(weight, local_rows(mask, target) if by_row else columns.expand(local(weight).shape))
-                    continue
-                yielded |= {id(u.a), id(u.b)}  # a factor that is not frozen below trains freely
-                moved = bool(whole(u.b.detach()).any())
-                if by_row:
-                    rows = share(u.b)
-                    yield frozen(u.b, mask[rows.start : rows.stop, None].to(u.b.device))
-                    if moved:  # a row of B A that is not zero keeps its value only if A does
-                        yield frozen(u.a)
-                    continue
-                if moved:  # A's columns move those of B A only if B stays
-                    yield frozen(u.b)
-                else:
-                    local(u.a.detach()).masked_fill_(columns, 0)
-                yield frozen(u.a, columns.expand(local(u.a).shape))
+            for name in (*n.writers, n.reader):
+                weight, u = targets[name].weight, targets[name].update
+                neurons_own |= {id(weight)} if u is None else {id(u.a), id(u.b)}
+            yield from kept_parts(n, ~chosen[n.name], targets)
         for parameter in module.parameters():
-            if parameter.requires_grad and id(parameter) not in yielded:
-                yield frozen(parameter)
+            if parameter.requires_grad and id(parameter) not in neurons_own:
+                mine = local(parameter.detach())
+                yield parameter, torch.ones(len(mine), *[1] * (mine.dim() - 1), dtype=torch.bool, device=mine.device)

@@ -5,7 +5,8 @@ from hftlight.defenses.finetuning.bea import BEA
 from hftlight.defenses.finetuning.constrained_sft import ConstrainedSFT, constraint_weights
 from hftlight.defenses.finetuning.ewc import EWC, ewc_term
 from hftlight.defenses.finetuning.freeze import Freeze
-from hftlight.defenses.finetuning.kl import KL
+from hftlight.defenses.finetuning.freeze_plus import FreezePlus, UnitGroups, importance_ranks, unit_groups
+from hftlight.defenses.finetuning.kl import KL, divergence
 from hftlight.defenses.finetuning.l2_sp import L2SP, l2_sp_term
 from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
 from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
@@ -31,16 +32,20 @@ __all__ = [
     "SPPFT",
     "ConstrainedSFT",
     "Freeze",
+    "FreezePlus",
     "Lisa",
     "SaLoRA",
     "SafeGrad",
     "SafetyMix",
+    "UnitGroups",
     "constraint_weights",
     "divergence",
     "ewc_term",
     "feature_distance",
+    "importance_ranks",
     "l2_sp_term",
     "proximal_pull",
     "surgery",
+    "unit_groups",
     "update_pull",
 ]

@@ -1,6 +1,6 @@
 """Neurons of decoder layers: hidden units of an MLP, and channels of attention values."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,24 @@ from torch import Tensor, nn
 
 from hftlight.engine.step.activations import ATTENTION, hooked, modules_called
 from hftlight.engine.step.order import rank_and_world
-from hftlight.engine.step.vectors import local
-from hftlight.engine.weights.regions import Target
-from hftlight.engine.weights.scores import Batch, Loss
+from hftlight.engine.step.vectors import local, whole
+from hftlight.engine.weights.regions import Target, linear_targets
+from hftlight.engine.weights.scores import (
+    Batch,
+    Loss,
+    gradient_sums,
+    input_moments,
+    input_variances,
+    snip_scores,
+    wanda_scores,
+)
+from hftlight.engine.weights.shards import share
 
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # what the MLP is called in decoder layers
 READERS = ("down_proj", "fc2", "dense_4h_to_h", "w2")  # the layer of an MLP that reads the hidden units
 OUTPUTS = ("o_proj", "out_proj")  # the layer of an attention that reads the heads
 VALUES = ("v_proj",)  # the layer of an attention that writes the values
+QUERIES, KEYS = "q_proj", "k_proj"  # the layers of an attention whose rows are no neurons
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,10 @@ class Neurons:
     owner: Tensor
     count: int
 
-    def per_neuron(self, squares: Tensor) -> Tensor:
-        """Return the root of the summed squares of each neuron, ``[neurons]``, from squares per input."""
-        owner = self.owner.to(squares.device)
-        return torch.zeros(self.count, dtype=squares.dtype, device=squares.device).index_add(0, owner, squares).sqrt()
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over the inputs of each neuron, ``[neurons]``, of values per input."""
+        owner = self.owner.to(values.device)
+        return torch.zeros(self.count, dtype=values.dtype, device=values.device).index_add(0, owner, values)
 
 
 def find_neurons(model: nn.Module, layers: Iterable[nn.Module], linear: Mapping[nn.Module, str]) -> list[Neurons]:
@@ -81,6 +91,37 @@ def find_neurons(model: nn.Module, layers: Iterable[nn.Module], linear: Mapping[
             f" {list(OUTPUTS)} among the trained linear layers."
         )
     return result
+
+
+def trained_neurons(
+    model: nn.Module, layers_of: Callable[[nn.Module], Any], who: str
+) -> tuple[dict[str, Target], list[Neurons]]:
+    """Return the trained linear layers of the decoder layers by the plain name of their weight, and their neurons.
+
+    Args:
+        model: a causal LM, with or without an adapter.
+        layers_of: returns the module list of the model's decoder layers.
+        who: name of the defense, for errors.
+
+    Raises:
+        TypeError: as ``linear_targets``, or if no decoder layer has neurons of a known form.
+    """
+    targets = linear_targets(model, layers_of, who)
+    try:
+        return targets, find_neurons(model, layers_of(model), {t.layer: name for name, t in targets.items()})
+    except ValueError as error:
+        raise TypeError(f"{who}: {error}") from error
+
+
+def loose_layers(targets: Mapping[str, Target], neurons: Iterable[Neurons]) -> list[str]:
+    """Return the plain names of the weights that hold no neuron's row or column, except queries and keys.
+
+    Args:
+        targets: from ``trained_neurons``, and so are the neurons.
+        neurons: the neurons.
+    """
+    known = {name for n in neurons for name in (*n.writers, n.reader)}
+    return [name for name in targets if name not in known and name.split(".")[-2] not in (QUERIES, KEYS)]
 
 
 def _writers(parts: Mapping[str, nn.Module], reader: nn.Module | None) -> list[nn.Module]:
@@ -169,7 +210,7 @@ def agreement(
             for name, own in by_reader.items():
                 best = max(1, round(ratio * own.count))
                 for row in squares[name][:counted]:
-                    importance = own.per_neuron(row * norms[name].to(row).square())
+                    importance = own.total(row * norms[name].to(row).square()).sqrt()
                     counts[own.name][importance.topk(best).indices] += 1
     total = torch.tensor([float(rows)])
     if split and rank_and_world()[1] > 1:
@@ -180,24 +221,113 @@ def agreement(
     return {name: count / float(total) for name, count in counts.items()}
 
 
-def masks_of(neurons: Neurons, chosen: Tensor, targets: Mapping[str, Target]) -> Iterable[tuple[str, Tensor, bool]]:
-    """Yield the weights of neurons that are not chosen: the weight's name, its mask, and whether it is of rows.
+def importance(
+    score: str,
+    loss: Loss,
+    neurons: Iterable[Neurons],
+    targets: Mapping[str, Target],
+    data: Iterable[tuple[Batch, int]],
+    split: bool = True,
+) -> dict[str, Tensor]:
+    r"""Return the importance of each neuron on some rows, from the columns that read it.
+
+    It is the sum over the neuron's columns j of :math:`\mathrm{Var}_t(x_{tj}) \|W_{:j}\|_2^2` for the score
+    ``"variance"``, else of the column's ``"snip"`` or ``"wanda"`` scores.
+
+    Args:
+        score: ``"variance"``, ``"snip"`` or ``"wanda"``.
+        loss: mean loss of a batch in nats over response tokens.
+        neurons: from ``find_neurons``.
+        targets: the linear layers by the plain name of their weight.
+        data: rows, as ``calibration`` returns them.
+        split: whether the ranks hold different rows.
+
+    Returns:
+        ``[neurons]`` by the name of the MLP or attention, >= 0, at least float32.
+    """
+    neurons = list(neurons)
+    readers = {n.reader: targets[n.reader] for n in neurons}
+    layers = {name: t.layer for name, t in readers.items()}
+    columns: dict[str, Tensor] = {}
+    if score == "variance":
+        variances, norms = input_variances(loss, layers, data, split), column_norms(targets, readers)
+        columns = {name: variance * norms[name].square() for name, variance in variances.items()}
+    else:
+        snip = score == "snip"
+        weights = {name: t.weight for name, t in readers.items()}
+        statistics = (
+            gradient_sums(loss, layers, weights, data, split)
+            if snip
+            else input_moments(loss, layers, data, split=split)
+        )
+        rule = snip_scores if snip else wanda_scores
+        for name, target in readers.items():
+            columns[name] = target.rows.sum(rule(target.values(), statistics.pop(name)).sum(0))[0]
+    return {n.name: n.total(columns[n.reader]) for n in neurons}
+
+
+def kept_parts(
+    neurons: Neurons, chosen: Tensor, targets: Mapping[str, Target], queries: bool = False
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield the trained parameters through which the weights of chosen neurons keep their values, with masks.
+
+    A neuron's weights are its row of each writer, with the bias, and its columns of the reader. Under LoRA, a row of
+    B A keeps its value if B's row does, and if A does unless the row of B is zero. A column of B A keeps its value if
+    A's column does, and if B does unless the column of A is zero. If B is zero, A's columns are set to zero here, which
+    leaves the model unchanged and B free.
+
+    Every rank must call this, outside of a block that gathers weights.
 
     Args:
         neurons: the neurons of one MLP or attention.
-        chosen: which of them are chosen, bool ``[neurons]``.
+        chosen: which of them keep their weights, bool ``[neurons]``.
         targets: the linear layers by the plain name of their weight.
+        queries: whether the rows of the query and key projections with the numbers of the reader's inputs and of the
+            neurons count too.
 
     Yields:
-        For each writer the rows that are not chosen, ``[neurons]``; for the reader the columns, ``[inputs]``.
+        A parameter, and the mask of the entries that this rank holds.
     """
-    for name in neurons.writers:
+    if not bool(chosen.any()):
+        return
+    rows = [(name, chosen) for name in neurons.writers]
+    columns = chosen[neurons.owner.to(chosen.device)]
+    if queries:
+        place = neurons.reader.rsplit(".", 2)[0]
+        rows += [(f"{place}.{QUERIES}.weight", columns), (f"{place}.{KEYS}.weight", chosen)]
+    for name, mask in rows:
         if name in targets:
-            yield name, ~chosen, True
-    yield neurons.reader, ~chosen[neurons.owner.to(chosen.device)], False
+            yield from _kept_rows(targets[name], mask)
+    yield from _kept_columns(targets[neurons.reader], columns)
 
 
-def local_rows(mask: Tensor, target: Target) -> Tensor:
-    """Return this rank's part of a mask of a weight's rows, ``[rows, 1]``."""
-    rows = target.rows
-    return mask[rows.start : rows.stop, None].to(local(target.weight).device)
+def _kept_rows(target: Target, mask: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield the parameters through which some rows of a weight, ``[out]``, keep their values, with masks."""
+    parameter: Any = target.weight if target.update is None else target.update.b
+    # Ranks may share the rows of B differently from those of W.
+    rows, mine = share(parameter), mask.to(parameter.device)
+    yield parameter, mine[rows.start : rows.stop, None]
+    if target.update is not None and bool(whole(parameter.detach())[mine].any()):
+        yield _all(target.update.a)
+    bias = _base(target.layer).bias
+    if bias is not None and bias.requires_grad:
+        rows = share(bias)
+        yield bias, mine[rows.start : rows.stop]
+
+
+def _kept_columns(target: Target, mask: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield the parameters through which some columns of a weight, ``[in]``, keep their values, with masks."""
+    parameter: Any = target.weight if target.update is None else target.update.a
+    own, mine = local(parameter.detach()), mask.to(parameter.device)
+    if target.update is not None and bool(whole(parameter.detach())[:, mine].any()):
+        if bool(whole(target.update.b.detach()).any()):
+            yield _all(target.update.b)
+        else:
+            own.masked_fill_(mine, 0)
+    yield parameter, mine.expand(own.shape)
+
+
+def _all(parameter: nn.Parameter) -> tuple[nn.Parameter, Tensor]:
+    """Return a parameter with the mask of all its rows."""
+    mine = local(parameter.detach())
+    return parameter, torch.ones(len(mine), 1, dtype=torch.bool, device=mine.device)

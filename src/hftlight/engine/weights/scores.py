@@ -288,6 +288,50 @@ def input_moments(
         RuntimeError: if a layer never ran, or an activation is not finite.
         TypeError: if the shape of a layer's input does not fit the tokens of the batch.
     """
+
+    def total(x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide.T @ wide if outer else wide.square().sum(dim=0)
+
+    return _input_means(loss, layers, data, total, split)
+
+
+def input_variances(
+    loss: Loss, layers: Mapping[str, nn.Module], data: Iterable[tuple[Batch, int]], split: bool = True
+) -> dict[str, Tensor]:
+    r"""Return the variance of each layer input over response tokens, :math:`\frac1N \sum_t (x_{tj} - \bar x_j)^2`.
+
+    Tokens, arguments and errors are those of ``input_moments``. The sums are float64, because the square of a mean is
+    subtracted.
+
+    Returns:
+        ``[in]`` by name, float64.
+    """
+
+    def total(x: Tensor) -> Tensor:
+        wide = x.double()
+        return torch.stack([wide.sum(dim=0), wide.square().sum(dim=0)])
+
+    means = _input_means(loss, layers, data, total, split)
+    return {name: (square - mean.square()).clamp(min=0) for name, (mean, square) in means.items()}
+
+
+def _input_means(
+    loss: Loss,
+    layers: Mapping[str, nn.Module],
+    data: Iterable[tuple[Batch, int]],
+    total: Callable[[Tensor], Tensor],
+    split: bool,
+) -> dict[str, Tensor]:
+    """Return the sum of a function of each layer's inputs, divided by the number of response tokens, by name.
+
+    Args:
+        loss: as for ``input_moments``, and so are the next two, ``split`` and the errors.
+        layers: the layers.
+        data: the rows.
+        total: returns the sum over some inputs, ``[tokens, in]``.
+        split: whether the ranks hold different batches.
+    """
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
     latest: list[Any] = [None, ""]  # layers with a common input, such as q, k and v, get one tensor in succession
@@ -306,8 +350,7 @@ def input_moments(
                 f"{name}: the shape of a layer's input must begin with {list(keep.shape)}, the tokens of the batch, got"
                 f" {list(x.shape)}."
             )
-        chosen = x[keep].flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
-        value = chosen.T @ chosen if outer else chosen.square().sum(dim=0)
+        value = total(x[keep].flatten(0, -2))
         sums[name] = sums[name].add_(value) if name in sums else value
 
     tokens = 0
@@ -324,14 +367,14 @@ def input_moments(
         )
     if split and rank_and_world()[1] > 1:
         tokens = sum(_every_rank(tokens, split))
-        for total in sums.values():
-            dist.all_reduce(total)
+        for value in sums.values():
+            dist.all_reduce(value)
     if tokens == 0:
         raise ValueError("input_moments: no row has a response token, so there is no input to measure.")
     if not bool(torch.stack([s.sum() for s in sums.values()]).isfinite().all()):
         raise RuntimeError("input_moments: an activation is not finite; run the model in a wider type.")
-    for total in sums.values():
-        total /= tokens
+    for value in sums.values():
+        value /= tokens
     return {name: sums[owner[name]] for name in layers}
 
 
