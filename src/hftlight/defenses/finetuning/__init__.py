@@ -6,7 +6,7 @@ from hftlight.defenses.finetuning.constrained_sft import ConstrainedSFT, constra
 from hftlight.defenses.finetuning.ewc import EWC, ewc_term
 from hftlight.defenses.finetuning.freeze import Freeze
 from hftlight.defenses.finetuning.freeze_plus import FreezePlus, UnitGroups, importance_ranks, unit_groups
-from hftlight.defenses.finetuning.kl import KL, divergence
+from hftlight.defenses.finetuning.kl import KL
 from hftlight.defenses.finetuning.l2_sp import L2SP, l2_sp_term
 from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
 from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull

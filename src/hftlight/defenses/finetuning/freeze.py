@@ -79,6 +79,7 @@ class Freeze(FreezesEntries):
     """
 
     stage, slots = Stage.FINETUNING, (Slot.PROJECTION, Slot.UPDATE)
+    claims = ("rows of the adapter",)
     instead = "remove that callback, or use Rewind."
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"score": "snip", "samples": 128, "safety": "refusals", "end": False},

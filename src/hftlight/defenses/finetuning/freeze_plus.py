@@ -156,6 +156,7 @@ class FreezePlus(FreezesEntries):
     """
 
     stage, slots = Stage.FINETUNING, (Slot.PROJECTION, Slot.UPDATE)
+    claims = ("units of the adapter",)
     # Setting (i) of the paper for three models. Their runs also took twice the epochs of the undefended runs.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "llama2_7b_chat": {"scu": 0.013, "ucu": 0.133, "ru": 0.148, "cu": 0.06, "complex_epochs": 1},

@@ -148,7 +148,8 @@ class SaLoRA(Defense):
 
     stage, slots = Stage.FINETUNING, (Slot.ADAPTER,)
     streams: tuple[str, ...] = ("alignment",)
-    claims = ("parameter groups", "start of the adapter")
+    # Behind the projection a frozen row of B is no frozen row of the update.
+    claims = ("parameter groups", "rows of the adapter", "units of the adapter")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"safety_rank": 32, "task_rank": 32, "samples": 128, "init": "task"}
     }
