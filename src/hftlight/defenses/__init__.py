@@ -13,6 +13,7 @@ from hftlight.defenses.finetuning import (
     ConstrainedSFT,
     Freeze,
     Lisa,
+    ModerationFilter,
     SafetyMix,
 )
 from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
@@ -33,6 +34,7 @@ __all__ = [
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "ModerationFilter",
     "RSNTune",
     "RepNoise",
     "Rewind",

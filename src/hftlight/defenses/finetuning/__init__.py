@@ -9,6 +9,7 @@ from hftlight.defenses.finetuning.l2_sp import L2SP, l2_sp_term
 from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
 from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
 from hftlight.defenses.finetuning.mllr import MLLR
+from hftlight.defenses.finetuning.moderation_filter import ModerationFilter
 from hftlight.defenses.finetuning.ptst import PTST
 from hftlight.defenses.finetuning.safety_mix import SafetyMix
 from hftlight.defenses.finetuning.sppft import SPPFT
@@ -25,6 +26,7 @@ __all__ = [
     "ConstrainedSFT",
     "Freeze",
     "Lisa",
+    "ModerationFilter",
     "SafetyMix",
     "constraint_weights",
     "divergence",
