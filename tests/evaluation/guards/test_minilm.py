@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from hftlight.data.records import Record
 from hftlight.errors import InputError
-from hftlight.evaluation.guards import MiniLMGuard, scores_of
+from hftlight.evaluation.guards import MiniLMGuard, get_guard, scores_of
 from hftlight.evaluation.guards.logistic import fitted_head
 from hftlight.evaluation.guards.minilm import WHEEL, SentenceEncoder, encoder_folder
 from tests.helpers.tokenizers import byte_tokenizer
@@ -58,6 +58,13 @@ def words(texts):
     return torch.nn.functional.normalize(found + 0.01, dim=1)
 
 
+def worded():
+    """Return a guard with the stub encoder."""
+    guard = MiniLMGuard()
+    guard._loaded = words
+    return guard
+
+
 DEFENDER = {
     "harmful": [Record(f"harm {i}", "do harm") for i in range(20)],
     "ordinary": [Record(f"help {i}", "here is help") for i in range(20)],
@@ -66,7 +73,7 @@ DEFENDER = {
 
 
 def test_a_harmful_request_with_a_refusal_is_no_harmful_response():
-    guard = MiniLMGuard(encoder=words)
+    guard = worded()
     guard.learn(DEFENDER)
     complied, refused, plain = guard.score(["harm", "harm", "help"], ["do harm", "sorry", "here is help"])
     assert complied > 0.5 > max(refused, plain)
@@ -75,9 +82,9 @@ def test_a_harmful_request_with_a_refusal_is_no_harmful_response():
 
 def test_a_guard_that_learned_nothing_says_so():
     with pytest.raises(RuntimeError, match="learn"):
-        MiniLMGuard(encoder=words).score(["a"], ["b"])
+        worded().score(["a"], ["b"])
     with pytest.raises(InputError, match="learns from the stream 'harmful', which is missing or empty"):
-        MiniLMGuard(encoder=words).learn({**DEFENDER, "harmful": []})
+        worded().learn({**DEFENDER, "harmful": []})
 
 
 def test_without_the_wheel_the_error_names_the_command(monkeypatch):
@@ -117,6 +124,18 @@ def test_an_embedding_is_the_mean_state_of_the_text_alone(tiny_bert):
             mean = model(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
             assert_close(row, mean / mean.norm(), rtol=0, atol=1e-5)
             assert len(ids) <= 12
+
+
+def test_another_encoder_is_another_guard(tiny_bert):
+    guard = get_guard(f"minilm:{tiny_bert}")
+    guard.learn(DEFENDER)
+    texts = [r.request for r in DEFENDER["ordinary"]][:2]
+    assert all(0 < score < 1 for score in scores_of(guard, texts, texts))
+    before = guard.identity()
+    assert guard.name == f"minilm:{tiny_bert}"
+    settings = tiny_bert / "config.json"
+    settings.write_text(settings.read_text().replace('"vocab_size": 259', '"vocab_size": 260'))
+    assert get_guard(guard.name).identity() != before
 
 
 def test_embeddings_do_not_depend_on_the_order_bit_for_bit(tiny_bert):

@@ -40,11 +40,13 @@ class ModerationFilter(Defense):
         \{(x, y) \in U : \max(s(x, y), s(x)) \le \tau\}
 
     The rule ``"response"`` keeps a harmful request with a refusal, which is a safety row. The guard ``"minilm"`` is a
-    small sentence encoder whose head learns from the defender's own rows. Every judge of harm is a guard too. A guard
-    that also judges the run makes the filter look better than it is, so it is refused.
+    small sentence encoder whose head learns from the defender's own rows. Every judge of harm is a guard too; a judge
+    of refusal phrases calls every other answer harmful and drops ordinary rows. A guard that also judges the run makes
+    the filter look better than it is, so it is refused.
 
     Args:
-        guard: ``"minilm"``, the name of a judge such as ``"moderation"``, or a guard object.
+        guard: ``"minilm"``, ``"minilm:FOLDER"`` for another encoder, a judge such as ``"moderation"``, or a guard
+            object.
         threshold: probability above which a row is dropped, in [0, 1]; 1 drops no row with a score. None takes the
             guard's own threshold. A judge decides by its own threshold.
         rule: ``"response"`` drops a row for its response, ``"either"`` for its response or its request.

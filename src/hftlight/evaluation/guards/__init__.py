@@ -11,7 +11,7 @@ from hftlight.evaluation.guards.minilm import MiniLMGuard
 from hftlight.evaluation.guards.rates import filter_rates
 from hftlight.evaluation.judges import get_judge
 
-GUARDS: dict[str, Callable[[], Guard]] = {"minilm": MiniLMGuard}
+GUARDS: dict[str, Callable[[str | None], Guard]] = {"minilm": MiniLMGuard}
 __all__ = [
     "GUARDS",
     "Guard",
@@ -29,11 +29,13 @@ def get_guard(name: str | Guard) -> Guard:
     """Return a guard by name.
 
     Args:
-        name: a key of ``GUARDS``, or the name of a judge, as ``get_judge`` takes it. A guard is returned unchanged.
+        name: a key of ``GUARDS``, or such a key, a colon and the folder of its model, or the name of a judge as
+            ``get_judge`` takes it. A guard is returned unchanged.
 
     Raises:
         InputError: if there is no such guard and no such judge.
     """
     if not isinstance(name, str):
         return name
-    return GUARDS[name]() if name in GUARDS else JudgeGuard(get_judge(name))
+    head, _, model = name.partition(":")
+    return GUARDS[head](model or None) if head in GUARDS else JudgeGuard(get_judge(name))

