@@ -93,10 +93,12 @@ def test_the_order_of_the_upload_changes_nothing():
 def test_rows_that_no_selection_scored_are_scored_and_the_services_own_rows_stay():
     defense = ModerationFilter(Words())
     defense.select(None, None, None, {"task": ROWS[:3]})
-    mixed = Record("harm 7", "no harm is done here", role="alignment")
-    rows = defense.rewrite({"task": [*ROWS, mixed]}, 0)["task"]
-    assert [row.instruction[-1] for row in rows] == ["2", "3", "6", "7"]
-    assert defense.summary() == {"calls": 1, "upload_rows": 7, "dropped_rows": 3, "unsure_rows": 1}
+    mixed = [Record("harm 7", "perhaps", role="alignment"), replace(ROWS[0], role="alignment")]
+    assert mixed[1].id == ROWS[0].id  # the service's row stays, and the user's row with the same id does not
+    rows = defense.rewrite({"task": [*ROWS, *mixed]}, 0)["task"]
+    assert [row.instruction[-1] for row in rows] == ["2", "3", "6", "7", "1"]
+    assert rows[-1].role == "alignment"
+    assert defense.summary() == {"calls": 1, "upload_rows": 8, "dropped_rows": 3, "unsure_rows": 1}
 
 
 def test_ids_survive_and_rows_of_one_id_go_together():

@@ -167,13 +167,12 @@ class ModerationFilter(Defense):
             InputError: as ``select``.
         """
         task = records["task"]
-        # Rows that another defense added have the role "alignment" and are the service's own.
-        own = {row.id for row in task if row.role == "alignment"}
+        # Rows that another defense added have the role "alignment". They are the service's own, so they stay.
         known = {row["id"] for row in self.selected or ()}
-        unread = [row for row in task if row.id not in known | own]
+        unread = [row for row in task if row.role != "alignment" and row.id not in known]
         decisions = [*(self.selected or ()), *(self._decided(records, unread) if unread else ())]
-        dropped = {row["id"] for row in decisions if row["dropped"]} - own
-        kept = [row for row in task if row.id not in dropped]
+        dropped = {row["id"] for row in decisions if row["dropped"]}
+        kept = [row for row in task if row.role == "alignment" or row.id not in dropped]
         self._refuse_nothing_left(len(kept), len(task))
         unclear = {row["id"] for row in decisions if row["unsure"]}
         self.record(
