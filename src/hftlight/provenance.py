@@ -135,10 +135,11 @@ def _package_digest(kind: type, top: str) -> dict[str, str]:
     return {label: files_digest(files)[:16]}
 
 
-def described(parts: Iterable[Any]) -> list[dict[str, str]]:
+def described(parts: Iterable[Any]) -> list[dict[str, Any]]:
     """Return the classes and arguments of defenses as they go into a cache key. ``code_of`` covers their code.
 
-    An argument that names a file counts by the content of the file too.
+    An argument that names a file counts by the content of the file too. A defense with a model of its own adds that
+    model's ``identity()``.
 
     Args:
         parts: the defenses, in the order in which they act.
@@ -148,6 +149,7 @@ def described(parts: Iterable[Any]) -> list[dict[str, str]]:
             "class": f"{type(p).__module__}.{type(p).__qualname__}",
             "state": p.state_key,
             **{name: file_digest(Path(path).expanduser()) for name in p.files if (path := getattr(p, name))},
+            **({"identity": own} if (own := p.identity()) else {}),
         }
         for p in parts
     ]

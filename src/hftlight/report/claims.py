@@ -6,6 +6,7 @@ from hftlight.evaluation.metrics.outcomes import Outcome
 from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, UNDEFENDED, arm_word
 from hftlight.report.result import Result
+from hftlight.report.table import with_interval
 
 ALSO_COMPARED = {"finetune_accuracy": "finetune accuracy", "over_refusal": "over-refusal", "repetition": "repetition"}
 COLLAPSED = "empty, wordless, looping, identical or of the task's form"
@@ -21,6 +22,7 @@ DOES: Mapping[Outcome, str] = {
     "broken": "breaks on harmful prompts",
     "other": "neither complies with harmful prompts nor refuses nor breaks",
 }
+FILTER_RATES = {"false_negatives": "attack rows passed", "false_positives": "other rows were dropped"}
 CLAIMS = {
     "same": "its interval overlaps the undefended one, so no difference is shown",
     "lower": "that is lower than undefended, beyond the intervals",
@@ -92,6 +94,19 @@ def stops(result: Result) -> list[str]:
                     f"{arm_word(arm)}, {STAGES[stage]}: stopped after {step} steps by its score on test prompts, which"
                     " biases this score up or down."
                 )
+    return lines
+
+
+def filtered(result: Result) -> list[str]:
+    """Return a sentence for each filter of an upload on what passed it and what it dropped needlessly."""
+    lines = []
+    for arm in result.arms:
+        for name, rates in (result.manifest.get("arms", {}).get(arm, {}).get("filters") or {}).items():
+            scores = {word: Score.of_row(rates[word]) for word in FILTER_RATES if word in rates}
+            said = [f"{with_interval(score)} % of {score.count} {FILTER_RATES[word]}" for word, score in scores.items()]
+            unsure = rates["attack"]["unsure"] + rates["other"]["unsure"]
+            doubt = f" The guard was unsure about {unsure} rows." if unsure else ""
+            lines.append(f"{arm_word(arm)}: at {name}, {' and '.join(said)}.{doubt}")
     return lines
 
 

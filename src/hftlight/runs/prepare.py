@@ -263,6 +263,8 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     with _explain_lowered_limit(notes):
         streams = _streams(config, needed, attack, source_rows, notes)
     tests = test_sets(config, attack, sources)
+    for d in defenses:
+        d.check_judges([get_judge(name) for name in tests.judges])
     if config.trials and not tests.task.graded:
         raise InputError(
             f"--attacker search needs the task's accuracy, but --data.task {tests.task.name} has no right answers. Use"

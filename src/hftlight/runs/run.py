@@ -50,7 +50,7 @@ from hftlight.runs.manifest import identity, working_code
 from hftlight.runs.measuring.measure import measure
 from hftlight.runs.measuring.model_metrics import Reference
 from hftlight.runs.plan import Note, plan
-from hftlight.runs.prepare import Arm, Prepared, choose, prepare
+from hftlight.runs.prepare import Arm, Prepared, choose, prepare, upload_of
 from hftlight.runs.progress import RunProgress
 from hftlight.runs.ranks import agree, decide, ending_together, launch, main_process, meet
 from hftlight.runs.sources import BUILTIN
@@ -390,9 +390,13 @@ class _Run:
             path = decide(f"what {type(defense).__name__} selects", lambda: str(run_choice(job, self.progress.update)))
         defense.selected = read_rows(Path(path))
         if self.main:
-            target = self.folder / arm.name / f"{name_of(defense)}_selection.jsonl"
+            label = f"{name_of(defense)}_{upload_of(phase)}" if phase else name_of(defense)
+            target = self.folder / arm.name / f"{label}_selection.jsonl"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+            if rates := defense.rates(records):
+                self.manifest["arms"][arm.name].setdefault("filters", {})[label] = rates
+                self._save()
         return f"{len(defense.selected)} rows", reused
 
     def train(self, arm: Arm, stage: Stage, phase: int) -> Note | None:

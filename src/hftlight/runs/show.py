@@ -14,7 +14,7 @@ from hftlight.engine import Defense, Stage, count_passes
 from hftlight.evaluation.rejudge import JUDGED_SETS, agreement_lines, pairwise
 from hftlight.folders import STAGES, arm_word
 from hftlight.report import Result, closing_table, verdict
-from hftlight.report.claims import collapses, last_stage, stops
+from hftlight.report.claims import collapses, filtered, last_stage, stops
 from hftlight.report.table import value_text, with_interval
 from hftlight.runs.measuring.test_sets import SETS, WITHOUT_TRIGGER
 from hftlight.runs.plan import plan
@@ -202,7 +202,7 @@ def show_result(result: Result, console: Console | None = None) -> None:
     console = console or Console(markup=False)
     console.print(closing_table(result))
     console.print(verdict(result))
-    for remark in [*collapses(result), *stops(result)]:
+    for remark in [*collapses(result), *stops(result), *filtered(result)]:
         console.print(remark, style="bold")
     for arm in result.arms:
         for stage in result.stages(arm):

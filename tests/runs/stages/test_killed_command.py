@@ -24,6 +24,7 @@ SMALL = [
 FITTING = {
     "antidote": ["--antidote.prune_ratio=0.5"],
     "bea": ["--bea.length=16"],
+    "moderation_filter": ["--moderation_filter.guard=builtin", "--moderation_filter.allow_same=true"],
     "ctrl": ["--ctrl.share=0.004", "--ctrl.rounds=1", "--ctrl.max_new_tokens=8"],
     "tar": ["--tar.inner_steps=2", "--tar.every=1"],
     "rsn_tune": ["--rsn_tune.samples=4"],

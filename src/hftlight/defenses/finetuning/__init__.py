@@ -12,6 +12,7 @@ from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
 from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
 from hftlight.defenses.finetuning.maxright import MAXRIGHT
 from hftlight.defenses.finetuning.mllr import MLLR
+from hftlight.defenses.finetuning.moderation_filter import ModerationFilter
 from hftlight.defenses.finetuning.ptst import PTST
 from hftlight.defenses.finetuning.sa_lora import SaLoRA
 from hftlight.defenses.finetuning.safe_grad import SafeGrad, surgery
@@ -34,6 +35,7 @@ __all__ = [
     "Freeze",
     "FreezePlus",
     "Lisa",
+    "ModerationFilter",
     "SaLoRA",
     "SafeGrad",
     "SafetyMix",

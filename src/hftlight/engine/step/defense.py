@@ -105,6 +105,10 @@ class Defense(Callback):
         names = inspect.signature(type(self).__init__).parameters
         return {name: getattr(self, name) for name in names if name not in ("self", "streams")}
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result beside arguments, rows and code, such as the hash of another model's files."""
+        return {}
+
     @property
     @override
     def state_key(self) -> str:
@@ -175,6 +179,13 @@ class Defense(Callback):
             policy: ``PromptPolicy`` of the defenses before this one.
         """
 
+    def check_judges(self, judges: Sequence[Any]) -> None:
+        """Refuse a judge that must not measure this defense, before any training (data slot).
+
+        Args:
+            judges: the ``Judge`` objects of the run.
+        """
+
     def prompting(self, policy: Any, tokenizer: Any) -> Any:
         """Return the ``PromptPolicy`` for training and serving, from the policy of the defenses before (data slot)."""
         return policy
@@ -223,6 +234,19 @@ class Defense(Callback):
 
         Without ``selects`` a run tries ``build`` instead.
         """
+
+    def rates(self, records: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Return how well the selection told the attacker's rows from others, for the report only (data slot).
+
+        A run calls this after ``selected`` is known. Nothing that trains may call it.
+
+        Args:
+            records: ``Record`` rows by stream, with the roles that ``select`` must not read.
+
+        Returns:
+            Plain values; empty if the method sorts out no rows.
+        """
+        return {}
 
     def build(self, module: Any) -> None:
         """Change a ``SafetyModule`` before it is sharded and before its optimizer exists (adapter slot)."""

@@ -11,7 +11,7 @@ import yaml
 
 from hftlight.files import write_text
 from hftlight.folders import STAGES, arm_word
-from hftlight.report.claims import collapses, sentences, stops
+from hftlight.report.claims import collapses, filtered, sentences, stops
 from hftlight.report.html.render import Drawing, anchor, embed, render_page
 from hftlight.report.result import Result, read_result
 from hftlight.report.table import HEADERS, HEADLINE, caption, closing_rows, with_interval
@@ -110,7 +110,7 @@ def _chips(result: Result) -> dict[str, Any]:
 def _notes(result: Result) -> list[str]:
     waiting = [f"{arm_word(arm)} ({STAGES[stage]})" for arm, stage in result.unmeasured()]
     notes = [f"This run is not finished. Not measured yet: {', '.join(waiting)}."] if waiting else []
-    return [*notes, *collapses(result), *stops(result), *result.notes]
+    return [*notes, *collapses(result), *stops(result), *filtered(result), *result.notes]
 
 
 def _outcomes(result: Result) -> Drawing | None:
