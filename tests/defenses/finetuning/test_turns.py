@@ -4,6 +4,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hftlight import SafetyModule
 from hftlight.defenses.finetuning.alright import ALRIGHT, on_preferences
@@ -81,6 +83,46 @@ def test_the_losses_in_use_are_the_last_measured_ones():
     start = seen[100]
     assert start["pairs"] == pytest.approx(math.log(2))  # measured at the aligned model, where both models agree
     assert all(seen[1][name] != start[name] for name in start)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ALRIGHT(0.5), lambda: MAXRIGHT(0.4, 0.3, 5.155, refresh=3)], ids=["alright", "maxright"]
+)
+def test_a_resumed_training_repeats_choices_and_losses(make, tmp_path):
+    def trained(resume=None):
+        defense, module = make(), SafetyModule(model_of("lora"), lr=0.1, optimizer="sgd")
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer = quiet_trainer(
+            max_steps=6, max_epochs=-1, callbacks=[defense, saver], enable_checkpointing=True,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, data_module(defense.stage), ckpt_path=resume, weights_only=False)
+        return weights_of(module), defense.state_dict()
+
+    weights, state = trained()
+    for step in (1, 2, 5):
+        again, repeated = trained(str(tmp_path / f"step={step}.ckpt"))
+        assert distance(again, weights) == 0
+        assert repeated == state
+
+
+def test_no_batch_of_the_user_is_lost():
+    """While a step trains on preferences, the user's data waits: its batches come in order, none twice."""
+
+    class Seen(Callback):
+        def __init__(self):
+            self.ids = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if "rejected" not in batch:
+                self.ids += batch["id"]
+
+    seen, plain = Seen(), Seen()
+    data = {"task": records(64)["task"]}
+    train([ALRIGHT(0.5)], steps=8, callbacks=[seen], data=data_module(ALRIGHT.stage, **data))
+    train([], steps=8, callbacks=[plain], data=data_module(ALRIGHT.stage, **data))
+    assert 0 < len(seen.ids) < len(plain.ids)
+    assert seen.ids == plain.ids[: len(seen.ids)]
 
 
 def test_floors_of_zero_are_warned_of():
