@@ -1,6 +1,7 @@
 """LoRA on a base model: attach an adapter, check its targets, and add two adapters up into one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hftlight.config import ALL_LINEAR, Lora
+from hftlight.engine.step.passes import same_random_state
 from hftlight.engine.weights.stored import stored_factors
 from hftlight.errors import InputError
 from hftlight.model_files import model_path, stands_on
 
 SECOND = 1_000_003  # added to the seed of an adapter on an aligned model
+SCRATCH = "scratch"  # name of an adapter that is thrown away, beside an adapter that stays
 HARDENING = 2_000_003  # added to the seed of an adapter that hardens an aligned model, before any upload
 
 
@@ -43,10 +46,18 @@ def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
     Raises:
         InputError: if a target names no linear layer, or the output layer or the input embedding.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     transposed = check_targets(model, lora.targets)
-    settings = LoraConfig(
+    torch.manual_seed(seed)  # only here, since loading the model may draw random numbers
+    return get_peft_model(model, _settings(lora, transposed))
+
+
+def _settings(lora: Lora, transposed: bool) -> Any:
+    """Return PEFT's settings of an adapter on layers that may be stored transposed."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -54,8 +65,51 @@ def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
         fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)  # only here, since loading the model may draw random numbers
-    return get_peft_model(model, settings)
+
+
+@contextmanager
+def scratch_adapter(model: Any, lora: Lora, seed: int) -> Iterator[nn.Module]:
+    """Yield the model with a new, trainable adapter, and remove the adapter when the block ends.
+
+    Everything else is frozen inside the block. An adapter that the model has already keeps acting. Weights, gradient
+    flags and the random state are restored, also after an exception.
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+        lora: settings of the adapter.
+        seed: seed of the adapter's A.
+
+    Raises:
+        InputError: as for ``attach``.
+    """
+    from peft import PeftModel
+
+    flags = {p: p.requires_grad for p in model.parameters()}
+    device = next(model.parameters()).device
+    stacked = isinstance(model, PeftModel)
+    active = list(model.active_adapters) if stacked else []
+    adapted = None
+    try:
+        with same_random_state(device):
+            if stacked:
+                transposed = check_targets(model.get_base_model(), lora.targets)
+                torch.manual_seed(seed)
+                model.add_adapter(SCRATCH, _settings(lora, transposed))
+            else:
+                adapted = attach(model, lora, seed)
+        if stacked:
+            model.base_model.set_adapter([*active, SCRATCH])
+            for name, p in model.named_parameters():
+                p.requires_grad_(f".{SCRATCH}." in name)
+        yield model if adapted is None else adapted
+    finally:
+        if adapted is not None:
+            adapted.unload()  # type: ignore[operator]
+        elif stacked and SCRATCH in model.peft_config:
+            model.base_model.set_adapter(active)
+            model.delete_adapter(SCRATCH)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
 
 
 def check_targets(model: Any, targets: Sequence[str]) -> bool:
