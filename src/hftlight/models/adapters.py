@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def scratch_adapter(model: Any, lora: Lora, seed: int) -> Iterator[nn.Module]:
     from peft import PeftModel
 
     flags = {p: p.requires_grad for p in model.parameters()}
+    tree = [(module, dict(module._modules)) for module in model.modules()]
     device = next(model.parameters()).device
     stacked = isinstance(model, PeftModel)
     active = list(model.active_adapters) if stacked else []
@@ -92,9 +94,11 @@ def scratch_adapter(model: Any, lora: Lora, seed: int) -> Iterator[nn.Module]:
     try:
         with same_random_state(device):
             if stacked:
-                transposed = check_targets(model.get_base_model(), lora.targets)
+                whole = model.get_base_model()
+                transposed = check_targets(whole, lora.targets)
+                names = [name for name in linear_layers(whole) if _named(name, lora.targets)]
                 torch.manual_seed(seed)
-                model.add_adapter(SCRATCH, _settings(lora, transposed))
+                model.add_adapter(SCRATCH, _settings(replace(lora, targets=names), transposed))
             else:
                 adapted = attach(model, lora, seed)
         if stacked:
@@ -108,6 +112,10 @@ def scratch_adapter(model: Any, lora: Lora, seed: int) -> Iterator[nn.Module]:
         elif stacked and SCRATCH in model.peft_config:
             model.base_model.set_adapter(active)
             model.delete_adapter(SCRATCH)
+            # PEFT leaves its wrapper around layers that only this adapter adapted.
+            for module, children in tree:
+                module._modules.clear()
+                module._modules.update(children)
         for p, flag in flags.items():
             p.requires_grad_(flag)
 
@@ -128,15 +136,14 @@ def check_targets(model: Any, targets: Sequence[str]) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    layers = linear_layers(model)
     kinds = sorted({type(m).__name__ for m in layers.values()})
     known = f"linear layers are {sorted({n.rsplit('.', 1)[-1] for n in layers})} ({', '.join(kinds)})"
     transposed = any(isinstance(m, Conv1D) for m in layers.values())
     if list(targets) == [ALL_LINEAR]:
         return transposed
     for target in targets:
-        # A target matches every module whose dotted name ends in it.
-        matches = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
+        matches = {name: m for name, m in model.named_modules() if _named(name, [target])}
         if any(m is head or m is embedding for m in matches.values()):
             raise InputError(
                 f"--lora.targets: {target!r} is the output layer or the input embedding, which get no adapter;"
@@ -166,6 +173,28 @@ def check_stackable(model: str, way: str) -> None:
                 f"--model {model}: {str(error).partition(' Merge')[0].removeprefix(f'{model}: ')} {way}"
             ) from error
         name = base
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """Return the linear layers of a causal LM by name, without the output layer.
+
+    An adapter around a layer is looked through, so an adapted layer counts once and as itself.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head, layers, inside = model.get_output_embeddings(), dict[str, nn.Module](), set[nn.Module]()
+    for name, module in model.named_modules():
+        own = getattr(module, "base_layer", module)
+        if module not in inside and isinstance(own, nn.Linear | Conv1D) and own is not head:
+            layers[name] = own
+        if own is not module:
+            inside |= set(module.modules())
+    return layers
+
+
+def _named(name: str, targets: Sequence[str]) -> bool:
+    """Tell whether a target matches a module: the module's dotted name ends in it."""
+    return list(targets) == [ALL_LINEAR] or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def add_up(earlier: Path, later: dict[str, Tensor], later_scale: float) -> tuple[dict[str, Tensor], int]:

@@ -71,8 +71,8 @@ def layer_states(model: nn.Module, batch: Mapping[str, Any], layers: Sequence[in
     for layer in layers:
         hidden = outputs[str(layer)]
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        share = (weights / weights.sum(1, keepdim=True)).to(hidden)
-        pooled.append((share[:, None] @ hidden).squeeze(1))
+        own = weights.to(hidden)
+        pooled.append((own[:, None] @ hidden).squeeze(1) / own.sum(1, keepdim=True))
     return torch.stack(pooled)
 
 

@@ -5,7 +5,7 @@ from tests.helpers.contract import Row
 from tests.helpers.filters import filtered, without
 
 ROW = Row(
-    make=lambda: filtered(SAFT(rate=0.125, trusted="alignment"), layer=1, threshold=2.0, dropped_side="high"),
+    make=lambda: filtered(SAFT(rate=0.125), layer=1, threshold=2.0, dropped_side="high"),
     neutral=lambda: SAFT(rate=0.0, trusted="none"),
     bad=[
         ({"rate": 5}, "write 0.05"),

@@ -136,14 +136,17 @@ class LARF(StateFilter):
     def groups(self, records: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
         count = len(records["task"])
         if self._count(count) >= count:
-            raise InputError(
-                f"LARF: remove={self.remove} would drop all {count} rows of the upload. Lower it, or give a fraction."
-            )
+            self._refuse_all(count)
         if self.source == "pairs":
             both = as_pairs(records["pairs"])
             unsafe, safe = [pair[1] for pair in both], [pair[0] for pair in both]
         else:
             unsafe, safe = list(records["harmful"]), list(records[self.safe])
+        if not (unsafe and safe):
+            raise InputError(
+                f"LARF: there are no anchors; the stream 'harmful' has {len(unsafe)} rows and {self.safe!r} has"
+                f" {len(safe)}. Give rows of both kinds."
+            )
         unsafe, safe, self._shared = paired(unsafe, safe, self.anchors)
         return {"unsafe": unsafe, "safe": safe}
 

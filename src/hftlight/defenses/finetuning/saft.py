@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hftlight.data.records import Record
+from hftlight.data.records import Record, split_by_hash
 from hftlight.data.table import read_rows
 from hftlight.errors import InputError
 from hftlight.models.row_filter import StateFilter, Verdict, check_fraction
@@ -17,6 +17,7 @@ from hftlight.models.row_reader import Pooling
 from hftlight.take import truth
 
 LEAST = 20  # safe rows, and harmful rows, that a choice may rest on
+MOST = 100  # rows of a stream of the defender that are read
 UNCHECKED = 0.3  # largest rate without trusted rows
 BLOCK = 1024  # rows that enter the Gram matrix at one time
 
@@ -95,6 +96,10 @@ def best_threshold(harmful: Tensor, safe: Tensor) -> float:
     return float(candidates[balanced >= balanced.max() - 1e-12][-1])
 
 
+def _some(rows: Sequence[Record]) -> list[Record]:
+    return split_by_hash(rows, min(MOST, len(rows)), "saft")[0]
+
+
 class SAFT(StateFilter):
     r"""Drop the rows of the upload that stand out in hidden states. Layer and threshold are choices of ours.
 
@@ -114,11 +119,11 @@ class SAFT(StateFilter):
         k: number of directions, >= 1.
         centered: subtract the mean first. Without this, the leading direction may be the mean itself.
         pooling: ``"last"`` reads the response's last token, ``"end"`` the end token, ``"mean"`` all response tokens.
-        trusted: stream of at least 20 safe rows of the defender, such as ``"ordinary"`` or ``"alignment"``. With
-            ``"none"``, high scores are dropped, and ``rate`` is at most 0.3. Refusals are a poor choice: they speak of
-            the topics of the harmful rows.
+        trusted: stream of at least 20 safe rows of the defender. A run offers ``"alignment"`` and two parts of it,
+            ``"refusals"`` and ``"ordinary"``. At most 100 rows are read, chosen by a hash. With ``"none"``, high scores
+            are dropped, and ``rate`` is at most 0.3.
         validation: file of labelled rows with the columns prompt, response and is_safe, at least 20 rows of each kind.
-        calibrate: take the defender's harmful rows and the trusted rows as labelled rows.
+        calibrate: take the trusted rows and at most 100 harmful rows of the defender as labelled rows.
         max_tokens: tokens of a row that are read, >= 1; None reads the whole row. If the run cuts long rows, give its
             limit.
 
@@ -144,7 +149,7 @@ class SAFT(StateFilter):
         k: int = 1,
         centered: bool = True,
         pooling: Literal["last", "end", "mean"] = "last",
-        trusted: str = "ordinary",
+        trusted: str = "alignment",
         validation: str | None = None,
         calibrate: bool = False,
         max_tokens: int | None = None,
@@ -158,7 +163,7 @@ class SAFT(StateFilter):
             raise ValueError(f"SAFT: pooling must be 'last', 'end' or 'mean', got {pooling!r}.")
         if trusted == "none" and calibrate:
             raise ValueError(
-                "SAFT: calibrate needs trusted rows, got trusted='none'. Name a stream such as 'ordinary'."
+                "SAFT: calibrate needs trusted rows, got trusted='none'. Name a stream such as 'alignment'."
             )
         if trusted in ("task", "harmful", ""):
             raise ValueError(
@@ -191,11 +196,13 @@ class SAFT(StateFilter):
                 "SAFT: rate is missing, the fraction of the upload to drop. Give --saft.rate, such as 0.1, or labelled"
                 " rows with --saft.validation FILE or --saft.calibrate true."
             )
+        if self.rate is not None and self._count(len(records["task"])) == len(records["task"]):
+            self._refuse_all(len(records["task"]))
         if self.validation is not None:
             return self._enough(self._labelled(self.validation), f"{self.validation} has")
-        rows = {} if self.trusted == "none" else {"safe": list(records[self.trusted])}
+        rows = {} if self.trusted == "none" else {"safe": _some(records[self.trusted])}
         if self.calibrate:
-            return self._enough({**rows, "harmful": list(records["harmful"])}, "the defender's streams have")
+            return self._enough({**rows, "harmful": _some(records["harmful"])}, "the defender's streams have")
         if rows and len(rows["safe"]) < LEAST:
             if self.rate is not None and self.rate > UNCHECKED:
                 raise InputError(

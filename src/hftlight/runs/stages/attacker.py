@@ -21,7 +21,7 @@ from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges import Verdict, judge_name
 from hftlight.evaluation.stats.intervals import wilson
-from hftlight.files import digest, file_digest
+from hftlight.files import digest, file_digest, read_rows
 from hftlight.model_files import model_hash
 from hftlight.models.base import device_of
 from hftlight.models.serving import Artifact, full_state, save_artifact, trained_state
@@ -32,6 +32,7 @@ from hftlight.runs.measuring.measure import measured_in_memory
 from hftlight.runs.measuring.test_sets import TestSets
 from hftlight.runs.prepare import stage_records, streams_of, test_sets
 from hftlight.runs.sources import Sources
+from hftlight.runs.stages.choice import ChoiceJob, run_choice
 from hftlight.runs.stages.repair import apply_repairs, repaired_model, subject_around
 from hftlight.runs.stages.train import finetuning_job, fitted, phases_of, stage_config, watch_of
 from hftlight.search.search import Outcome, Worst
@@ -130,6 +131,7 @@ class Attacker:
         with TemporaryDirectory() as folder:  # a phase starts from an artifact, as in a run
             for number, (own, phase) in enumerate(phases):
                 records = stage_records(streams, Stage.FINETUNING, self.training, number)
+                self._choose(stage_config(own, phase, Stage.FINETUNING), before or self.aligned, records)
                 job = finetuning_job(own, "", self.aligned, records, self.training, phase, tests, before)
                 watch = watch_of(job)
                 with fitted(job, [watch] if watch else [], enable_checkpointing=False) as fit:
@@ -144,6 +146,12 @@ class Attacker:
         if self.repairs:
             state = self._repaired(stage_config(config, attack, Stage.POST_FINETUNING), streams, state)
         return state, slot
+
+    def _choose(self, config: RunConfig, model: Artifact, records: Mapping[str, list[Record]]) -> None:
+        """Let defenses select anew, since another upload has other rows."""
+        for defense in self.training:
+            if defense.selects:
+                defense.selected = read_rows(run_choice(ChoiceJob(config, model, records, defense)))
 
     def _repaired(self, config: RunConfig, streams: Mapping[str, list[Record]], state: ModelState) -> ModelState:
         records = stage_records(streams, Stage.POST_FINETUNING, self.repairs)
