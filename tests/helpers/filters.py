@@ -1,5 +1,6 @@
-"""Selections for filters of the upload, made by hand: of the 16 test rows, rows 3 and 5 are dropped."""
+"""Selections for filters of the upload, made by hand: rows 3 and 5 are dropped."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from hftlight.data.records import Record
@@ -9,11 +10,14 @@ from tests.helpers.contract import records
 DROPPED = (3, 5)
 
 
-def filtered(defense: RowFilter, **facts: Any) -> RowFilter:
-    """Return the defense as if it had selected: each row's score is its place."""
+def filtered(defense: RowFilter, rows: Sequence[Record] | None = None, **facts: Any) -> RowFilter:
+    """Return the defense as if it had selected among some rows, by default the 16 test rows.
+
+    Each row's score is its place.
+    """
     defense.selected = [
         {"id": row.id, "score": float(place), "kept": place not in DROPPED, **facts}
-        for place, row in enumerate(records()["task"])
+        for place, row in enumerate(records()["task"] if rows is None else rows)
     ]
     return defense
 
