@@ -132,8 +132,8 @@ class SAFT(StateFilter):
 
     Cost: nothing in training. Before it, one forward pass over the upload and the defender's rows, a float64 matrix
         ``[hidden, hidden]``, and the states of all rows in memory.
-    Source: Choi et al., "Safety-Aware Fine-Tuning of Large Language Models", 2024, arXiv:2410.10014. There is no
-        official code.
+    Source: Choi et al., "Safety-Aware Fine-Tuning of Large Language Models", 2024, arXiv:2410.10014. No official
+        code is known.
     Differs: the paper's layer and threshold are not known to us. The middle layer, the middle third and the threshold
         of best balanced accuracy are ours. The check of the side that is dropped is ours too. It compares both ends of
         the upload's scores, and drops the end that holds fewer trusted rows. Weights of the k directions are scaled to
