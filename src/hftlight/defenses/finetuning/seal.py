@@ -249,9 +249,9 @@ class SEAL(RowFilter):
         arXiv:2410.07471, and its official code.
     Differs: as in the official code, no inner problem is solved and no value function enters. The paper's penalty has
         one. Logits keep the ids of their rows; the official code renumbers rows after dropping some. The shorter set is
-        repeated; the official code stops at its end. The adapter covers all linear layers by default. Dropout is off, the model's gradient is not clipped, and the
-        adapter's optimizer is AdamW without decay, like that of the logits. An interrupted selection starts anew.
-        ``"one_step"`` is not in the paper.
+        repeated; the official code stops at its end. The adapter covers all linear layers by default. Dropout is off,
+        the model's gradient is not clipped, and the adapter's optimizer is AdamW without decay, like that of the
+        logits. An interrupted selection starts anew. ``"one_step"`` is not in the paper.
     """
 
     streams = ("alignment",)
