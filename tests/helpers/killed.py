@@ -27,7 +27,9 @@ from hftlight.defenses import Antidote, Booster, ConstrainedSFT, Freeze, Lisa, S
 from hftlight.engine import Stage, in_order, main_stream
 from hftlight.model_files import model_hash
 from hftlight.models.module import SafetyModule
+from hftlight.models.row_filter import RowFilter
 from tests.helpers.contract import rows as contract_rows
+from tests.helpers.filters import filtered
 from tests.helpers.jobs import rows, small_config
 
 INSIDE = ("bytes", "rename", "micro-batch", "step")
@@ -98,6 +100,9 @@ def chain(defenses: list[Any]) -> str:
         tick("between")
     if of[Stage.FINETUNING] or of[Stage.POST_FINETUNING]:
         streams = {name: STREAMS[name] for name in sorted({"task", *needed})}
+        for d in of[Stage.FINETUNING]:
+            if isinstance(d, RowFilter):
+                filtered(d, STREAMS["task"])
         job = stage.StageJob(Stage.FINETUNING, config, "tiny", aligned, streams, of[Stage.FINETUNING])
         begin(job)
         stage.run_stage(job, on_step=lambda *_: tick("step"))

@@ -1,6 +1,8 @@
 """LoRA on a base model: attach an adapter, check its targets, and add two adapters up into one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hftlight.config import ALL_LINEAR, Lora
+from hftlight.engine.step.passes import same_random_state
 from hftlight.engine.weights.stored import plain_name, stored_factors
 from hftlight.errors import InputError
 from hftlight.model_files import model_path, stands_on
 
 SECOND = 1_000_003  # added to the seed of an adapter on an aligned model
+SCRATCH = "scratch"  # name of an adapter that is thrown away, beside an adapter that stays
 HARDENING = 2_000_003  # added to the seed of an adapter that hardens an aligned model, before any upload
 
 
@@ -43,10 +47,18 @@ def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
     Raises:
         InputError: if a target names no linear layer, or the output layer or the input embedding.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     transposed = check_targets(model, lora.targets)
-    settings = LoraConfig(
+    torch.manual_seed(seed)  # only here, since loading the model may draw random numbers
+    return get_peft_model(model, _settings(lora, transposed))
+
+
+def _settings(lora: Lora, transposed: bool) -> Any:
+    """Return PEFT's settings of an adapter on layers that may be stored transposed."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -54,8 +66,58 @@ def attach(model: Any, lora: Lora, seed: int) -> nn.Module:
         fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)  # only here, since loading the model may draw random numbers
-    return get_peft_model(model, settings)
+
+
+@contextmanager
+def scratch_adapter(model: Any, lora: Lora, seed: int) -> Iterator[nn.Module]:
+    """Yield the model with a new, trainable adapter, and remove the adapter when the block ends.
+
+    Everything else is frozen inside the block. An adapter that the model has already keeps acting. Weights, gradient
+    flags and the random state are restored, also after an exception.
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+        lora: settings of the adapter.
+        seed: seed of the adapter's A.
+
+    Raises:
+        InputError: as for ``attach``.
+    """
+    from peft import PeftModel
+
+    flags = {p: p.requires_grad for p in model.parameters()}
+    tree = [(module, dict(module._modules)) for module in model.modules()]
+    device = next(model.parameters()).device
+    stacked = isinstance(model, PeftModel)
+    active = list(model.active_adapters) if stacked else []
+    adapted = None
+    try:
+        with same_random_state(device):
+            if stacked:
+                whole = model.get_base_model()
+                transposed = check_targets(whole, lora.targets)
+                names = [name for name in linear_layers(whole) if _named(name, lora.targets)]
+                torch.manual_seed(seed)
+                model.add_adapter(SCRATCH, _settings(replace(lora, targets=names), transposed))
+            else:
+                adapted = attach(model, lora, seed)
+        if stacked:
+            model.base_model.set_adapter([*active, SCRATCH])
+            for name, p in model.named_parameters():
+                p.requires_grad_(f".{SCRATCH}." in name)
+        yield model if adapted is None else adapted
+    finally:
+        if adapted is not None:
+            adapted.unload()  # type: ignore[operator]
+        elif stacked and SCRATCH in model.peft_config:
+            model.base_model.set_adapter(active)
+            model.delete_adapter(SCRATCH)
+            # PEFT leaves its wrapper around layers that only this adapter adapted.
+            for module, children in tree:
+                module._modules.clear()
+                module._modules.update(children)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
 
 
 def check_targets(model: Any, targets: Sequence[str]) -> bool:
@@ -74,15 +136,14 @@ def check_targets(model: Any, targets: Sequence[str]) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    layers = linear_layers(model)
     kinds = sorted({type(m).__name__ for m in layers.values()})
     known = f"linear layers are {sorted({n.rsplit('.', 1)[-1] for n in layers})} ({', '.join(kinds)})"
     transposed = any(isinstance(m, Conv1D) for m in layers.values())
     if list(targets) == [ALL_LINEAR]:
         return transposed
     for target in targets:
-        # A target matches every module whose dotted name ends in it.
-        matches = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
+        matches = {name: m for name, m in model.named_modules() if _named(name, [target])}
         if any(m is head or m is embedding for m in matches.values()):
             raise InputError(
                 f"--lora.targets: {target!r} is the output layer or the input embedding, which get no adapter;"
@@ -102,19 +163,8 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Modu
         model: a causal LM, or a PEFT model around one.
         targets: names as ``lora.targets`` takes them.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    every = [(name, m) for name, m in model.named_modules() if hasattr(m, "get_base_layer")]
-    inner = {id(child) for _, m in every for child in m.modules() if child is not m}
-    every += [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and m is not head and id(m) not in inner
-    ]
-    whole = list(targets) == [ALL_LINEAR]
-    chosen = {n: m for n, m in every if whole or any(f".{n}".endswith(f".{target}") for target in targets)}
-    return {plain_name(name): module for name, module in chosen.items()}
+    names = [name for name in linear_layers(model) if _named(name, targets)]
+    return {plain_name(name): model.get_submodule(name) for name in names}
 
 
 def dense_weight(layer: Any) -> Tensor:
@@ -150,6 +200,28 @@ def check_stackable(model: str, way: str) -> None:
                 f"--model {model}: {str(error).partition(' Merge')[0].removeprefix(f'{model}: ')} {way}"
             ) from error
         name = base
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """Return the linear layers of a causal LM by name, without the output layer.
+
+    An adapter around a layer is looked through, so an adapted layer counts once and as itself.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head, layers, inside = model.get_output_embeddings(), dict[str, nn.Module](), set[nn.Module]()
+    for name, module in model.named_modules():
+        own = getattr(module, "base_layer", module)
+        if module not in inside and isinstance(own, nn.Linear | Conv1D) and own is not head:
+            layers[name] = own
+        if own is not module:
+            inside |= set(module.modules())
+    return layers
+
+
+def _named(name: str, targets: Sequence[str]) -> bool:
+    """Tell whether a target matches a module: the module's dotted name ends in it."""
+    return list(targets) == [ALL_LINEAR] or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def add_up(earlier: Path, later: dict[str, Tensor], later_scale: float) -> tuple[dict[str, Tensor], int]:

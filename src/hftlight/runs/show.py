@@ -49,6 +49,14 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
                     f"{arm_word(arm.name)}, {STAGES[stage.value]}: {_passes(phase.defenses, phase.training)} per"
                     f" step{_more(phase.defenses)}."
                 )
+            for number, phase in enumerate(prepared.trainings(arm, stage)):
+                readable = prepared.records(stage, arm, number)
+                for d in (d for d in phase.defenses if d.selects):
+                    console.print(
+                        f"{arm_word(arm.name)}, {STAGES[stage.value]}: {type(d).__name__} selects first, on"
+                        f" {d.selecting(readable)} rows. A row costs about as much as {d.selecting_passes:g} forward"
+                        " passes."
+                    )
     for name, count in prepared.dropped.items():
         if count:
             console.print(

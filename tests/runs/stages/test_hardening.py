@@ -4,17 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from hftlight import cache, run
-from hftlight.config import Training
-from hftlight.defenses import CTRL, TAR, RepNoise, RSNTune
+from hftlight.config import Search, Training
+from hftlight.defenses import CTRL, SAFT, SEAL, TAR, RepNoise, RSNTune
 from hftlight.engine import Stage
 from hftlight.errors import InputError
 from hftlight.files import read_rows
 from hftlight.models.load import load_model
 from hftlight.runs.plan import plan
 from hftlight.runs.prepare import Arm, prepare
+from hftlight.runs.show import show_plan
 from tests.runs.test_run import config
 
 TRAINING = Training(steps=3, batch_size=4, lr=1e-2)
@@ -143,3 +145,26 @@ def test_an_alignment_set_without_ordinary_rows_is_refused_by_name(tmp_path):
     settings.data.alignment = str(path)
     with pytest.raises(InputError, match="needs ordinary rows, but the answers of all 20 rows refuse"):
         prepare(settings, [RSNTune()])
+
+
+def test_a_dry_run_counts_what_a_defense_reads_before_its_stage(tmp_path, capsys):
+    prepared = prepare(small(tmp_path), [SEAL(epochs=2, batch_size=10)])
+    show_plan(prepared, in_full=False, console=Console(width=200))
+    counted = 2 * len(prepared.streams["alignment"])
+    assert (
+        f"SEAL selects first, on {counted} rows. A row costs about as much as 6 forward passes."
+        in capsys.readouterr().out
+    )
+    step = next(step for step in plan(prepared) if step.label == "seal: fine-tuned, SEAL selects")
+    assert step.count == counted
+
+
+@pytest.mark.slow
+def test_a_filter_of_the_upload_drops_rows_in_a_run_and_in_each_trial_of_the_attacker(tmp_path):
+    changes = {"baseline": False, "attacker": "search:2", "search": Search(harmful_ratio=[0.3, 0.6])}
+    result = run(small(tmp_path, **changes), [SAFT(rate=0.2)])
+    chosen = read_rows(result.folder / "saft" / "saft_selection.jsonl")
+    report = next(iter(manifest(result)["arms"]["saft"]["stages"]["finetuning"]["defenses"].values()))
+    assert report["rows"] == len(chosen)
+    assert report["kept"] == sum(row["kept"] for row in chosen) == len(chosen) - report["dropped_rows"]
+    assert manifest(result)["arms"]["saft"]["search"]["failed"] == 0

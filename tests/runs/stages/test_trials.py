@@ -45,6 +45,7 @@ from hftlight.runs.prepare import prepare, stage_records, streams_of
 from hftlight.runs.sources import Sources
 from hftlight.runs.stages import attacker as attacker_module
 from hftlight.runs.stages.attacker import Attacker
+from hftlight.runs.stages.choice import ChoiceJob, run_choice
 from hftlight.runs.stages.job import RESULT
 from hftlight.runs.stages.repair import RepairJob, run_repair, subject_around
 from hftlight.runs.stages.train import StageJob, finetuning_job, phases_of, run_stage, stage_config
@@ -109,7 +110,10 @@ def own(tmp_path, attack=None, defenses=(), **changes):
     before = None
     for number, (one, phase) in enumerate(phases_of(values, attack)):
         records = stage_records(streams, Stage.FINETUNING, attacker.training, number)
-        attacker._select(stage_config(one, phase, Stage.FINETUNING), before or attacker.aligned, records)
+        for d in attacker.training:
+            if d.selects:
+                chosen = ChoiceJob(stage_config(one, phase, Stage.FINETUNING), before or attacker.aligned, records, d)
+                d.selected = read_rows(run_choice(chosen))
         job = finetuning_job(one, "tiny", attacker.aligned, records, attacker.training, phase, attacker.tests, before)
         run_stage(job)
         before = job.artifact()

@@ -8,6 +8,7 @@ from hftlight.defenses.finetuning.freeze import Freeze
 from hftlight.defenses.finetuning.freeze_plus import FreezePlus, UnitGroups, importance_ranks, unit_groups
 from hftlight.defenses.finetuning.kl import KL
 from hftlight.defenses.finetuning.l2_sp import L2SP, l2_sp_term
+from hftlight.defenses.finetuning.larf import LARF, paired_scores
 from hftlight.defenses.finetuning.ldifs import LDIFS, feature_distance
 from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
 from hftlight.defenses.finetuning.maxright import MAXRIGHT
@@ -17,6 +18,8 @@ from hftlight.defenses.finetuning.ptst import PTST
 from hftlight.defenses.finetuning.sa_lora import SaLoRA
 from hftlight.defenses.finetuning.safe_grad import SafeGrad, surgery
 from hftlight.defenses.finetuning.safety_mix import SafetyMix
+from hftlight.defenses.finetuning.saft import SAFT, leading_directions, spectral_scores
+from hftlight.defenses.finetuning.seal import SEAL, learned_logits, one_step_scores, row_weights, weighted_loss
 from hftlight.defenses.finetuning.sppft import SPPFT
 from hftlight.engine.divergence import divergence
 
@@ -26,10 +29,13 @@ __all__ = [
     "EWC",
     "KL",
     "L2SP",
+    "LARF",
     "LDIFS",
     "MAXRIGHT",
     "MLLR",
     "PTST",
+    "SAFT",
+    "SEAL",
     "SPPFT",
     "ConstrainedSFT",
     "Freeze",
@@ -46,8 +52,15 @@ __all__ = [
     "feature_distance",
     "importance_ranks",
     "l2_sp_term",
+    "leading_directions",
+    "learned_logits",
+    "one_step_scores",
+    "paired_scores",
     "proximal_pull",
+    "row_weights",
+    "spectral_scores",
     "surgery",
     "unit_groups",
     "update_pull",
+    "weighted_loss",
 ]
