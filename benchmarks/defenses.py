@@ -37,10 +37,13 @@ from hftlight.defenses import (
     EWC,
     KL,
     L2SP,
+    LARF,
     LDIFS,
     MAXRIGHT,
     MLLR,
     PTST,
+    SAFT,
+    SEAL,
     SPPFT,
     TAR,
     Booster,
@@ -48,10 +51,12 @@ from hftlight.defenses import (
     Freeze,
     FreezePlus,
     Lisa,
+    ModerationFilter,
     RepNoise,
     RSNTune,
     SafeGrad,
     SafetyMix,
+    SaLoRA,
     TVaccine,
     Vaccine,
 )
@@ -85,14 +90,20 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "kl": (KL,),
     "l2_sp": (L2SP,),
     "ldifs": (LDIFS,),
+    "larf": (lambda: LARF(remove=0.1, safe="alignment"),),
     "lisa": (lambda: Lisa(2, 2, quiet=0.0, cycles=0),),
     "maxright": (lambda: MAXRIGHT(task_floor=1.0),),
     "mllr": (MLLR,),
+    "moderation_filter": (lambda: ModerationFilter("builtin", allow_same=True),),
     "ptst": (PTST,),
+    "sa_lora": (SaLoRA,),
     "safe_grad": (SafeGrad,),
     "safety_mix": (lambda: SafetyMix(count=ROWS), lambda: SafetyMix(mode="parallel")),
+    "saft": (lambda: SAFT(rate=0.1),),
+    "seal": (lambda: SEAL(batch_size=8), lambda: SEAL(mode="one_step", batch_size=8)),
     "sppft": (lambda: SPPFT(first=3, last=4),),
 }
+LORA_ONLY = ("sa_lora",)
 SHOWN = ("layers", "online", "mode", "first", "last")
 
 
@@ -139,6 +150,19 @@ class Setup:
         main = main_stream(chosen, "alignment" if stage is Stage.ALIGNMENT else "task")
         template = get_template("chat", tokenizer)
         return StreamsDataModule(tokenizer, template, main, batch_size=self.rows, max_tokens=4096, **rows)
+
+    def select(self, defense: Defense) -> float:
+        """Let a defense select, and return its seconds per 1000 rows, or 0 without a selection."""
+        if not defense.selects or defense.selected is not None:
+            return 0.0
+        data, lora = self.data(defense.stage, [defense]), Lora()
+        records = {name: data.records[name] for name in {*defense.streams, data.main}}
+        defense.adapter = lora
+        model: Any = self.model()
+        since = time.perf_counter()
+        whole = model.unload() if self.tuning == "lora" else model
+        defense.select(whole, data.tokenizer, data.template, records, batch_size=self.rows)
+        return 1000 * (time.perf_counter() - since) / defense.selecting(records)
 
     def fit(self, chosen: Sequence[Defense], stage: Stage, steps: int, extra: Callback, model: nn.Module) -> None:
         trainer = Trainer(
@@ -299,6 +323,9 @@ def floor(defense: Defense, sft: float, passes: Passes) -> float:
 
 def measure(setup: Setup, make: Callable[[], Defense], pairs: int) -> dict[str, Any]:
     defense = make()
+    selecting = setup.select(defense)
+    again = make()
+    again.selected = defense.selected
     stage, steps = defense.stage, WARM_UP + pairs
     plain, defended = Arm(setup, [], stage, steps), Arm(setup, [defense], stage, steps)
     first = plain.step(), defended.step()
@@ -326,10 +353,11 @@ def measure(setup: Setup, make: Callable[[], Defense], pairs: int) -> dict[str, 
         "backward": statistics.median(passes.backward) / sft,
         "backward_to_inputs": statistics.median(passes.inputs) / sft,
         "tokens": tokens,
+        "selecting_seconds_per_1000_rows": selecting,
         "once_in_steps": max(0.0, first[1] - first[0]) / sft,
     }
     del plain, defended, passes
-    (peak, final), (own_peak, own_final) = memory(setup, [], stage), memory(setup, [make()], stage)
+    (peak, final), (own_peak, own_final) = memory(setup, [], stage), memory(setup, [again], stage)
     return row | {
         "trained_mib": trained / MIB,
         "peak": own_peak / peak,
@@ -348,17 +376,22 @@ def label(name: str, defense: Defense) -> str:
 def table(known: dict[str, dict[str, Any]]) -> str:
     """Return measured rows as a Markdown table, with columns of speed and memory for each kind of tuning."""
     kinds = list(known)
-    head = ["defense", "passes", *(f"s/step, {k} (quartiles; floor)" for k in kinds), "once"]
+    head = ["defense", "passes", *(f"s/step, {k} (quartiles; floor)" for k in kinds), "once", "selection"]
     lines = [head + [f"peak memory, {k}" for k in kinds] + [f"held, {k}" for k in kinds]]
     lines.append(["---"] * len(lines[0]))
     every = [label(name, make()) for name, makes in SETTINGS.items() for make in makes]
     for name in (n for n in every if n in known[kinds[0]]):
-        rows = [known[kind][name] for kind in kinds if name in known[kind]]
-        speed = [f"{r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f}; {r['floor'] * r['tokens']:.2f})" for r in rows]
-        memory = [f"{r['peak']:.2f}" for r in rows]
-        buffers = [f"{abs(r['buffers']):.1f}" if abs(r["buffers"]) < 0.05 else f"{r['buffers']:+.1f}" for r in rows]
-        passes = " + ".join(f"{count:g}" for count in rows[0]["passes"])
-        lines.append([f"`{name}`", passes, *speed, f"{rows[0]['once_in_steps']:.1f}", *memory, *buffers])
+        rows = [known[kind].get(name) for kind in kinds]
+        first = rows[0]
+        speed = [
+            r and f"{r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f}; {r['floor'] * r['tokens']:.2f})" for r in rows
+        ]
+        memory = [r and f"{r['peak']:.2f}" for r in rows]
+        buffers = [r and (f"{r['buffers']:+.1f}" if abs(r["buffers"]) >= 0.05 else "0.0") for r in rows]
+        passes = " + ".join(f"{count:.4g}" for count in first["passes"])
+        selection = f"{s:.0f} s" if (s := first.get("selecting_seconds_per_1000_rows", 0)) else None
+        cells = [f"`{name}`", passes, *speed, f"{first['once_in_steps']:.1f}", selection, *memory, *buffers]
+        lines.append([cell or "-" for cell in cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -386,7 +419,7 @@ def main() -> None:
     for tuning in options.tuning:
         setup = Setup(options.shape, tuning, options.rows, options.letters, options.device, options.precision)
         for name in options.defense:
-            for make in SETTINGS[name]:
+            for make in SETTINGS[name] if tuning == "lora" or name not in LORA_ONLY else ():
                 known = json.loads(results.read_text()) if results.is_file() else {}
                 here = label(name, make())
                 if here in known.get(place, {}).get(tuning, {}):
