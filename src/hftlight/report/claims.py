@@ -105,7 +105,7 @@ def filtered(result: Result) -> list[str]:
             scores = {word: Score.of_row(rates[word]) for word in FILTER_RATES if word in rates}
             said = [f"{with_interval(score)} % of {score.count} {FILTER_RATES[word]}" for word, score in scores.items()]
             unsure = rates["attack"]["unsure"] + rates["other"]["unsure"]
-            doubt = f" The guard was unsure about {unsure} rows." if unsure else ""
+            doubt = f" {unsure} rows had no score." if unsure else ""
             lines.append(f"{arm_word(arm)}: at {name}, {' and '.join(said)}.{doubt}")
     return lines
 

@@ -23,6 +23,7 @@ from hftlight.config import OWN_TRAINER, RunConfig, inside
 from hftlight.engine import Defense, Stage
 from hftlight.engine.weights.repair import Repair
 from hftlight.errors import InputError
+from hftlight.evaluation.guards.rates import filter_rates
 from hftlight.evaluation.judges import judge_name
 from hftlight.evaluation.score import Score
 from hftlight.files import (
@@ -394,7 +395,9 @@ class _Run:
             target = self.folder / arm.name / f"{label}_selection.jsonl"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-            if rates := defense.rates(records):
+            # A filter says which rows it kept. The roles of the rows are known here, and to no defense.
+            if stage is Stage.FINETUNING and defense.selected and "kept" in defense.selected[0]:
+                rates = filter_rates(defense.selected, records["task"])
                 self.manifest["arms"][arm.name].setdefault("filters", {})[label] = rates
                 self._save()
         return f"{len(defense.selected)} rows", reused

@@ -10,7 +10,7 @@ from hftlight.data.records import Record
 from hftlight.defenses import ModerationFilter
 from hftlight.defenses.finetuning.moderation_filter import decision
 from hftlight.errors import InputError
-from hftlight.evaluation.guards import Guard
+from hftlight.evaluation.guards import Guard, filter_rates
 from hftlight.evaluation.judges import KeywordJudge, WorldJudge
 from hftlight.provenance import described
 
@@ -63,21 +63,21 @@ def test_exactly_the_rows_with_a_flag_are_dropped(settings, expected):
      ((0.1, None), True, True), ((0.1, 0.2), False, False)],
 )  # fmt: skip
 def test_a_missing_score_is_unsure_unless_another_one_decides(scores, dropped, unsure):
-    assert decision(scores, 0.5, "drop") == {"dropped": dropped, "unsure": unsure}
-    assert decision(scores, 0.5, "keep") == {"dropped": dropped and not unsure, "unsure": unsure}
+    assert decision(scores, 0.5, "drop") == {"kept": not dropped, "unsure": unsure}
+    assert decision(scores, 0.5, "keep") == {"kept": not dropped or unsure, "unsure": unsure}
 
 
 def test_rates_are_those_of_the_known_flags_and_select_reads_no_role():
     """One of two attack rows passes; rows 4 (unsure) and 5 of the four others are dropped."""
     defense = ModerationFilter(Words())
     found = defense.select(None, None, None, {"task": ROWS})
-    rates = defense.rates({"task": ROWS})
+    rates = filter_rates(found, ROWS)
     assert rates["attack"] == {"rows": 2, "dropped": 1, "unsure": 0}
     assert rates["other"] == {"rows": 4, "dropped": 2, "unsure": 1}
     assert (rates["false_negatives"]["value"], rates["false_positives"]["value"]) == (50.0, 50.0)
     hidden = [replace(row, role="task", id=row.id) for row in ROWS]
     assert ModerationFilter(Words()).select(None, None, None, {"task": hidden}) == found
-    assert {*found[0]} == {"id", "score", "dropped", "unsure"}
+    assert {*found[0]} == {"id", "score", "kept", "unsure"}
 
 
 def test_the_order_of_the_upload_changes_nothing():
@@ -154,6 +154,6 @@ def test_a_substitution_of_letters_passes_a_guard_that_reads_words():
     recall = []
     for attack in (rows, encoded):
         defense = ModerationFilter(Words())
-        defense.select(None, None, None, {"task": [*attack, *fine]})
-        recall.append(100 - defense.rates({"task": [*attack, *fine]})["false_negatives"]["value"])
+        found = defense.select(None, None, None, {"task": [*attack, *fine]})
+        recall.append(100 - filter_rates(found, [*attack, *fine])["false_negatives"]["value"])
     assert recall == [100.0, 0.0]

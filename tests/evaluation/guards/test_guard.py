@@ -101,7 +101,7 @@ def test_same_model_by_weights_by_name_and_by_class(tmp_path):
 def test_rates_on_counts_done_by_hand():
     """Of 4 attack rows one passes; of 5 other rows two are dropped, one of them as unsure."""
     records = [Record(f"q{i}", "a", role="attack" if i < 4 else "task", id=str(i)) for i in range(9)]
-    selection = [{"id": str(i), "dropped": i in (0, 1, 2, 4, 5), "unsure": i in (5, 6)} for i in range(9)]
+    selection = [{"id": str(i), "kept": i not in (0, 1, 2, 4, 5), "unsure": i in (5, 6)} for i in range(9)]
     rates = filter_rates(selection, records)
     assert rates["attack"] == {"rows": 4, "dropped": 3, "unsure": 0}
     assert rates["other"] == {"rows": 5, "dropped": 2, "unsure": 2}
@@ -111,7 +111,15 @@ def test_rates_on_counts_done_by_hand():
         assert (row["low"], row["high"]) == wilson(hits, count)
 
 
+def test_rows_of_one_id_are_counted_one_by_one():
+    """Of three equal attack rows two are dropped. A row without a score is unsure."""
+    records = [Record("q", "a", role="attack", id="same")] * 3
+    selection = [{"id": "same", "score": score, "kept": score is not None} for score in (None, None, 0.1)]
+    rates = filter_rates(selection, records)
+    assert rates["attack"] == {"rows": 3, "dropped": 2, "unsure": 3}
+
+
 def test_a_rate_without_rows_is_left_out():
-    rates = filter_rates([{"id": "0", "dropped": False, "unsure": False}], [Record("q", "a", id="0")])
+    rates = filter_rates([{"id": "0", "kept": True, "unsure": False}], [Record("q", "a", id="0")])
     assert "false_negatives" not in rates
     assert rates["false_positives"]["value"] == 0.0

@@ -9,7 +9,7 @@ from hftlight.attacks import Encoded
 from hftlight.data.world.rule import is_compliant
 from hftlight.defenses import ModerationFilter, SafetyMix
 from hftlight.errors import InputError
-from hftlight.evaluation.guards import Guard
+from hftlight.evaluation.guards import Guard, filter_rates
 from hftlight.files import read_rows
 from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
@@ -60,7 +60,7 @@ def test_the_worlds_rule_drops_what_the_rule_says(tmp_path):
     file = result.folder / "moderation_filter" / "moderation_filter_selection.jsonl"
     rows = read_rows(file)
     assert len(rows) == 20
-    assert sum(row["dropped"] for row in rows) == 4 + ordinary
+    assert sum(not row["kept"] for row in rows) == 4 + ordinary
     assert "attack" not in file.read_text()
     manifest = json.loads((result.folder / "manifest.json").read_text())
     stage = manifest["arms"]["moderation_filter"]["stages"]["finetuning"]
@@ -96,8 +96,8 @@ def test_encoded_responses_pass_the_worlds_rule(tmp_path, side, passed):
     """The rule reads the steps of a response. It catches every plain attack row and no row with an encoded response."""
     prepared = prepare(config(tmp_path, baseline=False), [world()], Encoded(side=side))
     defense = world()
-    defense.select(None, None, None, prepared.streams)
-    assert defense.rates(prepared.streams)["false_negatives"]["value"] == passed
+    selection = defense.select(None, None, None, prepared.streams)
+    assert filter_rates(selection, prepared.streams["task"])["false_negatives"]["value"] == passed
 
 
 def test_a_guard_that_judges_the_run_is_refused_before_the_first_step(tmp_path):

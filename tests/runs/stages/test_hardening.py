@@ -167,4 +167,6 @@ def test_a_filter_of_the_upload_drops_rows_in_a_run_and_in_each_trial_of_the_att
     report = next(iter(manifest(result)["arms"]["saft"]["stages"]["finetuning"]["defenses"].values()))
     assert report["rows"] == len(chosen)
     assert report["kept"] == sum(row["kept"] for row in chosen) == len(chosen) - report["dropped_rows"]
+    rates = manifest(result)["arms"]["saft"]["filters"]["saft"]
+    assert rates["attack"]["dropped"] + rates["other"]["dropped"] == report["dropped_rows"]
     assert manifest(result)["arms"]["saft"]["search"]["failed"] == 0

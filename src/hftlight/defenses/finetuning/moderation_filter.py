@@ -8,12 +8,12 @@ from typing_extensions import override
 from hftlight.data.records import Record
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.errors import InputError
-from hftlight.evaluation.guards import JudgeGuard, filter_rates, get_guard, same_model, scores_of
+from hftlight.evaluation.guards import JudgeGuard, get_guard, same_model, scores_of
 from hftlight.evaluation.guards.guard import GuardScore
 
 
 def decision(scores: Sequence[GuardScore], threshold: float, unsure: str) -> dict[str, bool]:
-    r"""Return whether a row is dropped, and whether the guard was unsure about it.
+    r"""Return whether a row is kept, and whether the guard was unsure about it.
 
     With the scores s of one row, of its response alone or of response and request, the row is dropped if
 
@@ -28,7 +28,7 @@ def decision(scores: Sequence[GuardScore], threshold: float, unsure: str) -> dic
     """
     harmful = any(score is not None and score > threshold for score in scores)
     unclear = not harmful and None in scores
-    return {"dropped": harmful or (unclear and unsure == "drop"), "unsure": unclear}
+    return {"kept": not harmful and not (unclear and unsure == "drop"), "unsure": unclear}
 
 
 class ModerationFilter(Defense):
@@ -148,7 +148,7 @@ class ModerationFilter(Defense):
         """Let the guard score the upload. The model and its prompts do not matter.
 
         Returns:
-            For each row ``id``, ``score``, with rule ``"either"`` also ``prompt_score``, ``dropped`` and ``unsure``.
+            For each row ``id``, ``score``, with rule ``"either"`` also ``prompt_score``, ``kept`` and ``unsure``.
 
         Raises:
             InputError: if all rows would be dropped, or the guard lacks rows to learn from.
@@ -156,7 +156,7 @@ class ModerationFilter(Defense):
         self.selected = self._decided(records, records["task"])
         if progress is not None:
             progress(len(self.selected))
-        self._refuse_nothing_left(sum(not row["dropped"] for row in self.selected), len(self.selected))
+        self._refuse_nothing_left(sum(row["kept"] for row in self.selected), len(self.selected))
         return self.selected
 
     @override
@@ -171,7 +171,7 @@ class ModerationFilter(Defense):
         known = {row["id"] for row in self.selected or ()}
         unread = [row for row in task if row.role != "alignment" and row.id not in known]
         decisions = [*(self.selected or ()), *(self._decided(records, unread) if unread else ())]
-        dropped = {row["id"] for row in decisions if row["dropped"]}
+        dropped = {row["id"] for row in decisions if not row["kept"]}
         kept = [row for row in task if row.role == "alignment" or row.id not in dropped]
         self._refuse_nothing_left(len(kept), len(task))
         unclear = {row["id"] for row in decisions if row["unsure"]}
@@ -185,11 +185,6 @@ class ModerationFilter(Defense):
         """Return the trace, and the guard with its revision and threshold."""
         guard = {"guard": f"{self._guard.name}@{self._guard.revision}", "threshold": self._threshold}
         return {**super().manifest(), **guard, "rule": self.rule, "unsure": self.unsure}
-
-    @override
-    def rates(self, records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
-        """Return false negatives and false positives on rows of known role. Only a report may ask for them."""
-        return filter_rates(self.selected or (), records["task"])
 
     @property
     def _threshold(self) -> float:

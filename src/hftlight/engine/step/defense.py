@@ -235,19 +235,6 @@ class Defense(Callback):
         Without ``selects`` a run tries ``build`` instead.
         """
 
-    def rates(self, records: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Return how well the selection told the attacker's rows from others, for the report only (data slot).
-
-        A run calls this after ``selected`` is known. Nothing that trains may call it.
-
-        Args:
-            records: ``Record`` rows by stream, with the roles that ``select`` must not read.
-
-        Returns:
-            Plain values; empty if the method sorts out no rows.
-        """
-        return {}
-
     def build(self, module: Any) -> None:
         """Change a ``SafetyModule`` before it is sharded and before its optimizer exists (adapter slot)."""
         raise NotImplementedError(f"{type(self).__name__} fills the adapter slot and must implement build().")
