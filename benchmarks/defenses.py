@@ -81,7 +81,7 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "tar": (TAR,),
     "vaccine": (Vaccine,),
     "t_vaccine": (lambda: TVaccine(layers=8), lambda: TVaccine(layers=2)),
-    "alright": (ALRIGHT,),
+    "alright": (lambda: ALRIGHT(lam=1.0),),  # every step is one on preferences
     "bea": (lambda: BEA(rows=ROWS),),
     "constrained_sft": (ConstrainedSFT, lambda: ConstrainedSFT(online=True)),
     "ewc": (lambda: EWC(samples=16),),
@@ -92,7 +92,7 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "ldifs": (LDIFS,),
     "larf": (lambda: LARF(remove=0.1, safe="alignment"),),
     "lisa": (lambda: Lisa(2, 2, quiet=0.0, cycles=0),),
-    "maxright": (lambda: MAXRIGHT(task_floor=1.0),),
+    "maxright": (lambda: MAXRIGHT(lam=1.0, task_floor=1.0),),
     "mllr": (MLLR,),
     "moderation_filter": (lambda: ModerationFilter("builtin", allow_same=True),),
     "ptst": (PTST,),
@@ -104,7 +104,7 @@ SETTINGS: dict[str, tuple[Callable[[], Defense], ...]] = {
     "sppft": (lambda: SPPFT(first=3, last=4),),
 }
 LORA_ONLY = ("sa_lora",)
-SHOWN = ("layers", "online", "mode", "first", "last")
+SHOWN = ("lam", "layers", "online", "mode", "first", "last")
 
 
 def selected(defense: Defense) -> Defense:
