@@ -38,7 +38,7 @@ from hftlight.files import (
     write_rows,
     write_text,
 )
-from hftlight.folders import RESULTS, comparison_of
+from hftlight.folders import RESULTS, SELECTION, comparison_of
 from hftlight.model_files import BASE, model_hash
 from hftlight.models.base import check_accelerator, drop_base
 from hftlight.models.serving import Artifact, stand_alone
@@ -392,7 +392,7 @@ class _Run:
         defense.selected = read_rows(Path(path))
         if self.main:
             label = f"{name_of(defense)}_{upload_of(phase)}" if phase else name_of(defense)
-            target = self.folder / arm.name / f"{label}_selection.jsonl"
+            target = self.folder / arm.name / f"{label}{SELECTION}"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             # A filter says which rows it kept. The roles of the rows are known here, and to no defense.

@@ -100,6 +100,16 @@ def test_what_a_model_wrote_is_inert(tmp_path):
     assert page.all("input")[0]["value"] == "<i>"
 
 
+def test_the_page_links_what_defenses_selected(tmp_path):
+    folder = write_run(tmp_path)
+    assert "What defenses selected before training" not in written(folder).text("h3")
+    (folder / "booster" / "saft_selection.jsonl").parent.mkdir(exist_ok=True)
+    (folder / "booster" / "saft_selection.jsonl").write_text("{}\n")
+    page = written(folder)
+    assert "What defenses selected before training" in page.text("h3")
+    assert {"href": "booster/saft_selection.jsonl"} in page.all("a")
+
+
 def test_page_asks_for_nothing_outside_itself(tmp_path):
     folder = write_run(tmp_path)
     page = written(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hftlight.files import write_text
-from hftlight.folders import STAGES, arm_word
+from hftlight.folders import SELECTION, STAGES, arm_word
 from hftlight.report.claims import collapses, filtered, sentences, stops
 from hftlight.report.html.render import Drawing, anchor, embed, render_page
 from hftlight.report.result import Result, read_result
@@ -92,6 +92,9 @@ def page(result: Result) -> str:
         answers=view_answers(result),
         caveats=caveats(result),
         cards=_cards(result),
+        selections=[
+            path.relative_to(result.folder).as_posix() for path in sorted(result.folder.glob(f"*/*{SELECTION}"))
+        ],
         texts={title: text for title, text in texts.items() if text},
     )
 
