@@ -251,10 +251,15 @@ def test_help_of_a_combination_shows_the_defenses_first_and_their_published_sett
 @pytest.mark.parametrize("name", sorted(defenses()))
 def test_every_defense_can_be_planned(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    fitting = {"t_vaccine": ["--t_vaccine.layers=1"], "sppft": ["--sppft.last=0"], "saft": ["--saft.rate=0.1"]}.get(
-        name, []
+    fitting = {
+        "moderation_filter": ["--moderation_filter.guard=builtin", "--moderation_filter.allow_same=true"],
+        "saft": ["--saft.rate=0.1"],
+        "sppft": ["--sppft.last=0"],
+        "t_vaccine": ["--t_vaccine.layers=1"],
+    }
+    assert (
+        train(["--defense", name, *fitting.get(name, []), "--model", "tiny", "--num_samples", "40", "--dry-run"]) == 0
     )
-    assert train(["--defense", name, *fitting, "--model", "tiny", "--num_samples", "40", "--dry-run"]) == 0
     assert name in capsys.readouterr().out
 
 

@@ -24,10 +24,13 @@ from hftlight import cache
 from hftlight.config import Training
 from hftlight.console import quiet
 from hftlight.defenses import Antidote, Booster, ConstrainedSFT, Freeze, Lisa, SafeLoRA, SafetyMix, Vaccine
-from hftlight.engine import Stage, in_order, main_stream
+from hftlight.engine import Slot, Stage, in_order, main_stream
+from hftlight.files import read_rows
 from hftlight.model_files import model_hash
 from hftlight.models.module import SafetyModule
 from hftlight.models.row_filter import RowFilter
+from hftlight.models.serving import Artifact
+from hftlight.runs.stages.choice import ChoiceJob, run_choice
 from tests.helpers.contract import rows as contract_rows
 from tests.helpers.filters import filtered
 from tests.helpers.jobs import rows, small_config
@@ -103,6 +106,9 @@ def chain(defenses: list[Any]) -> str:
         for d in of[Stage.FINETUNING]:
             if isinstance(d, RowFilter):
                 filtered(d, STREAMS["task"])
+            elif d.selects and Slot.ADAPTER in d.slots:  # its selection fits this adapter only
+                choice = ChoiceJob(config, aligned or Artifact.of("tiny"), streams, d)
+                d.selected = read_rows(run_choice(choice))
         job = stage.StageJob(Stage.FINETUNING, config, "tiny", aligned, streams, of[Stage.FINETUNING])
         begin(job)
         stage.run_stage(job, on_step=lambda *_: tick("step"))

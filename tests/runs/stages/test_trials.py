@@ -52,6 +52,7 @@ from hftlight.runs.stages.train import StageJob, finetuning_job, phases_of, run_
 from hftlight.search.search import RECORD, search
 from hftlight.search.space import Budget, Trial
 from tests.helpers.contract import rows as contract_rows
+from tests.helpers.slow import some_slow
 from tests.runs.stages.test_repair import Look, Share
 from tests.runs.stages.test_wired_attacks import selecting
 from tests.runs.test_run import config
@@ -182,7 +183,10 @@ def test_a_trial_checkpoints_activations_and_loads_the_runs_type(tmp_path, monke
     assert observed == [(True, torch.bfloat16), torch.bfloat16]
 
 
-@pytest.mark.parametrize("name", [n for n, row in contract_rows().items() if row.make().stage is Stage.FINETUNING])
+FINETUNING = [n for n, row in contract_rows().items() if row.make().stage is Stage.FINETUNING]
+
+
+@pytest.mark.parametrize("name", some_slow(FINETUNING, {*FINETUNING} - {"seal"}))
 def test_it_has_the_services_defenses(name, tmp_path):
     """The defense has state from an earlier training. A trial that reused the state would differ."""
     attacker, job = own(tmp_path, None, [contract_rows()[name].make()])
