@@ -41,6 +41,7 @@ class TakesTurns(ChoosesStreams):
         self.streams = ("pairs",) if lam > 0 else ()
         super().__init__()
         self.lam, self.beta = lam, beta
+        self._counts = {}
         # A step on pairs adds the pass of the rejected answers, and the aligned model's on both answers.
         self.passes = (Passes(2 * lam, lam, per="batch"), Passes(lam, per="batch", shared="reference")) if lam else ()
 

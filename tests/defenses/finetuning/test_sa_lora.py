@@ -1,6 +1,7 @@
 """SaLoRA: what stays fixed while it trains, where it starts, and what it exports."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hftlight import SafetyModule
 from hftlight.config import Lora
@@ -268,3 +270,26 @@ def test_layers_of_a_wrapped_model_have_plain_names_and_whole_weights():
     for name, layer in names.items():
         assert_close(dense_weight(layer), merged.get_submodule(name).weight.detach(), rtol=0, atol=1e-12)
     assert len(target_layers(model, ["all-linear"])) == 14
+
+
+def test_layers_that_are_stored_transposed(tmp_path):
+    """GPT-2's layers are stored as [in, out]. A row beyond the model's positions is left out of the directions."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=16, n_layer=2, n_head=2, n_positions=80, resid_pdrop=0.0, embd_pdrop=0.0)
+    config.attn_pdrop = 0.0
+    plain = GPT2LMHeadModel(config).double()
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    rows = {name: some for name, some in records().items() if name in ("alignment", "task")}
+    rows["task"] = [*rows["task"], replace(rows["task"][0], response="long " * 40)]
+    defense, watch = SaLoRA(safety_rank=2, task_rank=4), Last()
+    defense.adapter = Lora(r=4, alpha=8, targets=["c_attn"])
+    defense.select(copy.deepcopy(plain), tokenizer, get_template("chat", tokenizer), rows)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True)
+    model, first = get_peft_model(copy.deepcopy(plain), settings).double(), Outputs()
+    module = train([defense], model=model, callbacks=[watch, first])
+    assert_close(first.start, logits(plain), rtol=0, atol=1e-12)
+    module.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path)).double()
+    assert_close(logits(loaded), watch.logits, rtol=0, atol=1e-5)
+    assert_close(logits(module.model), watch.logits, rtol=0, atol=1e-9)
+    assert distance({"logits": watch.logits}, {"logits": logits(plain)}) > 1e-4

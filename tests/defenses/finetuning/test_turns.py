@@ -59,6 +59,7 @@ def test_a_tie_trains_on_the_users_data():
 
 def test_the_manifest_counts_the_steps_of_each_stream():
     defense = ALRIGHT(0.5)
+    assert defense.manifest()["steps_on"] == {}
     train([defense], steps=8)
     on_pairs = sum(on_preferences(0, step, 0.5) for step in range(8))
     assert 0 < on_pairs < 8

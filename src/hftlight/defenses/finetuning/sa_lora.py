@@ -25,6 +25,7 @@ from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
 from hftlight.engine.weights.lowrank import LowRank
 from hftlight.engine.weights.moment import Moment, principal
 from hftlight.models.adapters import dense_weight, target_layers
+from hftlight.models.load import positions_of
 from hftlight.models.row_reader import RowReader, as_found
 
 SMALLEST = 16  # the safety subspace takes at most one of this many output directions
@@ -225,7 +226,8 @@ class SaLoRA(Defense):
         layers = target_layers(model, self.adapter.targets)
         sizes = {name: out_features(layer) for name, layer in layers.items()}
         ranks = {name: min(self.safety_rank, max(1, size // SMALLEST)) for name, size in sizes.items()}
-        reader = RowReader(model, tokenizer, template, system, LONGEST, batch_size)
+        longest = min(LONGEST, positions_of(model.config) or LONGEST)
+        reader = RowReader(model, tokenizer, template, system, longest, batch_size)
         safety = {name: Moment(size, ranks[name], seed) for name, size in sizes.items()}
         task = {name: Moment(size, self.task_rank, seed) for name, size in sizes.items()}
         done = 0
