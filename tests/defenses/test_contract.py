@@ -10,6 +10,7 @@ from hftlight.engine import Slot, Stage
 from hftlight.registry import defense_class, defenses
 from tests.helpers.contract import (
     STEPS,
+    acts_in_steps,
     distance,
     fitted,
     hooks_of,
@@ -20,6 +21,7 @@ from tests.helpers.contract import (
     train,
     weights_of,
 )
+from tests.helpers.slow import some_slow
 
 NAMES = sorted(rows())
 TRAINING = [name for name in NAMES if rows()[name].make().stage is not Stage.POST_FINETUNING]
@@ -99,7 +101,7 @@ def test_equals_an_independent_slow_loop(name, tuning, clip):
     assert distance(plain(name, tuning, clip=clip), slow) > 1e-7
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", some_slow(TRAINING, [*filter(acts_in_steps, TRAINING)]))
 def test_accumulation_changes_nothing(name):
     row = rows()[name]
     if row.per_micro_batch:
@@ -109,7 +111,7 @@ def test_accumulation_changes_nothing(name):
         assert distance(fitted(name, row.tunings[0], accumulate=accumulate).weights, once.weights) <= 1e-10
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", some_slow(TRAINING, [*filter(acts_in_steps, TRAINING)]))
 def test_checkpointing_changes_nothing(name):
     tuning = rows()[name].tunings[-1]
     once = fitted(name, tuning, steps=2 * STEPS)

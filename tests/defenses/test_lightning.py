@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hftlight.engine import Stage
-from tests.helpers.contract import rows, weights_of
+from tests.helpers.contract import acts_in_steps, rows, weights_of
 from tests.helpers.lightning import CALLBACKS, DECAY, Trajectory, fit_with
+from tests.helpers.slow import some_slow
 from tests.helpers.tiny_lm import token_batch
 
 NAMES = sorted(rows())
@@ -37,7 +38,7 @@ def trajectories(tmp_path_factory):
 REWRITES = {"sa_lora"}  # after the fit its adapter has another form, which its own test compares
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, [*filter(acts_in_steps, NAMES)]))
 @pytest.mark.parametrize("callback", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CALLBACKS])
 def test_a_defense_works_beside_it_or_says_why_not(name, callback, tmp_path, trajectories, caplog):
     caplog.set_level(logging.ERROR, logger="lightning.pytorch")

@@ -17,7 +17,7 @@ from hftlight.data.records import Record
 from hftlight.data.streams import ExampleStream
 from hftlight.data.templates import get_template
 from hftlight.data.tokens import collate
-from hftlight.engine import Defense, Stage, count_passes, main_stream, rank_and_world
+from hftlight.engine import Defense, Slot, Stage, count_passes, main_stream, rank_and_world
 from hftlight.registry import defenses
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import reference_loss, tiny_lm
@@ -157,6 +157,11 @@ def train(
     )
     trainer.fit(module, data or data_module(stage, accumulate, trainer.world_size, main_stream(chosen, MAIN[stage])))
     return module
+
+
+def acts_in_steps(name: str) -> bool:
+    """Tell whether a row changes training steps. Of rows that change data alone, one stands for all."""
+    return name == "safety_mix" or rows()[name].make().slots != (Slot.DATA,)
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import warm
+from tests.helpers.contract import acts_in_steps
 from tests.helpers.killed import COMBINATIONS, ENDS, INSIDE, makers, moments, plan
 
 NAMES = sorted(makers())
@@ -23,7 +24,8 @@ def cases():
             slow = [] if name == next(iter(COMBINATIONS)) else [pytest.mark.slow]
             yield pytest.param(name, slice(None), id=name, marks=slow)
         else:
-            yield pytest.param(name, slice(1), id=name, marks=[pytest.mark.slow] if number % 2 else [])
+            slow = [] if number % 2 == 0 and acts_in_steps(name) else [pytest.mark.slow]
+            yield pytest.param(name, slice(1), id=name, marks=slow)
             yield pytest.param(name, slice(1, None), id=f"{name}-again", marks=pytest.mark.slow)
 
 

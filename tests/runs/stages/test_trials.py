@@ -186,7 +186,9 @@ def test_a_trial_checkpoints_activations_and_loads_the_runs_type(tmp_path, monke
 FINETUNING = [n for n, row in contract_rows().items() if row.make().stage is Stage.FINETUNING]
 
 
-@pytest.mark.parametrize("name", some_slow(FINETUNING, {*FINETUNING} - {"seal"}))
+@pytest.mark.parametrize(
+    "name", some_slow(FINETUNING, ("ewc", "freeze", "lisa", "maxright", "moderation_filter", "sa_lora"))
+)
 def test_it_has_the_services_defenses(name, tmp_path):
     """The defense has state from an earlier training. A trial that reused the state would differ."""
     attacker, job = own(tmp_path, None, [contract_rows()[name].make()])
