@@ -34,6 +34,7 @@ FITTING = {
     "rewind": ["--rewind.samples=4"],
     "ewc": ["--ewc.samples=4"],
     "sa_lora": ["--sa_lora.samples=4"],
+    "saft": ["--saft.rate=0.1"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
 REAL = {"antidote", "bea", "vaccine"}  # resumed in a fresh interpreter with its own hash seed
