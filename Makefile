@@ -15,7 +15,7 @@ SHORT := tests/data/test_tokens.py tests/engine/step/test_step.py tests/models/t
 	tests/cli/test_parser.py
 LOWEST := import re, tomllib; print("\n".join(d.replace(">=", "==") for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
 
-.PHONY: help install model guard demo demo-quick test test-slow test-wheel test-lowest lint pages notebooks bench clean
+.PHONY: help install model guard demo demo-quick test test-slow test-rare test-wheel test-lowest lint pages notebooks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -49,7 +49,10 @@ test: $(READY)  ## the test suite, without what is marked slow
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
 test-slow: $(READY)  ## what is marked slow
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "slow and not rare"
+
+test-rare: $(READY)  ## the command of every further defense, killed at a random moment
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m rare
 
 test-wheel: $(READY)  ## the wheel and the example plugin, installed and run away from the checkout
 	@rm -rf dist build/wheel build/elsewhere && $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .

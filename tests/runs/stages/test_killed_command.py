@@ -37,6 +37,11 @@ FITTING = {
     "saft": ["--saft.rate=0.1"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
+# One of each kind of work: slots, selections, phases, streams of their own, repairs. The others are rare tests.
+KINDS = {
+    "antidote", "bea", "ctrl", "freeze_plus", "kl", "lisa", "maxright", "moderation_filter", "repnoise", "sa_lora",
+    "seal", "tar", "vaccine",
+}  # fmt: skip
 REAL = {"antidote", "bea", "vaccine"}  # resumed in a fresh interpreter with its own hash seed
 TRIES = 4
 
@@ -72,7 +77,9 @@ def killed(name, folder, shared, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(rows()))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.rare) for name in sorted(rows())]
+)
 def test_one_kill_of_the_command(name, tmp_path, tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     warm.run(["-c", ""])  # so that the duration has no imports
