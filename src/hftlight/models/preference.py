@@ -17,6 +17,21 @@ def answer_log_probs(forward: Forward) -> Tensor:
     return total.index_add(0, forward.rows, -forward.token_losses)
 
 
+def preference_loss(module: Any, batch: dict[str, Any], beta: float) -> Tensor:
+    """Return the mean DPO loss of a batch of pairs against a module's aligned model, 0-d in nats.
+
+    Args:
+        module: a ``SafetyModule``.
+        batch: as ``collate`` returns it for pairs.
+        beta: strength of the preferences, per nat, > 0.
+    """
+    with module.reference().at_work() as aligned:
+        fixed = answer_log_probs(module.run(aligned, batch))
+    own = answer_log_probs(module.run(module.model, batch))
+    # Even rows of the batch hold the preferred answers, odd rows the rejected ones.
+    return dpo_loss(own[0::2], own[1::2], fixed[0::2], fixed[1::2], beta).mean()
+
+
 def refuse_loss_terms(terms: Sequence[object]) -> None:
     """Refuse loss-slot defenses, since the upload holds pairs.
 
@@ -88,9 +103,4 @@ class PreferenceModule(SafetyModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         if "pairs" not in batch:
             return super().loss(batch)
-        reference = self.reference()
-        with reference.at_work() as aligned:
-            fixed = answer_log_probs(self.run(aligned, batch))
-        own = answer_log_probs(self.run(self.model, batch))
-        # Even rows of the batch hold the preferred answers, odd rows the rejected ones.
-        return dpo_loss(own[0::2], own[1::2], fixed[0::2], fixed[1::2], self.beta).mean()
+        return preference_loss(self, batch, self.beta)

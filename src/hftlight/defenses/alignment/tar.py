@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hftlight.engine.ascent import Ascent
-from hftlight.engine.preference import dpo_loss
 from hftlight.engine.step.defense import Defense, Loader
 from hftlight.engine.step.order import trainer_seed
 from hftlight.engine.step.passes import Passes, add_to_grad, gradient
@@ -21,7 +20,7 @@ from hftlight.engine.step.simulation import InnerAdamW, InnerSGD, draws, simulat
 from hftlight.engine.step.slots import Slot, Stage
 from hftlight.engine.step.vectors import Vector, norm, scaled
 from hftlight.models.module import Forward, decoder_layers
-from hftlight.models.preference import answer_log_probs
+from hftlight.models.preference import preference_loss
 
 Attacker = Literal["harmful", "switch"]
 Tamper = Literal["entropy", "dpo", "nll"]
@@ -285,7 +284,7 @@ class TAR(Defense):
         if self.tamper == "nll":
             return lambda batch: -subject.loss(batch)
         if self.tamper == "dpo":
-            return lambda batch: self._preference(subject, batch)
+            return lambda batch: preference_loss(subject, batch, self.beta)
         return lambda batch: self._entropy(subject, batch)
 
     def _entropy(self, module: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -298,10 +297,3 @@ class TAR(Defense):
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
         return ascent(logits if logits.dtype == torch.float64 else logits.float(), batch["input_ids"])
-
-    def _preference(self, module: Any, batch: Mapping[str, Any]) -> Tensor:
-        """Return the DPO loss of a batch of pairs against the aligned model."""
-        with module.reference().at_work() as aligned:
-            fixed = answer_log_probs(module.run(aligned, batch))
-        own = answer_log_probs(module.run(module.model, batch))
-        return dpo_loss(own[0::2], own[1::2], fixed[0::2], fixed[1::2], self.beta).mean()

@@ -1,4 +1,4 @@
-"""FreezePlus: freeze whole units that matter to safety more than to utility while the user's data trains the others."""
+"""FreezePlus: freeze whole units that matter to safety more than to utility."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from hftlight.engine import Passes
-from hftlight.engine.preference import dpo_loss
-from hftlight.models.preference import answer_log_probs
+from hftlight.models.preference import preference_loss
+from hftlight.models.row_reader import as_found
 from hftlight.models.turns import TakesTurns
 
 
@@ -139,20 +139,9 @@ class MAXRIGHT(TakesTurns):
 
     def _measure(self, trainer: Trainer, module: Any) -> None:
         """Measure both losses on the next batch of each stream, with neither gradient nor dropout."""
-        training = {part: part.training for part in module.modules()}
-        try:
-            module.eval()
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                pairs = self.draw("pairs")
-                own = answer_log_probs(module.run(module.model, pairs))
-                with module.reference().at_work() as aligned:
-                    fixed = answer_log_probs(module.run(aligned, pairs))
-                # Even rows hold the preferred answers, odd rows the rejected ones.
-                preference = dpo_loss(own[0::2], own[1::2], fixed[0::2], fixed[1::2], self.beta).mean()
-                losses = {"task": module.loss(self.draw("task")), "pairs": preference}
-        finally:
-            for part, mode in training.items():
-                part.training = mode
+        with as_found(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            preference = preference_loss(module, self.draw("pairs"), self.beta)
+            losses = {"task": module.loss(self.draw("task")), "pairs": preference}
         self._losses = {name: self._mean(trainer, loss) for name, loss in losses.items()}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""SaLoRA: an adapter that cannot write into the directions in which the aligned model answers harmful prompts."""
+"""SaLoRA: an adapter that cannot write into the directions of the aligned model's safe answers."""
 
 import base64
 import random

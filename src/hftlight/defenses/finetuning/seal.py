@@ -1,4 +1,4 @@
-"""SEAL: learn a weight for each row of an upload, so that training on the weighted rows keeps safe answers likely."""
+"""SEAL: learn a weight for each row of an upload, and drop the rows of the lowest weights."""
 
 import itertools
 import random
@@ -55,7 +55,7 @@ def weighted_loss(logits: Tensor, rows: Sequence[int], losses: Tensor, kind: Kin
 
 @dataclass(frozen=True)
 class Loop:
-    """Settings of ``learned_logits``; the defense's arguments of the same names describe them.
+    """Settings of ``learned_logits``, as the defense's arguments of the same names describe them.
 
     Attributes:
         u: weight of the safe loss in the first epoch.
