@@ -1,7 +1,6 @@
 """Rewind: after the user's fine-tuning, restore the weights that matter to safety and not to utility."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,14 +9,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.engine.step.defense import Loader
-from hftlight.engine.step.vectors import local, whole
-from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
+from hftlight.engine.step.vectors import local
+from hftlight.engine.weights.aligned import at_aligned, merge
+from hftlight.engine.weights.lora import has_adapter, lora_updates
 from hftlight.engine.weights.masks import whole_rows
 from hftlight.engine.weights.regions import Selection, Target, linear_targets, overlap_row
 from hftlight.engine.weights.repair import Repair
 from hftlight.engine.weights.scores import Batch, Loss, directions, input_moments, removed, undisturbed
 from hftlight.engine.weights.shards import share
-from hftlight.engine.weights.stored import plain_name
 from hftlight.engine.weights.subject import Subject
 from hftlight.models.module import SafetyModule, decoder_layers
 
@@ -182,7 +181,7 @@ class Rewind(Repair):
 
         device = next(model.parameters()).device
         # Scores are measured at the aligned weights; after this block the fine-tuned weights are back and are edited.
-        with _at_aligned(subject), undisturbed(model, device):
+        with at_aligned(subject, "Rewind"), undisturbed(model, device):
             if self.score == "actsvd":
                 factors = self._factors(targets, loss, subject.batches, subject.split)
             else:
@@ -213,7 +212,7 @@ class Rewind(Repair):
             if self.unit == "row":  # a zero row of B is a zero row of the update, so the adapter stays
                 return {name: _zeroed_rows(t, masks[name]) for name, t in targets.items()}
             # Every adapter is merged, also outside the targets, since the result is saved without an adapter.
-            counts = {name: _merge(u, masks.get(name)) for name, u in updates.items()}
+            counts = {name: merge(u, masks.get(name)) for name, u in updates.items()}
             subject.dense = True
             return {name: counts[name] for name in targets}
         assert subject.start is not None
@@ -265,57 +264,6 @@ class Rewind(Repair):
             table[name] = {"changed_entries": int(rows.sum((new != mine).sum())[0])}
             mine.copy_(new)
         return table
-
-
-@contextmanager
-def _at_aligned(subject: Subject) -> Iterator[None]:
-    """Run the block at the aligned weights, and restore the fine-tuned ones afterwards, even after an exception."""
-    model, start = subject.model, subject.start
-    assert start is not None
-    # Under an adapter B = 0 gives the aligned model. Without one, or after an earlier repair merged it, the base
-    # weights are exchanged too. Both cases save what they overwrite.
-    parameters: dict[str, nn.Parameter] = {}
-    if has_adapter(model):
-        parameters = {f"{name} (B)": u.b for name, u in lora_updates(model).items()}
-    if subject.dense or not has_adapter(model):
-        parameters |= {plain_name(name): p for name, p in model.named_parameters() if ".lora_" not in name}
-    saved = {name: local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
-    try:
-        for name, p in parameters.items():
-            if name.endswith(" (B)"):
-                local(p.detach()).zero_()
-                continue
-            if start.shape(name) != tuple(p.shape):
-                raise ValueError(
-                    f"Rewind: {name} has shape {list(p.shape)}, and {start.shape(name)} in the aligned model. Give the"
-                    " model that the fine-tuning started from."
-                )
-            rows = share(p)
-            local(p.detach()).copy_(start.rows(name, rows.start, rows.stop))
-        yield
-    finally:
-        for name, p in parameters.items():
-            local(p.detach()).copy_(saved[name])
-
-
-def _merge(update: LoraUpdate, mask: Tensor | None) -> int:
-    """Add the update to the weight except at masked entries, and zero B.
-
-    Returns:
-        The number of masked entries that the update would have changed, over all ranks.
-    """
-    dtype = torch.promote_types(update.b.dtype, torch.float32)
-    weight, b = local(update.weight.detach()), local(update.b.detach())
-    a = whole(update.a.detach()).to(dtype)
-    count = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for at in range(0, len(weight), BLOCK):
-        part = weight[at : at + BLOCK]
-        delta = update.scale * (b[at : at + BLOCK].to(dtype) @ a)
-        masked = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask[at : at + BLOCK]
-        count += ((delta != 0) & masked).sum()
-        part.copy_(torch.where(masked, part, (part.to(dtype) + delta).to(part.dtype)))
-    b.zero_()
-    return int(share(update.weight).sum(count)[0])
 
 
 def _zeroed_rows(target: Target, mask: Tensor) -> int:

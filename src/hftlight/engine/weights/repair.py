@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.engine.step.defense import Defense, Loader
@@ -132,8 +132,10 @@ class Repair(Defense):
     stays repaired.
 
     Attributes:
-        needs: names of the other models that ``edit`` reads: ``"aligned"``, ``"base"``. An instance sets ``needs`` if
-            its modes change it.
+        needs: names of the other models that ``edit`` reads: ``"aligned"``, ``"base"``, ``"unaligned"``. An instance
+            sets ``needs`` if its modes change it.
+        dials: names of the arguments that change the edit, but not what ``scored`` returns, such as a strength. Runs
+            that differ in these arguments alone share the scores.
         repair_order: position among the repairs of a list, which overrides the order of the list: projections 0,
             pruning 10, rewinding 20.
 
@@ -143,10 +145,12 @@ class Repair(Defense):
         aligned: the aligned model, a folder or hub id, for a user's own Trainer with all parameters trained. Under an
             adapter, the model contains the aligned weights already, unless they are quantized.
         base: the model before its alignment, likewise.
+        unaligned: a model without safety, likewise. A run trains it itself.
     """
 
     stage, slots = Stage.POST_FINETUNING, (Slot.WEIGHTS,)
     needs: tuple[str, ...] = ()
+    dials: tuple[str, ...] = ()
     repair_order: int = 0
 
     def __init__(
@@ -155,9 +159,10 @@ class Repair(Defense):
         output: str | None = None,
         aligned: str | None = None,
         base: str | None = None,
+        unaligned: str | None = None,
     ) -> None:
         super().__init__(streams)
-        self.output, self.aligned, self.base = output, aligned, base
+        self.output, self.aligned, self.base, self.unaligned = output, aligned, base, unaligned
         self.applied, self.input_digest = False, ""
         self.report: dict[str, Any] = {}
         self._trained = False
@@ -166,6 +171,14 @@ class Repair(Defense):
     def neutral(self) -> bool:
         """Whether the arguments ask for no change."""
         return False
+
+    def scored(self, subject: Subject) -> dict[str, Tensor]:
+        """Return what the edit needs to know about the weights and data, by name.
+
+        ``apply`` calls it before ``edit`` and stores the result in ``subject.scores``. It must leave the model
+        unchanged, and must not depend on the arguments in ``dials``.
+        """
+        return {}
 
     def edit(self, subject: Subject) -> None:
         """Change ``subject.model`` in place and fill ``subject.report``.
@@ -190,8 +203,8 @@ class Repair(Defense):
         """Edit a model once.
 
         Dropout and autograd are off during the edit; afterwards, training modes and hooks are the same as before. This
-        repair's own ``aligned`` and ``base`` override those of the subject. The report receives ``repair``,
-        ``arguments``, ``input_digest`` and ``output_digest``. Every rank must call this.
+        repair's own ``aligned``, ``base`` and ``unaligned`` override those of the subject. The report receives
+        ``repair``, ``arguments``, ``input_digest`` and ``output_digest``. Every rank must call this.
 
         Raises:
             RuntimeError: if this repair was applied to the model before, or changed nothing without a reason.
@@ -212,6 +225,8 @@ class Repair(Defense):
                 return
             subject.aligned = stored(self.aligned) if self.aligned else subject.aligned
             subject.base = stored(self.base) if self.base else subject.base
+            subject.unaligned = stored(self.unaligned) if self.unaligned else subject.unaligned
+            subject.scores = subject.kept(self, lambda: self.scored(subject))
             self.edit(subject)
             after = weights_digest(subject.model)
         # The digest covers only the adapter, so an edit of the weights under it (dense) may leave the digest unchanged.

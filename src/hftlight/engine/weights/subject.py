@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hftlight.engine.weights.lora import has_adapter
 from hftlight.engine.weights.lowrank import LowRank
@@ -22,6 +22,11 @@ def no_batches(stream: str) -> Iterator[Any]:
     raise RuntimeError(f"This repair reads the stream {stream!r}, and none was given. Pass batches=... to Subject.")
 
 
+def at_once(repair: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what ``compute`` returns. A run instead reads what it has stored for the repair."""
+    return compute()
+
+
 @dataclass
 class Subject:
     """One fine-tuned model under repair.
@@ -33,11 +38,15 @@ class Subject:
             contains it.
         base: the model before its alignment. None if it is not known, or if ``aligned`` is ``Adapted`` and so contains
             it.
+        unaligned: a model without safety, such as the aligned model after training on harmful rows. None if not known.
         batches: returns all batches of a stream once, on the model's device; the same number on every rank.
         report: record of the repair for the manifest: plain numbers, texts, lists and dictionaries.
+        scores: what the repair's ``scored`` returned.
         applied: names of the repairs that were applied to this model before; no repair is applied twice.
         context: returns the context manager that a forward pass runs in, such as autocast.
         split: whether each rank's batches are a share of the stream, so that sums over them are added over ranks.
+        seed: seed of the run, for random choices of a repair.
+        kept: returns the scores of a repair, from a store or by calling the given function.
         dense: whether an edit wrote into the weights under the adapter and left the adapter zero. The repaired model is
             then written as a whole model.
     """
@@ -45,11 +54,15 @@ class Subject:
     model: nn.Module
     aligned: Weights | None = None
     base: Weights | None = None
+    unaligned: Weights | None = None
     batches: Callable[[str], Iterator[Any]] = no_batches
     report: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
     applied: list[str] = field(default_factory=list)
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     split: bool = False
+    seed: int = 0
+    kept: Callable[[Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = at_once
     dense: bool = False
 
     @property

@@ -178,7 +178,7 @@ def settings_of(attacker: Attacker) -> str:
     config = replace(attacker.config, search=Search(), attacker="fixed")
     attack = {f.name: getattr(attacker.attack, f.name) for f in fields(attacker.attack)}
     defenses = [*attacker.training, *attacker.repairs]
-    named = [model_hash(model) for d in attacker.repairs for model in (d.aligned, d.base) if model]
+    named = [model_hash(model) for d in attacker.repairs for model in (d.aligned, d.base, d.unaligned) if model]
     return digest(
         {
             "made_of": identity(config.model, [*defenses, attacker.attack]),

@@ -87,7 +87,7 @@ class RepairJob(Job):
             "finetuned": self.finetuned.identity,
             "records": records_digest(self.records),
             "defenses": described(self.defenses),
-            "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base) if model],
+            "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base, d.unaligned) if model],
             "device": device_of(self.config),
         }
 
@@ -131,14 +131,11 @@ def apply_repairs(
     Raises:
         RunError: if a repair refuses the model, or changes nothing without a reason.
     """
-    aligned, base = subject.aligned, subject.base
+    others = subject.aligned, subject.base, subject.unaligned
     reports = {}
     for count, repair in enumerate(repairs, start=1):
-        subject.report, subject.aligned, subject.base = (
-            {},
-            aligned,
-            base,
-        )  # the repair before may have named its own models
+        subject.report, subject.scores = {}, {}
+        subject.aligned, subject.base, subject.unaligned = others  # the repair before may have named its own models
         try:
             repair.apply(subject)
         except (RuntimeError, TypeError, ValueError) as error:  # a refusal names the repair; any other is a defect
@@ -200,7 +197,8 @@ def subject_around(
         model,
         stored(aligned.folder),
         stored(model_path(config.base or config.model)),
-        lambda name: _batches(config, records, name, next(model.parameters()).device),
+        batches=lambda name: _batches(config, records, name, next(model.parameters()).device),
+        seed=config.seed,
     )
 
 
