@@ -16,7 +16,7 @@ SEAL = "seal.json"  # names and digests of an entry's files; it is written last 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "training": ("stage", "config", "base", "parent", "records", "defenses", "attack", "watched", "device"),
     "edit": ("config", "base", "aligned", "records", "attack", "device"),
-    "repair": ("config", "base", "aligned", "finetuned", "records", "defenses", "named", "device"),
+    "repair": ("config", "base", "aligned", "finetuned", "unaligned", "records", "defenses", "named", "device"),
     "selection": ("config", "aligned", "records", "attack", "device"),
     "choice": ("model", "config", "records", "defense", "device"),
     "answers": ("model", "config", "slot", "prompts", "device"),

@@ -7,13 +7,15 @@ from typing import Any, Protocol
 from hftlight.builtin_models import DEMO, TINY
 from hftlight.config import OF_NO_ANSWER, RunConfig, Training
 from hftlight.engine import Defense, Stage, main_stream
+from hftlight.engine.weights.repair import TRAINED, to_train
 from hftlight.files import digest
 from hftlight.folders import STAGES, arm_word
 from hftlight.models.load import load_config, text_config
+from hftlight.models.serving import Artifact
 from hftlight.provenance import described
 from hftlight.runs.measuring.test_sets import SETS
 from hftlight.runs.prepare import Arm, Prepared, stages_of, upload_of
-from hftlight.runs.stages.train import MAIN, alignment_job, finetuning_job, records_digest
+from hftlight.runs.stages.train import MAIN, alignment_job, auxiliary_job, finetuning_job, records_digest
 
 DEMO_PARAMETERS = 134_515_008
 # Measured with the demo model on two idle CPU cores: forward and backward pass per padded token of a training, forward
@@ -40,6 +42,9 @@ class Worker(Protocol):
 
     def edit(self, arm: Arm) -> Note | None:
         """Edit the aligned model instead of training it."""
+
+    def train_beside(self, arm: Arm, name: str) -> Note | None:
+        """Train a model that repairs compare with, one of ``TRAINED``."""
 
     def repair(self, arm: Arm) -> Note | None:
         """Repair the fine-tuned model."""
@@ -111,7 +116,7 @@ class _Planner:
     def _arm(self, arm: Arm) -> Iterator[Step]:
         """Yield an arm's steps: each stage and its measurement, then repairs, then the attacker's search."""
         # ``key`` chains the steps: each key contains the key of the step that it starts from.
-        key, tuned = self.config.model, 0.0
+        key, tuned, aligned = self.config.model, 0.0, self.config.model
         for stage in stages_of(self.config):
             label = f"{arm_word(arm.name)}: {STAGES[stage.value]}"
             if stage is Stage.FINETUNING and self.prepared.attack.acts_on == "weights":
@@ -121,9 +126,12 @@ class _Planner:
                 steps = list(self._trainings(arm, stage, label, key))
                 tuned += sum(step.seconds for step in steps) if stage is Stage.FINETUNING else 0.0
             key = steps[-1].key
+            aligned = key if stage is Stage.ALIGNMENT else aligned
             yield from steps
             yield self._measured(f"{label}, measuring", key, arm, stage)
-        if repairs := arm.of(Stage.POST_FINETUNING):
+        if repairs := arm.repairs():
+            for name in to_train(repairs):
+                yield self._trained_beside(arm, name, aligned)
             label = f"{arm_word(arm.name)}: {STAGES[Stage.POST_FINETUNING.value]}"
             p, stage = self.prepared, Stage.POST_FINETUNING
             key = digest([key, described(repairs), records_digest(p.records(stage, arm))])
@@ -136,6 +144,16 @@ class _Planner:
             seconds = trials * (1.5 * tuned + self.measuring)
             key = digest([key, self.config.attacker, asdict(self.config.search)])
             yield Step(label, trials, seconds, key, lambda worker: worker.search(arm))
+
+    def _trained_beside(self, arm: Arm, name: str, aligned: str) -> Step:
+        """Return the step that trains a model that repairs compare with."""
+        p, stream = self.prepared, TRAINED[name]
+        config, rows = p.config_of(arm), p.streams[stream]
+        inputs = auxiliary_job(config, config.model, Artifact(aligned, aligned), rows, name).inputs()
+        seconds = self.speed * self._tokens([], config.finetuning, stream) * SECONDS_PER_TOKEN
+        label = f"{arm_word(arm.name)}: {name} model for the repair, trained"
+        steps = config.finetuning.steps
+        return Step(label, steps, seconds, digest([inputs]), lambda worker: worker.train_beside(arm, name))
 
     def _trainings(self, arm: Arm, stage: Stage, label: str, parent: str) -> Iterator[Step]:
         """Yield one step per phase of a stage. The time of a fine-tuning includes its evaluations for curves."""

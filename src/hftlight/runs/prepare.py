@@ -17,7 +17,7 @@ from hftlight.data.streams import ExampleStream, StreamsDataModule, as_pairs
 from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import Example, encode_all, encode_pairs, encode_prompt, single_rows
 from hftlight.engine import Defense, Slot, Stage, check, in_order, main_stream
-from hftlight.engine.weights.repair import Repair
+from hftlight.engine.weights.repair import TRAINED, Repair, repairs_after, to_train
 from hftlight.errors import InputError
 from hftlight.evaluation.judges import get_judge
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier
@@ -49,8 +49,14 @@ class Arm:
     defenses: list[Defense]
 
     def of(self, stage: Stage) -> list[Defense]:
-        """Return the defenses that work in a stage."""
+        """Return the defenses that work in a stage. The repairs begin with what other defenses deploy."""
+        if stage is Stage.POST_FINETUNING:
+            return list(self.repairs())
         return [d for d in self.defenses if d.stage is stage]
+
+    def repairs(self) -> list[Repair]:
+        """Return the repairs of the fine-tuned model, in order."""
+        return repairs_after(self.defenses)
 
 
 @dataclass(frozen=True)
@@ -240,7 +246,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     check(defenses, one_stage=False)
     if not config.alignment.steps:
         _check_aligned(config, defenses)
-    repairs = [type(d).__name__ for d in defenses if d.stage is Stage.POST_FINETUNING]
+    repairs = [type(d).__name__ for d in defenses if d.stage is Stage.POST_FINETUNING or d.deployment() is not None]
     for d in defenses:
         if d.stage is Stage.POST_FINETUNING and not isinstance(d, Repair):
             raise InputError(
@@ -258,6 +264,7 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     if defenses:
         arms.append(Arm("+".join(name_of(d) for d in defenses), in_order(defenses)))
     needed = {name for d in defenses for name in (*d.streams, d.main) if name}
+    needed |= {TRAINED[name] for name in to_train(repairs_after(defenses))}
     sources = Sources(config.data)
     source_rows = _read_sources(config, sources, needed, attack)
     with _explain_lowered_limit(notes):
@@ -288,8 +295,10 @@ def prepare(config: RunConfig, defenses: Sequence[Defense], attack: Attack | Non
     rows: dict[str, Any] = {name: [r.id for r in records] for name, records in streams.items()}
     if chosen := prepared.choosing:
         rows["task"] = [[r.id for r in group] for group in (chosen.candidates, chosen.harmful, chosen.safe)]
+    # What a defense deploys may differ while its training is the same.
+    acting = [d.state_key for d in (*defenses, *(d for d in repairs_after(defenses) if d not in defenses))]
     rows["losses"] = [[r.id for r in some] for some in (aligned, held_out)]
-    prepared.config_hash = digest([config.deciding(), attacked, [d.state_key for d in defenses], rows, tests.digest()])
+    prepared.config_hash = digest([config.deciding(), attacked, acting, rows, tests.digest()])
     return prepared
 
 

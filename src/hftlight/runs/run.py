@@ -21,7 +21,7 @@ from hftlight import __version__, cache
 from hftlight.attacks.attack import Attack
 from hftlight.config import OWN_TRAINER, RunConfig, inside
 from hftlight.engine import Defense, Stage
-from hftlight.engine.weights.repair import Repair
+from hftlight.engine.weights.repair import TRAINED
 from hftlight.errors import InputError
 from hftlight.evaluation.guards.rates import filter_rates
 from hftlight.evaluation.judges import judge_name
@@ -64,7 +64,9 @@ from hftlight.runs.stages.train import (
     CURVES,
     StageJob,
     alignment_job,
+    auxiliary_job,
     finetuning_job,
+    read_kept,
     run_stage,
     stage_config,
 )
@@ -180,6 +182,7 @@ class _Run:
         self.sft_seconds: dict[Stage, float] = {}
         self.jobs: dict[tuple[str, Stage], list[StageJob]] = {}  # finished phases by arm and stage
         self.models: dict[tuple[str, Stage], Artifact] = {}  # resulting model by arm and stage
+        self.beside: dict[tuple[str, str], StageJob] = {}  # by arm and name: models that repairs compare with
         self.plain: StageJob | None = None  # alignment without defenses; its model scores candidates of an upload
         self.manifest = self._manifest()
 
@@ -287,16 +290,33 @@ class _Run:
         self._save()
         return f"{len(chosen)} of {len(choosing.candidates)} rows chosen", reused
 
+    def train_beside(self, arm: Arm, name: str) -> Note:
+        """Train a model that repairs compare with, from the arm's aligned model."""
+        config, rows = self.prepared.config_of(arm), self.prepared.streams[TRAINED[name]]
+        job = auxiliary_job(config, self.base_hash, self._aligned(arm), rows, name)
+        reused = run_stage(job, on_step=self.progress.update)
+        self.beside[arm.name, name] = job
+        return f"on {len(rows)} {TRAINED[name]} rows", reused
+
     def repair(self, arm: Arm) -> Note | None:
         """Write a repaired copy of the fine-tuned model, in process 0 only."""
         if not self.main:
             return None
         stage = Stage.POST_FINETUNING
-        repairs = [d for d in arm.of(stage) if isinstance(d, Repair)]
         config = stage_config(self.prepared.config_of(arm), self.prepared.attack, stage)
         finetuned = self.models[arm.name, Stage.FINETUNING]
-        records = self.prepared.records(stage, arm)
-        job = RepairJob(config, self.unaligned_hash, self._aligned(arm), finetuned, records, repairs)
+        for d in arm.of(Stage.FINETUNING):
+            read_kept(finetuned.folder, d)
+        records, unaligned = self.prepared.records(stage, arm), self.beside.get((arm.name, "unaligned"))
+        job = RepairJob(
+            config,
+            self.unaligned_hash,
+            self._aligned(arm),
+            finetuned,
+            records,
+            arm.repairs(),
+            unaligned.artifact() if unaligned else None,
+        )
         reused = job.done()
         run_repair(job, lambda count: self.progress.update(count, None))
         changed = [r["changed_entries"] for r in self._record_result(arm, stage, job)["defenses"].values()]

@@ -14,6 +14,7 @@ from hftlight.defenses.finetuning.lisa import Lisa, proximal_pull, update_pull
 from hftlight.defenses.finetuning.maxright import MAXRIGHT
 from hftlight.defenses.finetuning.mllr import MLLR
 from hftlight.defenses.finetuning.moderation_filter import ModerationFilter
+from hftlight.defenses.finetuning.panacea import Panacea, panacea_term
 from hftlight.defenses.finetuning.ptst import PTST
 from hftlight.defenses.finetuning.sa_lora import SaLoRA
 from hftlight.defenses.finetuning.safe_grad import SafeGrad, surgery
@@ -42,6 +43,7 @@ __all__ = [
     "FreezePlus",
     "Lisa",
     "ModerationFilter",
+    "Panacea",
     "SaLoRA",
     "SafeGrad",
     "SafetyMix",
@@ -56,6 +58,7 @@ __all__ = [
     "learned_logits",
     "one_step_scores",
     "paired_scores",
+    "panacea_term",
     "proximal_pull",
     "row_weights",
     "spectral_scores",

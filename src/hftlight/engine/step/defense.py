@@ -60,6 +60,8 @@ class Defense(Callback):
         adapter: adapter slot: settings of the adapter that the stage will train, a ``hftlight.config.Lora``. A run sets
             them before ``select``.
         selected: what ``select`` returned, or what a run has stored of it; None before.
+        kept: tensors by name that training leaves beside the weights, for ``deployment``. A run stores them with the
+            trained model.
         compares: whether the defense reads the aligned model through the module's ``reference()``. Passes that share
             ``"reference"`` say so too.
         acts_first: gradient slot: whether the defense must act before all others of the slot, since it edits the
@@ -98,6 +100,7 @@ class Defense(Callback):
         self._sources: dict[str, Callable[[], Stream]] = {}
         self._drawn: dict[str, int] = {}
         self.trace: dict[str, float | Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
         self._trainer: Trainer | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -269,6 +272,16 @@ class Defense(Callback):
 
         Args:
             forward: the ``Forward`` of the micro-batch.
+        """
+        return None
+
+    def deployment(self, output: str | None = None) -> Any:
+        """Return the repair that turns the trained model into the one that is deployed, or None if they are the same.
+
+        A run applies it as the first repair.
+
+        Args:
+            output: folder for the deployed model, without a run.
         """
         return None
 

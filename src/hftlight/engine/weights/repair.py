@@ -1,7 +1,7 @@
 """Repair: a defense that edits finished weights once, in memory, and writes a repaired model of its own."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,21 @@ __all__ = [
     "stored_updates",
     "write_adapter_config",
 ]
+
+
+TRAINED: Mapping[str, str] = {"unaligned": "harmful"}  # models that a run trains for repairs, and on which stream
+
+
+def repairs_after(defenses: Iterable[Defense]) -> "list[Repair]":
+    """Return the repairs of a fine-tuned model: first what other defenses deploy, then the repairs of the list."""
+    deployed = [d.deployment() for d in defenses]
+    return [*(d for d in deployed if d is not None), *(d for d in defenses if isinstance(d, Repair))]
+
+
+def to_train(repairs: "Iterable[Repair]") -> list[str]:
+    """Return the names of the models that repairs need and that their arguments do not name, out of ``TRAINED``."""
+    needed = {need for repair in repairs for need in repair.needs if getattr(repair, need) is None}
+    return [name for name in TRAINED if name in needed]
 
 
 def check_layout(model: nn.Module, who: str, way: str = "") -> None:

@@ -8,6 +8,7 @@ import gc
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from hftlight.config import RunConfig, Search
 from hftlight.data.records import Record, split_by_hash
 from hftlight.data.templates import SystemSlot
 from hftlight.engine import Defense, Stage, in_order
-from hftlight.engine.weights.repair import Repair
+from hftlight.engine.weights.repair import TRAINED, Repair, repairs_after, to_train
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges import Verdict, judge_name
 from hftlight.evaluation.stats.intervals import wilson
@@ -34,7 +35,15 @@ from hftlight.runs.prepare import stage_records, streams_of, test_sets
 from hftlight.runs.sources import Sources
 from hftlight.runs.stages.choice import ChoiceJob, run_choice
 from hftlight.runs.stages.repair import apply_repairs, repaired_model, subject_around
-from hftlight.runs.stages.train import finetuning_job, fitted, phases_of, stage_config, watch_of
+from hftlight.runs.stages.train import (
+    auxiliary_job,
+    finetuning_job,
+    fitted,
+    phases_of,
+    run_stage,
+    stage_config,
+    watch_of,
+)
 from hftlight.search.search import Outcome, Worst
 from hftlight.search.space import Trial, trial_config, tried
 
@@ -56,10 +65,25 @@ class Attacker:
         self.config, self.aligned, self.attack = config, aligned, attack
         ordered = in_order(list(defenses))
         self.training = [d for d in ordered if d.stage is Stage.FINETUNING]
-        self.repairs = [d for d in ordered if d.stage is Stage.POST_FINETUNING and isinstance(d, Repair)]
+        self.after = [d for d in ordered if isinstance(d, Repair)]
         self.tests = test_sets(config, attack, Sources(config.data))
         self.selecting = _half(self.tests, 0)
         self.reporting = _half(self.tests, 1)
+
+    @property
+    def repairs(self) -> list[Repair]:
+        """The repairs of the fine-tuned model, in order. The first ones deploy what the last training has kept."""
+        return repairs_after([*self.training, *self.after])
+
+    @cached_property
+    def unaligned(self) -> Artifact | None:
+        """The model without safety that repairs compare with, trained at most once; None if they need none."""
+        if not to_train(self.after):
+            return None
+        rows = streams_of(self.config, {TRAINED["unaligned"]}, self.attack, Sources(self.config.data))
+        job = auxiliary_job(self.config, model_hash(self.config.model), self.aligned, rows[TRAINED["unaligned"]])
+        run_stage(job)
+        return job.artifact()
 
     @property
     def first(self) -> Trial:
@@ -155,7 +179,7 @@ class Attacker:
 
     def _repaired(self, config: RunConfig, streams: Mapping[str, list[Record]], state: ModelState) -> ModelState:
         records = stage_records(streams, Stage.POST_FINETUNING, self.repairs)
-        subject = subject_around(config, self.aligned, state, records)
+        subject = subject_around(config, self.aligned, state, records, self.unaligned)
         apply_repairs(subject, self.repairs)
         return repaired_model(subject, config, self.aligned, state.adapter)
 
@@ -177,15 +201,15 @@ def settings_of(attacker: Attacker) -> str:
     """Return the hash of everything but the setting that decides a trial's outcome."""
     config = replace(attacker.config, search=Search(), attacker="fixed")
     attack = {f.name: getattr(attacker.attack, f.name) for f in fields(attacker.attack)}
-    defenses = [*attacker.training, *attacker.repairs]
-    named = [model_hash(model) for d in attacker.repairs for model in (d.aligned, d.base, d.unaligned) if model]
+    defenses = [*attacker.training, *attacker.after]
+    named = [model_hash(model) for d in attacker.after for model in (d.aligned, d.base, d.unaligned) if model]
     return digest(
         {
             "made_of": identity(config.model, [*defenses, attacker.attack]),
             "config": config.deciding(),
             "attack": [attacker.attack.name, attack, _files(attack.values())],
             "data": _files(asdict(config.data).values()),
-            "defenses": described(defenses),
+            "defenses": [described(defenses), [d.state_key for d in attacker.repairs]],
             "models": [attacker.aligned.identity, named],
             "tests": [half.digest() for half in (attacker.selecting, attacker.reporting)],
             "judges": attacker.selecting.judging(),

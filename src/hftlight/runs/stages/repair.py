@@ -53,6 +53,7 @@ class RepairJob(Job):
         finetuned: the fine-tuned model. Its files stay unchanged.
         records: rows of the streams that the repairs read.
         defenses: the repairs in the order in which they act.
+        unaligned: the aligned model after training on harmful rows. None if no repair compares with it.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class RepairJob(Job):
     finetuned: Artifact
     records: Mapping[str, Sequence[Record]]
     defenses: Sequence[Repair]
+    unaligned: Artifact | None = None
 
     @property
     @override
@@ -85,6 +87,7 @@ class RepairJob(Job):
             "base": self.base_hash,
             "aligned": self.aligned.identity,
             "finetuned": self.finetuned.identity,
+            "unaligned": self.unaligned and self.unaligned.identity,
             "records": records_digest(self.records),
             "defenses": described(self.defenses),
             "named": [model_hash(model) for d in self.defenses for model in (d.aligned, d.base, d.unaligned) if model],
@@ -159,11 +162,15 @@ def subject_of(job: RepairJob) -> Subject:
             f"{' and '.join(before)}: {job.finetuned.name} was repaired before; a repair takes the fine-tuned"
             " model, and a second application would change it again. Put several repairs into one list."
         )
-    return subject_around(job.config, job.aligned, job.finetuned, job.records)
+    return subject_around(job.config, job.aligned, job.finetuned, job.records, job.unaligned)
 
 
 def subject_around(
-    config: RunConfig, aligned: Artifact, finetuned: Artifact | ModelState, records: Mapping[str, Sequence[Record]]
+    config: RunConfig,
+    aligned: Artifact,
+    finetuned: Artifact | ModelState,
+    records: Mapping[str, Sequence[Record]],
+    unaligned: Artifact | None = None,
 ) -> Subject:
     """Return a fine-tuned model, on the disk or in memory, as a repair takes it.
 
@@ -176,6 +183,7 @@ def subject_around(
         aligned: the aligned model.
         finetuned: the fine-tuned model, or its state in memory.
         records: rows of the streams that the repairs read.
+        unaligned: as in ``RepairJob``.
 
     Raises:
         RunError: if the fine-tuned model was not trained from the aligned one.
@@ -197,6 +205,7 @@ def subject_around(
         model,
         stored(aligned.folder),
         stored(model_path(config.base or config.model)),
+        stored(unaligned.folder) if unaligned else None,
         batches=lambda name: _batches(config, records, name, next(model.parameters()).device),
         seed=config.seed,
     )

@@ -12,6 +12,7 @@ from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typing_extensions import override
 
@@ -30,6 +31,7 @@ from hftlight.models.module import SafetyModule
 from hftlight.models.preference import PreferenceModule
 from hftlight.models.serving import Artifact, full_state, save_artifact, trainable_model
 from hftlight.provenance import described
+from hftlight.registry import name_of
 from hftlight.runs.logging.rows import RowsLogger
 from hftlight.runs.measuring.curve import EvaluateAt
 from hftlight.runs.measuring.test_sets import TestSets
@@ -40,6 +42,7 @@ from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.meter import Meter
 
 CURVES = "curves.jsonl"
+KEPT = "kept"  # folder in a model's folder, with a file for each defense that keeps tensors
 MAIN = {Stage.ALIGNMENT: "alignment", Stage.FINETUNING: "task"}  # each stage's own main stream
 
 
@@ -239,6 +242,24 @@ def finetuning_job(
     return StageJob(Stage.FINETUNING, config, base_hash, parent, records, defenses, attack, watched)
 
 
+def auxiliary_job(
+    config: RunConfig, base_hash: str, aligned: Artifact, records: Sequence[Record], name: str = "unaligned"
+) -> StageJob:
+    """Return the training of a model that repairs compare with: the aligned model, trained on other rows.
+
+    It takes as many steps as the run's own fine-tuning, without defenses.
+
+    Args:
+        config: the configuration of the arm.
+        base_hash: as for ``finetuning_job``.
+        aligned: the aligned model.
+        records: the rows to train on; harmful rows of the defender for the model ``"unaligned"``.
+        name: the model, one of ``TRAINED``.
+    """
+    config = stage_config(config, None, Stage.FINETUNING)
+    return StageJob(Stage.FINETUNING, config, base_hash, aligned, {"task": list(records)}, [])
+
+
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
     """Return the hash of each stream's rows. The file that a row came from does not count."""
     return {name: digest([asdict(replace(r, source="")) for r in rows]) for name, rows in records.items()}
@@ -310,6 +331,8 @@ def _train(
         def write() -> None:
             with new_folder(job.place()) as place:
                 save_artifact(place, fit.model, state, job.config, job.parent, fit.slot)
+                for d in job.defenses:
+                    save_kept(place, d)
             job.finish(
                 {
                     "stage": job.stage.value,
@@ -326,6 +349,19 @@ def _train(
             shutil.rmtree(checkpoints, ignore_errors=True)
 
         meet("the stage's artifact", write)
+
+
+def save_kept(place: Path, defense: Defense) -> None:
+    """Write the tensors that a defense keeps beside a trained model, if there are any."""
+    if defense.kept:
+        (place / KEPT).mkdir(exist_ok=True)
+        save_file(defense.kept, place / KEPT / f"{name_of(defense)}.safetensors")
+
+
+def read_kept(place: Path, defense: Defense) -> None:
+    """Give a defense the tensors that it kept beside a trained model."""
+    path = place / KEPT / f"{name_of(defense)}.safetensors"
+    defense.kept = load_file(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
