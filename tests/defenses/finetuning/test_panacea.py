@@ -73,7 +73,9 @@ def test_without_term_the_training_is_plain_and_takes_one_pass():
 
 def test_the_length_of_the_shift_changes_no_training_without_the_term():
     assert Panacea(lam=0.0, deployed=0.5).state_key == Panacea(lam=0.0, deployed=0.1).state_key
-    assert Panacea(lam=0.0, deployed=0.5).deployment().state_key != Panacea(lam=0.0, deployed=0.1).deployment().state_key
+    assert (
+        Panacea(lam=0.0, deployed=0.5).deployment().state_key != Panacea(lam=0.0, deployed=0.1).deployment().state_key
+    )
 
 
 @pytest.mark.parametrize(("bound", "factor"), [(1.0, 0), (2.6, -1), (9.0, None)])

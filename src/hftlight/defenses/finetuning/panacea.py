@@ -161,7 +161,23 @@ class Panacea(Defense):
         self.show({"panacea/harmful_loss": here.loss.clamp(max=self.bound)})
 
     @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # The checkpoint of the last step is written after this. A run that is killed after it trains no further.
+        if trainer.global_step == trainer.estimated_stepping_batches:
+            self._settle(pl_module)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.kept:  # a callback ended the training early
+            self._settle(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.kept and self._loaded:  # resumed at its end, so that no training started
+            self.kept = by_weight(unit(self._loaded), pl_module)
+
+    def _settle(self, pl_module: LightningModule) -> None:
+        """Set ``kept`` to the direction of the shift."""
         if self.refresh and self.length > 0:
             for number in range(self.refresh):
                 here = gradient(pl_module, self.draw("harmful"))
