@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "run combinations of defenses over tasks, harmful ratios and seeds, and print a table",
     "evaluate": "measure any model: an artifact, a folder, or a hub id",
     "export": "write an artifact as one model folder, with its adapter merged in",
+    "repair": "repair a fine-tuned model in its files, one matrix at a time",
     "rejudge": "judge saved answers with further judges",
     "dashboard": "write the specification of a W&B report of a comparison",
     "cache": "list or clear the cache",

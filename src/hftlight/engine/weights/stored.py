@@ -17,6 +17,7 @@ from hftlight.files import folder_digest
 
 BLOCK = 1 << 18  # entries of a matrix that are processed at one time on a CPU: what fits into a core's cache
 BLOCK_ELSEWHERE = 1 << 22
+REOPEN = 1 << 28  # bytes that are read from a model's files before they are closed and opened again
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -159,6 +160,7 @@ class FileWeights:
     folder: Path
     _files: dict[str, Path] = field(init=False, repr=False, compare=False)
     _open: dict[Path, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _read: list[int] = field(init=False, repr=False, compare=False, default_factory=lambda: [0])  # bytes since opening
 
     def __post_init__(self) -> None:
         index = self.folder / "model.safetensors.index.json"
@@ -196,7 +198,13 @@ class FileWeights:
         stored_name = self._find(name)
         if stored_name is None:
             raise KeyError(f"{name} is not in {self.folder}.")
-        return self._slice(stored_name)[start:stop]
+        rows: Tensor = self._slice(stored_name)[start:stop]
+        # An open file keeps every page that was read in this process's memory.
+        self._read[0] += rows.numel() * rows.element_size()
+        if self._read[0] > REOPEN:
+            self._open.clear()
+            self._read[0] = 0
+        return rows
 
     def _find(self, name: str) -> str | None:
         """Return a weight's name in the files, or None.
