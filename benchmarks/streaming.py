@@ -1,8 +1,8 @@
-"""Repairs of 7B matrices by the command: ``python benchmarks/repair.py [--layers N] [--only NAMES] [--table]``.
+"""Repairs of 7B matrices by the command: ``python benchmarks/streaming.py [--layers N] [--only NAMES] [--table]``.
 
 Random models with the matrices of a 7B Llama are written once as bfloat16 files. ``hftlight repair`` edits them in a
 process of its own. Its peak memory and seconds are recorded, beside the seconds of one matrix in the dense way. Results
-go to ``benchmarks/repair.json``, and ``--table`` prints them.
+go to ``benchmarks/streaming.json``, and ``--table`` prints them.
 """
 
 import argparse
