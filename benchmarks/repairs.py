@@ -1,6 +1,6 @@
 """Every repair on one attacked demo model: ``python benchmarks/repairs.py [--only NAMES] [--table]``.
 
-One alignment and one upload with 10 % harmful rows in the built-in world serve all arms, with one seed. The controls are
+One alignment and one upload with 10 % harmful rows in the built-in world serve all arms, with one seed. Controls are
 the aligned model, the attacked model, and the attacked model with its update shrunk to several lengths. A comparison in
 ``--output`` holds the runs. If the command is stopped, the same command continues. Results go to
 ``benchmarks/repairs.json`` and ``benchmarks/repairs.png``, and ``--table`` prints them.
