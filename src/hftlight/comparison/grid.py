@@ -1,6 +1,5 @@
 """Grid: the cells of a comparison, and the run configuration of each cell."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -12,6 +11,7 @@ from hftlight.attacks.registry import get_attack
 from hftlight.config import RunConfig
 from hftlight.engine import Defense, Stage
 from hftlight.errors import InputError
+from hftlight.folders import file_name
 from hftlight.registry import defense_class, made
 
 DEFAULT_ATTACK = "harmful_mix"
@@ -50,7 +50,8 @@ class Cell:
     def name(self) -> str:
         """Name of the cell's folder. It has no characters that a shell treats specially."""
         where = [Path(self.task).stem, f"p{self.harmful_ratio:g}", f"s{self.seed}"]
-        arm = re.sub(r"[^\w.+=-]", "_", self._arm(".", ".", ""))
+        arm = self._arm(".", ".", "")
+        arm = file_name(arm) if self.swept else arm
         return "-".join([arm, *([] if self.attack == DEFAULT_ATTACK else [self.attack]), *where])
 
     def _arm(self, begin: str, between: str, end: str) -> str:
@@ -113,6 +114,10 @@ class Grid:
                 raise InputError(f"--harmful_ratios must lie in [0, 1], got {p:g}.{hint}")
         if self.seeds < 1:
             raise InputError(f"--seeds must be >= 1, got {self.seeds}.")
+        compared = {name for word in self.defenses for name in parts(word)}
+        for option in self.sweeps:
+            if option.partition(".")[0] not in compared:
+                raise InputError(f"--{option}: no combination of --defenses has {option.partition('.')[0]!r}.")
         for word in self.defenses:
             for swept in self.variants(parts(word)):
                 try:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hftlight import cache, run
+from hftlight import run
 from hftlight.cli.train import train
 from hftlight.config import Training
 from hftlight.data.streams import StreamsDataModule
@@ -454,7 +454,7 @@ def test_the_key_of_scores_holds_all_but_the_dials_and_what_acts_later(finetuned
         assert ScoresJob(replace(job, defenses=same), 1).key() == key
 
 
-@pytest.mark.parametrize("moment", ["while scoring", "while writing", "before the seal"])
+@pytest.mark.parametrize("moment", ["while scoring", "while writing"])
 def test_killed_while_scoring_and_made_again_ends_with_the_same_bytes(finetuned, tmp_path, monkeypatch, passes, moment):
     job = finetuned("continue", [Antidote(0.3)])
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
@@ -465,8 +465,7 @@ def test_killed_while_scoring_and_made_again_ends_with_the_same_bytes(finetuned,
 
     with monkeypatch.context() as patch:
         passes.die = moment == "while scoring"
-        if moment != "while scoring":
-            patch.setattr(*((repair_module, "save_file", half) if "writing" in moment else (cache, "seal", die)))
+        patch.setattr(repair_module, "save_file", half if moment == "while writing" else repair_module.save_file)
         with pytest.raises(Killed):
             run_repair(job)
     passes.die = False
