@@ -612,6 +612,8 @@ def test_each_value_of_a_swept_argument_is_an_arm_of_every_combination_with_its_
             for ratio, rounding in values
         },
     }
+    turned = replace(grid, sweeps=dict(reversed(SWEPT.items())))
+    assert {c.name for c in turned.cells()} == arms.keys()
     made = [grid.made(c.defenses, c.swept)[1].arguments() for c in grid.cells() if "antidote" in c.defenses]
     assert [(d["prune_ratio"], d["rounding"], d["group"]) for d in made] == [
         (float(ratio), rounding, "matrix") for ratio, rounding in values

@@ -164,7 +164,8 @@ class Grid:
 
     def variants(self, names: Sequence[str]) -> list[Swept]:
         """Return the swept values of each arm of a combination: one arm without values if nothing is swept."""
-        own = {option: values for option, values in self.sweeps.items() if option.partition(".")[0] in names}
+        # In one order, so that the same options in another order name the same cells.
+        own = {option: self.sweeps[option] for option in sorted(self.sweeps) if option.partition(".")[0] in names}
         return [tuple(zip(own, values, strict=True)) for values in product(*own.values())]
 
     def attack(self, name: str) -> Attack:
