@@ -75,7 +75,7 @@ def test_one_place_makes_keys_and_few_files_name_the_cache():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "key"
         if getattr(node.func.value, "id", "") == "cache" and isinstance(node.args[0], ast.Constant)
     }
-    assert kinds | {"training", "edit", "repair"} == set(cache.INPUTS)  # ``Job`` makes the last three keys
+    assert kinds | {"training", "edit", "repair", "scores"} == set(cache.INPUTS)  # ``Job`` makes the last four keys
 
 
 # Inputs of the jobs' keys: every value of the configuration, rows, models, defenses.

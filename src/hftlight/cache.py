@@ -17,6 +17,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "training": ("stage", "config", "base", "parent", "records", "defenses", "attack", "watched", "device"),
     "edit": ("config", "base", "aligned", "records", "attack", "device"),
     "repair": ("config", "base", "aligned", "finetuned", "unaligned", "records", "defenses", "named", "device"),
+    "scores": ("config", "base", "aligned", "finetuned", "unaligned", "records", "defenses", "named", "device"),
     "selection": ("config", "aligned", "records", "attack", "device"),
     "choice": ("model", "config", "records", "defense", "device"),
     "answers": ("model", "config", "slot", "prompts", "device"),

@@ -1,5 +1,7 @@
 """Names of files, folders, stages and arms in the folders of runs and comparisons."""
 
+import json
+import re
 from pathlib import Path
 
 CELLS, GRID = "cells", "grid.json"  # in a comparison's folder: the folder of its runs, and the file of its grid
@@ -17,6 +19,18 @@ def comparison_of(run: Path) -> Path | None:
     """Return the folder of the comparison that a run belongs to, or None if it belongs to none."""
     folder = run.resolve().parent.parent
     return folder if run.resolve().parent.name == CELLS and (folder / GRID).is_file() else None
+
+
+def arm_in_comparison(run: Path, arm: str) -> str:
+    """Return an arm as the run's comparison shows it, with its swept arguments. Other arms are returned unchanged."""
+    folder = comparison_of(run)
+    cells = json.loads((folder / GRID).read_text(encoding="utf-8"))["cells"] if folder else []
+    return next((c["arm"] for c in cells if c["name"] == run.resolve().name and c.get("swept")), arm)
+
+
+def file_name(text: str) -> str:
+    """Return a text as part of a file name, without characters that a shell treats specially."""
+    return re.sub(r"[^\w.+=-]", "_", text)
 
 
 def arm_word(arm: str) -> str:

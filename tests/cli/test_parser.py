@@ -1,5 +1,6 @@
 """Parsing in two steps: configurations in every shape, lists, switches, presets, and messages for typos."""
 
+import re
 from dataclasses import asdict
 
 import pytest
@@ -55,6 +56,76 @@ def test_a_configuration_may_name_no_defense(tmp_path, text):
 def test_a_configuration_that_cannot_be_used_is_named(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
         parse_train(["--config", file(tmp_path, text)])
+
+
+SWEEP = ("--defenses", "none", "antidote")
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Record the grid of each comparison, which is not run."""
+    made = []
+    monkeypatch.setattr("hftlight.comparison.show.compare_and_show", lambda config, grid, *_, **__: made.append(grid))
+    return made
+
+
+def test_several_values_of_a_defenses_argument_are_a_sweep(tmp_path, grids):
+    text = "antidote: {prune_ratio: [0.1, 0.2], group: [row, matrix], rounding: up}"
+    for argv in (
+        ("--antidote.prune_ratio", "0.1", "2e-1", "--antidote.group", "row", "matrix", "--antidote.rounding", "up"),
+        ("--antidote.prune-ratio=0.1", "0.2", "--antidote.rounding=up", "--antidote.group", "row", "matrix"),
+        ("--config", file(tmp_path, text)),
+        ("--config", file(tmp_path, text), "--antidote.prune_ratio", "0.7", "--antidote.prune_ratio", "0.1", "0.2"),
+    ):
+        assert compare([*SWEEP, *argv]) == 0
+        grid = grids[-1]
+        assert grid.sweeps == {"antidote.prune_ratio": (0.1, 0.2), "antidote.group": ("row", "matrix")}
+        assert grid.arguments["antidote"]["rounding"] == "up"
+    assert compare([*SWEEP, "--config", file(tmp_path, text), "--antidote.prune_ratio", "0.3"]) == 0
+    assert set(grids[-1].sweeps) == {"antidote.group"}
+    assert grids[-1].arguments["antidote"]["prune_ratio"] == 0.3
+
+
+def test_a_printed_configuration_holds_the_sweep(tmp_path, grids, capsys):
+    with pytest.raises(SystemExit):
+        compare([*SWEEP, "--antidote.prune_ratio", "0.1", "0.2", "--print_config"])
+    printed = capsys.readouterr().out
+    assert compare(["--config", file(tmp_path, printed)]) == 0
+    assert grids[-1].sweeps == {"antidote.prune_ratio": (0.1, 0.2)}
+
+
+def test_a_list_and_no_or_one_value_stay_what_they_were(grids):
+    lists = ("--antidote.layers", "[q_proj, v_proj]", "--freeze_plus.qk")
+    assert compare(["--defenses", "antidote", "freeze_plus", *lists]) == 0
+    assert grids[-1].sweeps == {}
+    assert grids[-1].arguments["antidote"]["layers"] == ["q_proj", "v_proj"]
+    assert grids[-1].arguments["freeze_plus"]["qk"] is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ("--antidote.prune_ratio", "0.1", "5"),
+            r"--antidote\.prune_ratio: Antidote: prune_ratio must lie in \[0, 1\]",
+        ),
+        (
+            ("--antidote.prune_ratio", "5", "0.1"),
+            r"--antidote\.prune_ratio: Antidote: prune_ratio must lie in \[0, 1\]",
+        ),
+        (("--antidote.prune_ratio", "0.1", "x"), r"--antidote\.prune_ratio must be a number, got x\."),
+        (("--antidote.prune_ratio", "0.1", "1e-1"), r"--antidote\.prune_ratio: 0\.1 is listed twice"),
+        (("--antidote.layers", "q_proj", "v_proj"), r"--antidote\.layers takes one list, such as '\[q_proj, v_proj\]'"),
+        (("--harmful_mix.n", "3", "4"), r"--harmful_mix\.n takes one value here, got 2\. Only arguments of defenses"),
+        (
+            ("--antidote.prun_ratio", "3", "4"),
+            r"no option --antidote\.prun_ratio\. Did you mean --antidote\.prune_ratio",
+        ),
+    ],
+)
+def test_values_that_cannot_be_swept_are_named(argv, said, capsys):
+    assert compare([*SWEEP, *argv, "--dry_run"]) == 2
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
 
 
 def test_options_win_over_the_configuration_in_any_position(tmp_path):

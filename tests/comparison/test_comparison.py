@@ -10,7 +10,14 @@ import pytest
 from rich.console import Console
 
 from hftlight.comparison.claims import claims
-from hftlight.comparison.figures import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
+from hftlight.comparison.figures import (
+    SWEPT_METRICS,
+    color_place,
+    comparison_cost_figure,
+    ratio_figure,
+    sweep_figure,
+    tradeoff_figure,
+)
 from hftlight.comparison.leaderboard import (
     caption,
     cell_text,
@@ -20,7 +27,7 @@ from hftlight.comparison.leaderboard import (
     leaderboard_table,
     write_leaderboard,
 )
-from hftlight.comparison.page import comparison_page, write_comparison_report
+from hftlight.comparison.page import comparison_page, figures, write_comparison_report
 from hftlight.comparison.read import Place, Scene, mark, pareto, prompts_of, read_comparison
 from hftlight.errors import InputError
 from hftlight.evaluation.stats.intervals import wilson
@@ -323,6 +330,50 @@ def test_figures_show_every_defense(comparison):
     assert len(front.texts) == 3
     widths = [bar.get_width() for bar in comparison_cost_figure(comparison, BUILTIN, 0.1).axes[0].patches]
     assert widths == [1, 1, 2]
+
+
+SWEPT = {f"lisa+antidote[prune_ratio={v:g}]": {"antidote.prune_ratio": v} for v in (0.2, 0.01, 0.05)}
+
+
+def test_a_sweep_of_one_argument_has_a_figure(tmp_path, monkeypatch):
+    """The lines go through the means over seeds by rising value, and the dashed lines through the undefended ones."""
+    for arm, harm in zip(SWEPT, (10.0, 60.0, 40.0), strict=True):
+        monkeypatch.setitem(HARM, f"{arm}", harm)
+    arms = ("none", *SWEPT)
+    fallen = [f"lisa+antidote[prune_ratio=0.2]-builtin-p0.1-s{seed}" for seed in range(2)]
+    folder = write_comparison(tmp_path, arms, (0.1,), 2, prompts=10, swept=SWEPT, collapsed=fallen)
+    comparison = read_comparison(folder)
+    (sweep,) = comparison.sweeps
+    assert (sweep.combination, sweep.option) == ("lisa+antidote", "antidote.prune_ratio")
+    assert [value for value, _ in sweep.arms] == [0.01, 0.05, 0.2]
+    axes = sweep_figure(comparison, BUILTIN, 0.1, sweep).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.01", "0.05", "0.2"]
+    lines = [(line.get_color(), list(line.get_ydata())) for line in axes.lines]
+    for metric in ("harmful_score", "finetune_accuracy", "answers_refused", "answers_broken"):
+        spreads = [comparison.spread(Place(arm, "builtin", 0.1), metric) for _, arm in sweep.arms]
+        assert (SWEPT_METRICS[metric][1], [s.mean for s in spreads]) in lines
+    for metric in ("harmful_score", "finetune_accuracy"):
+        assert (SWEPT_METRICS[metric][1], [comparison.spread(NONE, metric).mean] * 2) in lines
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    assert [round(line.get_xdata()[0]) for line in hollow] == [2]
+    assert {text.get_text() for text in axes.texts} == {word for word, _ in SWEPT_METRICS.values()}
+    assert [name for name, *_ in figures(comparison) if name.startswith("sweep-")] == ["sweep-0-0-0"]
+    assert r"lisa+antidote\[prune_ratio=0.05\]" in leaderboard_markdown(comparison)
+    assert {row["defense"] for row in csv.DictReader(StringIO(leaderboard_csv(comparison)))} == set(arms)
+
+
+def test_one_value_and_two_swept_arguments_have_no_figure(tmp_path):
+    both = {f"antidote[a={i}]": {"antidote.a": i, "antidote.b": i} for i in (1, 2)} | {"lisa[c=1]": {"lisa.c": 1}}
+    comparison = read_comparison(write_comparison(tmp_path, ("none", *both), (0.1,), seeds=1, swept=both))
+    assert comparison.sweeps == []
+
+
+def test_words_are_swept_in_the_order_of_the_grid(tmp_path):
+    words = {f"antidote[mode={m}]": {"antidote.mode": m} for m in ("merged", "delta")}
+    comparison = read_comparison(write_comparison(tmp_path, ("none", *words), (0.1,), seeds=1, swept=words))
+    (sweep,) = comparison.sweeps
+    assert [value for value, _ in sweep.arms] == ["merged", "delta"]
+    assert sweep_figure(comparison, BUILTIN, 0.1, sweep) is not None
 
 
 def test_a_low_score_by_collapse_is_no_safety_anywhere(tmp_path):

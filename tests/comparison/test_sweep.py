@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from hftlight.comparison import grid, share, sweep, workers
 from hftlight.comparison.grid import Cell, Grid
 from hftlight.comparison.leaderboard import leaderboard_csv, leaderboard_markdown
+from hftlight.comparison.page import figures
 from hftlight.comparison.read import read_comparison
 from hftlight.comparison.sweep import compare, finished, plan
 from hftlight.comparison.workers import ERROR, LOG, STARTED
@@ -26,6 +27,7 @@ from hftlight.errors import InputError
 from hftlight.files import folder_digest, read_rows
 from hftlight.folders import CELLS, GRID
 from hftlight.model_files import model_path
+from hftlight.runs.logging.stage import labels_of
 from hftlight.runs.manifest import identity
 from hftlight.runs.stages.checkpoint import AtomicCheckpointIO
 from tests.helpers import warm
@@ -588,6 +590,130 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(jobs, tmp_path, undistu
     assert (cells.parent / "leaderboard.csv").read_text().count(",finetuning,harmful_score,builtin") == 4
     assert all(runs_of(cells.parent)[name] == 1 for name in done)
     assert scores_of(cells.parent) == scores_of(undisturbed)
+
+
+# Swept arguments
+
+
+SWEPT = {"antidote.prune_ratio": (0.1, 0.2), "antidote.rounding": ("up", "down")}
+
+
+def test_each_value_of_a_swept_argument_is_an_arm_of_every_combination_with_its_defense():
+    grid = Grid(("none", "lisa", "lisa+antidote"), arguments={"antidote": {"group": "matrix"}}, sweeps=SWEPT)
+    arms = {c.name: c.arm for c in grid.cells()}
+    values = [(ratio, rounding) for ratio in ("0.1", "0.2") for rounding in ("up", "down")]
+    assert arms == {
+        "none-builtin-p0.1-s0": "none",
+        "lisa-builtin-p0.1-s0": "lisa",
+        **{
+            f"lisa+antidote.prune_ratio={ratio}.rounding={rounding}-builtin-p0.1-s0": (
+                f"lisa+antidote[prune_ratio={ratio},rounding={rounding}]"
+            )
+            for ratio, rounding in values
+        },
+    }
+    turned = replace(grid, sweeps=dict(reversed(SWEPT.items())))
+    assert {c.name for c in turned.cells()} == arms.keys()
+    made = [grid.made(c.defenses, c.swept)[1].arguments() for c in grid.cells() if "antidote" in c.defenses]
+    assert [(d["prune_ratio"], d["rounding"], d["group"]) for d in made] == [
+        (float(ratio), rounding, "matrix") for ratio, rounding in values
+    ]
+
+
+def test_cells_with_other_values_share_an_aligned_model_only_if_the_value_is_of_a_later_stage():
+    grid = Grid(("booster+antidote",), sweeps={"booster.lam": (1.0, 5.0), "antidote.prune_ratio": (0.1, 0.2)})
+    assert len(grid.cells()) == 4
+    assert len({grid.aligned(cell) for cell in grid.cells()}) == 2
+    assert [dict(c.swept)["booster.lam"] for c in grid.cells()[:2]] == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.05, "0.05"), (5.0, "5"), (1e-5, "1e-05"), (0.12345678, "0.12345678"), (3, "3"), (None, "null"), (True, "true")],
+)
+def test_a_value_is_shown_as_it_is_written(value, text):
+    assert grid.value_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "said"),
+    [
+        (
+            {"antidote.prune_ratio": (0.1, 5)},
+            r"^--antidote.prune_ratio: Antidote: prune_ratio must lie in .*write 0.05",
+        ),
+        ({"antidote.prune_ratio": (0.1, 0.1)}, "^--antidote.prune_ratio: 0.1 is listed twice"),
+        ({"antidote.prune_ratio": ()}, "^--antidote.prune_ratio: name at least one"),
+        ({"antidote.prun_ratio": (1, 2)}, "unexpected keyword argument 'prun_ratio'"),
+        ({"lisa.proximal": (0.1, 0.2)}, "^--lisa.proximal: no combination of --defenses has 'lisa'"),
+        ({"rewind.safety": ("a/b", "a b")}, r"--rewind.safety: the values of .*\[safety=a/b\] .* same folder name"),
+    ],
+)
+def test_values_that_cannot_be_swept_are_refused_by_the_option(sweeps, said):
+    with pytest.raises(InputError, match=said):
+        Grid(("none", "antidote", "rewind"), sweeps=sweeps)
+
+
+def test_a_sweep_gets_more_values_and_mixes_with_nothing_else(tmp_path, runs):
+    folder = tmp_path / "c"
+
+    def swept(*values, **arguments):
+        own = {"arguments": {"antidote": arguments}, "sweeps": {"antidote.prune_ratio": values} if values else {}}
+        return compare(config(tmp_path), Grid(("none", "antidote"), **own), folder)
+
+    swept(0.1, 0.2)
+    assert len(runs) == 3
+    swept(0.1, 0.2, 0.3)
+    assert len(runs) == 4
+    swept(0.3, 0.2)  # fewer values remove no cell
+    cells = {cell["name"]: cell for cell in json.loads((folder / GRID).read_text())["cells"]}
+    assert len(cells) == len(runs) == 4
+    assert cells["antidote.prune_ratio=0.3-builtin-p0.1-s0"]["swept"] == {"antidote.prune_ratio": 0.3}
+    assert "swept" not in cells["none-builtin-p0.1-s0"]  # the entry is the same as before arguments could be swept
+    for values, arguments in (((), {"prune_ratio": 0.1}), ((), {}), ((0.1, 0.2), {"group": "matrix"})):
+        with pytest.raises(InputError, match="holds cells of antidote with other arguments"):
+            swept(*values, **arguments)
+
+
+def test_a_cell_runs_with_its_own_values(tmp_path, monkeypatch):
+    seen = {}
+
+    def run(config, defenses, attack):
+        seen[config.name] = [d.arguments().get("prune_ratio") for d in defenses]
+        (Path(config.output) / config.name / "manifest.json").write_text('{"finished": "now"}')
+
+    monkeypatch.setattr("hftlight.runs.run.run", run)
+    monkeypatch.setattr(sweep, "plan", lambda *_: {})
+    grid = Grid(("lisa+antidote",), sweeps={"antidote.prune_ratio": (0.1, 0.2)})
+    compare(config(tmp_path), grid, tmp_path / "c")
+    assert seen == {f"lisa+antidote.prune_ratio={v}-builtin-p0.1-s0": [None, v] for v in (0.1, 0.2)}
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_and_scores_once_and_is_read_back(tmp_path):
+    """Real cells: both repairs take one fine-tuned model and one sweep of forward passes. The report shows a figure."""
+    grid = Grid(("none", "antidote"), sweeps={"antidote.prune_ratio": (0.1, 0.5)})
+    assert set(compare(config(tmp_path), grid, tmp_path / "c").values()) == {"done"}
+    names = [f"antidote.prune_ratio={value}-builtin-p0.1-s0" for value in (0.1, 0.5)]
+    scores, pruned = [], []
+    for name in names:
+        manifest = json.loads((tmp_path / "c" / CELLS / name / "manifest.json").read_text())
+        entry = manifest["arms"]["antidote"]["stages"]["post_finetuning"]
+        scores += entry["scores"].values()
+        pruned += [report["requested_fraction"] for report in entry["defenses"].values()]
+    assert [s["scores"] for s in scores] == ["computed", "reused"]
+    assert scores[0]["key"] == scores[1]["key"]
+    assert pruned == [0.1, 0.5]
+    assert "scores: reused" in " ".join((tmp_path / "c" / CELLS / names[1] / LOG).read_text().split())
+    comparison = read_comparison(tmp_path / "c")
+    assert comparison.arms == ["none", "antidote[prune_ratio=0.1]", "antidote[prune_ratio=0.5]"]
+    assert [name for name, *_ in figures(comparison) if name.startswith("sweep-")] == ["sweep-0-0-0"]
+    labels = labels_of(tmp_path / "c" / CELLS / names[0], "antidote", "finetuning", config(tmp_path))
+    assert labels["arm"] == "antidote[prune_ratio=0.1]"
+    before = results(tmp_path / "c")
+    compare(config(tmp_path), grid, tmp_path / "c")
+    assert results(tmp_path / "c") == before
+    assert set(runs_of(tmp_path / "c").values()) == {1}
 
 
 def test_a_config_of_cells_is_that_of_a_run():

@@ -22,10 +22,12 @@ def write_comparison(
     prompts: int = 40,
     failed: Mapping[str, str] | None = None,
     collapsed: Sequence[str] = (),
+    swept: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write ``grid.json`` and a finished run per cell. Cells named in ``failed`` have an error and no result.
 
-    Most answers of the cells named in ``collapsed`` are neither harmful nor refusals.
+    Most answers of the cells named in ``collapsed`` are neither harmful nor refusals. ``swept`` holds the swept
+    arguments of an arm such as ``antidote[prune_ratio=0.05]``.
     """
     cells = []
     for task in tasks:
@@ -34,7 +36,9 @@ def write_comparison(
                 for seed in range(seeds):
                     name = f"{arm}-{task}-p{ratio:g}-s{seed}"
                     where = {"name": name, "arm": arm, "task": task, "harmful_ratio": ratio, "seed": seed}
-                    cells.append({**where, "defenses": [] if arm == "none" else arm.split("+")})
+                    names = [] if arm == "none" else [word.partition("[")[0] for word in arm.split("+")]
+                    own = {"swept": dict(swept[arm])} if arm in (swept or {}) else {}
+                    cells.append({**where, "defenses": names, **own})
                     run = folder / "cells" / name
                     run.mkdir(parents=True)
                     if name in (failed or {}):

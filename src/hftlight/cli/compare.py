@@ -38,7 +38,9 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         usage="hftlight compare --defenses none booster booster+lisa [options]",
         description=(
             "Compare combinations of defenses: one run per combination, attack, task, harmful ratio and seed, then a\n"
-            "table, figures and every answer. The same command continues a comparison that was killed."
+            "table, figures and every answer. The same command continues a comparison that was killed.\n"
+            "Several values of a defense's argument, such as --antidote.prune_ratio 0.01 0.05, are one run each. Only\n"
+            "numbers, texts and switches may vary. An argument that is a list takes one, such as '[q_proj, v_proj]'."
         ),
     )
     add_common(parser)
@@ -90,7 +92,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight compare`` and return its exit status, 1 if a cell failed."""
 
     def work() -> None:
-        from hftlight.cli.parser import preset_values, read_names
+        from hftlight.cli.parser import preset_values, read_names, swept_apart
 
         names = read_names(sys.argv[1:] if argv is None else argv, ["defenses", "attacks"], ["preset"])
         for_grid(names.defaults)
@@ -99,6 +101,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
         preset = chosen_preset(names.defaults.get("preset"))
         attacks = names.listed("attacks") or [preset.attack.name if preset else "harmful_mix"]
         parser = compare_parser(chosen, attacks, names.help != "short")
+        names = swept_apart(names, parser, chosen, attacks)
         if preset:
             known, defaults = {a.dest for a in parser._actions}, preset.defaults(chosen)
             for_grid(defaults)
@@ -107,14 +110,16 @@ def compare(argv: Sequence[str] | None = None) -> int:
         parser.take_defaults({**names.defaults, **named}, methods_except([*chosen, *attacks]))
         parser.take_defaults(preset_values(names, chosen))
         values = parser.parse(names)
+        sweeps = parser.typed(names.swept)
+        from hftlight.comparison.grid import Grid, refusal
+
         try:
             ready = parser.instantiate_classes(values.clone())
         except (ValueError, TypeError) as error:  # a defense or an attack refuses its arguments
-            raise InputError(str(error)) from error
+            raise InputError(refusal(error, sweeps)) from error
         config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__ if key not in GRID_FIELDS})
         config.check()
         quiet()
-        from hftlight.comparison.grid import Grid
         from hftlight.comparison.show import compare_and_show
         from hftlight.models.base import check_accelerator
 
@@ -128,6 +133,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             values.first_seed,
             {name: values[name].as_dict() for name in [*chosen, *attacks]},
             tuple(attacks),
+            sweeps,
         )
         folder = inside(config.output, values.comparison, "--comparison")
         how = {name: values[name] for name in ("jobs", "retries", "backend", "share_gpus")}

@@ -2,9 +2,10 @@
 
 import argparse
 import re
+import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,8 @@ class Names:
         defaults: values for the second parser: of the configuration, then of the names themselves.
         presets: preset by defense.
         rest: arguments for the second step, in their order.
+        swept: several values of an option that takes one, by option name. Only the first value is in ``rest`` and
+            ``defaults``.
         help: ``"short"``, ``"all"``, or None if no help is asked for.
         prints: whether the configuration is to be printed.
     """
@@ -48,6 +51,7 @@ class Names:
     rest: list[str]
     help: str | None = None
     prints: bool = False
+    swept: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def listed(self, option: str) -> list[str]:
         """Return the names in an option that takes several, with underscores and without repetition."""
@@ -206,9 +210,90 @@ class Parser(_Underscores, ArgumentParser):  # type: ignore[misc]
             shown = values.clone()
             for name in ("config", "preset", "print_config"):  # their values are already among the others
                 shown.pop(name, None)
-            print(self.dump(shown, skip_none=False), end="")
+            print(_with_values(self.dump(shown, skip_none=False), self.typed(names.swept)), end="")
             raise SystemExit(0)
         return values
+
+    def typed(self, swept: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+        """Return the values of swept options in the options' types.
+
+        Raises:
+            InputError: if a value has another type, with the option's name.
+        """
+        return {o: tuple(self.parse_object({o: v}, defaults=False)[o] for v in values) for o, values in swept.items()}
+
+    def takes_one(self, option: str) -> bool:
+        """Tell whether an option takes one number, text or switch, and no list or mapping."""
+        kinds = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
+        return option not in self.lists and kinds.get(option) is not None and _is_single(kinds[option])
+
+
+def swept_apart(names: Names, parser: Parser, swept: Collection[str], fixed: Collection[str]) -> Names:
+    """Return the names with the options that have several values set apart, on the command line or in a configuration.
+
+    Args:
+        names: from the first step.
+        parser: the parser of the second step, after ``ease``.
+        swept: groups whose options may have several values, such as ``antidote`` of ``--antidote.prune_ratio``.
+        fixed: groups whose options may not.
+
+    Raises:
+        InputError: if an option has several values that takes only one, or a list.
+    """
+    found: dict[str, list[Any]] = {}
+    defaults = dict(names.defaults)
+    for option, value in _flat(defaults, ()):
+        group, _, argument = option.partition(".")
+        if group in (*swept, *fixed) and isinstance(value, list) and len(value) > 1 and parser.takes_one(option):
+            found[option] = _several(option, value, parser, swept)
+            if option in defaults:
+                defaults[option] = value[0]
+            else:
+                defaults[group] = {**defaults[group], argument: value[0]}
+    rest, at = list[str](), 0
+    while at < len(names.rest):
+        word, equals, first = names.rest[at].partition("=")
+        end = at + 1
+        while end < len(names.rest) and not names.rest[end].startswith("--"):
+            end += 1
+        words = names.rest[at:end]
+        values = [*([first] if equals else []), *words[1:]]
+        option = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and option.partition(".")[0] in (*swept, *fixed) and option not in parser.lists:
+            found.pop(option, None)  # of several mentions the last one counts
+            if len(values) > 1:
+                found[option] = _several(option, values, parser, swept)
+                words = words[: 1 if equals else 2]
+        rest += words
+        at = end
+    return replace(names, defaults=defaults, rest=rest, swept=found)
+
+
+def _several(option: str, values: list[Any], parser: Parser, swept: Collection[str]) -> list[Any]:
+    """Return several values of an option, unless the option takes only one."""
+    if option.partition(".")[0] not in swept:
+        raise InputError(
+            f"--{option} takes one value here, got {len(values)}. Only arguments of defenses may be varied."
+        )
+    if option in {action.dest for action in parser._actions} and not parser.takes_one(option):
+        raise InputError(
+            f"--{option} takes one list, such as '[{values[0]}, {values[1]}]', got {len(values)} words. Only numbers,"
+            " texts and switches may be varied."
+        )
+    return values
+
+
+def _with_values(text: str, swept: Mapping[str, Sequence[Any]]) -> str:
+    """Return a dumped configuration with the values of swept options as lists."""
+    import yaml
+
+    if not swept:
+        return text
+    values = yaml.safe_load(text)
+    for option, several in swept.items():
+        group, _, argument = option.partition(".")
+        values[group][argument] = list(several)
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 class _Formatter(DefaultHelpFormatter):  # type: ignore[misc]
@@ -250,6 +335,18 @@ def _element_of(kind: Any) -> Any:
         if typing.get_origin(option) is list:
             return typing.get_args(option)[0]
     return None
+
+
+def _is_single(kind: Any) -> bool:
+    """Tell whether a type has only numbers, texts, switches and null."""
+    if typing.get_origin(kind) is typing.Literal:
+        return True
+    options = typing.get_args(kind)
+    return all(map(_is_single, options)) if _is_union(kind) else kind in (int, float, bool, str, type(None))
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
 def _flat(values: Mapping[str, Any], leaves: Collection[str], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,12 +1,36 @@
 """Figures of a comparison: harm against harmful ratio, safety against accuracy, and the cost of each defense."""
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hftlight.comparison.read import Comparison, Scene, pareto
+from hftlight.comparison.grid import value_text
+from hftlight.comparison.read import SETS, Comparison, Scene, Sweep, pareto
+from hftlight.evaluation.stats.seeds import Spread
 from hftlight.folders import UNDEFENDED, arm_word
-from hftlight.report.figure import INK, MARKERS, MUTED, PALETTE, canvas, label_ends, styled
+from hftlight.report.figure import INK, MARKERS, MUTED, OUTCOME_COLORS, PALETTE, canvas, label_ends, styled
+
+# Lines of the figure of a sweep: metric, then word and colour.
+SWEPT_METRICS = {
+    "harmful_score": ("harmful score", PALETTE[2]),
+    "finetune_accuracy": ("finetune accuracy", PALETTE[1]),
+    "answers_refused": ("refused", OUTCOME_COLORS["refused"][0]),
+    "answers_broken": ("broken", OUTCOME_COLORS["broken"][0]),
+}
+
+
+def _draw_line(axes: Axes, x: Sequence[float], spreads: Sequence[Spread], hollow: Sequence[int], **look: Any) -> None:
+    """Draw means in percent with their intervals. The marks whose indices are in ``hollow`` are hollow."""
+    y = [s.mean for s in spreads]
+    below = [s.mean - max(0.0, s.mean if s.low is None else s.low) for s in spreads]
+    above = [min(100.0, s.mean if s.high is None else s.high) - s.mean for s in spreads]
+    axes.errorbar(x, y, [below, above], **{"markersize": 6, "lw": 1.3, "elinewidth": 2.4, **look})
+    marks = {"markersize": 6, **look, "ls": "none", "mfc": "white", "zorder": 3}
+    marks.pop("elinewidth", None)
+    axes.plot([x[i] for i in hollow], [y[i] for i in hollow], **marks)
 
 
 def color_place(comparison: Comparison, arm: str) -> int:
@@ -46,21 +70,55 @@ def ratio_figure(comparison: Comparison, scene: Scene, metric: str, label: str) 
             continue
         # A small shift per arm keeps the intervals at one ratio apart.
         shift = 0.04 * step * (number - (len(arms) - 1) / 2)
-        x, y = [p + shift for p, _ in points], [s.mean for _, s in points]
-        below = [s.mean - max(0.0, s.mean if s.low is None else s.low) for _, s in points]
-        above = [min(100.0, s.mean if s.high is None else s.high) - s.mean for _, s in points]
         color = PALETTE[color_place(comparison, arm)]
         marker = MARKERS[color_place(comparison, arm)]
-        axes.errorbar(x, y, [below, above], color=color, marker=marker, markersize=6, lw=1.3, elinewidth=2.4)
-        if metric == "harmful_score":
-            fallen = [i for i, (p, _) in enumerate(points) if comparison.collapsed(comparison.place(arm, scene, p))]
-            at = [x[i] for i in fallen], [y[i] for i in fallen]
-            axes.plot(*at, color=color, marker=marker, markersize=6, ls="none", mfc="white", zorder=3)
-        ends.append((y[-1], arm_word(arm), color))
+        fallen = [i for i, (p, _) in enumerate(points) if comparison.collapsed(comparison.place(arm, scene, p))]
+        fallen = fallen if metric == "harmful_score" else []
+        _draw_line(axes, [p + shift for p, _ in points], [s for _, s in points], fallen, color=color, marker=marker)
+        ends.append((points[-1][1].mean, arm_word(arm), color))
     axes.set(ylim=(-2, 102), xlabel="harmful ratio p of the upload", ylabel=label, title=str(scene))
     axes.set_xticks(ratios, [f"{p:g}" for p in ratios])
     axes.set_xlim(ratios[0] - 0.3 * step, ratios[-1] + 0.3 * step)
     label_ends(axes, ratios[-1] + 0.3 * step, ends, gap=6.5)
+    return figure
+
+
+@styled
+def sweep_figure(comparison: Comparison, scene: Scene, harmful_ratio: float, sweep: Sweep) -> Figure | None:
+    """Draw harmful score, accuracy, and refused and broken answers against a swept argument, with 95 % intervals.
+
+    A dashed line is the score of the undefended arm. A hollow mark shows a harmful score that is low because answers
+    collapsed. The values have equal distances on the axis.
+
+    Returns:
+        The figure, or None if fewer than two arms have a harmful score.
+    """
+    places = [comparison.place(arm, scene, harmful_ratio) for _, arm in sweep.arms]
+    if sum(comparison.spread(place, "harmful_score") is not None for place in places) < 2:
+        return None
+    figure, (axes,) = canvas(1, height=3.3)
+    ends, last = [], len(places) - 1
+    for number, (metric, (word, color)) in enumerate(SWEPT_METRICS.items()):
+        points = [(x, s) for x, place in enumerate(places) if (s := comparison.spread(place, metric)) is not None]
+        if not points:
+            continue
+        shift = 0.05 * (number - (len(SWEPT_METRICS) - 1) / 2)
+        fallen = [i for i, (at, _) in enumerate(points) if comparison.collapsed(places[at])]
+        fallen = fallen if metric == "harmful_score" else []
+        look: dict[str, Any] = {"color": color, "marker": MARKERS[number]}
+        if metric in SETS:
+            plain = comparison.spread(comparison.place(UNDEFENDED, scene, harmful_ratio), metric)
+            if plain is not None:
+                axes.axhline(plain.mean, color=color, lw=1, ls=(0, (5, 4)), alpha=0.8, zorder=0)
+        else:
+            look |= {"markersize": 4, "lw": 1, "elinewidth": 1, "ls": (0, (1, 2))}
+        _draw_line(axes, [at + shift for at, _ in points], [s for _, s in points], fallen, **look)
+        ends.append((points[-1][1].mean, word, color))
+    axes.set(ylim=(-2, 102), xlim=(-0.3, last + 0.3), xlabel=sweep.option, ylabel="percent")
+    axes.set_title(f"{sweep.combination}: {scene}, p = {harmful_ratio:g}")
+    axes.set_xticks(range(len(places)), [value_text(value) for value, _ in sweep.arms])
+    axes.grid(False, axis="x")
+    label_ends(axes, last + 0.3, ends, gap=6.5)
     return figure
 
 

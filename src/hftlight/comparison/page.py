@@ -8,7 +8,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hftlight.comparison.claims import claims
-from hftlight.comparison.figures import color_place, comparison_cost_figure, ratio_figure, tradeoff_figure
+from hftlight.comparison.figures import (
+    color_place,
+    comparison_cost_figure,
+    ratio_figure,
+    sweep_figure,
+    tradeoff_figure,
+)
 from hftlight.comparison.leaderboard import caption, table_rows
 from hftlight.comparison.read import SETS, Comparison, Scene, arm_of, mark, read_comparison, served
 from hftlight.files import write_text
@@ -106,6 +112,13 @@ def figures(comparison: Comparison) -> list[tuple[str, str, Figure, str]]:
             drawn.append((f"outcomes-{number}-{place}", "Answers to harmful prompts", outcome_bars(parts), text))
             text = f"Safety against accuracy: up and left is better. Dashed: the Pareto front of the means.{hollow}"
             drawn.append((f"front-{number}-{place}", "Trade-off", tradeoff_figure(comparison, scene, ratio), text))
+            for sweep_number, sweep in enumerate(comparison.sweeps):
+                text = (
+                    f"{sweep.combination} against {sweep.option}. Bars: 95 % intervals. Dashed: the undefended arm. The"
+                    f" values have equal distances on the axis.{hollow}"
+                )
+                name = f"sweep-{sweep_number}-{number}-{place}"
+                drawn.append((name, sweep.option, sweep_figure(comparison, scene, ratio, sweep), text))
         ratio = comparison.ratios(scene)[-1]
         text = "The dashed line is the undefended arm. Cells that ran at the same time shared the machine."
         drawn.append((f"cost-{number}", "Cost", comparison_cost_figure(comparison, scene, ratio), text))

@@ -54,6 +54,21 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Arms of one combination that differ in one argument of one defense.
+
+    Attributes:
+        combination: the defenses, joined by ``+``.
+        option: the argument, such as ``antidote.prune_ratio``.
+        arms: pairs of value and arm; numbers in rising order, others in the order of the grid.
+    """
+
+    combination: str
+    option: str
+    arms: Sequence[tuple[Any, str]]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Finished runs of a comparison, and the numbers that its report shows.
 
@@ -78,6 +93,23 @@ class Comparison:
     def scenes(self) -> list[Scene]:
         """Tasks and attacks in the order of the grid."""
         return list(dict.fromkeys(Scene(p.task, p.attack) for p in self.cells))
+
+    @cached_property
+    def sweeps(self) -> list[Sweep]:
+        """Sweeps of one argument that have at least two arms with a finished cell."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for cell in self.settings.get("cells", []):
+            if len(swept := cell.get("swept", {})) == 1 and cell["arm"] in self.arms:
+                ((option, value),) = swept.items()
+                found.setdefault(("+".join(cell["defenses"]), option), {})[cell["arm"]] = value
+        sweeps = []
+        for (combination, option), values in found.items():
+            arms = [(value, arm) for arm, value in values.items()]
+            if all(isinstance(value, (int, float)) for value, _ in arms):
+                arms.sort(key=lambda pair: pair[0])
+            if len(arms) > 1:
+                sweeps.append(Sweep(combination, option, arms))
+        return sweeps
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:

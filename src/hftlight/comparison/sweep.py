@@ -125,11 +125,12 @@ def _waiting(config: RunConfig, grid: Grid, folder: Path) -> list[Cell]:
     """Return the cells to run: unfinished cells, and finished cells that other code or versions measured."""
     waiting, other, identities = [], 0, dict[Any, dict[str, Any]]()
     for cell in grid.cells():
-        known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack)
+        known, kind = _manifest(folder / CELLS / cell.name), (cell.defenses, cell.attack, cell.swept)
         done = finished(folder / CELLS / cell.name)
-        # Cells of one combination and attack have one identity. It is computed only for finished cells.
+        # Cells of one arm and attack have one identity. It is computed only for finished cells.
         if done and kind not in identities:
-            identities[kind] = identity(config.model, [*grid.made(cell.defenses), grid.attack(cell.attack)])
+            made = grid.made(cell.defenses, cell.swept)
+            identities[kind] = identity(config.model, [*made, grid.attack(cell.attack)])
         now = identities.get(kind, {})
         same = all(known.get(part) == now[part] for part in now)
         other += done and not same
@@ -152,7 +153,10 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
     values["data"] = {k: v for k, v in values["data"].items() if k != "task"}
     path = folder / GRID
     mine = {"settings": digest(values), "config": asdict(config), "arguments": _arguments(grid)}
-    cells = {c.name: {"name": c.name, **asdict(c), "arm": c.arm} for c in grid.cells()}
+    cells = {c.name: {"name": c.name, **asdict(c), "arm": c.arm, "swept": dict(c.swept)} for c in grid.cells()}
+    for cell in cells.values():  # cells without swept arguments are recorded as before there were any
+        if not cell["swept"]:
+            del cell["swept"]
     mine |= {"files": _files(config, grid), "cells": cells}
     # As JSON returns them: tuples become lists, so that both sides compare equal.
     mine = json.loads(json.dumps(mine, default=str))
@@ -166,16 +170,20 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
 
     another = "Choose another --comparison."
     if name := changed("arguments"):
-        raise InputError(f"{folder} holds cells of {name} with other arguments ({known['arguments'][name]}). {another}")
+        options = " and ".join(f"--{option}" for option in grid.sweeps if option.partition(".")[0] == name)
+        said = f", and this command varies {options}" if options else ""
+        raise InputError(
+            f"{folder} holds cells of {name} with other arguments ({known['arguments'][name]}){said}. {another}"
+        )
     if known["settings"] != mine["settings"]:
         raise InputError(
             f"{folder} holds a comparison with other settings; only defenses, attacks, harmful ratios, tasks"
             f" and seeds may be added. {another}"
         )
     if name := changed("cells"):
-        raise InputError(
-            f"{folder} holds another cell named {name}, with --tasks {known['cells'][name]['task']}. {another}"
-        )
+        cell = known["cells"][name]
+        swept = "".join(f" and --{option} {value}" for option, value in cell.get("swept", {}).items())
+        raise InputError(f"{folder} holds another cell named {name}, with --tasks {cell['task']}{swept}. {another}")
     if name := changed("files"):
         raise InputError(
             f"{name} has changed since cells of {folder} were measured with it. Restore it, or choose another"
@@ -188,9 +196,13 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
 
 
 def _arguments(grid: Grid) -> dict[str, dict[str, Any]]:
-    """Return the arguments of each defense and attack in the grid, defaults included."""
+    """Return the arguments of each defense and attack in the grid, defaults included, without those that are swept."""
     names = dict.fromkeys(name for cell in grid.cells() for name in cell.defenses)
-    return {n: grid.made([n])[0].arguments() for n in names} | {n: asdict(grid.attack(n)) for n in grid.attacks}
+    fixed = {}
+    for name in names:
+        arguments = grid.made([name], grid.variants([name])[0])[0].arguments()
+        fixed[name] = {a: v for a, v in arguments.items() if f"{name}.{a}" not in grid.sweeps}
+    return fixed | {n: asdict(grid.attack(n)) for n in grid.attacks}
 
 
 def _files(config: RunConfig, grid: Grid) -> dict[str, str]:
@@ -220,7 +232,7 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
         kind = (cell.arm, cell.task, cell.harmful_ratio, cell.attack)
         if kind not in kinds:
             try:
-                instances = grid.made(cell.defenses), grid.attack(cell.attack)
+                instances = grid.made(cell.defenses, cell.swept), grid.attack(cell.attack)
                 kinds[kind] = steps_of_run(prepare(cell_config(config, cell), *instances))
             except ValueError as error:
                 raise InputError(f"{cell.name}: {error}") from error
@@ -233,4 +245,4 @@ def plan(config: RunConfig, grid: Grid, cells: Sequence[Cell]) -> dict[Cell, flo
 def _spec(config: RunConfig, grid: Grid, cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
     """Return a cell as plain values, which can be sent to any process."""
     place = replace(cell_config(config, cell), output=str(folder / CELLS), name=cell.name)
-    return {"config": asdict(place), "arguments": grid.arguments or {}, "threads": threads_each(jobs)}
+    return {"config": asdict(place), "arguments": grid.arguments_with(cell.swept), "threads": threads_each(jobs)}

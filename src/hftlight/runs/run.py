@@ -319,8 +319,11 @@ class _Run:
         )
         reused = job.done()
         run_repair(job, lambda count: self.progress.update(count, None))
-        changed = [r["changed_entries"] for r in self._record_result(arm, stage, job)["defenses"].values()]
-        return f"{' + '.join(f'{n:,}' for n in changed)} entries changed", reused
+        result = self._record_result(arm, stage, job)
+        changed = [r["changed_entries"] for r in result["defenses"].values()]
+        scores = [] if reused else [r["scores"] for r in result["scores"].values()]
+        said = f"; scores: {' + '.join(scores)}" if scores else ""
+        return f"{' + '.join(f'{n:,}' for n in changed)} entries changed{said}", reused
 
     def _record_result(self, arm: Arm, stage: Stage, job: RepairJob | EditJob) -> dict[str, Any]:
         """Record the result of a finished repair or edit in the run folder, and return it."""

@@ -287,6 +287,26 @@ def test_an_alignment_adapter_needs_no_dense_weights(tmp_path):
     assert set(report["skipped"].values()) == {"the alignment did not move it"}
 
 
+@pytest.mark.parametrize("operator", ["released", "normalized"])
+def test_stored_scores_are_all_that_an_edit_needs(pair, monkeypatch, operator):
+    """The stored product V V^T B is written. The edit multiplies by V only for the largest singular value."""
+    _, aligned, folder = pair
+    first, second = (with_update(copy.deepcopy(aligned)) for _ in range(2))
+    measuring = SafeLoRA(base=str(folder / "base"))
+    subject = Subject(first, base=stored(folder / "base"))
+    with torch.no_grad():
+        scores = measuring.scored(subject)
+    monkeypatch.setattr(sys.modules[SafeLoRA.__module__], "back_and_forth", None)  # a call fails
+    for name, update in lora_updates(second).items():
+        scores[f"{name} (image)"] *= 2
+        update.b.data *= 2
+    SafeLoRA(fraction=1.0, operator=operator, base=str(folder / "base")).apply(Subject(second, kept=lambda *_: scores))
+    monkeypatch.undo()
+    SafeLoRA(fraction=1.0, operator=operator, base=str(folder / "base")).apply(Subject(first))
+    for name, update in lora_updates(first).items():
+        assert torch.equal(2 * update.b, lora_updates(second)[name].b)
+
+
 @pytest.mark.parametrize("kind", ["thin", "dense"])
 def test_all_parameters_trained(tmp_path, kind, monkeypatch):
     """W becomes W_al + C (W - W_al), in column blocks. Biases, embeddings and the output layer stay."""

@@ -18,6 +18,7 @@ from hftlight.config import Training
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
 from hftlight.defenses import Antidote, Rewind, SafeLoRA
+from hftlight.defenses.post_finetuning import antidote as antidote_module
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
 from hftlight.engine.weights.repair import Repair, linear_weights
@@ -34,7 +35,7 @@ from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
 from hftlight.runs.stages import repair as repair_module
 from hftlight.runs.stages import train as stage_module
-from hftlight.runs.stages.repair import ADAPTER, RepairJob, run_repair, subject_of
+from hftlight.runs.stages.repair import ADAPTER, SCORES, RepairJob, ScoresJob, apply_repairs, run_repair, subject_of
 from hftlight.runs.stages.train import StageJob, run_stage
 from tests.helpers import warm
 from tests.helpers.jobs import rows, small_config
@@ -385,6 +386,130 @@ def test_killed_within_the_repair_and_made_again_ends_with_the_same_bytes(finetu
     assert digests[0] == digests[1]
 
 
+# Stored scores
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Record each call of Antidote's sweep of forward passes. ``passes.die`` kills it."""
+
+    class Passes(list):
+        die = False
+
+    calls, original = Passes(), antidote_module.input_squares
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if calls.die:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(antidote_module, "input_squares", counted)
+    return calls
+
+
+def scores_of(job):
+    return {name.partition("{")[0]: entry["scores"] for name, entry in job.result()["scores"].items()}
+
+
+def test_a_sweep_of_strengths_scores_once_and_gives_the_same_bytes(finetuned, tmp_path, monkeypatch, passes):
+    first = finetuned("merge", [SafeLoRA(number=4), Antidote(0.3)])
+    second = replace(first, defenses=[SafeLoRA(number=4), Antidote(0.1, group="matrix", rounding="up")])
+    third = replace(first, defenses=[SafeLoRA(operator="projector", rank=2, fraction=0.5, strength=0.5)])
+    found = []
+    for place in ("shared", "alone"):
+        for job in (first, second, third):
+            monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / (place if place == "shared" else job.key())))
+            run_repair(job)
+            found.append((scores_of(job), folder_digest(job.place()), job.result()["defenses"]))
+    new, again = {"SafeLoRA": "computed", "Antidote": "computed"}, {"SafeLoRA": "reused", "Antidote": "reused"}
+    assert [scores for scores, *_ in found[:3]] == [new, again, {"SafeLoRA": "reused"}]
+    assert [scores for scores, *_ in found[3:]] == [new, new, {"SafeLoRA": "computed"}]
+    assert [rest for _, *rest in found[:3]] == [rest for _, *rest in found[3:]]
+    assert len(passes) == 1 + 2
+
+
+def test_the_key_of_scores_holds_all_but_the_dials_and_what_acts_later(finetuned):
+    job = finetuned("merge", [SafeLoRA(number=3), Antidote(0.1)])
+    key = ScoresJob(job, 1).key()
+    projection, pruning = job.defenses
+    others = [
+        replace(job, finetuned=job.aligned),
+        replace(job, aligned=job.finetuned),
+        replace(job, base_hash="another"),
+        replace(job, records={**job.records, "harmful": HARMFUL[:-1]}),
+        replace(job, config=replace(job.config, template="alpaca")),
+        replace(job, defenses=[projection, Antidote(0.1, mode="factor")]),
+        replace(job, defenses=[projection, Antidote(0.1, layers=["q_proj"])]),
+        replace(job, defenses=[SafeLoRA(number=4), pruning]),  # a dial of an earlier repair changes the model
+        replace(job, defenses=[Share(), pruning]),
+    ]
+    assert len({key, ScoresJob(job, 0).key(), *(ScoresJob(j, 1).key() for j in others)}) == 2 + len(others)
+    assert ScoresJob(replace(job, defenses=[pruning]), 0).key() != key
+    for same in (
+        [projection, Antidote(0.2, group="model", rounding="up")],
+        [projection, pruning, Rewind()],
+        [projection, Antidote(0.1, output="elsewhere")],
+    ):
+        assert ScoresJob(replace(job, defenses=same), 1).key() == key
+
+
+@pytest.mark.parametrize("moment", ["while scoring", "while writing"])
+def test_killed_while_scoring_and_made_again_ends_with_the_same_bytes(finetuned, tmp_path, monkeypatch, passes, moment):
+    job = finetuned("continue", [Antidote(0.3)])
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+
+    def half(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        passes.die = moment == "while scoring"
+        patch.setattr(repair_module, "save_file", half if moment == "while writing" else repair_module.save_file)
+        with pytest.raises(Killed):
+            run_repair(job)
+    passes.die = False
+    digests = []
+    for expected in ("computed", "reused", "computed"):  # after the kill, then with its scores, then undisturbed
+        run_repair(job)
+        assert scores_of(job) == {"Antidote": expected}
+        digests.append(folder_digest(job.place()))
+        shutil.rmtree(job.folder())
+        if expected == "reused":
+            shutil.rmtree(ScoresJob(job, 0).folder())
+    assert len(set(digests)) == 1
+
+
+def test_damaged_scores_are_computed_anew_and_a_repair_without_dials_stores_none(
+    finetuned, tmp_path, monkeypatch, passes, capsys
+):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    plainly = finetuned("merge", [Share()])
+    run_repair(plainly)
+    assert scores_of(plainly) == {}
+    assert not list(tmp_path.glob("stages/scores-*"))
+    run_repair(finetuned("merge", [Antidote(0.3)]))
+    (file,) = tmp_path.glob(f"stages/scores-*/{SCORES}")
+    file.write_bytes(file.read_bytes()[:-1])
+    job = finetuned("merge", [Antidote(0.2)])
+    run_repair(job)
+    assert scores_of(job) == {"Antidote": "computed"}
+    assert f"({SCORES} differs)" in capsys.readouterr().err
+    assert len(passes) == 2
+
+
+def test_a_model_in_memory_reads_no_stored_scores(finetuned, tmp_path, monkeypatch, passes):
+    """The attacker's search repairs models that have no place in the cache."""
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    job = finetuned("merge", [Antidote(0.3)])
+    run_repair(job)
+    stored = sorted(tmp_path.glob("stages/*"))
+    for seen in (2, 3):
+        apply_repairs(subject_of(job), job.defenses)
+        assert len(passes) == seen
+    assert sorted(tmp_path.glob("stages/*")) == stored
+
+
 # The whole run
 
 
@@ -414,7 +539,8 @@ def test_run_repairs_measures_and_shows_it(whole):
     stages = list(dict.fromkeys(stage for stage, *_ in scored(whole)))
     assert stages == ["alignment", "finetuning", "post_finetuning"]
     entry = json.loads((whole / "manifest.json").read_text())["arms"][ARM]["stages"]["post_finetuning"]
-    assert entry.keys() == {"key", "stage", "cost", "defenses", "artifact"}
+    assert entry.keys() == {"key", "stage", "cost", "defenses", "scores", "artifact"}
+    assert [own["scores"] for own in entry["scores"].values()] == ["computed", "computed"]
     reports = list(entry["defenses"].values())
     assert [r["repair"] for r in reports] == ["SafeLoRA", "Antidote"]  # projection before pruning
     assert len(reports[0]["projected"]) == 3

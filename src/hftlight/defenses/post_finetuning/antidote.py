@@ -26,6 +26,7 @@ from hftlight.models.repaired import repair_model
 
 T = TypeVar("T")
 BLOCK = 1024  # rows scored at one time
+SAMPLES = "samples"  # name of the number of samples among the scores
 
 
 @dataclass
@@ -107,6 +108,7 @@ class Antidote(Repair):
     """
 
     streams = ("harmful",)
+    dials = ("prune_ratio", "group", "rounding")
     repair_order = 10
     claims = ("pruning of the update",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -167,14 +169,21 @@ class Antidote(Repair):
             self.check_model(getattr(pl_module, "model", pl_module))
 
     @override
-    def edit(self, subject: Subject) -> None:
+    def scored(self, subject: Subject) -> dict[str, Tensor]:
+        """Return the squared inputs of each layer, ``[in]``, and the number of samples, 0-d."""
         model = subject.model
         self.check_model(model)
-        adapter = has_adapter(model)
-        updates = self._named(lora_updates(model)) if adapter else {}
-        weights = {} if adapter else self._named(linear_weights(model))
-        modules = self._layers(model, updates, weights)
+        modules = self._layers(model, *self._pruned(model))
         squares, samples = input_squares(model, modules, subject.batches("harmful"), subject.context, subject.split)
+        return {**{name: s.cpu() for name, s in squares.items()}, SAMPLES: torch.tensor(samples)}
+
+    @override
+    def edit(self, subject: Subject) -> None:
+        self.check_model(subject.model)
+        adapter = has_adapter(subject.model)
+        updates, weights = self._pruned(subject.model)
+        device = next(subject.model.parameters()).device
+        squares = {name: s.to(device) for name, s in subject.scores.items() if name != SAMPLES}
         before = {name: float(u.factors().squared_norm()) for name, u in updates.items()}
         # _prune edits the matrices in place. In mode "delta" it reads B, so B is zeroed after all matrices are done.
         matrices = self._matrices(subject, updates, weights, squares)
@@ -189,7 +198,7 @@ class Antidote(Repair):
             subject.report["updates"] = norms
         total, pruned = (sum(row[key] for row in table.values()) for key in ("entries", "pruned"))
         subject.report |= {
-            "samples": samples,
+            "samples": int(subject.scores[SAMPLES]),
             "requested_fraction": self.prune_ratio,
             "realised_fraction": pruned / total,
             "matrices": table,
@@ -201,6 +210,12 @@ class Antidote(Repair):
         exact = self.prune_ratio * entries
         # The tolerance absorbs floating-point error: a product such as 0.07 * 100 is not exactly a whole number.
         return math.floor(exact + 1e-9) if self.rounding == "down" else math.ceil(exact - 1e-9)
+
+    def _pruned(self, model: nn.Module) -> tuple[dict[str, LoraUpdate], dict[str, nn.Parameter]]:
+        """Return the updates to prune under an adapter, or the weights to prune without one. The other is empty."""
+        if has_adapter(model):
+            return self._named(lora_updates(model)), {}
+        return {}, self._named(linear_weights(model))
 
     def _named(self, matrices: Mapping[str, T]) -> dict[str, T]:
         """Return the matrices of the layers to prune, matched by the whole last part of a layer's name."""

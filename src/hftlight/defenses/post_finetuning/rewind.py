@@ -1,6 +1,7 @@
 """Rewind: after the user's fine-tuning, restore the weights that matter to safety and not to utility."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from hftlight.engine.step.defense import Loader
 from hftlight.engine.step.vectors import local
 from hftlight.engine.weights.aligned import at_aligned, merge
 from hftlight.engine.weights.lora import has_adapter, lora_updates
-from hftlight.engine.weights.masks import whole_rows
+from hftlight.engine.weights.masks import Overlap, whole_rows
 from hftlight.engine.weights.regions import Selection, Target, linear_targets, overlap_row
 from hftlight.engine.weights.repair import Repair
 from hftlight.engine.weights.scores import Batch, Loss, directions, input_moments, removed, undisturbed
@@ -164,8 +165,13 @@ class Rewind(Repair):
         if stage == "fit" and not self.neutral:
             self._targets(getattr(pl_module, "model", pl_module))
 
+    # No ratio is a dial. Another ratio needs the order of all scores, which are as large as the model twice over.
     @override
-    def edit(self, subject: Subject) -> None:
+    def scored(self, subject: Subject) -> dict[str, Tensor]:
+        """Return each matrix's mask and sizes of S and U, or with ``"actsvd"`` its factors D and U.
+
+        The tensors stay on the model's device, since they are not stored.
+        """
         model = subject.model
         targets = self._targets(model)
         if subject.aligned is None and (subject.dense or not has_adapter(model)):
@@ -184,12 +190,23 @@ class Rewind(Repair):
         with at_aligned(subject, "Rewind"), undisturbed(model, device):
             if self.score == "actsvd":
                 factors = self._factors(targets, loss, subject.batches, subject.split)
-            else:
-                masks, table = self._selection.region(targets, loss, subject.batches, self.unit == "row", subject.split)
+                return {
+                    f"{name} ({part})": f for name, pair in factors.items() for part, f in zip("DU", pair, strict=True)
+                }
+            masks, table = self._selection.region(targets, loss, subject.batches, self.unit == "row", subject.split)
+        sizes = {f"{name} (sizes)": torch.tensor(astuple(counts)) for name, counts in table.items()}
+        return masks | sizes
+
+    @override
+    def edit(self, subject: Subject) -> None:
+        targets, scores = self._targets(subject.model), subject.scores
         if self.score == "actsvd":
+            factors = {name: (scores[f"{name} (D)"], scores[f"{name} (U)"]) for name in targets}
             matrices = self._rewind_directions(subject, targets, factors)
             numbers: dict[str, Any] = {"keep_s": self.keep_s, "keep_u": self.keep_u}
         else:
+            masks = {name: scores[name] for name in targets}
+            table = {name: Overlap(*scores[f"{name} (sizes)"].tolist()) for name in targets}
             changed = self._rewind(subject, targets, masks)
             matrices = {name: {**overlap_row(o), "changed_entries": changed[name]} for name, o in table.items()}
             numbers = self._selection.numbers(targets, masks, table)

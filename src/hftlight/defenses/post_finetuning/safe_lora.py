@@ -3,7 +3,7 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -53,7 +53,7 @@ class WeightUpdate:
             update itself.
         blocks: yields the columns of each block and this rank's rows of it.
         start: returns this rank's rows of ``W_aligned`` for some columns. None if the target is the update itself.
-        image: ``V V^T B``, cached by ``measure`` for ``write``, since it is thin. None if it is not cached.
+        image: ``V V^T B``, stored by ``measure`` for ``write``, since it is thin. None if it is not stored.
     """
 
     name: str
@@ -201,6 +201,7 @@ class SafeLoRA(Repair):
     """
 
     needs = ("aligned", "base")
+    dials = ("number", "threshold", "fraction", "operator", "rank", "strength")
     repair_order = 0
     claims = ("projection of the update",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"threshold": 0.35}, "repo": {"number": 10}}
@@ -263,10 +264,24 @@ class SafeLoRA(Repair):
             self._check_number(len(lora_updates(model) if has_adapter(model) else linear_weights(model)))
 
     @override
+    def scored(self, subject: Subject) -> dict[str, Tensor]:
+        """Return each weight's numbers in the order of ``MEASURED``, and its ``V V^T B`` if that is thin.
+
+        A new product would differ from the measured one in its last bits, so ``edit`` needs the stored one.
+        """
+        check_layout(subject.model, "SafeLoRA")
+        parts, _ = _parts(subject)
+        scores = {name: part.measure().double().cpu() for name, part in parts.items()}
+        return scores | {f"{name} (image)": p.image.cpu() for name, p in parts.items() if p.image is not None}
+
+    @override
     def edit(self, subject: Subject) -> None:
         check_layout(subject.model, "SafeLoRA")
         parts, skipped = _parts(subject)
-        table = self._measure_all(parts, skipped)
+        for name, part in parts.items():
+            if (image := subject.scores.get(f"{name} (image)")) is not None:
+                part.image = image.to(part.target.device)
+        table = self._table(parts, subject.scores, skipped)
         usable = {name: part for name, part in parts.items() if name not in skipped}
         if not usable and set(skipped.values()) - {ZERO}:
             raise ValueError(
@@ -293,14 +308,13 @@ class SafeLoRA(Repair):
             )
         self._warn(table, skipped, names)
 
-    def _measure_all(self, parts: dict[str, WeightUpdate], skipped: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def _table(
+        self, names: Iterable[str], scores: Mapping[str, Tensor], skipped: dict[str, str]
+    ) -> dict[str, dict[str, Any]]:
         """Return the table of all weights, and add those that cannot be projected to ``skipped`` in place."""
-        if not parts:
-            return {}
-        # One stack, so that the numbers of all weights reach the CPU in one transfer.
-        numbers = torch.stack([part.measure().double().cpu() for part in parts.values()]).tolist()
         table: dict[str, dict[str, Any]] = {}
-        for name, row in zip(parts, numbers, strict=True):
+        for name in names:
+            row = scores[name].tolist()
             values = dict(zip(MEASURED, row, strict=True))
             if not all(map(math.isfinite, row)):
                 raise RuntimeError(

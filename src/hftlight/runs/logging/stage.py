@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from hftlight.config import RunConfig
 from hftlight.errors import InputError
-from hftlight.folders import comparison_of
+from hftlight.folders import arm_in_comparison, comparison_of, file_name
 from hftlight.runs.logging.rows import HIDDEN, whole_rows
 from hftlight.runs.logging.wandb import finish_wandb, in_short, start_wandb, warn
 
@@ -21,7 +21,7 @@ def labels_of(folder: Path, arm: str, stage: str, config: RunConfig) -> dict[str
     """Return the labels of a stage's curves: comparison (or run), arm, task, attack, p, seed and stage."""
     return {
         "comparison": (comparison_of(folder) or folder).resolve().name,
-        "arm": arm,
+        "arm": arm_in_comparison(folder, arm),
         "task": Path(config.data.task).stem,
         "attack": config.attack,
         "p": config.harmful_ratio,
@@ -131,7 +131,7 @@ def stage_logger(
         experiment = start_wandb(folder, labels, config)
         inner = DummyLogger() if experiment is None else WandbLogger(experiment=experiment)
     else:
-        arm, stage = labels["arm"], labels["stage"]
+        arm, stage = file_name(labels["arm"]), labels["stage"]
         shutil.rmtree(folder / kind / arm / stage, ignore_errors=True)  # ``replay`` sends its content again
         try:
             logger_class: Any = CSVLogger if kind == "csv" else TensorBoardLogger

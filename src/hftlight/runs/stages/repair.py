@@ -5,16 +5,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hftlight import cache
 from hftlight.config import OF_NO_STAGE, RunConfig
 from hftlight.data.records import Record
 from hftlight.data.streams import StreamsDataModule
@@ -36,6 +37,7 @@ from hftlight.runs.stages.job import Job
 from hftlight.runs.stages.train import records_digest
 
 ADAPTER = "adapter_model.safetensors"
+SCORES = "scores.safetensors"
 # Options that decide no repair: the first process repairs alone, in float32 and without an optimizer step.
 OF_NO_REPAIR = frozenset(
     {"devices", "num_nodes", "strategy", "gradient_checkpointing", "log_every", "precision", "order"}
@@ -95,10 +97,65 @@ class RepairJob(Job):
         }
 
 
+@dataclass(frozen=True)
+class ScoresJob(Job):
+    """Everything that decides what a repair's ``scored`` returns: all of its stage but its ``dials`` and later repairs.
+
+    Attributes:
+        stage: the repair stage.
+        position: index of the repair among those of the stage.
+    """
+
+    stage: RepairJob
+    position: int
+
+    @property
+    def _until(self) -> RepairJob:
+        """The stage without the repairs that act later."""
+        return replace(self.stage, defenses=self.stage.defenses[: self.position + 1])
+
+    @property
+    @override
+    def kind(self) -> str:
+        return "scores"
+
+    @property
+    @override
+    def decided_by(self) -> str:
+        return "scores"
+
+    @override
+    def code(self) -> Sequence[Any]:
+        return self._until.code()
+
+    @override
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides the scores."""
+        repair, inputs = self.stage.defenses[self.position], self._until.inputs()
+        *before, own = inputs["defenses"]
+        deciding = {k: v for k, v in repair.arguments().items() if k not in (*repair.dials, "output")}
+        return {**inputs, "defenses": [*before, {**own, "state": repair.key_of(deciding)}]}
+
+
+def stored_scores(job: ScoresJob, compute: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+    """Return a repair's scores from the cache, and whether they were there. They are computed first if they were not.
+
+    Computed scores are read back too, so that both ways give the same tensors.
+    """
+    folder = job.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (reused := job.done()):
+            # A file holds each tensor by itself, so views of a common storage are copied.
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in compute().items()}, folder / SCORES)
+            cache.seal(folder, SCORES)
+        return load_file(folder / SCORES), reused
+
+
 def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -> None:
     """Apply the repairs one after the other and write the model.
 
-    Nothing happens if the stage is done.
+    Nothing happens if the stage is done. Scores of repairs with ``dials`` are read from the cache, or stored there.
 
     Args:
         job: the stage.
@@ -114,11 +171,21 @@ def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -
         if job.done():
             return
         since = time.perf_counter()
-        subject = subject_of(job)
+        subject, scores = subject_of(job), dict[str, dict[str, str]]()
+
+        def kept(repair: Repair, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            if not repair.dials or type(repair).scored is Repair.scored:
+                return compute()
+            own = ScoresJob(job, list(job.defenses).index(repair))
+            tensors, reused = stored_scores(own, compute)
+            scores[repair.state_key] = {"key": own.key(), "scores": "reused" if reused else "computed"}
+            return tensors
+
+        subject.kept = kept
         reports = apply_repairs(subject, job.defenses, on_repair)
         _save(job.place(), job, subject, reports)
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
-        job.finish({"stage": "post_finetuning", "cost": cost, "defenses": reports})
+        job.finish({"stage": "post_finetuning", "cost": cost, "defenses": reports, "scores": scores})
 
 
 def apply_repairs(
