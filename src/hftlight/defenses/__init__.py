@@ -24,7 +24,7 @@ from hftlight.defenses.finetuning import (
     SafetyMix,
     SaLoRA,
 )
-from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
+from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA, SafetyLock
 
 __all__ = [
     "ALRIGHT",
@@ -55,6 +55,7 @@ __all__ = [
     "SaLoRA",
     "SafeGrad",
     "SafeLoRA",
+    "SafetyLock",
     "SafetyMix",
     "TVaccine",
     "Vaccine",

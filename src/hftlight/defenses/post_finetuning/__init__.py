@@ -3,5 +3,6 @@
 from hftlight.defenses.post_finetuning.antidote import Antidote
 from hftlight.defenses.post_finetuning.rewind import Rewind
 from hftlight.defenses.post_finetuning.safe_lora import SafeLoRA
+from hftlight.defenses.post_finetuning.safety_lock import SafetyLock
 
-__all__ = ["Antidote", "Rewind", "SafeLoRA"]
+__all__ = ["Antidote", "Rewind", "SafeLoRA", "SafetyLock"]
