@@ -24,7 +24,7 @@ from hftlight.defenses.finetuning import (
     SafetyMix,
     SaLoRA,
 )
-from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA, SafetyLock
+from hftlight.defenses.post_finetuning import NLSR, Antidote, Rewind, SafeLoRA, SafetyLock
 
 __all__ = [
     "ALRIGHT",
@@ -37,6 +37,7 @@ __all__ = [
     "LDIFS",
     "MAXRIGHT",
     "MLLR",
+    "NLSR",
     "PTST",
     "SAFT",
     "SEAL",
