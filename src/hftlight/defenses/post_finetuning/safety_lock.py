@@ -280,6 +280,11 @@ class SafetyLock(Repair):
         with at_aligned(subject, "SafetyLock"), undisturbed(model, next(model.parameters()).device):
             answers = [self._answers(subject, outputs, pairs, kind) for kind in ("", "rejected_")]
         prompts = [_everyone([digest for digest, _ in rows], subject.split) for _, rows in answers]
+        if odd := sum(safe != unsafe for safe, unsafe in zip(*prompts, strict=True)):
+            raise ValueError(
+                f"SafetyLock: the two answers of a pair must have one prompt, but {odd} of {len(prompts[0])} pairs have"
+                " two. Put the safe answer to each prompt before the unsafe one."
+            )
         held_out = validation_prompts(prompts[0], self.validation)
         # By kind of answer: whether each token's prompt validates the probes.
         sides = []
