@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
+from hftlight.defenses.post_finetuning import nlsr
 from hftlight.defenses.post_finetuning.nlsr import (
     NLSR,
     common_frame,
@@ -23,6 +24,7 @@ from hftlight.defenses.post_finetuning.nlsr import (
 from hftlight.engine.weights.lora import lora_updates, other_updates, replace_updates
 from hftlight.engine.weights.lowrank import LowRank, combined
 from hftlight.engine.weights.save import save_repaired
+from hftlight.engine.weights.shards import Share
 from hftlight.engine.weights.stored import Adapted, ModelWeights
 from hftlight.engine.weights.subject import Subject
 from tests.helpers.regions import SIDE
@@ -364,6 +366,12 @@ def test_what_is_not_of_low_rank_is_refused(tmp_path):
         repair.apply(subject_of(base, moved, model, dense=True))
     with pytest.raises(ValueError, match=r"less than one of the 7 entries of each row.*sparsity <= 0\.857"):
         NLSR(sparsity=0.9, samples=6).apply(subject_of(base, moved, model))
+
+
+def test_a_sharded_adapter_is_refused(monkeypatch):
+    monkeypatch.setattr(nlsr, "share", lambda tensor: Share(0, 1, 2, group="ranks"))
+    with pytest.raises(TypeError, match=r"q_proj\.weight is sharded .*its rank cannot grow"):
+        NLSR().check_model(fine_tuned()[2])
 
 
 def test_no_layer_may_be_chosen_and_this_is_said():
