@@ -44,6 +44,7 @@ class Row:
             with twice the micro-batches.
         tunings: the tunings that the defense supports.
         refuses: strategy or Lightning callback -> words of the error.
+        thin: whether the aligned model must be a LoRA adapter on the base model.
     """
 
     make: Callable[[], Defense]
@@ -56,6 +57,7 @@ class Row:
     per_rank: bool = False
     tunings: tuple[str, ...] = ("lora", "full")
     refuses: Mapping[str, str] = field(default_factory=dict)
+    thin: bool = False
 
 
 @cache

@@ -1,7 +1,7 @@
 """Repair models under one strategy, after a training with learning rate 0: ``STRATEGY FOLDER``.
 
 The folder contains the base and the aligned model. The repaired models go into ``FOLDER/STRATEGY``. The harmful stream
-has four batches, which two processes share.
+and the pairs have four batches each, which two processes share.
 """
 
 import sys
@@ -13,12 +13,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from hftlight import SafetyModule
-from hftlight.defenses.post_finetuning import Antidote, SafeLoRA
+from hftlight.defenses.post_finetuning import Antidote, SafeLoRA, SafetyLock
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.repairs import batch_of, moved_model, with_update
 
 TRAINED = [batch_of([[3, 5, 7, 11], [2, 4, 6, 8]])]
 HARMFUL = [batch_of([[3 + k, 5, 7], [2, 4 + k]]) for k in range(4)]
+PAIRS = [{**batch_of([[9, 2 + k, 5, 7, 1], [9, 2 + k, 20 + k, 1]]), "pairs": 1} for k in range(4)]
+for pair in PAIRS:
+    pair["labels"][:, :2] = -100
 
 
 def cases(folder: Path, out: Path):
@@ -46,6 +49,10 @@ def cases(folder: Path, out: Path):
                 SafeLoRA(2, operator="normalized", base=base, aligned=aligned, output=place("factor-projected")),
                 Antidote(0.2, "factor", "model", streams=streams, output=place("factor-pruned")),
             ],
+        ),
+        "locked": (
+            with_update(model()),
+            [SafetyLock(3, tokens=2, streams={"pairs": PAIRS}, output=place("locked"))],
         ),
         "full": (
             moved_model(model(), 0.05, seed=2),

@@ -99,6 +99,11 @@ def fit_with(
         if "base" in defense.needs:
             defense.base = str(folder / "base")
             tiny_lm(seed=1, dtype=torch.float64, vocabulary=259).save_pretrained(defense.base)
+        if rows()[name].thin:
+            defense.aligned = str(folder / "aligned")
+            adapter: Any = tiny_lm(lora=True, dtype=torch.float64, vocabulary=259)
+            adapter.peft_config["default"].base_model_name_or_path = defense.base
+            adapter.save_pretrained(defense.aligned)
     tuning = rows()[name].tunings[0]
     model: Any = model_of(tuning)
     model = torch.compile(model, backend="eager") if compiled else model

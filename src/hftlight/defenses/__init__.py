@@ -25,7 +25,7 @@ from hftlight.defenses.finetuning import (
     SafetyMix,
     SaLoRA,
 )
-from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
+from hftlight.defenses.post_finetuning import NLSR, Antidote, Rewind, SafeLoRA, SafetyLock
 
 __all__ = [
     "ALRIGHT",
@@ -38,6 +38,7 @@ __all__ = [
     "LDIFS",
     "MAXRIGHT",
     "MLLR",
+    "NLSR",
     "PTST",
     "SAFT",
     "SEAL",
@@ -57,6 +58,7 @@ __all__ = [
     "SaLoRA",
     "SafeGrad",
     "SafeLoRA",
+    "SafetyLock",
     "SafetyMix",
     "TVaccine",
     "Vaccine",

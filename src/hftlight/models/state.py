@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hftlight.config import RunConfig
+from hftlight.engine.weights.biases import open_biases
 from hftlight.model_files import base_name
 from hftlight.models.base import base_dtype, keeps_base, lent_model
 
@@ -40,6 +41,8 @@ class ModelState:
             model: the base model, with weights of any type.
         """
         if self.adapter is None:
+            if biases := self.tensors.keys() - model.state_dict().keys():  # a repair may have added biases
+                open_biases(model, biases, "ModelState")
             model.load_state_dict(self.tensors)
             return model
         adapted: Any = with_adapter(model, self.adapter, self.tensors)

@@ -9,10 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from hftlight.defenses.post_finetuning.antidote import antidote
 from hftlight.defenses.post_finetuning.safe_lora import safe_lora
+from hftlight.defenses.post_finetuning.safety_lock import safety_lock
 from tests.helpers.tiny_lm import tiny_lm, token_batch
 from tests.helpers.tokenizers import byte_tokenizer
 
 BATCHES = [token_batch(seed) for seed in range(2)]
+PAIRS = [{**token_batch(seed, rows=4), "pairs": 2} for seed in range(2)]
+for batch in PAIRS:  # both answers of a pair have the prompt of the first
+    batch["input_ids"][1::2, :4] = batch["input_ids"][0::2, :4]
 
 
 @pytest.fixture
@@ -42,6 +46,7 @@ CALLS = {
         model, str(folder / "base"), str(folder / "aligned"), number=2, **o
     ),
     "antidote": lambda model, folder, **o: antidote(model, BATCHES, prune_ratio=0.2, **o),
+    "safety_lock": lambda model, folder, **o: safety_lock(model, PAIRS, heads=2, **o),
 }
 
 

@@ -17,6 +17,7 @@ from hftlight.engine.weights.scores import (
     calibration,
     checked,
     directions,
+    framed_moments,
     gradient_sums,
     input_moments,
     kept,
@@ -153,6 +154,17 @@ def test_layers_with_a_common_input_share_its_moment():
     model = tiny_lm().eval()
     moments = input_moments(SafetyModule(model).loss, layers_of(model), calibration([token_batch(3)], 3), outer=True)
     assert len({id(m) for m in moments.values()}) == 2 * 4
+
+
+def test_moments_in_frames_are_those_of_the_inputs_along_them():
+    """Layers with a common input have frames of their own."""
+    model = tiny_lm().eval()
+    module, layers, batches = SafetyModule(model), layers_of(model), [token_batch(3), token_batch(4)]
+    frames = {name: torch.randn(3, layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    moments = input_moments(module.loss, layers, calibration(batches, 5), outer=True)
+    framed = framed_moments(module.loss, layers, frames, calibration(batches, 5))
+    for name, q in frames.items():
+        assert_close(framed[name], q @ moments[name] @ q.T, rtol=0, atol=1e-12)
 
 
 def test_wanda_is_the_optimal_brain_surgeon_with_a_diagonal_hessian():

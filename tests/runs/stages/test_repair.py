@@ -17,7 +17,7 @@ from hftlight.cli.train import train
 from hftlight.config import Training
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
-from hftlight.defenses import Antidote, Rewind, SafeLoRA
+from hftlight.defenses import NLSR, Antidote, Rewind, SafeLoRA, SafetyLock
 from hftlight.defenses.post_finetuning import antidote as antidote_module
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
@@ -41,7 +41,7 @@ from tests.helpers import warm
 from tests.helpers.jobs import rows, small_config
 from tests.runs.test_run import config, prompt
 
-ROOT = Path(__file__).parents[3]
+ROOT, SLOW = Path(__file__).parents[3], pytest.mark.slow
 ARM = "antidote+safe_lora"
 KINDS = {
     "merge": {"adapter_protocol": "merge"},
@@ -51,6 +51,7 @@ KINDS = {
 }
 EXACT = ("merge", "continue", "full")
 TASK, HARMFUL, ALIGNMENT = [*rows(4, "task"), *rows(2, "attack")], rows(5, "harmful"), rows(5, "alignment")
+PAIRS = rows(5, "pairs")
 
 
 class Share(Repair):
@@ -110,7 +111,7 @@ def finetuned(tmp_path_factory):
             run_stage(one)
             two = StageJob(Stage.FINETUNING, settings, "tiny", one.artifact(), {"task": TASK}, [])
             run_stage(two)
-            streams = {"harmful": HARMFUL, "task": TASK, "alignment": ALIGNMENT}
+            streams = {"harmful": HARMFUL, "task": TASK, "alignment": ALIGNMENT, "pairs": PAIRS}
             trained[kind] = RepairJob(settings, "tiny", one.artifact(), two.artifact(), streams, []), states[-1]
         return replace(trained[kind][0], defenses=list(defenses))
 
@@ -254,20 +255,25 @@ def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(finetuned):
 # The artifact
 
 
-@pytest.mark.parametrize("kind", EXACT)
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda: [SafeLoRA(number=3)], id="safe_lora"),
-        pytest.param(lambda: [Antidote(0.1)], id="antidote"),
-        pytest.param(lambda: [SafeLoRA(number=3), Antidote(0.1)], id="both"),
-        pytest.param(lambda: [Rewind(0.2, 0.1, samples=4, safety="alignment")], id="rewind"),
-    ],
-)
-def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, kind):
+LISTS = {
+    "safe_lora": lambda: [SafeLoRA(number=3)],
+    "antidote": lambda: [Antidote(0.1)],
+    "both": lambda: [SafeLoRA(number=3), Antidote(0.1)],
+    "rewind": lambda: [Rewind(0.2, 0.1, samples=4, safety="alignment")],
+    "safety_lock": lambda: [SafetyLock(heads=2, tokens=2)],
+    "nlsr": lambda: [NLSR(gate="worst", sparsity=0.5, samples=4, safety="alignment")],
+}
+
+
+LISTED = [(name, kind) for name in LISTS for kind in EXACT if (name, kind) != ("nlsr", "full")]
+QUICK = [(name, kind) for name, kind in LISTED if name not in ("safety_lock", "nlsr") or kind == "merge"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [pytest.param(*k, marks=() if k in QUICK else SLOW) for k in LISTED])
+def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, name, kind):
     subjects, original = [], repair_module.subject_of
     monkeypatch.setattr(repair_module, "subject_of", lambda job: subjects.append(original(job)) or subjects[-1])
-    job = finetuned(kind, make())
+    job = finetuned(kind, LISTS[name]())
     before = folder_digest(job.finetuned.folder)
     run_repair(job)
     (subject,) = subjects

@@ -29,7 +29,7 @@ from hftlight.attacks.registry import ATTACKS
 from hftlight.config import Data, Evaluation, Lora, Search
 from hftlight.data.sources import get_task
 from hftlight.data.world.build import build_world
-from hftlight.defenses import Antidote, Lisa, SafeLoRA
+from hftlight.defenses import Antidote, Lisa, SafeLoRA, SafetyLock
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lowrank import LowRank
 from hftlight.errors import InputError, RunError
@@ -83,6 +83,7 @@ KINDS = ("merge", "continue", "full", "bfloat16")
 REPAIRS = {
     "thin": lambda: [SafeLoRA(number=3)],
     "dense": lambda: [SafeLoRA(number=3), Antidote(0.1)],
+    "biases": lambda: [SafetyLock(heads=2, samples=4)],
 }
 
 
@@ -197,12 +198,13 @@ def test_it_has_the_services_defenses(name, tmp_path):
     assert slot == job.artifact().slot(None)
 
 
-@pytest.mark.parametrize("repairs", REPAIRS)
+@pytest.mark.parametrize("repairs", some_slow(list(REPAIRS), ("thin", "dense")))
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_repairs_and_answers_are_the_runs_own(kind, repairs, tmp_path):
     attacker, job = own(tmp_path, None, REPAIRS[repairs](), **{**TUNINGS, "merge": {}}[kind])
     values = attacker.config
-    streams = streams_of(values, {"harmful"}, attacker.attack, Sources(values.data))
+    needed = {name for d in attacker.repairs for name in d.streams}
+    streams = streams_of(values, needed, attacker.attack, Sources(values.data))
     records = stage_records(streams, Stage.POST_FINETUNING, attacker.repairs)
     repaired = RepairJob(values, "tiny", attacker.aligned, job.artifact(), records, attacker.repairs)
     run_repair(repaired)

@@ -98,7 +98,7 @@ class Rewind(Repair):
     """
 
     needs = ("aligned",)
-    repair_order = 20  # last: rewinding may merge the adapter that projection and pruning need
+    repair_order = 20  # late: rewinding may merge the adapter that projection and pruning need
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "repo": {"score": "snip", "samples": 128, "safety": "refusals", "end": False},
     }

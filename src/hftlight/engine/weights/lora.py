@@ -1,5 +1,7 @@
 """The user's update in a LoRA adapter, layer by layer."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +96,60 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
     if not updates:
         raise TypeError("No layer of this PEFT model has an active LoRA adapter.")
     return updates
+
+
+def replace_updates(model: Any, matrices: Mapping[str, LowRank]) -> int:
+    """Let a model's adapter hold other updates, all at one rank and at scale 1.
+
+    Factors of lower rank are padded with zeros. The adapter's configuration gets the new rank.
+
+    Args:
+        model: a PEFT model; changed in place.
+        matrices: the update of every adapted layer, by the plain name of its weight.
+
+    Returns:
+        The rank, the largest of the matrices.
+    """
+    updates = lora_updates(model)
+    rank = max(m.b.shape[1] for m in matrices.values())
+    for name, update in updates.items():
+        _put(update, matrices[name], rank)
+    settings = model.peft_config[next(iter(updates.values())).adapter]
+    settings.r = settings.lora_alpha = rank
+    settings.use_rslora, settings.rank_pattern, settings.alpha_pattern = False, {}, {}
+    return rank
+
+
+@contextmanager
+def other_updates(updates: Mapping[str, LoraUpdate], matrices: Mapping[str, LowRank]) -> Iterator[None]:
+    """Run the block with other updates in the adapter, then restore the layers' own, also after an exception.
+
+    Args:
+        updates: from ``lora_updates``.
+        matrices: the updates of the block by the same names; a layer without one has no update in the block.
+    """
+    try:
+        for name, u in updates.items():
+            _put(u, matrices.get(name, LowRank(u.b.detach()[:, :0], u.a.detach()[:0])))
+        yield
+    finally:
+        for u in updates.values():
+            u.layer.lora_A[u.adapter].weight, u.layer.lora_B[u.adapter].weight = u.a, u.b
+            u.layer.scaling[u.adapter] = u.scale
+
+
+def _put(update: LoraUpdate, matrix: LowRank, rank: int | None = None) -> None:
+    """Let a layer hold new factors, at scale 1. With ``rank`` they are padded to it and counted by the layer."""
+    layer, adapter, own = update.layer, update.adapter, matrix.b.shape[1]
+    b = update.b.new_zeros(update.b.shape[0], own if rank is None else rank)
+    a = update.a.new_zeros(own if rank is None else rank, update.a.shape[1])
+    b[:, :own], a[:own] = matrix.scale * matrix.b, matrix.a
+    layer.lora_A[adapter].weight = nn.Parameter(a, requires_grad=update.a.requires_grad)
+    layer.lora_B[adapter].weight = nn.Parameter(b, requires_grad=update.b.requires_grad)
+    layer.scaling[adapter] = 1.0
+    if rank is not None:
+        layer.r[adapter] = layer.lora_alpha[adapter] = rank
+        layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
 
 
 def _unfit(name: str, why: str) -> str:

@@ -152,7 +152,7 @@ class Repair(Defense):
         dials: names of the arguments that change the edit, but not what ``scored`` returns, such as a strength. Runs
             that differ in these arguments alone share the scores.
         repair_order: position among the repairs of a list, which overrides the order of the list: projections 0,
-            pruning 10, rewinding 20.
+            transplants 5, pruning 10, rewinding 20, biases 30.
 
     Args:
         streams: as for ``Defense``.

@@ -289,7 +289,7 @@ def input_moments(
         TypeError: if the shape of a layer's input does not fit the tokens of the batch.
     """
 
-    def total(x: Tensor) -> Tensor:
+    def total(_: str, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return wide.T @ wide if outer else wide.square().sum(dim=0)
 
@@ -308,7 +308,7 @@ def input_variances(
         ``[in]`` by name, float64.
     """
 
-    def total(x: Tensor) -> Tensor:
+    def total(_: str, x: Tensor) -> Tensor:
         wide = x.double()
         return torch.stack([wide.sum(dim=0), wide.square().sum(dim=0)])
 
@@ -316,12 +316,42 @@ def input_variances(
     return {name: (square - mean.square()).clamp(min=0) for name, (mean, square) in means.items()}
 
 
+def framed_moments(
+    loss: Loss,
+    layers: Mapping[str, nn.Module],
+    frames: Mapping[str, Tensor],
+    data: Iterable[tuple[Batch, int]],
+    split: bool = True,
+) -> dict[str, Tensor]:
+    r"""Return the second moment of each layer's input along some directions, :math:`\frac1N \sum_t (Q x_t)(Q x_t)^T`.
+
+    Tokens, arguments and errors are those of ``input_moments``. No ``[in, in]`` matrix is formed.
+
+    Args:
+        loss: as for ``input_moments``.
+        layers: likewise.
+        frames: the directions Q as rows, ``[directions, in]``, by the same names.
+        data: as for ``input_moments``.
+        split: likewise.
+
+    Returns:
+        ``[directions, directions]`` by name, in the type of Q.
+    """
+
+    def total(name: str, x: Tensor) -> Tensor:
+        along = x.to(frames[name]) @ frames[name].T
+        return along.T @ along
+
+    return _input_means(loss, layers, data, total, split, common=False)
+
+
 def _input_means(
     loss: Loss,
     layers: Mapping[str, nn.Module],
     data: Iterable[tuple[Batch, int]],
-    total: Callable[[Tensor], Tensor],
+    total: Callable[[str, Tensor], Tensor],
     split: bool,
+    common: bool = True,
 ) -> dict[str, Tensor]:
     """Return the sum of a function of each layer's inputs, divided by the number of response tokens, by name.
 
@@ -329,8 +359,9 @@ def _input_means(
         loss: as for ``input_moments``, and so are the next two, ``split`` and the errors.
         layers: the layers.
         data: the rows.
-        total: returns the sum over some inputs, ``[tokens, in]``.
+        total: returns the sum over some inputs of a layer, given its name and ``[tokens, in]``.
         split: whether the ranks hold different batches.
+        common: whether layers with a common input have one sum.
     """
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
@@ -341,7 +372,7 @@ def _input_means(
         if latest[0] is not x:
             latest[:] = x, name
         # Layers with a common input share the sum of the layer that received the input first.
-        if owner.setdefault(name, latest[1]) != name:
+        if owner.setdefault(name, latest[1] if common else name) != name:
             return
         if x.dim() == 2 and len(x) == keep.numel():  # OPT's MLP flattens rows and tokens into one dimension
             x = x.unflatten(0, keep.shape)
@@ -350,7 +381,7 @@ def _input_means(
                 f"{name}: the shape of a layer's input must begin with {list(keep.shape)}, the tokens of the batch, got"
                 f" {list(x.shape)}."
             )
-        value = total(x[keep].flatten(0, -2))
+        value = total(name, x[keep].flatten(0, -2))
         sums[name] = sums[name].add_(value) if name in sums else value
 
     tokens = 0
