@@ -156,6 +156,7 @@ def test_the_command_names_what_is_missing(folders, tmp_path, capsys):
         ([model, out, "--defense", "safe_lora"], "SafeLoRA: give --aligned"),
         ([model, out, "--defense", "antidote", "--aligned", model], "Antidote: measures the model on data"),
         ([model, model, "--defense", "safe_lora"], "exists already"),
+        ([model, out, "--defense", "safety_lock", "--aligned", model], "SafetyLock: adds parameters"),
     ):
         assert repair(arguments) == 2
         assert words in capsys.readouterr().err

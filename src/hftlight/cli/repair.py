@@ -108,6 +108,11 @@ def _repaired(repairs: Sequence[Any], values: Any, output: Path) -> list[tuple[s
     trust_remote_code(values.trust_remote_code)
     ordered = in_order(repairs)
     check(ordered)
+    if growing := [type(d).__name__ for d in ordered if d.adds_parameters and not d.neutral]:
+        raise InputError(
+            f"{growing[0]}: adds parameters, and this command edits only those that the files hold. Use hftlight train,"
+            " or repair the model in memory."
+        )
     reading = [d for d in ordered if d.streams and not d.neutral]
     if reading and (values.scores is None or len(reading) > 1):
         what = "is given" if values.scores is None else f"serves only one of {len(reading)} repairs"

@@ -206,6 +206,7 @@ class SafetyLock(Repair):
     streams = ("pairs",)
     needs = ("aligned",)
     dials = ("heads", "strength")
+    adds_parameters = True
     repair_order = 30  # last: the output projections must be final
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "repo": {"heads": 24, "strength": 6.0, "tokens": 5, "samples": 100, "validation": 0.4},

@@ -151,6 +151,7 @@ class Repair(Defense):
             sets ``needs`` if its modes change it.
         dials: names of the arguments that change the edit, but not what ``scored`` returns, such as a strength. Runs
             that differ in these arguments alone share the scores.
+        adds_parameters: whether the repaired model has parameters that the fine-tuned one lacks.
         repair_order: position among the repairs of a list, which overrides the order of the list: projections 0,
             transplants 5, pruning 10, rewinding 20, biases 30.
 
@@ -166,6 +167,7 @@ class Repair(Defense):
     stage, slots = Stage.POST_FINETUNING, (Slot.WEIGHTS,)
     needs: tuple[str, ...] = ()
     dials: tuple[str, ...] = ()
+    adds_parameters: bool = False
     repair_order: int = 0
 
     def __init__(
