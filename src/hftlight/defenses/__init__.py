@@ -24,7 +24,7 @@ from hftlight.defenses.finetuning import (
     SafetyMix,
     SaLoRA,
 )
-from hftlight.defenses.post_finetuning import Antidote, Rewind, SafeLoRA
+from hftlight.defenses.post_finetuning import RESTA, Antidote, Rewind, SafeLoRA, TaskArithmetic
 
 __all__ = [
     "ALRIGHT",
@@ -38,6 +38,7 @@ __all__ = [
     "MAXRIGHT",
     "MLLR",
     "PTST",
+    "RESTA",
     "SAFT",
     "SEAL",
     "SPPFT",
@@ -57,5 +58,6 @@ __all__ = [
     "SafeLoRA",
     "SafetyMix",
     "TVaccine",
+    "TaskArithmetic",
     "Vaccine",
 ]

@@ -8,7 +8,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hftlight.defenses.post_finetuning.antidote import antidote
+from hftlight.defenses.post_finetuning.resta import resta
 from hftlight.defenses.post_finetuning.safe_lora import safe_lora
+from hftlight.defenses.post_finetuning.task_arithmetic import task_arithmetic
 from tests.helpers.tiny_lm import tiny_lm, token_batch
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -41,6 +43,8 @@ CALLS = {
     "safe_lora": lambda model, folder, **o: safe_lora(
         model, str(folder / "base"), str(folder / "aligned"), number=2, **o
     ),
+    "resta": lambda model, folder, **o: resta(model, str(folder / "base"), aligned=str(folder / "aligned"), **o),
+    "task_arithmetic": lambda model, folder, **o: task_arithmetic(model, update_weight=0.5, **o),
     "antidote": lambda model, folder, **o: antidote(model, BATCHES, prune_ratio=0.2, **o),
 }
 

@@ -17,7 +17,7 @@ from hftlight.cli.train import train
 from hftlight.config import Training
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
-from hftlight.defenses import Antidote, Rewind, SafeLoRA
+from hftlight.defenses import RESTA, Antidote, Rewind, SafeLoRA
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
 from hftlight.engine.weights.repair import Repair, linear_weights
@@ -261,6 +261,7 @@ def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(finetuned):
         pytest.param(lambda: [Antidote(0.1)], id="antidote"),
         pytest.param(lambda: [SafeLoRA(number=3), Antidote(0.1)], id="both"),
         pytest.param(lambda: [Rewind(0.2, 0.1, samples=4, safety="alignment")], id="rewind"),
+        pytest.param(lambda: [RESTA(0.3, unaligned="tiny")], id="resta"),
     ],
 )
 def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, kind):

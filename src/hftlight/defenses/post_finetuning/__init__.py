@@ -1,7 +1,9 @@
 """Defenses that repair a model after the user's fine-tuning."""
 
 from hftlight.defenses.post_finetuning.antidote import Antidote
+from hftlight.defenses.post_finetuning.resta import RESTA
 from hftlight.defenses.post_finetuning.rewind import Rewind
 from hftlight.defenses.post_finetuning.safe_lora import SafeLoRA
+from hftlight.defenses.post_finetuning.task_arithmetic import TaskArithmetic
 
-__all__ = ["Antidote", "Rewind", "SafeLoRA"]
+__all__ = ["RESTA", "Antidote", "Rewind", "SafeLoRA", "TaskArithmetic"]

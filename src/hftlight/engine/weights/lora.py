@@ -1,5 +1,6 @@
 """The user's update in a LoRA adapter, layer by layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,33 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
     if not updates:
         raise TypeError("No layer of this PEFT model has an active LoRA adapter.")
     return updates
+
+
+def put_factors(model: nn.Module, factors: Mapping[str, LowRank]) -> None:
+    """Replace the active adapter's factors by others of any rank, at scale 1.
+
+    All layers get the largest rank, since an adapter has one rank. Missing components are zero.
+
+    Args:
+        model: a PEFT model whose adapter is not sharded.
+        factors: the new update of every adapted layer, by the plain name of its weight.
+    """
+    updates = lora_updates(model)
+    rank = max(1, *(m.b.shape[1] for m in factors.values()))
+    for name, update in updates.items():
+        m, layer, adapter = factors[name], update.layer, update.adapter
+        missing = rank - m.b.shape[1]
+        new = {"lora_A": nn.functional.pad(m.a, (0, 0, 0, missing))}
+        new["lora_B"] = nn.functional.pad(m.scale * m.b, (0, missing))
+        for kind, value in new.items():
+            linear = getattr(layer, kind)[adapter]
+            old = linear.weight
+            linear.weight = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)
+            linear.out_features, linear.in_features = value.shape
+        layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = rank, rank, 1.0
+        settings: Any = model.peft_config[adapter]  # type: ignore[index, union-attr]
+        settings.r = settings.lora_alpha = rank
+        settings.rank_pattern, settings.alpha_pattern, settings.use_rslora = {}, {}, False
 
 
 def _unfit(name: str, why: str) -> str:
