@@ -24,7 +24,7 @@ from hftlight.defenses.finetuning import (
     SafetyMix,
     SaLoRA,
 )
-from hftlight.defenses.post_finetuning import RESTA, Antidote, Rewind, SafeLoRA, TaskArithmetic
+from hftlight.defenses.post_finetuning import RESTA, SOMF, Antidote, Rewind, SafeLoRA, TaskArithmetic
 
 __all__ = [
     "ALRIGHT",
@@ -41,6 +41,7 @@ __all__ = [
     "RESTA",
     "SAFT",
     "SEAL",
+    "SOMF",
     "SPPFT",
     "TAR",
     "Antidote",

@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 from hftlight.defenses.post_finetuning.antidote import antidote
 from hftlight.defenses.post_finetuning.resta import resta
 from hftlight.defenses.post_finetuning.safe_lora import safe_lora
+from hftlight.defenses.post_finetuning.somf import somf
 from hftlight.defenses.post_finetuning.task_arithmetic import task_arithmetic
 from tests.helpers.tiny_lm import tiny_lm, token_batch
 from tests.helpers.tokenizers import byte_tokenizer
 
 BATCHES = [token_batch(seed) for seed in range(2)]
+PAIRS = [{**token_batch(seed, rows=4), "pairs": 2} for seed in range(2)]
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ CALLS = {
     ),
     "resta": lambda model, folder, **o: resta(model, str(folder / "base"), aligned=str(folder / "aligned"), **o),
     "task_arithmetic": lambda model, folder, **o: task_arithmetic(model, update_weight=0.5, **o),
+    "somf": lambda model, folder, **o: somf(model, PAIRS, steps=2, **o),
     "antidote": lambda model, folder, **o: antidote(model, BATCHES, prune_ratio=0.2, **o),
 }
 

@@ -17,7 +17,7 @@ from hftlight.cli.train import train
 from hftlight.config import Training
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
-from hftlight.defenses import RESTA, Antidote, Rewind, SafeLoRA
+from hftlight.defenses import RESTA, SOMF, Antidote, Rewind, SafeLoRA
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
 from hftlight.engine.weights.repair import Repair, linear_weights
@@ -109,7 +109,7 @@ def finetuned(tmp_path_factory):
             run_stage(one)
             two = StageJob(Stage.FINETUNING, settings, "tiny", one.artifact(), {"task": TASK}, [])
             run_stage(two)
-            streams = {"harmful": HARMFUL, "task": TASK, "alignment": ALIGNMENT}
+            streams = {"harmful": HARMFUL, "task": TASK, "alignment": ALIGNMENT, "pairs": rows(4, "pairs")}
             trained[kind] = RepairJob(settings, "tiny", one.artifact(), two.artifact(), streams, []), states[-1]
         return replace(trained[kind][0], defenses=list(defenses))
 
@@ -262,6 +262,7 @@ def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(finetuned):
         pytest.param(lambda: [SafeLoRA(number=3), Antidote(0.1)], id="both"),
         pytest.param(lambda: [Rewind(0.2, 0.1, samples=4, safety="alignment")], id="rewind"),
         pytest.param(lambda: [RESTA(0.3, unaligned="tiny")], id="resta"),
+        pytest.param(lambda: [SOMF("row", steps=2)], id="somf"),
     ],
 )
 def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, make, kind):

@@ -4,6 +4,7 @@ from hftlight.defenses.post_finetuning.antidote import Antidote
 from hftlight.defenses.post_finetuning.resta import RESTA
 from hftlight.defenses.post_finetuning.rewind import Rewind
 from hftlight.defenses.post_finetuning.safe_lora import SafeLoRA
+from hftlight.defenses.post_finetuning.somf import SOMF
 from hftlight.defenses.post_finetuning.task_arithmetic import TaskArithmetic
 
-__all__ = ["RESTA", "Antidote", "Rewind", "SafeLoRA", "TaskArithmetic"]
+__all__ = ["RESTA", "SOMF", "Antidote", "Rewind", "SafeLoRA", "TaskArithmetic"]
