@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from hftlight import SafetyModule
-from hftlight.defenses.post_finetuning import Antidote, SafeLoRA
+from hftlight.defenses.post_finetuning import RESTA, Antidote, SafeLoRA, TaskArithmetic
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.repairs import batch_of, moved_model, with_update
 
@@ -45,6 +45,13 @@ def cases(folder: Path, out: Path):
             [
                 SafeLoRA(2, operator="normalized", base=base, aligned=aligned, output=place("factor-projected")),
                 Antidote(0.2, "factor", "model", streams=streams, output=place("factor-pruned")),
+            ],
+        ),
+        "sum": (
+            with_update(model()),
+            [
+                RESTA(0.5, 0.3, unaligned=base, output=place("sum-added")),
+                TaskArithmetic(0.5, 0.7, keep=0.1, aligned=aligned, unaligned=base, output=place("sum-trimmed")),
             ],
         ),
         "full": (

@@ -31,10 +31,12 @@ FITTING = {
     "t_vaccine": ["--t_vaccine.layers=1"],
     "freeze": ["--freeze.samples=4"],
     "freeze_plus": ["--freeze_plus.samples=4", "--freeze_plus.scu=0.1"],
+    "resta": ["--resta.unaligned=tiny"],
     "rewind": ["--rewind.samples=4"],
     "ewc": ["--ewc.samples=4"],
     "sa_lora": ["--sa_lora.samples=4"],
     "saft": ["--saft.rate=0.1"],
+    "somf": ["--somf.steps=2"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
 # One of each kind of work: slots, selections, phases, streams of their own, repairs. The others are rare tests.

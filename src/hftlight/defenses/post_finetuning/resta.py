@@ -35,7 +35,8 @@ class RESTA(Arithmetic):
         output: as in ``Repair``.
         aligned: as in ``Repair``. Under an adapter it is worth giving if the unaligned model is an adapter on it: only
             then are the vectors known to be thin.
-        unaligned: as in ``Repair``; needed unless ``strength`` is 0.
+        unaligned: the aligned model after training on harmful rows, a folder or hub id. It is read by blocks of rows.
+            Needed unless ``strength`` is 0.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -145,7 +145,8 @@ class SOMF(Repair):
         of B, and one per weight with all parameters trained. Components are singular, so that they do not depend on the
         factors. The mean is at least 0.05, so that an empty mask gives the aligned model. The exported mask is that of
         the most probable values; the official code exports a random draw (``export="sampled"``). lambda acts on a
-        single update too; the official code ignores it there. With all parameters trained, only linear layers are
+        single update too; the official code ignores it there. beta is no published value. A step takes one batch; the
+        official code accumulates four batches of four pairs. With all parameters trained, only linear layers are
         masked and take part of ``others``. Other parameters keep their fine-tuned values. The random control is an
         addition.
     """

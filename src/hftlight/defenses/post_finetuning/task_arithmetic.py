@@ -21,19 +21,22 @@ class TaskArithmetic(Arithmetic):
     :math:`\mathrm{DARE}_p` is that of ``RESTA``, which is the case k = 1, K = 1.
 
     With :math:`\lambda = 0` the result lies on the line from the aligned (k = 0) to the fine-tuned model (k = 1). This
-    is the control for any other repair: k is then the ``norm_ratio`` in the report of that repair, or its quotient of
-    repaired and fine-tuned distance from the aligned model.
+    is the control for another repair: k is then the distance of the repaired model from the aligned one, divided by
+    that of the fine-tuned model. Reports of ``RESTA`` and ``TaskArithmetic`` have this quotient as ``norm_ratio``.
 
     Args:
         update_weight: k, dimensionless, >= 0; 1 keeps the update.
         harm_weight: lambda, dimensionless, >= 0; 0 needs no unaligned model.
         keep: K, fraction of the harm vector's entries that is subtracted, in (0, 1]. Below 1 the result is a whole
             model. The count is exact, rounded down.
-        drop: p, as in ``RESTA``, in [0, 1).
-        drop_unit: as in ``RESTA``.
+        drop: p, fraction of the update that DARE drops in expectation, in [0, 1); 0 drops nothing. The rest is divided
+            by 1 - p.
+        drop_unit: ``"entry"`` drops entries of the displacement, so that an adapter becomes a whole model.
+            ``"component"`` drops singular components of an adapter's update, which stays an adapter.
         output: as in ``Repair``.
         aligned: as in ``RESTA``.
-        unaligned: as in ``Repair``; needed unless ``harm_weight`` is 0.
+        unaligned: the aligned model after training on harmful rows, a folder or hub id. It is read by blocks of rows.
+            Needed unless ``harm_weight`` is 0.
 
     Raises:
         ValueError: if an argument is out of range.
