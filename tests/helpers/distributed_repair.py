@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from hftlight import SafetyModule
-from hftlight.defenses.post_finetuning import RESTA, Antidote, SafeLoRA, TaskArithmetic
+from hftlight.defenses.post_finetuning import RESTA, SOMF, Antidote, SafeLoRA, TaskArithmetic
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.repairs import batch_of, moved_model, with_update
 
 TRAINED = [batch_of([[3, 5, 7, 11], [2, 4, 6, 8]])]
 HARMFUL = [batch_of([[3 + k, 5, 7], [2, 4 + k]]) for k in range(4)]
+
+PAIRS = [{**batch_of([[3, 5, 7, 9], [3, 5, 2, 4], [6, 8, 1, 4], [6, 8, 9, 9]]), "pairs": 2}] * 4  # alike on all ranks
 
 
 def cases(folder: Path, out: Path):
@@ -54,9 +56,17 @@ def cases(folder: Path, out: Path):
                 TaskArithmetic(0.5, 0.7, keep=0.1, aligned=aligned, unaligned=base, output=place("sum-trimmed")),
             ],
         ),
+        "mask": (
+            with_update(model()),
+            [
+                TaskArithmetic(0.7, output=place("mask-scaled")),
+                SOMF(steps=2, streams={"pairs": PAIRS}, output=place("mask-learned")),
+            ],
+        ),
         "full": (
             moved_model(model(), 0.05, seed=2),
             [
+                SOMF("row", 2, streams={"pairs": PAIRS}, aligned=aligned, output=place("full-masked")),
                 SafeLoRA(fraction=0.5, base=base, aligned=aligned, output=place("full-projected")),
                 Antidote(0.1, "delta", "row", streams=streams, aligned=aligned, output=place("full-pruned")),
             ],

@@ -15,7 +15,6 @@ from tests.helpers.repairs import moved_model, small_llama, with_update
 @pytest.mark.parametrize("k", [0.0, 0.5, 1.5])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_without_harm_it_moves_on_the_line(k, lora):
-    """The adapter's scale is 2. At k = 0.5 its factors stay the same and only the scale changes, to 1."""
     aligned = small_llama()
     model = with_update(copy.deepcopy(aligned)) if lora else moved_model(aligned, 0.1, seed=1)
     tuned = copy.deepcopy(model).merge_and_unload() if lora else copy.deepcopy(model)

@@ -54,17 +54,19 @@ def test_draws_do_not_depend_on_blocks_and_shards(monkeypatch, cuts):
 
 
 def test_an_adapter_takes_factors_of_any_rank():
-    """Layers of different ranks get one rank. The scale, rank-stabilized here, becomes 1."""
+    """Within their ranks, layers keep ranks and scales. An adapter that grows has one rank and scale 1."""
     model = with_update(small_llama(), use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3})
     updates = lora_updates(model)
     with torch.no_grad():
         before = model(input_ids=IDS).logits
-        put_factors(model, {name: u.factors() for name, u in updates.items()})
+        scales = {name: u.scale for name, u in updates.items()}
+        put_factors(model, {name: LowRank(u.scale * u.b, u.a.clone()) for name, u in updates.items()})
         assert_close(model(input_ids=IDS).logits, before, rtol=0, atol=1e-12)
-        assert {u.scale for u in lora_updates(model).values()} == {1.0}
+        assert {name: u.scale for name, u in lora_updates(model).items()} == scales
         put_factors(
             model, {name: LowRank(normal(u.b.shape[0], 7), normal(7, u.a.shape[1])) for name, u in updates.items()}
         )
     for update in lora_updates(model).values():
+        assert update.scale == 1
         assert_close(update.factors().rows(), normal(update.b.shape[0], 7) @ normal(7, update.a.shape[1]))
     assert (model.peft_config["default"].r, model.peft_config["default"].rank_pattern) == (7, {})

@@ -18,8 +18,9 @@ from hftlight.engine.step.activations import branched
 from hftlight.engine.step.defense import Loader
 from hftlight.engine.step.order import rank_and_world
 from hftlight.engine.step.simulation import InnerAdamW, draws
+from hftlight.engine.step.vectors import local, whole
 from hftlight.engine.weights.aligned import at_aligned
-from hftlight.engine.weights.lora import has_adapter, lora_updates, put_factors
+from hftlight.engine.weights.lora import LoraUpdate, grows, has_adapter, lora_updates, put_factors, sharded
 from hftlight.engine.weights.lowrank import LowRank, combined
 from hftlight.engine.weights.repair import Repair, check_layout, linear_weights
 from hftlight.engine.weights.scores import undisturbed
@@ -244,7 +245,8 @@ class SOMF(Repair):
                 return answer_log_probs(module.run(module.model, batch))
 
         with undisturbed(subject.model, device), _frozen(subject.model):
-            with at_aligned(subject, "SOMF"):
+            # FSDP2 frees the aligned weights that the pass gathered before the fine-tuned ones are restored.
+            with at_aligned(subject, "SOMF"), undisturbed(subject.model, device):
                 fixed = [log_probs(batch) for batch in batches]
             logits = {name: nn.Parameter(part.logits()) for name, part in parts.items()}
             optimizer, losses = InnerAdamW(logits, self.lr, weight_decay=0.0), []
@@ -289,10 +291,13 @@ class SOMF(Repair):
                 "changed_entries": 0 if same or not _norm(part.vector) else math.prod(part.vector.shape),
             }
         changed = sum(row["changed_entries"] for row in table.values())
-        if changed and adapter and self.granularity != "weight":
-            put_factors(subject.model, {name: m for name, m in masked.items() if isinstance(m, LowRank)})
+        updates = lora_updates(subject.model) if adapter else {}
+        thin = {name: m for name, m in masked.items() if isinstance(m, LowRank)}
+        # An adapter that FSDP2 has sharded cannot grow.
+        if changed and adapter and len(thin) == len(masked) and not (sharded(updates) and grows(updates, thin)):
+            put_factors(subject.model, thin)
         elif changed:
-            self._write(subject, masked, adapter)
+            self._write(subject, masked, updates)
         losses = subject.scores["preference_loss"].double()
         kept, units = (sum(row[key] for row in table.values()) for key in ("kept", "units"))
         subject.report |= {
@@ -324,7 +329,7 @@ class SOMF(Repair):
 
         Raises:
             RuntimeError: if the aligned model is not known.
-            TypeError: if weights are sharded, or an update has no components.
+            TypeError: if an update has no components.
             ValueError: if one of ``others`` does not fit the model.
         """
         model, start = subject.model, subject.start
@@ -333,8 +338,6 @@ class SOMF(Repair):
         self._check_unit(adapter)
         if start is None or (subject.dense and subject.aligned is None):
             raise RuntimeError("SOMF: it needs the aligned model, which is not under an adapter; give aligned=....")
-        if any(share(p).group is not None for p in model.parameters()):
-            raise TypeError("SOMF: masks are trained on whole weights; repair the saved model in one process.")
         others = [stored(model) for model in self.others]
         parts: dict[str, _Part] = {}
         if adapter:
@@ -350,7 +353,7 @@ class SOMF(Repair):
             return parts
         layers = {f"{plain_name(n)}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         for name, weight in linear_weights(model).items():
-            w = weight.detach()
+            w = whole(weight.detach())
             dtype = torch.promote_types(w.dtype, torch.float32)
             if start.shape(name) != tuple(w.shape):
                 raise ValueError(
@@ -379,21 +382,23 @@ class SOMF(Repair):
             if (update := _update(other, start, name)) is not None:
                 yield factor, update
 
-    def _write(self, subject: Subject, masked: Mapping[str, LowRank | Tensor], adapter: bool) -> None:
+    def _write(
+        self, subject: Subject, masked: Mapping[str, LowRank | Tensor], updates: Mapping[str, LoraUpdate]
+    ) -> None:
         """Write the aligned weights plus the masked updates by blocks of rows."""
-        updates = lora_updates(subject.model) if adapter else {}
-        weights = {name: u.weight for name, u in updates.items()} if adapter else linear_weights(subject.model)
+        weights = {n: u.weight for n, u in updates.items()} if updates else linear_weights(subject.model)
         for name, matrix in masked.items():
-            weight, start = weights[name].detach(), subject.start
+            mine, place, start = local(weights[name].detach()), share(weights[name]), subject.start
             assert start is not None
-            for at in range(0, len(weight), BLOCK):
-                part = weight[at : at + BLOCK]
-                aligned = part if adapter else start.rows(name, at, at + len(part)).to(part.device)
-                rows = matrix.rows(at, at + BLOCK) if isinstance(matrix, LowRank) else matrix[at : at + BLOCK]
+            for at in range(place.start, place.stop, BLOCK):
+                stop = min(at + BLOCK, place.stop)
+                part = mine[at - place.start : stop - place.start]
+                aligned = part if updates else start.rows(name, at, stop).to(part.device)
+                rows = matrix.rows(at, stop) if isinstance(matrix, LowRank) else matrix[at:stop]
                 part.copy_(aligned.to(rows.dtype) + rows)
         for update in updates.values():
-            update.b.detach().zero_()
-        subject.dense = subject.dense or adapter
+            local(update.b.detach()).zero_()
+        subject.dense = subject.dense or bool(updates)
 
     def _checked(self, batch: Any) -> Any:
         """Return a batch of pairs.

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hftlight.engine.step.simulation import draws
 from hftlight.engine.step.vectors import local
-from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates, put_factors
+from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates, put_factors, sharded
 from hftlight.engine.weights.lowrank import LowRank, combined
 from hftlight.engine.weights.masks import count_of
 from hftlight.engine.weights.repair import Repair, check_layout
@@ -237,8 +237,7 @@ class Arithmetic(Repair):
         thin = all(isinstance(h, LowRank) and name in updates for name, h in harm.items())
         masked = (self.drop and self.drop_unit == "entry") or (harm and self._keep < 1)
         # An adapter that FSDP2 has sharded cannot grow.
-        sharded = any(share(u.b).group is not None for u in updates.values())
-        return bool(updates) and thin and not masked and not sharded
+        return bool(updates) and thin and not masked and not (harm and sharded(updates))
 
     def _stack(
         self, subject: Subject, updates: Mapping[str, LoraUpdate], harm: Mapping[str, LowRank | Difference]

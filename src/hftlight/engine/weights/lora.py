@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hftlight.engine.step.vectors import whole
+from hftlight.engine.step.vectors import local, whole
 from hftlight.engine.weights.lowrank import LowRank
+from hftlight.engine.weights.shards import share
 from hftlight.engine.weights.stored import plain_name
 
 
@@ -97,17 +98,42 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
     return updates
 
 
-def put_factors(model: nn.Module, factors: Mapping[str, LowRank]) -> None:
-    """Replace the active adapter's factors by others of any rank, at scale 1.
+def sharded(updates: Mapping[str, LoraUpdate]) -> bool:
+    """Tell whether several ranks share the factors of an adapter."""
+    return any(share(update.b).group is not None for update in updates.values())
 
-    All layers get the largest rank, since an adapter has one rank. Missing components are zero.
+
+def grows(updates: Mapping[str, LoraUpdate], factors: Mapping[str, LowRank]) -> bool:
+    """Tell whether new factors have a larger rank than those of the adapter in any layer."""
+    return any(factors[name].b.shape[1] > update.a.shape[0] for name, update in updates.items())
+
+
+def put_factors(model: nn.Module, factors: Mapping[str, LowRank]) -> None:
+    """Replace the active adapter's factors by others of any rank.
+
+    If no layer's rank grows, the factors are written in place and keep their ranks and scales. Otherwise all layers get
+    the largest rank and scale 1. Missing components are zero.
 
     Args:
-        model: a PEFT model whose adapter is not sharded.
+        model: a PEFT model.
         factors: the new update of every adapted layer, by the plain name of its weight.
+
+    Raises:
+        ValueError: if a sharded adapter would have to grow.
     """
     updates = lora_updates(model)
-    rank = max(1, *(m.b.shape[1] for m in factors.values()))
+    if not grows(updates, factors):
+        for name, update in updates.items():
+            m, missing = factors[name], update.a.shape[0] - factors[name].b.shape[1]
+            a = nn.functional.pad(m.a, (0, 0, 0, missing))
+            b = nn.functional.pad(m.scale / update.scale * m.b, (0, missing))
+            for p, value in ((update.a, a), (update.b, b)):
+                rows = share(p)
+                local(p.detach()).copy_(value[rows.start : rows.stop])
+        return
+    if sharded(updates):
+        raise ValueError("put_factors: an adapter that FSDP2 has sharded cannot grow.")
+    rank = max(m.b.shape[1] for m in factors.values())
     for name, update in updates.items():
         m, layer, adapter = factors[name], update.layer, update.adapter
         missing = rank - m.b.shape[1]

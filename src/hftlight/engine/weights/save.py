@@ -100,8 +100,8 @@ def repairs_of(folder: Path) -> list[str]:
 def weights_digest(model: nn.Module) -> str:
     """Return 16 hexadecimal digits that identify the weights that a repair may change.
 
-    These are the adapter's weights and scales, or all parameters without an adapter. Each rank hashes its own shards,
-    so the digest depends on the number of ranks.
+    These are the adapter's weights, or all parameters without an adapter. Each rank hashes its own shards, so the
+    digest depends on the number of ranks.
     """
     total = hashlib.sha256()
     adapter = has_adapter(model)
@@ -111,9 +111,6 @@ def weights_digest(model: nn.Module) -> str:
             data = local(p.detach()).cpu().clone(memory_format=torch.contiguous_format).flatten()
             total.update(f"{plain_name(name)} {p.dtype} {tuple(p.shape)}".encode())
             total.update(data.view(torch.uint8).numpy().data)
-    if adapter:
-        scales = [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-        total.update(repr(scales).encode())
     if rank_and_world()[1] > 1 and any(share(p).group is not None for p in model.parameters()):
         parts: list[Any] = [None] * rank_and_world()[1]
         dist.all_gather_object(parts, total.hexdigest())
