@@ -79,7 +79,14 @@ def test_gates_have_mean_one_and_an_empty_mask_gives_zero():
 
 
 @pytest.mark.parametrize(
-    ("granularity", "lora"), [("component", True), ("row", True), ("weight", True), ("row", False), ("weight", False)]
+    ("granularity", "lora"),
+    [
+        ("component", True),
+        pytest.param("row", True, marks=pytest.mark.slow),
+        ("weight", True),
+        ("row", False),
+        pytest.param("weight", False, marks=pytest.mark.slow),
+    ],
 )
 def test_everything_kept_is_the_fine_tuned_model_and_nothing_kept_the_aligned_one(granularity, lora):
     aligned = small_llama()
@@ -260,7 +267,7 @@ def test_the_control_and_the_draw_keep_the_right_numbers():
     assert other
 
 
-@pytest.mark.parametrize("granularity", ["component", "row"])
+@pytest.mark.parametrize("granularity", ["component", pytest.param("row", marks=pytest.mark.slow)])
 def test_several_adapters_are_fused_with_their_weights(tmp_path, granularity):
     """With everything kept, the result is the aligned model plus the weighted sum of all updates."""
     aligned = small_llama()

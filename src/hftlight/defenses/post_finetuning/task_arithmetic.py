@@ -43,8 +43,8 @@ class TaskArithmetic(Arithmetic):
 
     Cost: as ``RESTA``. With K below 1 the aligned and the unaligned model are read three more times, for the cut.
     Source: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.04089. Hazra et al., "Safety
-        Arithmetic", EMNLP 2024, arXiv:2406.11801, harm direction removal (HDR); official notebook
-        ``Safety_Arithmetic_Base_and_SFT.ipynb``.
+        Arithmetic", EMNLP 2024, arXiv:2406.11801, harm direction removal (HDR); the preset is that
+        of the official notebook for base and fine-tuned models.
     Differs: HDR alone. The second part of Safety Arithmetic steers activations at inference and cannot be saved in
         plain weights. The fraction K is cut exactly over all weights; ties go to the first entry. The official code
         keeps all entries at the K-th value. Where its edit is limited to some layers, it subtracts the whole vector in
