@@ -20,7 +20,8 @@ STEPS = 3
 def subject(model):
     """Return a repair's view of the model.
 
-    The base model has the weights under the adapter. The aligned model adds random low-rank updates to the base.
+    The base model has the weights under the adapter. The aligned and the unaligned model add random low-rank updates to
+    the base.
     """
     from hftlight.engine.weights.lora import lora_updates
     from hftlight.engine.weights.lowrank import LowRank
@@ -28,16 +29,22 @@ def subject(model):
 
     under = ModelWeights.of(model)
     generator = torch.Generator().manual_seed(5)
-    moved = {
-        name: LowRank(
-            torch.randn(u.b.shape[0], 2, generator=generator, dtype=u.b.dtype),
-            torch.randn(2, u.a.shape[1], generator=generator, dtype=u.a.dtype),
-        )
-        for name, u in lora_updates(model).items()
-    }
+    aligned, unaligned = (
+        {
+            name: LowRank(
+                torch.randn(u.b.shape[0], 2, generator=generator, dtype=u.b.dtype),
+                torch.randn(2, u.a.shape[1], generator=generator, dtype=u.a.dtype),
+            )
+            for name, u in lora_updates(model).items()
+        }
+        for _ in range(2)
+    )
     data = data_module(Stage.ALIGNMENT)
     return Subject(
-        model, aligned=Adapted(under, moved), batches=lambda name: iter([data.stream(name, 8).batch(i) for i in (0, 1)])
+        model,
+        aligned=Adapted(under, aligned),
+        unaligned=Adapted(under, unaligned),
+        batches=lambda name: iter([data.stream(name, 8).batch(i) for i in (0, 1)]),
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from hftlight import SafetyModule
-from hftlight.defenses.post_finetuning import Antidote, SafeLoRA, SafetyLock
+from hftlight.defenses.post_finetuning import RESTA, SOMF, Antidote, SafeLoRA, SafetyLock, TaskArithmetic
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.repairs import batch_of, moved_model, with_update
 
@@ -22,6 +22,7 @@ HARMFUL = [batch_of([[3 + k, 5, 7], [2, 4 + k]]) for k in range(4)]
 PAIRS = [{**batch_of([[9, 2 + k, 5, 7, 1], [9, 2 + k, 20 + k, 1]]), "pairs": 1} for k in range(4)]
 for pair in PAIRS:
     pair["labels"][:, :2] = -100
+ALIKE = [{**batch_of([[3, 5, 7, 9], [3, 5, 2, 4], [6, 8, 1, 4], [6, 8, 9, 9]]), "pairs": 2}] * 4  # alike on all ranks
 
 
 def cases(folder: Path, out: Path):
@@ -54,9 +55,24 @@ def cases(folder: Path, out: Path):
             with_update(model()),
             [SafetyLock(3, tokens=2, streams={"pairs": PAIRS}, output=place("locked"))],
         ),
+        "sum": (
+            with_update(model()),
+            [
+                RESTA(0.5, 0.3, unaligned=base, output=place("sum-added")),
+                TaskArithmetic(0.5, 0.7, keep=0.1, aligned=aligned, unaligned=base, output=place("sum-trimmed")),
+            ],
+        ),
+        "mask": (
+            with_update(model()),
+            [
+                TaskArithmetic(0.7, output=place("mask-scaled")),
+                SOMF(steps=2, streams={"pairs": ALIKE}, output=place("mask-learned")),
+            ],
+        ),
         "full": (
             moved_model(model(), 0.05, seed=2),
             [
+                SOMF("row", 2, streams={"pairs": PAIRS}, aligned=aligned, output=place("full-masked")),
                 SafeLoRA(fraction=0.5, base=base, aligned=aligned, output=place("full-projected")),
                 Antidote(0.1, "delta", "row", streams=streams, aligned=aligned, output=place("full-pruned")),
             ],

@@ -115,6 +115,8 @@ def chain(defenses: list[Any]) -> str:
         finetuned = job.artifact()
         tick("between")
     if of[Stage.POST_FINETUNING]:
+        for d in of[Stage.POST_FINETUNING]:
+            d.unaligned = "tiny" if "unaligned" in d.needs else None
         job = repair.RepairJob(config, "tiny", aligned, finetuned, STREAMS, of[Stage.POST_FINETUNING])
         begin(job)
         repair.run_repair(job, lambda _: tick("repair"))

@@ -96,9 +96,9 @@ def fit_with(
     defense = rows()[name].make() if defense is None else defense
     if "output" in defense.arguments():
         defense.output = str(folder / "repaired")
-        if "base" in defense.needs:
-            defense.base = str(folder / "base")
-            tiny_lm(seed=1, dtype=torch.float64, vocabulary=259).save_pretrained(defense.base)
+        for need in {"base", "unaligned"} & set(defense.needs):
+            setattr(defense, need, str(folder / need))
+            tiny_lm(seed=1, dtype=torch.float64, vocabulary=259).save_pretrained(folder / need)
         if rows()[name].thin:
             defense.aligned = str(folder / "aligned")
             adapter: Any = tiny_lm(lora=True, dtype=torch.float64, vocabulary=259)

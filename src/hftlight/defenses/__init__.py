@@ -25,7 +25,16 @@ from hftlight.defenses.finetuning import (
     SafetyMix,
     SaLoRA,
 )
-from hftlight.defenses.post_finetuning import NLSR, Antidote, Rewind, SafeLoRA, SafetyLock
+from hftlight.defenses.post_finetuning import (
+    NLSR,
+    RESTA,
+    SOMF,
+    Antidote,
+    Rewind,
+    SafeLoRA,
+    SafetyLock,
+    TaskArithmetic,
+)
 
 __all__ = [
     "ALRIGHT",
@@ -40,8 +49,10 @@ __all__ = [
     "MLLR",
     "NLSR",
     "PTST",
+    "RESTA",
     "SAFT",
     "SEAL",
+    "SOMF",
     "SPPFT",
     "TAR",
     "Antidote",
@@ -61,5 +72,6 @@ __all__ = [
     "SafetyLock",
     "SafetyMix",
     "TVaccine",
+    "TaskArithmetic",
     "Vaccine",
 ]

@@ -16,7 +16,9 @@ from hftlight.models.load import TOKENIZER_FILES, load_adapter, load_model, save
 from hftlight.models.mapped import copy_model, mapped_model
 
 
-def repair_model(repair: Repair, model: nn.Module | str | Path, batches: Iterable[Any] | None = None) -> dict[str, Any]:
+def repair_model(
+    repair: Repair, model: nn.Module | str | Path, batches: Iterable[Any] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Repair a fine-tuned model once, without Lightning.
 
     Args:
@@ -26,6 +28,7 @@ def repair_model(repair: Repair, model: nn.Module | str | Path, batches: Iterabl
             ``batches``, the weights of a folder are edited in the files of ``output``, as in ``repair_files``.
         batches: what the repair reads: dictionaries with ``input_ids``, ``attention_mask`` and ``labels``, int64
             ``[batch, tokens]``. None for a repair that reads no data.
+        seed: seed of the repair's random choices.
 
     Returns:
         The report of the repair.
@@ -50,7 +53,7 @@ def repair_model(repair: Repair, model: nn.Module | str | Path, batches: Iterabl
     def moved(_: str) -> Iterator[Any]:
         yield from (move_data_to_device(batch, device) for batch in batches or ())
 
-    subject = Subject(loaded, batches=no_batches if batches is None else moved)
+    subject = Subject(loaded, batches=no_batches if batches is None else moved, seed=seed)
     repair.apply(subject)
     if repair.output is not None:
         save_repaired(Path(repair.output), subject)

@@ -8,8 +8,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hftlight.defenses.post_finetuning.antidote import antidote
+from hftlight.defenses.post_finetuning.resta import resta
 from hftlight.defenses.post_finetuning.safe_lora import safe_lora
 from hftlight.defenses.post_finetuning.safety_lock import safety_lock
+from hftlight.defenses.post_finetuning.somf import somf
+from hftlight.defenses.post_finetuning.task_arithmetic import task_arithmetic
 from tests.helpers.tiny_lm import tiny_lm, token_batch
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -45,6 +48,9 @@ CALLS = {
     "safe_lora": lambda model, folder, **o: safe_lora(
         model, str(folder / "base"), str(folder / "aligned"), number=2, **o
     ),
+    "resta": lambda model, folder, **o: resta(model, str(folder / "base"), aligned=str(folder / "aligned"), **o),
+    "task_arithmetic": lambda model, folder, **o: task_arithmetic(model, update_weight=0.5, **o),
+    "somf": lambda model, folder, **o: somf(model, PAIRS, steps=2, **o),
     "antidote": lambda model, folder, **o: antidote(model, BATCHES, prune_ratio=0.2, **o),
     "safety_lock": lambda model, folder, **o: safety_lock(model, PAIRS, heads=2, **o),
 }

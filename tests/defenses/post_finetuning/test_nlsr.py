@@ -21,7 +21,7 @@ from hftlight.defenses.post_finetuning.nlsr import (
     similarity,
     transplanted,
 )
-from hftlight.engine.weights.lora import lora_updates, other_updates, replace_updates
+from hftlight.engine.weights.lora import lora_updates, other_updates, put_factors
 from hftlight.engine.weights.lowrank import LowRank, combined
 from hftlight.engine.weights.save import save_repaired
 from hftlight.engine.weights.shards import Share
@@ -230,7 +230,7 @@ def test_the_adapter_protocol_and_the_factors_change_nothing():
                 n: combined([(1.0, moved[n]), (1.0, u.factors()), (-1.0, moved[n])])
                 for n, u in lora_updates(tuned).items()
             }
-            replace_updates(tuned, total)
+            put_factors(tuned, total)
         subject = subject_of(base, moved, tuned)
         NLSR(gate="worst", sparsity=0.5, samples=6).apply(subject)
         results.append(repaired(tuned))
@@ -245,7 +245,7 @@ def test_a_model_that_equals_its_reference_stays(mode):
     """W_e = W_t: every similarity is 1, and the transplant of every layer is the identity."""
     base, moved, model = fine_tuned(alignment_rank=4)
     gain = reference_gain(0.9, mode)
-    replace_updates(model, {n: LowRank(m.b, m.a, (gain - 1) * m.scale) for n, m in moved.items()})
+    put_factors(model, {n: LowRank(m.b, m.a, (gain - 1) * m.scale) for n, m in moved.items()})
     before = repaired(model)
     subject = subject_of(base, moved, model)
     NLSR(mode=mode, gate="worst", keep=0.0, sparsity=0.5, samples=6).apply(subject)

@@ -9,7 +9,14 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from hftlight import SafetyModule
-from hftlight.engine.step.activations import ATTENTION, enclosing_layer, modules_called, recomputed, site_gradients
+from hftlight.engine.step.activations import (
+    ATTENTION,
+    branched,
+    enclosing_layer,
+    modules_called,
+    recomputed,
+    site_gradients,
+)
 from tests.helpers.quadratic import quiet_trainer
 from tests.helpers.tiny_lm import tiny_lm, token_batch
 
@@ -125,3 +132,13 @@ def test_the_first_of_several_runs_counts_and_a_site_that_decides_nothing_gets_z
         slopes.append((rest(first + shift) - rest(first - shift)) / (2 * step))
     assert_close(result.grads["layer"], torch.tensor([slopes], dtype=torch.float64), rtol=1e-6, atol=1e-8)
     assert not result.grads["idle"].any()
+
+
+def test_a_branch_is_added_to_the_output_and_comes_off():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    weight = torch.randn(2, 3)
+    plain = layer(x)
+    with branched({"one": layer}, lambda name, value: value @ weight.T if name == "one" else value):
+        assert_close(layer(x), plain + x @ weight.T)
+    assert torch.equal(layer(x), plain)

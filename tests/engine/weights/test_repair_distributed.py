@@ -39,7 +39,7 @@ def test_two_processes_equal_one(strategy, one_process):
     folder, expected = one_process
     models = repaired(strategy, folder)
     assert models.keys() == expected.keys()
-    assert len(models) == 7
+    assert len(models) == 12
     for name, (weights, report) in expected.items():
         others, theirs = models[name]
         assert weights.keys() == others.keys()

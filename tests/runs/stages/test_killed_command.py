@@ -37,6 +37,7 @@ FITTING = {
     "ewc": ["--ewc.samples=4"],
     "sa_lora": ["--sa_lora.samples=4"],
     "saft": ["--saft.rate=0.1"],
+    "somf": ["--somf.steps=2"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
 # One of each kind of work: slots, selections, phases, streams of their own, repairs. The others are rare tests.

@@ -17,7 +17,7 @@ from hftlight.cli.train import train
 from hftlight.config import Training
 from hftlight.data.streams import StreamsDataModule
 from hftlight.data.templates import get_template
-from hftlight.defenses import NLSR, Antidote, Rewind, SafeLoRA, SafetyLock
+from hftlight.defenses import NLSR, RESTA, SOMF, Antidote, Rewind, SafeLoRA, SafetyLock
 from hftlight.defenses.post_finetuning import antidote as antidote_module
 from hftlight.engine import Defense, Slot, Stage
 from hftlight.engine.weights.lora import lora_updates
@@ -262,11 +262,14 @@ LISTS = {
     "rewind": lambda: [Rewind(0.2, 0.1, samples=4, safety="alignment")],
     "safety_lock": lambda: [SafetyLock(heads=2, tokens=2)],
     "nlsr": lambda: [NLSR(gate="worst", sparsity=0.5, samples=4, safety="alignment")],
+    "resta": lambda: [RESTA(0.3, unaligned="tiny")],
+    "somf": lambda: [SOMF("row", steps=2)],
 }
+LATER = ("safety_lock", "nlsr", "resta", "somf")
 
 
 LISTED = [(name, kind) for name in LISTS for kind in EXACT if (name, kind) != ("nlsr", "full")]
-QUICK = [(name, kind) for name, kind in LISTED if name not in ("safety_lock", "nlsr") or kind == "merge"]
+QUICK = [(name, kind) for name, kind in LISTED if name not in LATER or kind == "merge"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [pytest.param(*k, marks=() if k in QUICK else SLOW) for k in LISTED])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.engine.step.defense import Loader
-from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates, other_updates, replace_updates
+from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates, other_updates, put_factors
 from hftlight.engine.weights.lowrank import LowRank
 from hftlight.engine.weights.masks import count_of, largest
 from hftlight.engine.weights.repair import Repair, check_layout
@@ -337,7 +337,9 @@ class NLSR(Repair):
         if names:
             # Layers that stay as they are keep their own factors.
             rest = {name: u.factors() for name, u in updates.items() if name not in names}
-            subject.report["rank"] = replace_updates(subject.model, rest | {name: repaired[name] for name in names})
+            factors = rest | {name: repaired[name] for name in names}
+            put_factors(subject.model, factors)
+            subject.report["rank"] = max(m.b.shape[1] for m in factors.values())
         else:
             subject.report["unchanged_because"] = f"no layer was chosen at keep {self.keep}; lower keep."
 

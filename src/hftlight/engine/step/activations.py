@@ -82,6 +82,25 @@ def shifted(modules: Mapping[str, nn.Module], shifts: Mapping[str, Tensor]) -> I
         yield
 
 
+@contextmanager
+def branched(modules: Mapping[str, nn.Module], branch: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Add ``branch(name, input)`` to the output of each named module inside the block.
+
+    Args:
+        modules: the modules, by any name.
+        branch: called with the name and the first positional input; returns a tensor of the output's shape.
+    """
+    with ExitStack() as stack:
+        _run_eagerly(stack)
+        for name, module in modules.items():
+
+            def after(_: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> Any:
+                return with_first_tensor(output, first_tensor(output) + branch(name, args[0]))
+
+            stack.callback(module.register_forward_hook(after).remove)
+        yield
+
+
 def first_tensor(output: Any) -> Tensor:
     """Return the first tensor of a layer's output.
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hftlight.engine.step.vectors import whole
+from hftlight.engine.step.vectors import local, whole
 from hftlight.engine.weights.lowrank import LowRank
+from hftlight.engine.weights.shards import share
 from hftlight.engine.weights.stored import plain_name
 
 
@@ -98,26 +99,56 @@ def lora_updates(model: nn.Module) -> dict[str, LoraUpdate]:
     return updates
 
 
-def replace_updates(model: Any, matrices: Mapping[str, LowRank]) -> int:
-    """Let a model's adapter hold other updates, all at one rank and at scale 1.
+def sharded(updates: Mapping[str, LoraUpdate]) -> bool:
+    """Tell whether several ranks share the factors of an adapter."""
+    return any(share(update.b).group is not None for update in updates.values())
 
-    Factors of lower rank are padded with zeros. The adapter's configuration gets the new rank.
+
+def grows(updates: Mapping[str, LoraUpdate], factors: Mapping[str, LowRank]) -> bool:
+    """Tell whether new factors have a larger rank than those of the adapter in any layer."""
+    return any(factors[name].b.shape[1] > update.a.shape[0] for name, update in updates.items())
+
+
+def put_factors(model: nn.Module, factors: Mapping[str, LowRank]) -> None:
+    """Replace the active adapter's factors by others of any rank.
+
+    If no layer's rank grows, the factors are written in place and keep their ranks and scales. Otherwise all layers get
+    the largest rank and scale 1. Missing components are zero.
 
     Args:
-        model: a PEFT model; changed in place.
-        matrices: the update of every adapted layer, by the plain name of its weight.
+        model: a PEFT model.
+        factors: the new update of every adapted layer, by the plain name of its weight.
 
-    Returns:
-        The rank, the largest of the matrices.
+    Raises:
+        ValueError: if a sharded adapter would have to grow.
     """
     updates = lora_updates(model)
-    rank = max(m.b.shape[1] for m in matrices.values())
+    if not grows(updates, factors):
+        for name, update in updates.items():
+            m, missing = factors[name], update.a.shape[0] - factors[name].b.shape[1]
+            a = nn.functional.pad(m.a, (0, 0, 0, missing))
+            b = nn.functional.pad(m.scale / update.scale * m.b, (0, missing))
+            for p, value in ((update.a, a), (update.b, b)):
+                rows = share(p)
+                local(p.detach()).copy_(value[rows.start : rows.stop])
+        return
+    if sharded(updates):
+        raise ValueError("put_factors: an adapter that FSDP2 has sharded cannot grow.")
+    rank = max(m.b.shape[1] for m in factors.values())
     for name, update in updates.items():
-        _put(update, matrices[name], rank)
-    settings = model.peft_config[next(iter(updates.values())).adapter]
-    settings.r = settings.lora_alpha = rank
-    settings.use_rslora, settings.rank_pattern, settings.alpha_pattern = False, {}, {}
-    return rank
+        m, layer, adapter = factors[name], update.layer, update.adapter
+        missing = rank - m.b.shape[1]
+        new = {"lora_A": nn.functional.pad(m.a, (0, 0, 0, missing))}
+        new["lora_B"] = nn.functional.pad(m.scale * m.b, (0, missing))
+        for kind, value in new.items():
+            linear = getattr(layer, kind)[adapter]
+            old = linear.weight
+            linear.weight = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)
+            linear.out_features, linear.in_features = value.shape
+        layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = rank, rank, 1.0
+        settings: Any = model.peft_config[adapter]  # type: ignore[index, union-attr]
+        settings.r = settings.lora_alpha = rank
+        settings.rank_pattern, settings.alpha_pattern, settings.use_rslora = {}, {}, False
 
 
 @contextmanager
@@ -130,26 +161,15 @@ def other_updates(updates: Mapping[str, LoraUpdate], matrices: Mapping[str, LowR
     """
     try:
         for name, u in updates.items():
-            _put(u, matrices.get(name, LowRank(u.b.detach()[:, :0], u.a.detach()[:0])))
+            m = matrices.get(name, LowRank(u.b.detach()[:, :0], u.a.detach()[:0]))
+            u.layer.lora_A[u.adapter].weight = nn.Parameter(m.a.to(u.a), requires_grad=u.a.requires_grad)
+            u.layer.lora_B[u.adapter].weight = nn.Parameter((m.scale * m.b).to(u.b), requires_grad=u.b.requires_grad)
+            u.layer.scaling[u.adapter] = 1.0
         yield
     finally:
         for u in updates.values():
             u.layer.lora_A[u.adapter].weight, u.layer.lora_B[u.adapter].weight = u.a, u.b
             u.layer.scaling[u.adapter] = u.scale
-
-
-def _put(update: LoraUpdate, matrix: LowRank, rank: int | None = None) -> None:
-    """Let a layer hold new factors, at scale 1. With ``rank`` they are padded to it and counted by the layer."""
-    layer, adapter, own = update.layer, update.adapter, matrix.b.shape[1]
-    b = update.b.new_zeros(update.b.shape[0], own if rank is None else rank)
-    a = update.a.new_zeros(own if rank is None else rank, update.a.shape[1])
-    b[:, :own], a[:own] = matrix.scale * matrix.b, matrix.a
-    layer.lora_A[adapter].weight = nn.Parameter(a, requires_grad=update.a.requires_grad)
-    layer.lora_B[adapter].weight = nn.Parameter(b, requires_grad=update.b.requires_grad)
-    layer.scaling[adapter] = 1.0
-    if rank is not None:
-        layer.r[adapter] = layer.lora_alpha[adapter] = rank
-        layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
 
 
 def _unfit(name: str, why: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.engine.step.defense import Defense, Loader
+from hftlight.engine.step.order import trainer_seed
 from hftlight.engine.step.slots import Slot, Stage
 from hftlight.engine.weights.lora import LoraUpdate, has_adapter, lora_updates
 from hftlight.engine.weights.lowrank import LowRank, combined
@@ -153,7 +154,7 @@ class Repair(Defense):
             that differ in these arguments alone share the scores.
         adds_parameters: whether the repaired model has parameters that the fine-tuned one lacks.
         repair_order: position among the repairs of a list, which overrides the order of the list: projections 0,
-            transplants 5, pruning 10, rewinding 20, biases 30.
+            transplants and arithmetic 5, masks 8, pruning 10, rewinding 20, biases 30.
 
     Args:
         streams: as for ``Defense``.
@@ -333,6 +334,7 @@ class Repair(Defense):
             batches=self._batches,
             context=trainer.precision_plugin.forward_context,
             split=True,
+            seed=trainer_seed(),
         )
         self.apply(subject)
         self.applied, self.input_digest, self.report = True, subject.report["input_digest"], subject.report

@@ -52,6 +52,12 @@ class Difference:
         assert shape is not None
         return shape
 
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return some rows of the difference, at least in float32."""
+        rows, rows_other = (w.rows(self.name, start, stop) for w in (self.model, self.other))
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, rows_other.dtype), torch.float32)
+        return rows.to(dtype) - rows_other.to(rows.device, dtype)
+
     def back(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Return ``V[start : start + len(x)]^T x`` and two sums of squares over these rows.
 
