@@ -46,7 +46,7 @@ def repair_model(
     if repair.output is not None:
         check_output(repair)
     if folder is not None and batches is None:
-        return repair_files([repair], str(model), Path(repair.output or ""))[0]
+        return repair_files([repair], str(model), Path(repair.output or ""), seed=seed)[0]
     loaded: Any = model if folder is None else _unmerged(str(model), folder)
     device = next(loaded.parameters()).device
 
