@@ -253,6 +253,7 @@ def test_every_defense_can_be_planned(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     fitting = {
         "moderation_filter": ["--moderation_filter.guard=builtin", "--moderation_filter.allow_same=true"],
+        "safety_lock": ["--safety_lock.heads=2"],
         "saft": ["--saft.rate=0.1"],
         "sppft": ["--sppft.last=0"],
         "t_vaccine": ["--t_vaccine.layers=1"],

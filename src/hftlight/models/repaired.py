@@ -1,18 +1,20 @@
 """Repairs without a Trainer: a model in memory, or a folder, in one call."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from hftlight.engine.weights.repair import MARKER, Repair, check_output
-from hftlight.engine.weights.save import repairs_of, save_repaired
+from hftlight.engine.weights.repair import Repair, check_output
+from hftlight.engine.weights.save import MARKER, repairs_of, save_repaired
 from hftlight.engine.weights.subject import Subject, at_once, no_batches
+from hftlight.errors import InputError
 from hftlight.files import new_folder, write_json
 from hftlight.model_files import model_path, stands_on
-from hftlight.models.load import TOKENIZER_FILES, load_adapter, load_model, save_tokenizer
+from hftlight.models.load import load_adapter, load_model, save_tokenizer
 from hftlight.models.mapped import copy_model, mapped_model
 
 
@@ -101,7 +103,7 @@ def repair_files(
         with mapped_model(Path(model_path(base, weights=True)), private=True) as under:
             subject, reports = repaired(load_adapter(under, folder))
             save_repaired(output, subject)
-        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        with suppress(InputError):  # a folder of weights alone has no tokenizer
             save_tokenizer(model, output)
         return reports
     output.parent.mkdir(parents=True, exist_ok=True)
