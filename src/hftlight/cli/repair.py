@@ -99,6 +99,7 @@ def _parser(chosen: Sequence[str]) -> Any:
 
 def _repaired(repairs: Sequence[Any], values: Any, output: Path) -> list[tuple[str, dict[str, Any]]]:
     """Repair the model and return each repair's name and report."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from safetensors.torch import load_file
 
     from hftlight.engine.step.slots import check, in_order
@@ -129,9 +130,16 @@ def _repaired(repairs: Sequence[Any], values: Any, output: Path) -> list[tuple[s
         missing = [need for need in d.needs if getattr(d, need) is None]
         if missing and not d.neutral:
             raise InputError(f"{type(d).__name__}: give --{missing[0]}, {OTHERS[missing[0]]}.")
-    since = time.perf_counter()
+    since, who = time.perf_counter(), " and ".join(type(d).__name__ for d in ordered)
     try:
-        reports = repair_files(ordered, values.model, output, scores, values.seed)
+        # A repair decides itself how often it comes to a weight, so the end is not known.
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+            bar = progress.add_task(f"{who}: copying and checking files")
+
+            def show(name: str) -> None:
+                progress.update(bar, description=f"{who}: {name}")
+
+            reports = repair_files(ordered, values.model, output, scores, values.seed, show)
     except (RuntimeError, TypeError, ValueError) as error:  # a refusal names the repair; any other is a defect
         if not str(error).startswith(tuple(type(d).__name__ for d in ordered)):
             raise

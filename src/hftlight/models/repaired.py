@@ -1,6 +1,6 @@
 """Repairs without a Trainer: a model in memory, or a folder, in one call."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,12 @@ def repair_model(
 
 
 def repair_files(
-    repairs: Sequence[Repair], model: str, output: Path, scores: Mapping[str, Tensor] | None = None, seed: int = 0
+    repairs: Sequence[Repair],
+    model: str,
+    output: Path,
+    scores: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    on_weight: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Repair the model of a folder in the files of another folder, one matrix at a time.
 
@@ -78,6 +83,7 @@ def repair_files(
         output: folder for the repaired model; an existing folder is replaced.
         scores: what the ``scored`` of the only repair that needs scores returned, on data. None computes scores.
         seed: seed for random choices of a repair.
+        on_weight: called with the name of each weight before it is measured or edited.
 
     Returns:
         The report of each repair.
@@ -92,7 +98,7 @@ def repair_files(
 
     def repaired(loaded: nn.Module) -> tuple[Subject, list[dict[str, Any]]]:
         kept = at_once if scores is None else lambda _, compute: dict(scores)
-        subject, reports = Subject(loaded, seed=seed, kept=kept), []
+        subject, reports = Subject(loaded, seed=seed, kept=kept, on_weight=on_weight), []
         for repair in repairs:
             subject.report, subject.aligned, subject.base, subject.unaligned = {}, None, None, None
             repair.apply(subject)

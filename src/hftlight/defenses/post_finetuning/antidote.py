@@ -187,7 +187,7 @@ class Antidote(Repair):
         before = {name: float(u.factors().squared_norm()) for name, u in updates.items()}
         # _prune edits the matrices in place. In mode "delta" it reads B, so B is zeroed after all matrices are done.
         matrices = self._matrices(subject, updates, weights, squares)
-        table = self._prune(matrices)
+        table = self._prune(matrices, subject.on_weight)
         if adapter and self.mode == "delta":
             for update in updates.values():
                 local(update.b.detach()).zero_()
@@ -300,7 +300,7 @@ class Antidote(Repair):
                 matrices.append(_back_to(subject.start, name, weight, squares[name]))
         return matrices
 
-    def _prune(self, matrices: Sequence[_Matrix]) -> dict[str, dict[str, Any]]:
+    def _prune(self, matrices: Sequence[_Matrix], on_weight: Callable[[str], None]) -> dict[str, dict[str, Any]]:
         """Reset the chosen entries of every matrix, and return counts and norms by matrix."""
         table: dict[str, dict[str, Any]] = {}
         # For groups larger than a row, Top finds the cut in a first read of all blocks. The second read below must pass
@@ -311,6 +311,7 @@ class Antidote(Repair):
             if self.group != "row":
                 top = self._top(members)
             for number, m in enumerate(members):
+                on_weight(m.name)
                 sums = torch.zeros(4, dtype=torch.float64, device=m.device)
                 for at, values in m.blocks():
                     scores = m.scores(values)

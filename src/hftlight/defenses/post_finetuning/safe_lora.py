@@ -271,7 +271,10 @@ class SafeLoRA(Repair):
         """
         check_layout(subject.model, "SafeLoRA")
         parts, _ = _parts(subject)
-        scores = {name: part.measure().double().cpu() for name, part in parts.items()}
+        scores = {}
+        for name, part in parts.items():
+            subject.on_weight(name)
+            scores[name] = part.measure().double().cpu()
         return scores | {f"{name} (image)": p.image.cpu() for name, p in parts.items() if p.image is not None}
 
     @override
@@ -291,6 +294,7 @@ class SafeLoRA(Repair):
         names = self._choose({name: table[name]["cosine"] for name in usable})
         changed = 0
         for name in names:
+            subject.on_weight(name)
             table[name] |= self._project(usable[name], table[name])
             changed += table[name]["changed_entries"]
         subject.report |= {

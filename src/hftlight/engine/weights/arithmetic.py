@@ -282,6 +282,7 @@ class Arithmetic(Repair):
         start = None if updates else aligned_weights(subject, type(self).__name__)
         table = {}
         for name in names:
+            subject.on_weight(name)
             # The mask of the largest entries takes the blocks in the order in which it counted them.
             number = with_harm.index(name) if name in harm else 0
             mask = partial(top.mask, number) if top is not None else None

@@ -27,6 +27,10 @@ def at_once(repair: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, 
     return compute()
 
 
+def _unseen(name: str) -> None:
+    """Show no progress."""
+
+
 @dataclass
 class Subject:
     """One fine-tuned model under repair.
@@ -47,6 +51,7 @@ class Subject:
         split: whether each rank's batches are a share of the stream, so that sums over them are added over ranks.
         seed: seed of the run, for random choices of a repair.
         kept: returns the scores of a repair, from a store or by calling the given function.
+        on_weight: called with the name of each weight before it is measured or edited, to show progress.
         dense: whether an edit wrote into the weights under the adapter and left the adapter zero. The repaired model is
             then written as a whole model.
     """
@@ -63,6 +68,7 @@ class Subject:
     split: bool = False
     seed: int = 0
     kept: Callable[[Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = at_once
+    on_weight: Callable[[str], None] = _unseen
     dense: bool = False
 
     @property
