@@ -72,7 +72,7 @@ def cases(folder: Path, out: Path):
         "full": (
             moved_model(model(), 0.05, seed=2),
             [
-                SOMF("row", 2, streams={"pairs": PAIRS}, aligned=aligned, output=place("full-masked")),
+                SOMF("row", 2, streams={"pairs": ALIKE}, aligned=aligned, output=place("full-masked")),
                 SafeLoRA(fraction=0.5, base=base, aligned=aligned, output=place("full-projected")),
                 Antidote(0.1, "delta", "row", streams=streams, aligned=aligned, output=place("full-pruned")),
             ],

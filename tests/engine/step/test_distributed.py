@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hftlight.engine import Stage
+from hftlight.engine import Slot, Stage
 from hftlight.engine.weights.frozen import FreezesEntries
 from tests.helpers import warm
 from tests.helpers.contract import distance, rows
@@ -61,5 +61,7 @@ def test_two_processes_that_share_all_weights_equal_one(name, whole):
 
 def test_no_strategy_is_refused_and_a_callback_only_beside_frozen_entries():
     for row in rows().values():
+        if Slot.WEIGHTS in row.make().slots:  # a run repairs in one process
+            continue
         assert not {"ddp", "fsdp2"} & set(row.refuses)
         assert not row.refuses or isinstance(row.make(), FreezesEntries)

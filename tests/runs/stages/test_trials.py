@@ -294,7 +294,7 @@ def test_every_trial_starts_from_the_aligned_model(made):
 def test_a_repair_that_names_models_of_its_own_keeps_them_to_itself(made):
     look = Look()
     attacker = made()
-    attacker.repairs = [Share(0.5, aligned=model_path("tiny"), base=attacker.aligned.name), look]
+    attacker.after = [Share(0.5, aligned=model_path("tiny"), base=attacker.aligned.name), look]
     with pytest.warns(UserWarning, match="only looks"):
         attacker.trained(FIRST)
     aligned, base = look.models

@@ -114,7 +114,7 @@ class Panacea(Defense):
     @override
     def deployment(self, output: str | None = None) -> Shift:
         shift = Shift(self.length, output)
-        shift.direction = self.kept
+        shift.direction = self.kept or {}
         return shift
 
     @override
@@ -130,7 +130,7 @@ class Panacea(Defense):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._loaded, self._harm, self.kept = None, {}, {}
+            self._loaded, self._harm, self.kept = None, {}, None
             try:
                 weight_names(pl_module)
             except TypeError as error:
@@ -186,7 +186,7 @@ class Panacea(Defense):
                     torch._foreach_add_(list(self._harm.values()), [grad[name] for name in self._harm])
                 else:
                     self._harm = grad
-        self.kept = by_weight(unit(self._harm), pl_module) if self._harm else {}
+        self.kept = by_weight(unit(self._harm), pl_module) if self._harm else None
 
     def _bounded(self, harm: Pass, measured: Pass) -> Pass:
         """Return a harmful pass, with a zero gradient if ``bound_gradient`` is set and a measured loss is too large."""

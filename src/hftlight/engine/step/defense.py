@@ -60,8 +60,8 @@ class Defense(Callback):
         adapter: adapter slot: settings of the adapter that the stage will train, a ``hftlight.config.Lora``. A run sets
             them before ``select``.
         selected: what ``select`` returned, or what a run has stored of it; None before.
-        kept: tensors by name that training leaves beside the weights, for ``deployment``. A run stores them with the
-            trained model.
+        kept: tensors by name that training leaves beside the weights, for ``deployment``; None if there are none. A
+            run stores them with the trained model.
         compares: whether the defense reads the aligned model through the module's ``reference()``. Passes that share
             ``"reference"`` say so too.
         acts_first: gradient slot: whether the defense must act before all others of the slot, since it edits the
@@ -85,6 +85,7 @@ class Defense(Callback):
     files: tuple[str, ...] = ()
     adapter: Any = None
     selected: list[dict[str, Any]] | None = None
+    kept: Mapping[str, Tensor] | None = None
     compares: bool = False
     acts_first: bool = False
     pauses: bool = False
@@ -100,7 +101,6 @@ class Defense(Callback):
         self._sources: dict[str, Callable[[], Stream]] = {}
         self._drawn: dict[str, int] = {}
         self.trace: dict[str, float | Tensor] = {}
-        self.kept: dict[str, Tensor] = {}
         self._trainer: Trainer | None = None
 
     def arguments(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from hftlight.models.module import SafetyModule
 from hftlight.models.preference import PreferenceModule
 from hftlight.models.serving import Artifact, full_state, save_artifact, trainable_model
 from hftlight.provenance import described
-from hftlight.registry import name_of
 from hftlight.runs.logging.rows import RowsLogger
 from hftlight.runs.measuring.curve import EvaluateAt
 from hftlight.runs.measuring.test_sets import TestSets
@@ -355,13 +354,18 @@ def save_kept(place: Path, defense: Defense) -> None:
     """Write the tensors that a defense keeps beside a trained model, if there are any."""
     if defense.kept:
         (place / KEPT).mkdir(exist_ok=True)
-        save_file(defense.kept, place / KEPT / f"{name_of(defense)}.safetensors")
+        save_file(dict(defense.kept), place / KEPT / _kept_name(defense))
+
+
+def _kept_name(defense: Defense) -> str:
+    # The registry would make the code of every defense a part of this stage's code.
+    return f"{type(defense).__name__.lower()}.safetensors"
 
 
 def read_kept(place: Path, defense: Defense) -> None:
     """Give a defense the tensors that it kept beside a trained model."""
-    path = place / KEPT / f"{name_of(defense)}.safetensors"
-    defense.kept = load_file(path) if path.is_file() else {}
+    path = place / KEPT / _kept_name(defense)
+    defense.kept = load_file(path) if path.is_file() else None
 
 
 @dataclass(frozen=True)
