@@ -19,6 +19,7 @@ from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
 from hftlight.take import Take
 from tests.helpers import warm
+from tests.helpers.slow import some_slow
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [str(ROOT / "recipes" / "train.py")]
@@ -248,7 +249,10 @@ def test_help_of_a_combination_shows_the_defenses_first_and_their_published_sett
     assert "--antidote.output" not in text
 
 
-@pytest.mark.parametrize("name", sorted(defenses()))
+PLANNED = ("booster", "ctrl", "lisa", "moderation_filter", "panacea", "resta", "sa_lora", "safety_lock", "t_vaccine")
+
+
+@pytest.mark.parametrize("name", some_slow(sorted(defenses()), PLANNED))
 def test_every_defense_can_be_planned(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     fitting = {

@@ -80,7 +80,7 @@ def test_a_repaired_average_is_what_the_folder_holds(tmp_path):
         assert_close(saved(**inputs).logits, module.model.eval()(**inputs).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, [*filter(acts_in_steps, NAMES)]))
 def test_a_defense_is_copied_and_pickled_before_and_after_a_fit(name, tmp_path, trajectories):
     """Tuners and distributed launchers copy and pickle defenses. The copy trains exactly like the original."""
     *_, last = trajectories(name)

@@ -162,8 +162,8 @@ def train(
 
 
 def acts_in_steps(name: str) -> bool:
-    """Tell whether a row changes training steps. Of rows that change data alone, one stands for all."""
-    return name == "safety_mix" or rows()[name].make().slots != (Slot.DATA,)
+    """Tell whether a row changes training steps. One row stands for all that change data alone, one for all repairs."""
+    return name in ("safety_mix", "antidote") or rows()[name].make().slots not in ((Slot.DATA,), (Slot.WEIGHTS,))
 
 
 @cache
