@@ -40,10 +40,10 @@ FITTING = {
     "somf": ["--somf.steps=2"],
     "sppft": ["--sppft.first=0", "--sppft.last=0"],
 }
-# One of each kind of work: slots, selections, phases, streams of their own, repairs. The others are rare tests.
+# One of each kind of work: selections, phases, streams, repairs, what is kept or trained beside. Others are rare.
 KINDS = {
-    "antidote", "bea", "ctrl", "freeze_plus", "kl", "lisa", "maxright", "moderation_filter", "repnoise", "sa_lora",
-    "seal", "tar", "vaccine",
+    "antidote", "bea", "ctrl", "lisa", "moderation_filter", "panacea", "repnoise", "resta", "sa_lora", "seal", "tar",
+    "vaccine",
 }  # fmt: skip
 REAL = {"antidote", "bea", "vaccine"}  # resumed in a fresh interpreter with its own hash seed
 TRIES = 4
