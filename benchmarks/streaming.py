@@ -26,12 +26,12 @@ MATRICES = {
     **{f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
     "mlp.down_proj": (HIDDEN, INNER),
 }
-WHOLE, ADAPTER = "tuned", "adapter"
+WHOLE, ADAPTER, HARM = "tuned", "adapter", "harm"  # the last: an adapter that unaligns the aligned model
 # Name -> (fine-tuned model, options of the command).
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "safe_lora, adapter": (ADAPTER, ["--defense", "safe_lora", "--aligned", "aligned", "--base", "base"]),
     "safe_lora, full": (WHOLE, ["--defense", "safe_lora", "--aligned", "aligned", "--base", "base"]),
-    "resta, adapter": (ADAPTER, ["--defense", "resta", "--aligned", "aligned", "--unaligned", "base"]),
+    "resta, adapter": (ADAPTER, ["--defense", "resta", "--aligned", "aligned", "--unaligned", HARM]),
     "resta, full": (WHOLE, ["--defense", "resta", "--aligned", "aligned", "--unaligned", "base"]),
     "antidote, full": (WHOLE, ["--defense", "antidote", "--aligned", "aligned", "--scores", "scores.safetensors"]),
 }
@@ -89,7 +89,8 @@ def write_models(folder: Path, layers: int) -> None:
             parts |= dict.fromkeys(tensors, file)
         index = {"metadata": {}, "weight_map": parts}
         (place / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_adapter(folder, layers)
+    for seed, name in enumerate((ADAPTER, HARM)):
+        write_adapter(folder, name, layers, seed)
     squares = {
         f"model.layers.{layer}.{name}.weight": torch.rand(shape[1]).double()
         for layer in range(layers)
@@ -118,20 +119,20 @@ def outer_tensors() -> dict[str, torch.Tensor]:
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
 
-def write_adapter(folder: Path, layers: int) -> None:
+def write_adapter(folder: Path, name: str, layers: int, seed: int) -> None:
     """Write a random adapter on all linear layers of the aligned model."""
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    rng, place = torch.Generator().manual_seed(7), folder / ADAPTER
-    targets = [name.rpartition(".")[2] for name in MATRICES]
+    rng, place = torch.Generator().manual_seed(seed), folder / name
+    targets = [matrix.rpartition(".")[2] for matrix in MATRICES]
     settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM")
     settings.base_model_name_or_path = str((folder / "aligned").resolve())
     settings.save_pretrained(str(place))
     tensors = {}
     for layer in range(layers):
-        for name, (out, inner) in MATRICES.items():
-            stem = f"base_model.model.model.layers.{layer}.{name}"
+        for matrix, (out, inner) in MATRICES.items():
+            stem = f"base_model.model.model.layers.{layer}.{matrix}"
             tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, inner, generator=rng) / inner**0.5
             tensors[f"{stem}.lora_B.weight"] = 0.05 * torch.randn(out, RANK, generator=rng)
     save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
