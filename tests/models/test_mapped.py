@@ -139,7 +139,8 @@ def test_an_adapter_is_repaired_without_a_copy_of_its_base(tmp_path, folders):
     base = AutoModelForCausalLM.from_pretrained(folders.aligned)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    repair_files([SafeLoRA(number=1, base=str(folders.base))], str(tmp_path / "adapter"), tmp_path / "out")
+    command = [str(tmp_path / "adapter"), str(tmp_path / "out"), "--defense", "safe_lora", "--safe_lora.number", "1"]
+    assert repair([*command, "--base", str(folders.base)]) == 0
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders.aligned), tmp_path / "out")
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders.aligned), tmp_path / "adapter")
     repair_model(SafeLoRA(number=1, base=str(folders.base)), expected)

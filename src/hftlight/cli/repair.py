@@ -103,7 +103,7 @@ def _repaired(repairs: Sequence[Any], values: Any, output: Path) -> list[tuple[s
     from safetensors.torch import load_file
 
     from hftlight.engine.step.slots import check, in_order
-    from hftlight.model_files import trust_remote_code
+    from hftlight.model_files import stands_on, trust_remote_code
     from hftlight.models.repaired import repair_files
 
     trust_remote_code(values.trust_remote_code)
@@ -123,11 +123,12 @@ def _repaired(repairs: Sequence[Any], values: Any, output: Path) -> list[tuple[s
         )
     if values.scores is not None and not Path(values.scores).expanduser().is_file():
         raise InputError(f"--scores: there is no file {values.scores!r}.")
+    under = stands_on(values.model)  # the aligned model, if the fine-tuned one is an adapter
     scores = load_file(Path(values.scores).expanduser()) if values.scores is not None else None
     for d in ordered:
         for name in OTHERS:
             setattr(d, name, getattr(values, name) or getattr(d, name))
-        missing = [need for need in d.needs if getattr(d, need) is None]
+        missing = [n for n in d.needs if getattr(d, n) is None and not (n == "aligned" and under is not None)]
         if missing and not d.neutral:
             raise InputError(f"{type(d).__name__}: give --{missing[0]}, {OTHERS[missing[0]]}.")
     since, who = time.perf_counter(), " and ".join(type(d).__name__ for d in ordered)
