@@ -27,7 +27,7 @@ ARMS: dict[str, list[str]] = {
     "rewind": [],
     "resta": [],
     "nlsr": [],
-    "somf": [],
+    "somf": ["--somf.steps", "20"],
     "safety_lock": [],
     "panacea": [],
 }
@@ -72,11 +72,13 @@ def keep(folder: Path) -> dict[str, Any]:
         for stage, name in stages.items():
             found: dict[str, Any] = {"version": __version__}
             for row in read_rows(cell / "metrics.jsonl"):
-                own = row["kind"] == "score" and row["stage"] == stage and row["judge"] in (None, "", "builtin")
+                own = row["kind"] == "score" and row["stage"] == stage and row["judge"] in (None, "", "builtin", "task")
                 if own and row["metric"] in (*SHOWN, "perplexity"):
                     found[row["metric"]] = [row[end] and round(row[end], 3) for end in ("value", "low", "high")]
             found["update_kept"] = round(kept_share(stored(cell / arm / places[stage]), tuned, aligned), 3)
             known[name] = found
+    order = ["aligned", "attacked", *ARMS]
+    known = dict(sorted(known.items(), key=lambda item: order.index(item[0].partition(".")[0])))
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     return known
 
@@ -94,13 +96,18 @@ def kept_share(model: Any, tuned: Any, aligned: Any) -> float:
     return float((squares[0] / squares[1]) ** 0.5)
 
 
+def word(name: str) -> str:
+    """Return a model's label."""
+    return name.replace("task_arithmetic.update_weight=", "update shrunk to ")
+
+
 def table(known: dict[str, Any]) -> str:
     """Return the results as a Markdown table, one line per model."""
     heads = ["model", "refused %", "complied %", "broken %", "finetune accuracy %", "over-refusal %", "perplexity"]
     lines = [f"| {' | '.join(heads)} | update kept |", f"| {' | '.join(['---'] * 8)} |"]
     for name, row in known.items():
         shown = ["{:.0f} ({:.0f}-{:.0f})".format(*row[metric]) for metric in SHOWN]
-        lines.append(f"| {name} | {' | '.join(shown)} | {row['perplexity'][0]:.2f} | {row['update_kept']:.2f} |")
+        lines.append(f"| {word(name)} | {' | '.join(shown)} | {row['perplexity'][0]:.2f} | {row['update_kept']:.2f} |")
     return "\n".join(lines)
 
 
@@ -133,7 +140,12 @@ def draw(known: dict[str, Any], path: Path) -> None:
         axes.errorbar(middle, places, xerr=around, fmt="o", color=PALETTE[1], markersize=4, lw=1.3)
         axes.set(xlim=(-2, 102), xlabel=title)
         axes.grid(axis="x", color="#d8dee4")
-    answers.set(xlim=(0, 100), xlabel="answers to harmful prompts, %", yticks=list(places), yticklabels=names)
+    answers.set(
+        xlim=(0, 100),
+        xlabel="answers to harmful prompts, %",
+        yticks=list(places),
+        yticklabels=[word(name) for name in names],
+    )
     answers.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     for axes in (answers, accuracy, refusal):
         axes.spines[["top", "right"]].set_visible(False)
