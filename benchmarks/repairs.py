@@ -96,7 +96,7 @@ def kept_share(model: Any, tuned: Any, aligned: Any) -> float:
     return float((squares[0] / squares[1]) ** 0.5)
 
 
-def word(name: str) -> str:
+def label(name: str) -> str:
     """Return a model's label."""
     return name.replace("task_arithmetic.update_weight=", "update shrunk to ")
 
@@ -107,7 +107,7 @@ def table(known: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heads)} | update kept |", f"| {' | '.join(['---'] * 8)} |"]
     for name, row in known.items():
         shown = ["{:.0f} ({:.0f}-{:.0f})".format(*row[metric]) for metric in SHOWN]
-        lines.append(f"| {word(name)} | {' | '.join(shown)} | {row['perplexity'][0]:.2f} | {row['update_kept']:.2f} |")
+        lines.append(f"| {label(name)} | {' | '.join(shown)} | {row['perplexity'][0]:.2f} | {row['update_kept']:.2f} |")
     return "\n".join(lines)
 
 
@@ -144,7 +144,7 @@ def draw(known: dict[str, Any], path: Path) -> None:
         xlim=(0, 100),
         xlabel="answers to harmful prompts, %",
         yticks=list(places),
-        yticklabels=[word(name) for name in names],
+        yticklabels=[label(name) for name in names],
     )
     answers.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     for axes in (answers, accuracy, refusal):
