@@ -11,6 +11,7 @@ from hftlight.attacks.attack import option_of
 from hftlight.attacks.protocols.protocol import Preset
 from hftlight.config import RunConfig, Training
 from hftlight.engine import Defense, Stage, count_passes
+from hftlight.engine.weights.repair import to_train
 from hftlight.evaluation.rejudge import JUDGED_SETS, agreement_lines, pairwise
 from hftlight.folders import STAGES, arm_word
 from hftlight.report import Result, closing_table, verdict
@@ -87,6 +88,13 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
                 str(training.batch_size * training.accumulate * config.devices * config.num_nodes),
                 _passes(phase.defenses, training),
                 f"{training.lr:g}",
+            )
+        for name in to_train(arm.repairs()):
+            training = config.finetuning
+            whole = training.batch_size * training.accumulate * config.devices * config.num_nodes
+            passes = _passes([], training)
+            table.add_row(
+                arm_word(arm.name), f"{name} model", str(training.steps), str(whole), passes, f"{training.lr:g}"
             )
         for d in arm.of(Stage.POST_FINETUNING):
             table.add_row(arm_word(arm.name), STAGES[d.stage.value], "-", "-", type(d).__name__, "-")

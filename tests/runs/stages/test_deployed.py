@@ -1,9 +1,11 @@
 """What a defense keeps beside a trained model, the repair that deploys it, and models that a run trains for repairs."""
 
 import json
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -18,6 +20,7 @@ from hftlight.files import read_rows
 from hftlight.models.serving import Artifact
 from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
+from hftlight.runs.show import show_plan
 from hftlight.runs.stages import train as stage_module
 from hftlight.runs.stages.attacker import Attacker
 from hftlight.runs.stages.repair import RepairJob, run_repair
@@ -151,6 +154,9 @@ def test_a_run_trains_the_unaligned_model_that_a_repair_needs(tmp_path):
     assert labels.index(next(s for s in labels if "unaligned model" in s)) < next(
         i for i, s in enumerate(labels) if s.endswith("repaired")
     )
+    console = Console(file=StringIO(), width=120)
+    show_plan(prepare(values, [Unlearn()]), in_full=True, console=console)
+    assert "unaligned model" in console.file.getvalue()
     repair = Unlearn()
     run(values, [repair])
     assert repair.moved
