@@ -1,4 +1,4 @@
-"""Judge the saved answers of a run with further judges. See ``--help``."""
+"""Repair a fine-tuned model in its files, one matrix at a time. See ``--help``."""
 
 import sys
 

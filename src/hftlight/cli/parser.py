@@ -229,7 +229,7 @@ class Parser(_Underscores, ArgumentParser):  # type: ignore[misc]
 
 
 def swept_apart(names: Names, parser: Parser, swept: Collection[str], fixed: Collection[str]) -> Names:
-    """Return the names with the options that have several values set apart, on the command line or in a configuration.
+    """Return the names with the options that have several values set apart.
 
     Args:
         names: from the first step.

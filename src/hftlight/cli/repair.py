@@ -108,7 +108,10 @@ def _repaired(repairs: Sequence[Any], values: Any, output: Path) -> list[tuple[s
 
     trust_remote_code(values.trust_remote_code)
     ordered = in_order(repairs)
-    check(ordered)
+    try:
+        check(ordered)
+    except ValueError as error:  # repairs that cannot be combined
+        raise InputError(str(error)) from error
     if growing := [type(d).__name__ for d in ordered if d.adds_parameters and not d.neutral]:
         raise InputError(
             f"{growing[0]}: adds parameters, and this command edits only those that the files hold. Use hftlight train,"

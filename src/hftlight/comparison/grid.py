@@ -227,7 +227,7 @@ def value_text(value: Any) -> str:
 
 
 def refusal(error: Exception, options: Iterable[str]) -> str:
-    """Return a defense's refusal of its arguments, with the swept options in front if they are the defense's own."""
+    """Return a defense's refusal of its arguments, with its swept options in front."""
     own = [o for o in options if str(error).startswith(f"{defense_class(o.partition('.')[0]).__name__}:")]
     return f"{_options(own)}: {error}" if own else str(error)
 

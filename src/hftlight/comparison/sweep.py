@@ -196,7 +196,7 @@ def _claim(folder: Path, config: RunConfig, grid: Grid) -> dict[str, Any]:
 
 
 def _arguments(grid: Grid) -> dict[str, dict[str, Any]]:
-    """Return the arguments of each defense and attack in the grid, defaults included, without those that are swept."""
+    """Return the fixed arguments of each defense and attack in the grid, defaults included."""
     names = dict.fromkeys(name for cell in grid.cells() for name in cell.defenses)
     fixed = {}
     for name in names:

@@ -149,7 +149,7 @@ class _Planner:
         """Return the step that trains a model that repairs compare with."""
         p, stream = self.prepared, TRAINED[name]
         config, rows = p.config_of(arm), p.streams[stream]
-        inputs = auxiliary_job(config, config.model, Artifact(aligned, aligned), rows, name).inputs()
+        inputs = auxiliary_job(config, config.model, Artifact(aligned, aligned), rows).inputs()
         seconds = self.speed * self._tokens([], config.finetuning, stream) * SECONDS_PER_TOKEN
         label = f"{arm_word(arm.name)}: {name} model for the repair, trained"
         steps = config.finetuning.steps

@@ -293,7 +293,7 @@ class _Run:
     def train_beside(self, arm: Arm, name: str) -> Note:
         """Train a model that repairs compare with, from the arm's aligned model."""
         config, rows = self.prepared.config_of(arm), self.prepared.streams[TRAINED[name]]
-        job = auxiliary_job(config, self.base_hash, self._aligned(arm), rows, name)
+        job = auxiliary_job(config, self.base_hash, self._aligned(arm), rows)
         reused = run_stage(job, on_step=self.progress.update)
         self.beside[arm.name, name] = job
         return f"on {len(rows)} {TRAINED[name]} rows", reused

@@ -91,7 +91,7 @@ def kept_rank(rank: int, sparsity: float, mode: Mode) -> int:
 
 
 def similarity(reference: Tensor, tuned: Tensor, mask: Tensor) -> float:
-    """Return the cosine of the masked entries of two matrices; 0 if one of them is zero there."""
+    """Return the cosine of the masked entries of two matrices, 0 if one of them is zero there."""
     a, b = reference[mask], tuned[mask]
     length = float(a.norm() * b.norm())
     return float(a @ b) / length if length else 0.0

@@ -133,7 +133,7 @@ def prompt_digests(batch: Batch) -> list[str]:
 
 
 def validation_prompts(digests: Iterable[str], fraction: float) -> set[str]:
-    """Return the digests of the prompts that probes are validated on: the first of all, in the order of the digests.
+    """Return the digests of the prompts that probes are validated on, the smallest ones.
 
     Args:
         digests: one per row; equal prompts have equal digests and stay together.
@@ -451,7 +451,7 @@ def _without_bias(outputs: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _add_bias(output: nn.Module, shift: Tensor) -> int:
-    """Add ``W_o shift`` to the bias, where ``shift`` is ``[heads, head_dim]``, and return how many entries changed."""
+    """Add ``W_o shift`` to the bias, and return the number of changed entries. The shift is ``[heads, head_dim]``."""
     linear = _linear(output)
     weight, rows = local(linear.weight.detach()), share(linear.bias)
     moved = weight.to(torch.promote_types(weight.dtype, torch.float32)) @ shift.flatten().to(weight.device).to(

@@ -241,9 +241,7 @@ def finetuning_job(
     return StageJob(Stage.FINETUNING, config, base_hash, parent, records, defenses, attack, watched)
 
 
-def auxiliary_job(
-    config: RunConfig, base_hash: str, aligned: Artifact, records: Sequence[Record], name: str = "unaligned"
-) -> StageJob:
+def auxiliary_job(config: RunConfig, base_hash: str, aligned: Artifact, records: Sequence[Record]) -> StageJob:
     """Return the training of a model that repairs compare with: the aligned model, trained on other rows.
 
     It takes as many steps as the run's own fine-tuning, without defenses.
@@ -253,10 +251,10 @@ def auxiliary_job(
         base_hash: as for ``finetuning_job``.
         aligned: the aligned model.
         records: the rows to train on; harmful rows of the defender for the model ``"unaligned"``.
-        name: the model, one of ``TRAINED``.
     """
+    parent = aligned if config.alignment.steps else None  # a model that came aligned is the base itself
     config = stage_config(config, None, Stage.FINETUNING)
-    return StageJob(Stage.FINETUNING, config, base_hash, aligned, {"task": list(records)}, [])
+    return StageJob(Stage.FINETUNING, config, base_hash, parent, {"task": list(records)}, [])
 
 
 def records_digest(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
