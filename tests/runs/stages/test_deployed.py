@@ -24,7 +24,7 @@ from hftlight.runs.show import show_plan
 from hftlight.runs.stages import train as stage_module
 from hftlight.runs.stages.attacker import Attacker
 from hftlight.runs.stages.repair import RepairJob, run_repair
-from hftlight.runs.stages.train import KEPT, StageJob, read_kept, run_stage
+from hftlight.runs.stages.train import KEPT, StageJob, auxiliary_job, read_kept, run_stage
 from hftlight.search.space import Trial
 from tests.helpers.jobs import rows, small_config
 from tests.helpers.slow import some_slow
@@ -187,3 +187,11 @@ def test_trials_deploy_their_own_shift_and_compare_with_one_unaligned_model(tmp_
     repair = Unlearn()
     trained([repair])
     assert repair.moved
+
+
+def test_a_model_that_came_aligned_is_the_base_of_the_unaligned_one():
+    """With a parent, the new adapter would be stacked on an adapter that the base does not have."""
+    artifact = Artifact("tiny", "hash")
+    aligned, came = (small_config(alignment=Training(steps=steps)) for steps in (3, 0))
+    assert auxiliary_job(aligned, "tiny", artifact, HARMFUL).parent is artifact
+    assert auxiliary_job(came, "tiny", artifact, HARMFUL).parent is None
