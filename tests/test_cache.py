@@ -151,11 +151,14 @@ def prompts(**other):
 
 OF_NO_KEY = {
     stage_job: OF_NO_STAGE | OTHER_STAGE | EVALUATION,
-    repair_job: OF_NO_STAGE
-    | OF_NO_REPAIR
-    | OTHER_STAGE
-    | {f"alignment.{n}" for n in leaves(RunConfig().alignment)}
-    | EVALUATION - {"evaluation.batch_size"},
+    repair_job: (
+        OF_NO_STAGE
+        | OF_NO_REPAIR
+        | OTHER_STAGE
+        | {f"alignment.{n}" for n in leaves(RunConfig().alignment)}
+        | EVALUATION
+    )
+    - {"finetuning.batch_size"},
 }
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from hftlight.config import Lora
 from hftlight.data.world.build import build_world
-from hftlight.defenses import CTRL, SaLoRA
+from hftlight.defenses import CTRL, SAFT, SEAL, SaLoRA
 from hftlight.models.serving import Artifact
-from hftlight.runs.stages.choice import ChoiceJob
+from hftlight.runs.stages.choice import ChoiceJob, run_choice
 from tests.runs.test_run import config
 
 
@@ -23,3 +23,23 @@ def test_the_adapter_decides_a_selection_for_the_adapter_slot(defense, depends, 
         for lora in (Lora(), replace(Lora(), **change))
     ]
     assert (keys[0] != keys[1]) == depends
+
+
+@pytest.mark.parametrize(("defense", "rows"), [(SEAL(), 2), (SAFT(rate=0.1), 7)], ids=["gradients", "states"])
+def test_a_selection_with_gradients_takes_the_rows_of_a_training_pass(defense, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
+    settings = config(tmp_path)
+    settings = replace(
+        settings,
+        finetuning=replace(settings.finetuning, batch_size=2),
+        evaluation=replace(settings.evaluation, batch_size=7),
+    )
+    asked: list[int] = []
+
+    def select(model, tokenizer, template, records, system, batch_size, *more):
+        asked.append(batch_size)
+        return []
+
+    monkeypatch.setattr(type(defense), "select", staticmethod(select))
+    run_choice(ChoiceJob(settings, Artifact.of("tiny"), {"task": []}, defense))
+    assert asked == [rows]

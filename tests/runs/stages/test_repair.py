@@ -233,6 +233,9 @@ def test_batches_are_all_rows_once_as_in_training(finetuned):
     assert sorted(i for batch in look.rows["harmful"] for i in batch["id"]) == sorted(r.id for r in HARMFUL)
     assert {role for batch in look.rows["task"] for role in batch["role"]} == {"task"}
     assert {r.role for r in TASK} == {"task", "attack"}
+    # A repair may take gradients, so its batches are as large as those of the training.
+    micro = job.config.finetuning.batch_size
+    assert max(len(batch["id"]) for batch in look.rows["harmful"]) == micro < job.config.evaluation.batch_size
     tokenizer = load_tokenizer("tiny")
     data = StreamsDataModule(tokenizer, get_template(job.config.template, tokenizer), "harmful", harmful=HARMFUL)
     expected = {e.id: list(e.input_ids) for e in data.stream("harmful", 1).examples}
@@ -349,7 +352,7 @@ def test_the_key_holds_all_that_decides_and_nothing_else(finetuned, tmp_path):
         replace(job, config=replace(c, system="Be kind.")),
         replace(job, config=replace(c, max_tokens=90)),
         replace(job, config=replace(c, adapter_protocol="continue")),
-        replace(job, config=replace(c, evaluation=replace(c.evaluation, batch_size=3))),
+        replace(job, config=replace(c, finetuning=replace(c.finetuning, batch_size=3))),
     ]
     assert len({job.key(), *(other.key() for other in others)}) == 1 + len(others)
     for same in (

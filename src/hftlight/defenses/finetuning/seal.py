@@ -255,6 +255,7 @@ class SEAL(RowFilter):
     """
 
     streams = ("alignment",)
+    selects_by_gradient = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "llama3": {"decay": 0.03, "targets": ["q_proj", "v_proj"]},
         "pythia": {"decay": 0.02},

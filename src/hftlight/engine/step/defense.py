@@ -56,6 +56,8 @@ class Defense(Callback):
         selects: data and adapter slot: whether ``select`` must run with a model before the stage.
         selecting_passes: roughly how many forward passes ``select`` takes per row, for the estimate of a run's time.
         selecting_tokens: roughly how many tokens ``select`` generates per row, for the same estimate.
+        selects_by_gradient: whether ``select`` takes gradients. It then gets the micro-batch of the training, else the
+            larger batch of the measurements.
         files: names of the arguments that are paths of files; the content of the files enters the cache key.
         adapter: adapter slot: settings of the adapter that the stage will train, a ``hftlight.config.Lora``. A run sets
             them before ``select``.
@@ -82,6 +84,7 @@ class Defense(Callback):
     selects: bool = False
     selecting_passes: float = 1.0
     selecting_tokens: float = 0.0
+    selects_by_gradient: bool = False
     files: tuple[str, ...] = ()
     adapter: Any = None
     selected: list[dict[str, Any]] | None = None

@@ -77,6 +77,7 @@ def run_choice(job: ChoiceJob, on_rows: Callable[[int], None] | None = None) -> 
 
     def make(place: Path) -> None:
         config = job.config
+        sized = config.finetuning if job.defense.selects_by_gradient else config.evaluation
         tokenizer = job.model.tokenizer()
         template = get_template(config.template, tokenizer)
         job.defense.adapter = config.lora if job._adapts else None
@@ -84,7 +85,7 @@ def run_choice(job: ChoiceJob, on_rows: Callable[[int], None] | None = None) -> 
             try:
                 rows = job.defense.select(
                     model, tokenizer, template, job.records, config.system,
-                    config.evaluation.batch_size, config.seed, on_rows,
+                    sized.batch_size, config.seed, on_rows,
                 )  # fmt: skip
             except ValueError as error:
                 raise InputError(str(error)) from error

@@ -85,7 +85,7 @@ class RepairJob(Job):
         """Return everything that decides the repaired weights."""
         ignored = {*OF_NO_STAGE, *OF_NO_REPAIR, "alignment", "finetuning", "evaluation"}
         return {
-            "config": {**self.config.without(ignored), "rows": self.config.evaluation.batch_size},
+            "config": {**self.config.without(ignored), "rows": self.config.finetuning.batch_size},
             "base": self.base_hash,
             "aligned": self.aligned.identity,
             "finetuned": self.finetuned.identity,
@@ -325,8 +325,11 @@ def _adapter(folder: Path) -> ModelState:
 def _batches(
     config: RunConfig, records: Mapping[str, Sequence[Record]], name: str, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Yield all batches of a stream once, encoded as in training. Hidden attack rows appear as ``"task"``."""
-    size, tokenizer = config.evaluation.batch_size, load_tokenizer(config.model)
+    """Yield all batches of a stream once, encoded as in training. Hidden attack rows appear as ``"task"``.
+
+    A batch has the rows of a micro-batch of the fine-tuning, since a repair may take gradients.
+    """
+    size, tokenizer = config.finetuning.batch_size, load_tokenizer(config.model)
     template = get_template(config.template, tokenizer)
     options: dict[str, Any] = {"max_tokens": config.max_tokens, "system": config.system, "long_rows": config.long_rows}
     options[name] = records[name]
