@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -161,12 +160,6 @@ class Antidote(Repair):
     @override
     def neutral(self) -> bool:
         return self.prune_ratio == 0
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not self.neutral:
-            self.check_model(getattr(pl_module, "model", pl_module))
 
     @override
     def scored(self, subject: Subject) -> dict[str, Tensor]:

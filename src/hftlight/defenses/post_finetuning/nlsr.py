@@ -245,13 +245,12 @@ class NLSR(Repair):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not self.neutral:
-            self.check_model(getattr(pl_module, "model", pl_module))
-            if self.aligned is None or not isinstance(stored(self.aligned), Adapted):
-                raise ValueError(
-                    f"NLSR: aligned must be the folder of the LoRA adapter that aligned the base model, got"
-                    f" {self.aligned!r}. {_OTHERS}"
-                )
+        needed = stage == "fit" and not self.neutral
+        if needed and (self.aligned is None or not isinstance(stored(self.aligned), Adapted)):
+            raise ValueError(
+                f"NLSR: aligned must be the folder of the LoRA adapter that aligned the base model, got"
+                f" {self.aligned!r}. {_OTHERS}"
+            )
 
     @override
     def check_model(self, model: nn.Module) -> None:

@@ -250,7 +250,6 @@ class SafeLoRA(Repair):
             return
         model = getattr(pl_module, "model", pl_module)
         updates = lora_updates(model) if has_adapter(model) else {}
-        self.check_model(model)
         if self.aligned is None and not all(u.weight.is_floating_point() for u in updates.values()):
             raise ValueError(
                 "SafeLoRA: the weights under the adapter are quantized; give aligned=..., the folder of the aligned"

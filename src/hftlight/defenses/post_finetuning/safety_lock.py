@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -243,12 +242,6 @@ class SafetyLock(Repair):
     @override
     def neutral(self) -> bool:
         return self.strength == 0
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not self.neutral:
-            self.check_model(getattr(pl_module, "model", pl_module))
 
     @override
     def check_model(self, model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -204,12 +203,6 @@ class SOMF(Repair):
     @override
     def identity(self) -> dict[str, Any]:
         return {"others": [model_hash(model) for model in self.others]} if self.others else {}
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.check_model(getattr(pl_module, "model", pl_module))
 
     @override
     def check_model(self, model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -174,12 +173,6 @@ class Arithmetic(Repair):
     @override
     def neutral(self) -> bool:
         return self._update_weight == 1 and self._harm_weight == 0 and self.drop == 0
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not self.neutral:
-            self.check_model(getattr(pl_module, "model", pl_module))
 
     @override
     def check_model(self, model: nn.Module) -> None:

@@ -313,6 +313,8 @@ class Repair(Defense):
                 raise ValueError(f"{who}: give {need}=..., the {need} model as a folder or hub id; it is read by rows.")
             if getattr(self, need) is not None:
                 stored(getattr(self, need))
+        if not self.neutral:
+            self.check_model(model)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
