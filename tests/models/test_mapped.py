@@ -1,5 +1,6 @@
 """Edits of a model in its files equal edits in memory, and leave the source unchanged."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hftlight.cli.repair import repair
-from hftlight.defenses import Antidote, SafeLoRA
+from hftlight.defenses import Antidote, SafeLoRA, TaskArithmetic
 from hftlight.engine.weights.save import MARKER
 from hftlight.engine.weights.subject import Subject
 from hftlight.errors import InputError
@@ -94,6 +95,16 @@ def test_stored_scores_replace_the_pass_over_data(folders, tmp_path):
     repaired = weights(tmp_path / "out")
     for name, weight in linear_weights(model).items():
         assert torch.equal(weight, repaired[name])
+
+
+def test_every_repair_leaves_its_report(folders, tmp_path):
+    options = {"aligned": str(folders.aligned)}
+    repairs = [SafeLoRA(number=3, base=str(folders.base), **options), TaskArithmetic(update_weight=0.5, **options)]
+    reports = repair_files(repairs, str(folders.tuned), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / MARKER).read_text())
+    assert list(written["reports"]) == ["SafeLoRA", "TaskArithmetic"]
+    for name, report in zip(written["reports"], reports, strict=True):
+        assert written["reports"][name]["changed_entries"] == report["changed_entries"] > 0
 
 
 def test_a_private_model_leaves_its_files_unchanged(folders):

@@ -103,6 +103,8 @@ def repair_files(
             subject.report, subject.aligned, subject.base, subject.unaligned = {}, None, None, None
             repair.apply(subject)
             reports.append(subject.report)
+        if len(reports) > 1:  # as a run writes them
+            subject.report = {"reports": {type(r).__name__: of for r, of in zip(repairs, reports, strict=True)}}
         return subject, reports
 
     if base is not None:
