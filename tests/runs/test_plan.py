@@ -6,7 +6,7 @@ import pytest
 
 from hftlight.attacks.model_edit import ModelEdit
 from hftlight.config import Evaluation, RunConfig, Search, Training
-from hftlight.defenses import Booster, Lisa
+from hftlight.defenses import SOMF, Antidote, Booster, Lisa
 from hftlight.runs.measuring.test_sets import TestSets as Sets
 from hftlight.runs.plan import plan
 from hftlight.runs.prepare import prepare
@@ -62,3 +62,14 @@ def test_no_judge_is_looked_at(monkeypatch):
     """A judge's identity is the hash of its weights, which a dry run must not download."""
     monkeypatch.setattr(Sets, "judging", lambda self: pytest.fail("the plan asked what a judge is"))
     assert keys(replace(CONFIG, evaluation=replace(CONFIG.evaluation, at=[1])))
+
+
+def test_a_repair_that_trains_counts_its_steps_and_their_time():
+    def step(steps):
+        found = plan(prepare(CONFIG, [SOMF(steps=steps), Antidote()], None))
+        return next(s for s in found if s.label.endswith(": repaired"))
+
+    assert (step(3).count, step(9).count) == (5, 11)  # and one for each of the two repairs
+    few, more, most = (step(n).seconds for n in (3, 9, 15))
+    assert 0 < few < more
+    assert most - more == pytest.approx(more - few)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from hftlight.builtin_models import DEMO, TINY
 from hftlight.config import OF_NO_ANSWER, RunConfig, Training
 from hftlight.engine import Defense, Stage, main_stream
-from hftlight.engine.weights.repair import TRAINED, to_train
+from hftlight.engine.weights.repair import TRAINED, Repair, to_train
 from hftlight.files import digest
 from hftlight.folders import STAGES, arm_word
 from hftlight.models.load import load_config, text_config
@@ -15,6 +15,7 @@ from hftlight.models.serving import Artifact
 from hftlight.provenance import described
 from hftlight.runs.measuring.test_sets import SETS
 from hftlight.runs.prepare import Arm, Prepared, stages_of, upload_of
+from hftlight.runs.stages.repair import units_of
 from hftlight.runs.stages.train import MAIN, alignment_job, auxiliary_job, finetuning_job, records_digest
 
 DEMO_PARAMETERS = 134_515_008
@@ -136,14 +137,21 @@ class _Planner:
             p, stage = self.prepared, Stage.POST_FINETUNING
             key = digest([key, described(repairs), records_digest(p.records(stage, arm))])
             rows = sum(len(p.streams[name]) * p.lengths[name] for d in repairs for name in d.streams)
-            seconds = self.speed * rows * SECONDS_PER_TOKEN / 3
-            yield Step(label, len(repairs), seconds, key, lambda worker: worker.repair(arm))
+            # A forward pass over the rows, and what a repair trains: one batch in both directions per step.
+            tokens = rows / 3 + sum(d.trains * self._tokens_of_batch(d) for d in repairs)
+            seconds = self.speed * tokens * SECONDS_PER_TOKEN
+            yield Step(label, units_of(repairs), seconds, key, lambda worker: worker.repair(arm))
             yield self._measured(f"{label}, measuring", key, arm, stage)
         if trials := self.config.trials:
             label = f"{arm_word(arm.name)}: attacker's search"
             seconds = trials * (1.5 * tuned + self.measuring)
             key = digest([key, self.config.attacker, asdict(self.config.search)])
             yield Step(label, trials, seconds, key, lambda worker: worker.search(arm))
+
+    def _tokens_of_batch(self, repair: Repair) -> float:
+        """Return the tokens in a batch of each stream that a repair reads."""
+        rows, lengths = self.config.finetuning.batch_size, self.prepared.lengths
+        return sum(rows * lengths[name] for name in repair.streams)
 
     def _trained_beside(self, arm: Arm, name: str, aligned: str) -> Step:
         """Return the step that trains a model that repairs compare with."""

@@ -318,7 +318,7 @@ class _Run:
             unaligned.artifact() if unaligned else None,
         )
         reused = job.done()
-        run_repair(job, lambda count: self.progress.update(count, None))
+        run_repair(job, lambda done: self.progress.update(done, None))
         result = self._record_result(arm, stage, job)
         changed = [r["changed_entries"] for r in result["defenses"].values()]
         scores = [] if reused else [r["scores"] for r in result["scores"].values()]

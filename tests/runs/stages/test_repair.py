@@ -301,6 +301,12 @@ def test_plain_libraries_load_what_is_in_memory(finetuned, monkeypatch, name, ki
     assert all(len(report["input_digest"]) == 16 for report in marker["reports"].values())
 
 
+def test_the_progress_counts_repairs_and_what_they_train(finetuned):
+    seen = []
+    run_repair(finetuned("merge", [SOMF("row", steps=3), Antidote(0.1)]), seen.append)
+    assert seen == [1, 2, 3, 4, 5]
+
+
 def test_a_run_in_bfloat16_is_repaired_in_float32(finetuned):
     """In the run's own type, a small update would be rounded away."""
     job = finetuned("bfloat16", [Antidote(0.1)])

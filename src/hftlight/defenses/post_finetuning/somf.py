@@ -199,6 +199,7 @@ class SOMF(Repair):
         self.granularity, self.steps, self.lr, self.beta = granularity, steps, lr, beta
         self.temperature, self.weights, self.others = temperature, tuple(weights), tuple(others)
         self.export, self.threshold, self.units = export, threshold, units
+        self.trains = steps
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -261,6 +262,7 @@ class SOMF(Repair):
                     gradient = dict(zip(logits, torch.autograd.grad(loss, list(logits.values())), strict=True))
                 losses.append(_over_ranks(loss.detach(), gradient, subject.split))
                 optimizer.step(gradient)
+                subject.on_step(step + 1)
         return {**{name: phi.detach() for name, phi in logits.items()}, "preference_loss": torch.stack(losses)}
 
     @override

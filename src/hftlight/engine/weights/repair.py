@@ -152,6 +152,7 @@ class Repair(Defense):
             sets ``needs`` if its modes change it.
         dials: names of the arguments that change the edit, but not what ``scored`` returns, such as a strength. Runs
             that differ in these arguments alone share the scores.
+        trains: optimizer steps that ``scored`` takes, on one batch each, for the progress and the plan of a run.
         adds_parameters: whether the repaired model has parameters that the fine-tuned one lacks.
         repair_order: position among the repairs of a list, which overrides the order of the list: projections 0,
             transplants and arithmetic 5, masks 8, pruning 10, rewinding 20, biases 30.
@@ -168,6 +169,7 @@ class Repair(Defense):
     stage, slots = Stage.POST_FINETUNING, (Slot.WEIGHTS,)
     needs: tuple[str, ...] = ()
     dials: tuple[str, ...] = ()
+    trains: int = 0
     adds_parameters: bool = False
     repair_order: int = 0
 

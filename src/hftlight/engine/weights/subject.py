@@ -27,7 +27,7 @@ def at_once(repair: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, 
     return compute()
 
 
-def _unseen(name: str) -> None:
+def _unseen(_: str | int) -> None:
     """Show no progress."""
 
 
@@ -52,6 +52,7 @@ class Subject:
         seed: seed of the run, for random choices of a repair.
         kept: returns the scores of a repair, from a store or by calling the given function.
         on_weight: called with the name of each weight before it is measured or edited, to show progress.
+        on_step: called with the number of optimizer steps that the repair has trained, to show progress.
         dense: whether an edit wrote into the weights under the adapter and left the adapter zero. The repaired model is
             then written as a whole model.
     """
@@ -69,6 +70,7 @@ class Subject:
     seed: int = 0
     kept: Callable[[Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = at_once
     on_weight: Callable[[str], None] = _unseen
+    on_step: Callable[[int], None] = _unseen
     dense: bool = False
 
     @property

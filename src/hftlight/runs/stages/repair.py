@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,19 @@ def stored_scores(job: ScoresJob, compute: Callable[[], dict[str, Tensor]]) -> t
         return load_file(folder / SCORES), reused
 
 
-def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -> None:
+def units_of(repairs: Sequence[Repair]) -> int:
+    """Return the units in which the progress of repairs is counted: one per repair, and one per step that it trains."""
+    return sum(1 + repair.trains for repair in repairs)
+
+
+def run_repair(job: RepairJob, on_unit: Callable[[int], None] | None = None) -> None:
     """Apply the repairs one after the other and write the model.
 
     Nothing happens if the stage is done. Scores of repairs with ``dials`` are read from the cache, or stored there.
 
     Args:
         job: the stage.
-        on_repair: called after each repair with the number of repairs applied so far.
+        on_unit: called with the number of units done so far, of those of ``units_of``.
 
     Raises:
         RunError: if the model was repaired before, or if a repair refuses it or changes nothing without a reason.
@@ -182,28 +188,31 @@ def run_repair(job: RepairJob, on_repair: Callable[[int], None] | None = None) -
             return tensors
 
         subject.kept = kept
-        reports = apply_repairs(subject, job.defenses, on_repair)
+        reports = apply_repairs(subject, job.defenses, on_unit)
         _save(job.place(), job, subject, reports)
         cost = {"steps": 0, "seconds": round(time.perf_counter() - since, 3)}
         job.finish({"stage": "post_finetuning", "cost": cost, "defenses": reports, "scores": scores})
 
 
 def apply_repairs(
-    subject: Subject, repairs: Sequence[Repair], on_repair: Callable[[int], None] | None = None
+    subject: Subject, repairs: Sequence[Repair], on_unit: Callable[[int], None] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Apply repairs to a model in memory, one after the other, and return their reports.
 
     Args:
         subject: the model.
         repairs: in the order in which they act.
-        on_repair: called after each repair with the number of repairs applied so far.
+        on_unit: as for ``run_repair``.
 
     Raises:
         RunError: if a repair refuses the model, or changes nothing without a reason.
     """
     others = subject.aligned, subject.base, subject.unaligned
     reports = {}
-    for count, repair in enumerate(repairs, start=1):
+    for number, repair in enumerate(repairs):
+        before = units_of(repairs[:number])
+        if on_unit is not None:
+            subject.on_step = partial(_count, on_unit, before)
         subject.report, subject.scores = {}, {}
         subject.aligned, subject.base, subject.unaligned = others  # the repair before may have named its own models
         try:
@@ -213,9 +222,13 @@ def apply_repairs(
                 raise
             raise RunError(str(error)) from error
         reports[repair.state_key] = subject.report
-        if on_repair is not None:
-            on_repair(count)
+        if on_unit is not None:
+            on_unit(before + units_of([repair]))
     return reports
+
+
+def _count(on_unit: Callable[[int], None], before: int, steps: int) -> None:
+    on_unit(before + steps)
 
 
 def subject_of(job: RepairJob) -> Subject:
