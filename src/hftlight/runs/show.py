@@ -158,16 +158,16 @@ def show_preset(
         console.print(judged, highlight=False)
         return
     differs = {one.setting: one for one in preset.differs}
-    table = Table("setting", "published", "this run", "why not")
+    table = Table("option", "published", "this run")
     for option, value in sorted(published.items()):
-        one = differs.pop(option, None)
-        # A difference of an option holds the paper's value, which the protocol's own value only stands for.
-        this = Text(shown(own[option]), "bold") if option in changed else shown(value) if one else "same"
-        table.add_row(option, one.published if one else shown(value), this, one.why if one else "")
-    for one in differs.values():
-        this = shown(getattr(config, one.setting)) if hasattr(config, one.setting) else one.run
-        table.add_row(one.setting, one.published, this, one.why)
+        # The protocol's own value only stands for the paper's, if the two differ.
+        this = Text(shown(own[option]), "bold") if option in changed else shown(value) if option in differs else "same"
+        table.add_row(option, differs[option].published if option in differs else shown(value), this)
     console.print(table)
+    for name, one in differs.items():
+        this = shown(own[name]) if name in changed else one.run
+        why = f"{one.why[0].upper()}{one.why[1:]}"
+        console.print(f"{name}: published {one.published}; here {this}. {why}.", highlight=False)
     console.print(f"{judged} {preset.judge.rule[0].upper()}{preset.judge.rule[1:]}.", highlight=False)
     for file in preset.files:
         this = shown(_of_run(config, attack, file.option))

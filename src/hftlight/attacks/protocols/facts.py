@@ -134,9 +134,8 @@ class NeededFile:
         check_types(where, values, {"option": TEXT, "used": TEXT, **about})
         for key, known in (("option", options), ("set", tuple(SOURCES))):
             if key in values and values[key] not in known:
-                raise InputError(
-                    f"{where}: {key} must be one of {', '.join(known)}, got {values[key]!r}.{nearest(values[key], known)}"
-                )
+                hint = nearest(values[key], known)
+                raise InputError(f"{where}: {key} must be one of {', '.join(known)}, got {values[key]!r}.{hint}")
         if named:
             public = SOURCES[values["set"]]
             licence = f"{public.licence}{' (unchecked)' if public.recalled else ''}"

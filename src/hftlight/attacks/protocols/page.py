@@ -60,13 +60,13 @@ def command(protocol: Preset) -> str:
     """Return the command that runs a protocol with the paper's model, files and judge."""
     judge = f" --evaluation.judge {protocol.judge.name}" if protocol.judge.name else ""
     files = "".join(f" --{file.option} FILE" for file in protocol.files)
-    rows = "" if _rows(protocol) else " --num_samples N"
+    rows = "" if rows_of(protocol) else " --num_samples N"
     return f"hftlight train --preset {protocol.name} --model {protocol.model}{files}{rows}{judge}"
 
 
 def counts(protocol: Preset) -> str:
     """Return one sentence about rows and steps, for the protocol's first task."""
-    config, rows = protocol.config(), _rows(protocol)
+    config, rows = protocol.config(), rows_of(protocol)
     if not rows:
         return "The user sets the number of rows, and with it the number of steps."
     upload = " and ".join(
@@ -97,7 +97,7 @@ def files_of(protocol: Preset) -> tuple[NeededFile, ...]:
         own = get_preset(protocol.name, name)
         task = get_task(own.config().data.task)
         if isinstance(task, PublicTask):
-            trained, tested = _rows(own).get("task", 0), own.config().evaluation.task_rows
+            trained, tested = rows_of(own).get("task", 0), own.config().evaluation.task_rows
             used = (
                 f"{task.name}: the first {trained} rows of `{task.splits['train']}` to train on, and the first {tested}"
             )
@@ -111,7 +111,7 @@ def _row(one: Difference, setting: str) -> tuple[str, str, str, str]:
     return setting, one.published, one.run, one.why
 
 
-def _rows(protocol: Preset) -> Mapping[str, int]:
+def rows_of(protocol: Preset) -> Mapping[str, int]:
     """Return the rows of the upload by source, empty if the user sets their number."""
     try:
         return protocol.attack.counts()

@@ -92,11 +92,17 @@ class Preset:
             if value not in (None, one.default):
                 # A value becomes the default of the run's option, if the attack's field has one. Epochs, steps and
                 # batch size stay with the attack, since its batch counts all devices and micro-batches. So does a
-                # field whose own default is not None, since that default hides the run's option.
+                # field whose own default is not None, since that default hides the run's option, and a number of
+                # rows that the attack takes from its file instead of the run.
                 attack_only = one.name in ("epochs", "steps", "batch_size") or one.default is not None
+                attack_only |= one.name == "n" and self._counts_its_file(value)
                 option = None if attack_only else FIELDS.get(one.name)
                 own[option or f"{self.attack.name}.{one.name}"] = value
         return {**own, **self.overrides, "attack": self.attack.name}
+
+    def _counts_its_file(self, n: int) -> bool:
+        """Return whether the attack takes its number of rows from its file, whatever ``--num_samples`` says."""
+        return replace(self.attack, n=None).resolved(RunConfig(num_samples=n + 1)).n != n + 1
 
     def published(self) -> dict[str, Any]:
         """Return the run options that the protocol sets, by dotted name.

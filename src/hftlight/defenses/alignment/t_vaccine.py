@@ -101,12 +101,12 @@ class TVaccine(Vaccine):
     Source: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
     Layer-wise Perturbation", arXiv:2410.09760; official code Lslland/T-Vaccine.
     Differs: rho is an argument of the official scripts, not a constant; their README calls them with 3. The paper draws
-    layers at every step, the official code every 20 steps (``resample_every``). The official
-    code repeats probe and draw in each micro-batch of a step; here both happen once per optimizer step. The official
-    code draws from an unseeded generator that differs between processes. Here the draw is a pure function of seed and
-    step, the same on all processes. The official code uses patched copies of model files with reentrant checkpointing,
-    under which the MLP adapters below A get no gradient. Here any model works, and every weight outside the frozen set
-    trains. Smoothing and freezing whole layers are additions. See Vaccine for the rest.
+    layers at every step, the official code every 20 steps (``resample_every``). The official code repeats probe and
+    draw in each micro-batch of a step; here both happen once per optimizer step. The official code draws from an
+    unseeded generator that differs between processes. Here the draw is a pure function of seed and step, the same on
+    all processes. The official code uses patched copies of model files with reentrant checkpointing, under which the
+    MLP adapters below A get no gradient. Here any model works, and every weight outside the frozen set trains.
+    Smoothing and freezing whole layers are additions. See Vaccine for the rest.
     """
 
     streams: tuple[str, ...] = ("harmful",)

@@ -75,11 +75,11 @@ class Vaccine(Defense):
     Source: Huang et al., "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning",
     NeurIPS 2024, arXiv:2402.01109, Algorithm 1; official code git-disl/Vaccine.
     Differs: rho is an argument of the official scripts, not a constant; their README calls them with 2, and Booster's
-    alignment script sets 5. The official code computes the norm in the activations' precision with an epsilon of 1e-7. Here the norm
-    has at least float32 and no epsilon; a zero norm is counted and gives no shift. The official code draws other
-    dropout masks in the second pass (here ``dropout="independent"``) and finds attention by class name. It clears
-    gradients within the step, so that accumulation fails. A site before every trainable weight gets no shift. The
-    accelerated variant is in the paper's appendix only. Several processes share one budget, so that they equal one
+    alignment script sets 5. The official code computes the norm in the activations' precision with an epsilon of 1e-7.
+    Here the norm has at least float32 and no epsilon; a zero norm is counted and gives no shift. The official code
+    draws other dropout masks in the second pass (here ``dropout="independent"``) and finds attention by class name. It
+    clears gradients within the step, so that accumulation fails. A site before every trainable weight gets no shift.
+    The accelerated variant is in the paper's appendix only. Several processes share one budget, so that they equal one
     process with the joint batch. Under a loss scaler, a micro-batch whose norm overflows is counted and not perturbed.
     """
 
