@@ -75,7 +75,7 @@ def test_help_of_a_defense_shows_unit_range_and_default():
 
 
 def test_names_come_first_then_their_arguments():
-    config, defenses, _, dry, _ = parse_train(
+    config, defenses, _, dry, *_ = parse_train(
         ["--defense", "booster", "--booster.lam", "20", "--harmful-ratio", "0.3", "--dry-run", "--baseline"]
     )
     assert (config.defense, config.harmful_ratio, config.baseline, dry) == (["booster"], 0.3, True, True)
@@ -95,7 +95,7 @@ def test_what_is_taken_of_a_source_is_said_at_once_or_by_its_name():
 
 
 def test_hyphens_stay_in_values():
-    config, *_, dry, _ = parse_train(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"])
+    config, *_, dry, _, _ = parse_train(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"])
     assert (config.data.alignment, config.model, dry) == ("my-file.jsonl", "a-b/c-d", True)
 
 

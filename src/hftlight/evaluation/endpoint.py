@@ -13,7 +13,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -226,9 +226,7 @@ class Endpoint:
                 raise self._over_budget(error.cost, missing, len(first_rows)) from None
         return [results[request] for request in requests]
 
-    def _ask_all(
-        self, requests: Sequence[str], ask: Callable[[str, threading.Event], _Result]
-    ) -> dict[str, _Result]:
+    def _ask_all(self, requests: Sequence[str], ask: Callable[[str, threading.Event], _Result]) -> dict[str, _Result]:
         """Return the result of each request, by request."""
         results, stop = dict[str, _Result](), threading.Event()
         with ThreadPoolExecutor(self.workers) as pool:
@@ -252,6 +250,10 @@ class Endpoint:
             return Reply(*values) if entry["sha256"] == digest(values) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def missing(self, requests: Sequence[str]) -> list[str]:
+        """Return the requests without a cached reply, each once."""
+        return [request for request in dict.fromkeys(requests) if self.cached(request) is None]
 
     def store(self, request: str, reply: Reply) -> None:
         """Cache the reply to a request."""
@@ -341,6 +343,12 @@ class Endpoint:
         """Count a request that is sent again."""
         with self._lock:
             self.usage.retries += 1
+
+    def paid(self) -> dict[str, Any]:
+        """Return requests, tokens, cost, prices, and the models that served, as plain values for a file."""
+        served = [{"model": model, "day": day} for model, day in sorted(self.served)]
+        prices = None if self.prices is None else list(self.prices)
+        return {"endpoint": self.base_url, **asdict(self.usage), "prices": prices, "served": served}
 
     def line(self) -> str:
         """Return a sentence on requests, tokens and cost so far, and on the models that served the replies."""
@@ -449,7 +457,7 @@ class Endpoint:
             rows: number of all requests.
         """
         assert self.budget is not None
-        missing = [request for request in asked if self.cached(request) is None]
+        missing = self.missing(asked)
         need = self.budget.spent + math.fsum(map(self.highest_cost, missing))
         return RunError(
             f"{self.who}: stopped before the budget of {self.budget.limit:g} is exceeded. {self.budget.spent:.4g} is"

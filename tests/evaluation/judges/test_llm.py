@@ -185,7 +185,11 @@ def test_a_reply_without_a_grade_is_asked_for_again_with_its_form(endpoint, tmp_
     endpoint.script = ["no grade here", "#thescore: 7"]
     graded = judge(endpoint, tmp_path, prices=(1.0, 1.0))
     assert graded(["p"], ["grade 5"])[0].score == 5.0
-    assert (graded.endpoint.usage.calls, graded.endpoint.usage.retries, graded.endpoint.usage.prompt_tokens) == (3, 2, 300)
+    assert (graded.endpoint.usage.calls, graded.endpoint.usage.retries, graded.endpoint.usage.prompt_tokens) == (
+        3,
+        2,
+        300,
+    )
     first, second, third = (body["messages"] for _, _, body in endpoint.seen)
     assert second[:1] == third[:1] == first
     assert second[1] == {"role": "assistant", "content": "no grade here"}
