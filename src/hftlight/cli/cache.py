@@ -15,7 +15,7 @@ def cache(argv: Sequence[str] | None = None) -> int:
         prog="hftlight cache", description=f"List or clear the cache in {cache_dir()}. Set HFTLIGHT_CACHE to move it."
     )
     parser.add_argument("action", choices=("list", "clear"))
-    kinds_help = f"{', '.join(KINDS)}; default: all. clear keeps {' and '.join(PAID)}, which may have cost money, unless you name them"
+    kinds_help = f"{', '.join(KINDS)}; default: all. clear keeps paid replies unless you name {' or '.join(PAID)}"
     parser.add_argument("kinds", nargs="*", metavar="kind", help=kinds_help)
     options = parser.parse_args(argv)
 

@@ -168,13 +168,15 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         except ValueError as error:  # a list of defenses that cannot be combined
             raise InputError(str(error)) from error
-        if main_process():
+        if main_process() and export is None:
             show_plan(prepared, in_full=dry)
         if export is not None:
             from hftlight.runs.upload import export_upload
 
             beside = export_upload(prepared, Path(export))
-            print(f"Written to {export}, for a fine-tuning service; {beside} says what its rows are.")
+            print(*prepared.notes, sep="\n", end="\n" if prepared.notes else "")
+            rows = len(prepared.streams["task"])
+            print(f"Wrote {rows} rows to {export}, for a fine-tuning service; {beside} says what they are.")
         elif not dry:
             from hftlight.runs.run import run
 

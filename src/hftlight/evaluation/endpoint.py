@@ -478,8 +478,8 @@ class Endpoint:
         }
         hint = hints.get(error.code, f"Check the model's name, the endpoint and the key in {self.key_variable}.")
         raise InputError(
-            f"{self.who}: {self.base_url} refuses the request of {row} with status {error.code} ({said}). {hint} Replies"
-            " so far are cached."
+            f"{self.who}: {self.base_url} refuses the request of {row} with status {error.code} ({said}). {hint}"
+            " Replies so far are cached."
         ) from error
 
 

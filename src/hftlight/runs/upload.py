@@ -1,18 +1,18 @@
 """Export of a run's upload as the file that a fine-tuning service takes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
+from hftlight.config import RunConfig
 from hftlight.data.messages import write_upload
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
-from hftlight.data.tokens import encode
+from hftlight.data.tokens import encode_all
 from hftlight.engine import Stage
 from hftlight.engine.step.order import passes_order
 from hftlight.errors import InputError
 from hftlight.files import ensure_writable, write_json
 from hftlight.models.load import load_tokenizer
-from hftlight.runs.prepare import Prepared
+from hftlight.runs.prepare import UNLIMITED, Prepared
 from hftlight.runs.stages.train import stage_config
 
 SIDE = ".rows.json"  # end of the name of the file beside the upload that says what its rows are
@@ -21,9 +21,9 @@ SIDE = ".rows.json"  # end of the name of the file beside the upload that says w
 def export_upload(prepared: Prepared, path: Path) -> Path:
     """Write the rows of the attack's upload in chat format, and beside them a file that says what they are.
 
-    The rows are those that the fine-tuning of the run trains on, in the order of its first pass, with the attack's
-    system text. Rows that ``--max_tokens`` cuts off are written whole. The file beside holds the attack's values, the
-    seed, and each row's id and role in the same order. It is not for the service.
+    The rows carry the attack's system text. They are in the order in which the run's fine-tuning reads them first. A
+    run leaves out or cuts rows longer than its model's ``--max_tokens``, but the file holds them whole. The file beside
+    holds the attack's values, the seed, and each row's id and role in the same order. It is not for the service.
 
     Args:
         prepared: the run.
@@ -57,24 +57,26 @@ def export_upload(prepared: Prepared, path: Path) -> Path:
     if path.suffix != ".jsonl":
         raise InputError(f"--export_upload writes JSONL, so the file must end in .jsonl, got {str(path)!r}.")
     ensure_writable(path.parent, "--export_upload")
-    rows = _in_order(prepared)
-    write_upload(path, rows, stage_config(config, attack, Stage.FINETUNING).system)
+    own = stage_config(config, attack, Stage.FINETUNING)
+    rows = _in_order(prepared, own)
+    write_upload(path, rows, own.system)
     beside = path.with_name(path.stem + SIDE)
     about = [{"id": r.id, "role": r.role, "kind": r.kind, "source": r.source} for r in rows]
     write_json(beside, {"attack": attack.describe(), "seed": config.seed, "rows": about})
     return beside
 
 
-def _in_order(prepared: Prepared) -> Sequence[Record]:
-    """Return the rows that the fine-tuning trains on, in the order of its first pass."""
-    own = stage_config(prepared.config, prepared.attack, Stage.FINETUNING)
-    tokenizer = load_tokenizer(own.model)
-    template = get_template(own.template, tokenizer)
-    encoded = [
-        (record, example)
-        for record in prepared.streams["task"]
-        if (example := encode(record, template, tokenizer, own.max_tokens, own.system, own.long_rows)) is not None
-    ]
-    lengths = [len(example.input_ids) for _, example in encoded] if own.order == "length" else None
-    batches = passes_order(len(encoded), own.finetuning.batch_size, own.seed, "task", 0, lengths)
-    return [encoded[row][0] for batch in batches for row in batch]
+def _in_order(prepared: Prepared, own: RunConfig) -> list[Record]:
+    """Return the rows of the upload in the order of the fine-tuning's first pass.
+
+    Args:
+        prepared: the run.
+        own: configuration of the fine-tuning.
+    """
+    rows, lengths = prepared.streams["task"], None
+    if own.order == "length":
+        tokenizer = load_tokenizer(own.model)
+        examples, _ = encode_all(rows, get_template(own.template, tokenizer), tokenizer, UNLIMITED, own.system)
+        lengths = [len(example.input_ids) for example in examples]
+    batches = passes_order(len(rows), own.finetuning.batch_size, own.seed, "task", 0, lengths)
+    return [rows[row] for batch in batches for row in batch]
