@@ -24,8 +24,8 @@ from hftlight.evaluation.rejudge import (
     rejudge,
 )
 from hftlight.runs.measuring.test_sets import HARMFUL
-from tests.evaluation.judges.test_llm import Endpoint
 from tests.helpers import warm
+from tests.helpers.chat_server import Endpoint
 from tests.helpers.run_folder import answer_rows, write_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "rejudge.py"

@@ -12,7 +12,8 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -229,10 +230,22 @@ class Endpoint:
     def _ask_all(self, requests: Sequence[str], ask: Callable[[str, threading.Event], _Result]) -> dict[str, _Result]:
         """Return the result of each request, by request."""
         results, stop = dict[str, _Result](), threading.Event()
-        with ThreadPoolExecutor(self.workers) as pool:
-            pending = {pool.submit(ask, request, stop): request for request in requests}
+
+        def work(request: str) -> _Result:
+            if stop.is_set():
+                raise CancelledError
             try:
-                results.update({pending[future]: future.result() for future in as_completed(pending)})
+                return ask(request, stop)
+            except BaseException:
+                stop.set()  # before this worker takes the next request
+                raise
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            pending = {pool.submit(work, request): request for request in requests}
+            try:
+                for future in as_completed(pending):
+                    with suppress(CancelledError):  # another request has failed, and its own error follows
+                        results[pending[future]] = future.result()
             except BaseException:
                 # Requests in flight may finish, and their replies are cached. Queued requests are cancelled, and
                 # ``stop`` ends the waits between attempts.

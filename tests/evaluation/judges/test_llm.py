@@ -9,7 +9,6 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -18,62 +17,13 @@ from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges import Verdict
 from hftlight.evaluation.judges.judge import Judge
 from hftlight.evaluation.judges.llm import RUBRICS, LLMJudge, hexphi_score, strongreject_score
-
-
-class Endpoint(ThreadingHTTPServer):
-    """A server that replies ``#thescore: N`` to an answer ``grade N`` after the faults of its ``script``."""
-
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.script, self.seen, self.lock, self.usage = [], [], threading.Lock(), True
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-            fault = self.server.script.pop(0) if self.server.script else None
-        if callable(fault):
-            fault = fault()
-        if fault == "drop":
-            self.close_connection = True
-            return
-        if isinstance(fault, tuple):
-            self.answer(*fault)
-            return
-        content = body["messages"][0]["content"]
-        grade = content.split("<<<ANSWER\ngrade ")[1][0] if "<<<ANSWER\ngrade " in content else "1"
-        self.answer(200, reply(fault or f"A reason.\n#thescore: {grade}"))
-
-    def answer(self, status, text, headers=()):
-        data = text.encode()
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-def reply(content):
-    usage = {"prompt_tokens": 100, "completion_tokens": 10}
-    return json.dumps({"model": "made-up-1", "choices": [{"message": {"content": content}}], "usage": usage})
+from tests.helpers.chat_server import reply, serving
 
 
 @pytest.fixture
 def endpoint():
-    server = Endpoint()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -235,21 +185,15 @@ def test_an_endpoint_that_stops_answering_names_the_row_and_keeps_the_rest(endpo
 def test_a_server_killed_half_way_loses_nothing(tmp_path, waits):
     """The server stops after three replies. A new server on the same port gets only the other three requests."""
     prompts, answers = [f"p{i}" for i in range(6)], [f"grade {1 + i % 5}" for i in range(6)]
-    first = Endpoint()
-    threading.Thread(target=first.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    judge(first, tmp_path)(prompts[:3], answers[:3])
-    url, port = first.url, first.server_port
-    first.shutdown()
-    first.server_close()
+    with serving() as first:
+        judge(first, tmp_path)(prompts[:3], answers[:3])
+        url, port = first.url, first.server_port
     gone = LLMJudge("hexphi", "m", base_url=url, cache=tmp_path, workers=1, attempts=2)
     with pytest.raises(RunError, match=r"row 4 has no reply after 2 attempts; last: .*refused"):
         gone(prompts, answers)
     assert gone.endpoint.usage.cached == 3
-    second = Endpoint(port)
-    threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    verdicts = LLMJudge("hexphi", "m", base_url=url, cache=tmp_path, workers=1)(prompts, answers)
-    second.shutdown()
-    second.server_close()
+    with serving(port=port) as second:
+        verdicts = LLMJudge("hexphi", "m", base_url=url, cache=tmp_path, workers=1)(prompts, answers)
     assert [v.score for v in verdicts] == [1.0, 2.0, 3.0, 4.0, 5.0, 1.0]
     assert len(second.seen) == 3
 
