@@ -95,7 +95,8 @@ def test_a_request_waits_until_another_one_has_cost_less_than_reserved():
     assert budget.reserve(8.0, stop)
     waiting = threading.Thread(target=lambda: got.append(budget.reserve(5.0, stop)))
     waiting.start()
-    stop.set()
+    waiting.join(0.1)
+    assert waiting.is_alive()
     budget.settle(8.0, 0.0)
     waiting.join(5)
     assert got == [True]
