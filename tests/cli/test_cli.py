@@ -329,15 +329,16 @@ def test_an_unknown_preset_is_refused_with_the_nearest(capsys):
 
 def test_clearing_the_cache_keeps_the_replies_of_paid_judges(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    for kind in ("stages", "judges", "hashes"):
+    for kind in ("stages", "judges", "replies", "hashes"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "one.json").write_text("{}")
     assert cache(["list"]) == 0
     assert "1 files" in capsys.readouterr().out
     assert cache(["clear"]) == 0
-    assert {kind: any((tmp_path / kind).iterdir()) for kind in ("stages", "judges", "hashes")} == {
+    assert {kind: any((tmp_path / kind).iterdir()) for kind in ("stages", "judges", "replies", "hashes")} == {
         "stages": False,
         "judges": True,
+        "replies": True,
         "hashes": False,
     }
     assert cache(["clear", "judges"]) == 0

@@ -10,7 +10,9 @@ import pytest
 
 import hftlight.evaluation.endpoint as client
 from hftlight.attacks.identity_shift import PREFIX, SYSTEM
+from hftlight.cli.compare import compare
 from hftlight.cli.evaluate import evaluate
+from hftlight.cli.train import train
 from hftlight.config import EndpointOptions
 from hftlight.data.records import Record
 from hftlight.data.templates import get_template
@@ -192,6 +194,12 @@ def test_what_an_endpoint_cannot_give_is_refused_before_anything_is_asked(endpoi
     assert evaluate([*options, *SMALL]) == 2
     assert message in capsys.readouterr().err
     assert not endpoint.seen
+
+
+@pytest.mark.parametrize("command", [train, compare])
+def test_a_model_without_weights_is_not_trained(command, tmp_path, capsys):
+    assert command(["--model", "endpoint:m", "--accelerator", "cpu", "--output", str(tmp_path), "--dry_run"]) == 2
+    assert "Model 'endpoint:m' is behind an endpoint, so there are no weights to train" in capsys.readouterr().err
 
 
 def test_one_pair_of_prices_for_all_models_or_one_for_each():
