@@ -27,7 +27,7 @@ from hftlight.runs.stages.train import StageJob
 from tests.helpers.jobs import rows, small_config
 
 SOURCE = Path(cache.__file__).parent
-NAMES = ("cache", "files", "model_files", "job", "selection", "choice", "llm", "bea", "workers", "serving")
+NAMES = ("cache", "files", "model_files", "job", "selection", "choice", "endpoint", "llm", "bea", "workers", "serving")
 KEEPERS = {f"{name}.py" for name in NAMES}
 
 

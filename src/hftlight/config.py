@@ -285,6 +285,67 @@ class Evaluation:
                 raise InputError(f"--evaluation.{name} needs a curve. Name its optimizer steps with --evaluation.at.")
 
 
+@dataclass
+class EndpointOptions:
+    """How a model behind an OpenAI-compatible endpoint is reached, and what its answers may cost.
+
+    Args:
+        base_url: URL of the endpoint without /chat/completions. By default it is the environment variable
+            OPENAI_BASE_URL, or OpenAI's endpoint.
+        key_variable: environment variable that holds the API key. A local endpoint needs no key.
+        prices: price of a million tokens read and of a million written, in any currency. Several models take one pair
+            for all, or one pair each.
+        budget: highest cost of all answers together, in the currency of the prices, > 0. Answers from the cache count
+            with what they cost before. The command stops before the budget is exceeded.
+        workers: number of parallel requests, >= 1.
+        attempts: attempts per request, >= 1. The wait between attempts doubles from 1 s to 60 s, or is what the
+            endpoint asks for.
+        timeout: seconds without data from the endpoint after which an attempt fails, > 0.
+    """
+
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    prices: list[float] | None = None
+    budget: float | None = None
+    workers: int = 4
+    attempts: int = 6
+    timeout: float = 60.0
+
+    def check(self, models: int) -> None:
+        """Refuse values out of range.
+
+        Args:
+            models: number of models behind the endpoint.
+
+        Raises:
+            InputError: naming the option, the allowed range and the value.
+        """
+        for name in ("workers", "attempts"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--endpoint.{name} must be >= 1, got {getattr(self, name)}.")
+        if not self.timeout > 0:
+            raise InputError(f"--endpoint.timeout is in seconds and must be > 0, got {self.timeout:g}.")
+        if self.prices is not None and (len(self.prices) not in (2, 2 * models) or min(self.prices) < 0):
+            several = f", or {2 * models} for {models} models," if models > 1 else ""
+            raise InputError(
+                f"--endpoint.prices takes 2 numbers >= 0{several} per million tokens read and written, got"
+                f" {' '.join(f'{price:g}' for price in self.prices) or 'none'}."
+            )
+        if self.budget is not None and not self.budget > 0:
+            raise InputError(f"--endpoint.budget must be > 0, got {self.budget:g}.")
+        if self.budget is not None and self.prices is None:
+            raise InputError(
+                f"--endpoint.budget {self.budget:g} needs the prices of a million tokens read and of a million written."
+                " Add --endpoint.prices READ WRITTEN."
+            )
+
+    def prices_of(self, number: int) -> list[float] | None:
+        """Return the prices of a million tokens read and written of model ``number``, from 0."""
+        if self.prices is None or len(self.prices) == 2:
+            return self.prices
+        return self.prices[2 * number : 2 * number + 2]
+
+
 # The allowed values of each axis of a search.
 AXES = {"steps": ">= 1", "lr": "> 0", "rank": ">= 1", "num_samples": ">= 1", "harmful_ratio": "in [0, 1]"}
 

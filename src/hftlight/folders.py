@@ -1,4 +1,4 @@
-"""Names of files, folders, stages and arms in the folders of runs and comparisons."""
+"""Names of files, folders, stages and arms in the folders of runs and comparisons, and of models at endpoints."""
 
 import json
 import re
@@ -13,6 +13,7 @@ SELECTION = "_selection.jsonl"  # end of the name of the file in an arm's folder
 # The stages of an arm in order, with their names in tables and pages.
 STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 UNDEFENDED = "none"  # the arm without a defense
+ENDPOINT = "endpoint:"  # in front of the name of a model behind an OpenAI-compatible endpoint, which has no files
 
 
 def comparison_of(run: Path) -> Path | None:

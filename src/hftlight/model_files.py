@@ -13,6 +13,7 @@ from hftlight.builtin_models import DEMO, DEMO_WHEEL, TINY, TINY_VERSION, conver
 from hftlight.cache import SEAL, whole
 from hftlight.errors import InputError
 from hftlight.files import cache_dir, digest, files_digest
+from hftlight.folders import ENDPOINT
 
 MODELS = "models"  # folder of the cache that holds the built-in models
 BASE = "base"  # folder of a run that holds a copy of its adapters' base model, if that base comes from the cache
@@ -36,6 +37,11 @@ def model_path(name: str, weights: bool = False) -> str:
     Raises:
         InputError: if the demo model is missing, a folder is not a model, or the hub has no such model.
     """
+    if name.startswith(ENDPOINT):
+        raise InputError(
+            f"Model {name!r} is behind an endpoint, so there are no weights to train, repair or export. `hftlight"
+            " evaluate --model` measures it, also several models side by side."
+        )
     if name == DEMO:
         folder = cache_dir() / MODELS / DEMO
         if not whole(folder):

@@ -75,7 +75,7 @@ def test_help_of_a_defense_shows_unit_range_and_default():
 
 
 def test_names_come_first_then_their_arguments():
-    config, defenses, _, dry, _ = parse_train(
+    config, defenses, _, dry, *_ = parse_train(
         ["--defense", "booster", "--booster.lam", "20", "--harmful-ratio", "0.3", "--dry-run", "--baseline"]
     )
     assert (config.defense, config.harmful_ratio, config.baseline, dry) == (["booster"], 0.3, True, True)
@@ -95,7 +95,7 @@ def test_what_is_taken_of_a_source_is_said_at_once_or_by_its_name():
 
 
 def test_hyphens_stay_in_values():
-    config, *_, dry, _ = parse_train(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"])
+    config, *_, dry, _, _ = parse_train(["--data.alignment", "my-file.jsonl", "--model=a-b/c-d", "--dry-run"])
     assert (config.data.alignment, config.model, dry) == ("my-file.jsonl", "a-b/c-d", True)
 
 
@@ -329,15 +329,16 @@ def test_an_unknown_preset_is_refused_with_the_nearest(capsys):
 
 def test_clearing_the_cache_keeps_the_replies_of_paid_judges(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    for kind in ("stages", "judges", "hashes"):
+    for kind in ("stages", "judges", "replies", "hashes"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "one.json").write_text("{}")
     assert cache(["list"]) == 0
     assert "1 files" in capsys.readouterr().out
     assert cache(["clear"]) == 0
-    assert {kind: any((tmp_path / kind).iterdir()) for kind in ("stages", "judges", "hashes")} == {
+    assert {kind: any((tmp_path / kind).iterdir()) for kind in ("stages", "judges", "replies", "hashes")} == {
         "stages": False,
         "judges": True,
+        "replies": True,
         "hashes": False,
     }
     assert cache(["clear", "judges"]) == 0

@@ -24,8 +24,8 @@ from hftlight.evaluation.rejudge import (
     rejudge,
 )
 from hftlight.runs.measuring.test_sets import HARMFUL
-from tests.evaluation.judges.test_llm import Endpoint
 from tests.helpers import warm
+from tests.helpers.chat_server import Endpoint
 from tests.helpers.run_folder import answer_rows, write_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "rejudge.py"
@@ -223,7 +223,8 @@ def test_the_command_with_a_grader_behind_an_endpoint(tmp_path, monkeypatch, cap
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for usage in (  # 300 and 30 tokens at 2000 and 30000 per million cost 0.6 and 0.9
         "3 requests answered (retries: 0), 0 answers from the cache, 300 tokens read and 30 written, at a cost of 1.5",
-        "0 requests answered (retries: 0), 3 answers from the cache, 0 tokens read and 0 written, at a cost of 0;",
+        "0 requests answered (retries: 0), 3 answers from the cache, 0 tokens read and 0 written, at a cost of 0 (those"
+        " from the cache cost 1.5 before);",
     ):
         assert command([str(file), "--judges", "hexphi:m", "--prices", "2000", "30000"]) == 0
         output = capsys.readouterr().out

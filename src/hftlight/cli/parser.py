@@ -208,7 +208,8 @@ class Parser(_Underscores, ArgumentParser):  # type: ignore[misc]
         values = self.parse_args(names.rest)
         if names.prints:
             shown = values.clone()
-            for name in ("config", "preset", "print_config"):  # their values are already among the others
+            # The values of the first three are already among the others. An export is no setting of a run.
+            for name in ("config", "preset", "print_config", "export_upload"):
                 shown.pop(name, None)
             print(_with_values(self.dump(shown, skip_none=False), self.typed(names.swept)), end="")
             raise SystemExit(0)

@@ -4,6 +4,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hftlight.cli.arguments import add_common, chosen_preset, methods_except, show_in_short
@@ -66,6 +67,12 @@ def train_parser(names: Sequence[str], attack: str = "harmful_mix", everything: 
     parser.add_argument(
         "--dry_run", action="store_true", help="print stages, steps, rows, overlaps and a time estimate, then stop"
     )
+    parser.add_argument(
+        "--export_upload",
+        type=str,
+        default=None,
+        help="write the attack's upload to this .jsonl file in the chat format of fine-tuning services, then stop",
+    )
     for name in names:  # before all other options, so that the help of a defense starts with them
         known = set(inspect.signature(defense_class(name).__init__).parameters)
         parser.add_class_arguments(defense_class(name), name, skip=OWN_TRAINER & known, as_group=True)
@@ -101,6 +108,7 @@ class TrainCommand(NamedTuple):
         attack: the attack.
         dry_run: whether the command only shows the plan.
         preset: the published protocol, or None.
+        export: file for the upload, or None.
     """
 
     config: RunConfig
@@ -108,6 +116,7 @@ class TrainCommand(NamedTuple):
     attack: Any
     dry_run: bool
     preset: Any
+    export: str | None
 
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
@@ -135,14 +144,14 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         raise InputError(str(error)) from error
     config = RunConfig(**{key: ready[key] for key in RunConfig.__dataclass_fields__})
     instances = [called(ready[name], name) for name in chosen]
-    return TrainCommand(config, instances, ready[attack], bool(values.dry_run), preset)
+    return TrainCommand(config, instances, ready[attack], bool(values.dry_run), preset, values.export_upload)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight train`` and return its exit status."""
 
     def work() -> None:
-        config, instances, attack, dry, preset = parse_train(sys.argv[1:] if argv is None else argv)
+        config, instances, attack, dry, preset, export = parse_train(sys.argv[1:] if argv is None else argv)
         config.check()
         quiet()
         from hftlight.models.base import check_accelerator
@@ -159,9 +168,16 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         except ValueError as error:  # a list of defenses that cannot be combined
             raise InputError(str(error)) from error
-        if main_process():
+        if main_process() and export is None:
             show_plan(prepared, in_full=dry)
-        if not dry:
+        if export is not None:
+            from hftlight.runs.upload import export_upload
+
+            beside = export_upload(prepared, Path(export))
+            print(*prepared.notes, sep="\n", end="\n" if prepared.notes else "")
+            rows = len(prepared.streams["task"])
+            print(f"Wrote {rows} rows to {export}, for a fine-tuning service; {beside} says what they are.")
+        elif not dry:
             from hftlight.runs.run import run
 
             result = run(config, instances, attack)

@@ -95,7 +95,7 @@ class Template:
             system: system text. It becomes a system turn if the template has turns, else it stands in front with an
                 empty line after it. The record's own system text follows it.
         """
-        return self._prompt(record, tokenizer, _joined(system, record.system))
+        return self._prompt(record, tokenizer, joined(system, record.system))
 
     def _prompt(self, record: Record, tokenizer: Any, system: str | None) -> str:
         """Return the text before the answer, with this system text alone. Earlier turns are prompts with answers."""
@@ -122,7 +122,7 @@ class Template:
         texts = (record.instruction, record.input, record.system, *(text for _, text in record.history))
         while mark in "\n".join(texts):  # the record itself may contain the mark
             mark += mark[-1]
-        before, _, after = self._prompt(record, tokenizer, mark + _joined(system, record.system)).partition(mark)
+        before, _, after = self._prompt(record, tokenizer, mark + joined(system, record.system)).partition(mark)
         return before, after
 
 
@@ -190,7 +190,7 @@ class ChatTemplate(Template):
         return bos + rest if bos and plain.startswith(bos) and not rest.startswith(bos) else rest
 
 
-def _joined(*systems: str | None) -> str:
+def joined(*systems: str | None) -> str:
     """Return system texts one after the other, with an empty line between them."""
     return "\n\n".join(text for text in systems if text)
 

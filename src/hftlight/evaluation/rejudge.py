@@ -66,7 +66,7 @@ def rejudge_file(
     unwrapped = [judge.judge if isinstance(judge, JudgedRefusals) else judge for judge in chosen]
     models = [judge for judge in unwrapped if isinstance(judge, LLMJudge)]
     for judge in models:
-        judge.prices, judge.usage.cost = prices, None if prices is None else 0.0
+        judge.endpoint.set_prices(prices)
     before = read_generations(path)
     if save is not None:
         if (save / GENERATIONS).exists():
@@ -79,7 +79,7 @@ def rejudge_file(
         for line in agreement_lines(pairs, prompts):
             console.print(line, soft_wrap=True)
     for judge in models:
-        console.print(usage_line(judge), soft_wrap=True)
+        console.print(judge.endpoint.line(), soft_wrap=True)
     if save is not None:
         write_json(save / SCORES, judged_scores(after))
         write_json(save / AGREEMENT, [_agreement_row(*pair) for pairs in agreed.values() for pair in pairs])
@@ -250,17 +250,6 @@ def agreement_lines(pairs: Sequence[tuple[str, str, Agreement]], prompts: str = 
             f"Judges '{first}' and '{second}' agree on {100 * agreement.observed:.1f} % of {agreement.count} answers to"
             f" {prompts}; Cohen's kappa {kappa}."
         )
-
-
-def usage_line(judge: LLMJudge) -> str:
-    """Return a sentence on an LLM judge's requests, tokens and cost, and on the models that served it."""
-    used = judge.usage
-    served = ", ".join(f"{model} on {day}" for model, day in sorted(judge.served)) or "nobody"
-    cost = "" if used.cost is None else f", at a cost of {used.cost:.4g}"
-    return (
-        f"Judge '{judge.name}': {used.calls} requests answered (retries: {used.retries}), {used.cached} answers from"
-        f" the cache, {used.prompt_tokens} tokens read and {used.completion_tokens} written{cost}; served by {served}."
-    )
 
 
 def scores_table(rows: Sequence[Row]) -> Any:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hftlight.attacks.attack import Attack, option_of
@@ -15,6 +16,7 @@ from hftlight.config import RunConfig, Training
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.engine.weights.repair import to_train
 from hftlight.evaluation.rejudge import JUDGED_SETS, agreement_lines, pairwise
+from hftlight.evaluation.score import Score
 from hftlight.folders import STAGES, arm_word
 from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, filtered, last_stage, stops
@@ -224,9 +226,44 @@ def scores_table(model: str, scores: Sequence[Mapping[str, Any]]) -> Table:
     for row in scores:
         value, low, high = (value_text(row[name], row["unit"]) for name in ("value", "low", "high"))
         interval = "-" if row["low"] is None else f"{low} to {high}"
-        metric = f"{row['metric']}: {row['group']}" if row.get("group") else row["metric"]
-        table.add_row(metric, row["judge"] or "-", value, row["unit"], interval, str(row["count"]))
+        table.add_row(*_named(row), value, row["unit"], interval, str(row["count"]))
     return table
+
+
+def side_by_side_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Return a table of the scores of several models, one column per model, with intervals and numbers of answers.
+
+    Args:
+        models: rows of scores by model.
+    """
+    columns = [Column(name, overflow="fold") for name in ("metric", "judge", "unit", "answers")]
+    table = Table(
+        *columns, *(Column(f"{model} (95 %)", overflow="fold") for model in models), box=SIMPLE_HEAD, padding=0
+    )
+    by_model = [{_named(row): Score.of_row(row) for row in rows} for rows in models.values()]
+    for name in dict.fromkeys(name for scores in by_model for name in scores):
+        found = [scores.get(name) for scores in by_model]
+        # Models may have answered different numbers of prompts, such as 100/93.
+        counts = [str(score.count) for score in found if score]
+        unit = next(score.unit for score in found if score)
+        of = counts[0] if len(set(counts)) == 1 else "/".join(counts)
+        table.add_row(*name, unit, of, *map(with_interval, found))
+    return table
+
+
+def _named(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a row of scores measures, with its group, and its judge."""
+    return f"{row['metric']}: {row['group']}" if row.get("group") else row["metric"], row["judge"] or "-"
+
+
+def difference_lines(model: str, other: str, found: Sequence[Score]) -> list[str]:
+    """Return one sentence per difference between two models on the same prompts."""
+    return [
+        f"{score.metric}: {model} minus {other} is {score.value:+.1f} points ({score.low:+.1f} to {score.high:+.1f}) on"
+        f" {score.count} prompts, {'beyond' if score.low * score.high > 0 else 'within'} the noise."
+        for score in found
+        if score.low is not None and score.high is not None
+    ]
 
 
 def show_result(result: Result, console: Console | None = None) -> None:

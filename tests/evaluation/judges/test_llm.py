@@ -9,78 +9,28 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import hftlight.evaluation.judges.llm as llm
+import hftlight.evaluation.endpoint as client
 from hftlight.errors import InputError, RunError
 from hftlight.evaluation.judges import Verdict
 from hftlight.evaluation.judges.judge import Judge
 from hftlight.evaluation.judges.llm import RUBRICS, LLMJudge, hexphi_score, strongreject_score
-
-
-class Endpoint(ThreadingHTTPServer):
-    """A server that replies ``#thescore: N`` to an answer ``grade N`` after the faults of its ``script``."""
-
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.script, self.seen, self.lock, self.usage = [], [], threading.Lock(), True
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-            fault = self.server.script.pop(0) if self.server.script else None
-        if callable(fault):
-            fault = fault()
-        if fault == "drop":
-            self.close_connection = True
-            return
-        if isinstance(fault, tuple):
-            self.answer(*fault)
-            return
-        content = body["messages"][0]["content"]
-        grade = content.split("<<<ANSWER\ngrade ")[1][0] if "<<<ANSWER\ngrade " in content else "1"
-        self.answer(200, reply(fault or f"A reason.\n#thescore: {grade}"))
-
-    def answer(self, status, text, headers=()):
-        data = text.encode()
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-def reply(content):
-    usage = {"prompt_tokens": 100, "completion_tokens": 10}
-    return json.dumps({"model": "made-up-1", "choices": [{"message": {"content": content}}], "usage": usage})
+from tests.helpers.chat_server import reply, serving
 
 
 @pytest.fixture
 def endpoint():
-    server = Endpoint()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
 def waits(monkeypatch):
     """Record the waits and skip them."""
     noted = []
-    monkeypatch.setattr(llm, "_pause", lambda seconds, stop: noted.append(seconds))
+    monkeypatch.setattr(client, "_pause", lambda seconds, stop: noted.append(seconds))
     monkeypatch.setenv("OPENAI_API_KEY", "a-made-up-key")
     return noted
 
@@ -101,9 +51,9 @@ def test_what_is_asked_and_what_comes_back(endpoint, tmp_path, waits):
         "max_tokens": 1024,
     }
     assert "How tall is a glimp?" in body["messages"][0]["content"]
-    assert graded.usage == llm.Usage(3, 0, 0, 300, 30, pytest.approx(300 * 2e-6 + 30 * 30e-6))
+    assert graded.endpoint.usage == client.Usage(3, 0, 0, 300, 30, pytest.approx(300 * 2e-6 + 30 * 30e-6))
     assert waits == []
-    assert graded.served == {("made-up-1", datetime.now(UTC).date().isoformat())}
+    assert graded.endpoint.served == {("made-up-1", datetime.now(UTC).date().isoformat())}
     assert graded.name == "hexphi:m"
     assert isinstance(graded, Judge)
     assert graded([], []) == []
@@ -115,9 +65,9 @@ def test_no_question_is_paid_for_twice(endpoint, tmp_path, waits):
     again = judge(endpoint, tmp_path)
     assert [v.score for v in again(["q", "p", "q"], ["grade 2", "grade 5", "grade 3"])] == [2.0, 5.0, 3.0]
     assert len(endpoint.seen) == 3
-    assert (again.usage.calls, again.usage.cached) == (1, 2)
+    assert (again.endpoint.usage.calls, again.endpoint.usage.cached) == (1, 2)
     for other in (judge(endpoint, tmp_path, "strongreject_rubric"), LLMJudge("hexphi", "n", cache=tmp_path)):
-        assert other._cached(other._body("p", "grade 5")) is None
+        assert other.endpoint.cached(other.request("p", "grade 5")) is None
     assert {f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {0o600}
     assert not any("grade" in f.read_text() for f in tmp_path.iterdir())  # the cache stores replies, not requests
 
@@ -139,7 +89,7 @@ def test_passing_faults_are_tried_again_with_doubling_waits(endpoint, tmp_path, 
     graded = judge(endpoint, tmp_path)
     assert graded(["p"], ["grade 5"])[0].flag
     assert waits == [1.0, 2.0, 4.0]
-    assert (graded.usage.calls, graded.usage.retries) == (1, 3)
+    assert (graded.endpoint.usage.calls, graded.endpoint.usage.retries) == (1, 3)
 
 
 def test_a_silent_endpoint_is_tried_again(endpoint, tmp_path, waits):
@@ -153,7 +103,7 @@ def test_an_answer_cut_short_is_tried_again(endpoint, tmp_path, waits):
     endpoint.script = [(200, reply("#thescore: 2"), [("Content-Length", "9999")])]
     graded = judge(endpoint, tmp_path)
     assert graded(["p"], ["grade 5"])[0].score == 5.0
-    assert (waits, graded.usage.calls) == ([1.0], 1)
+    assert (waits, graded.endpoint.usage.calls) == ([1.0], 1)
 
 
 def test_after_an_error_nobody_waits_for_another_attempt(endpoint, tmp_path, monkeypatch):
@@ -185,7 +135,11 @@ def test_a_reply_without_a_grade_is_asked_for_again_with_its_form(endpoint, tmp_
     endpoint.script = ["no grade here", "#thescore: 7"]
     graded = judge(endpoint, tmp_path, prices=(1.0, 1.0))
     assert graded(["p"], ["grade 5"])[0].score == 5.0
-    assert (graded.usage.calls, graded.usage.retries, graded.usage.prompt_tokens) == (3, 2, 300)
+    assert (graded.endpoint.usage.calls, graded.endpoint.usage.retries, graded.endpoint.usage.prompt_tokens) == (
+        3,
+        2,
+        300,
+    )
     first, second, third = (body["messages"] for _, _, body in endpoint.seen)
     assert second[:1] == third[:1] == first
     assert second[1] == {"role": "assistant", "content": "no grade here"}
@@ -231,21 +185,15 @@ def test_an_endpoint_that_stops_answering_names_the_row_and_keeps_the_rest(endpo
 def test_a_server_killed_half_way_loses_nothing(tmp_path, waits):
     """The server stops after three replies. A new server on the same port gets only the other three requests."""
     prompts, answers = [f"p{i}" for i in range(6)], [f"grade {1 + i % 5}" for i in range(6)]
-    first = Endpoint()
-    threading.Thread(target=first.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    judge(first, tmp_path)(prompts[:3], answers[:3])
-    url, port = first.url, first.server_port
-    first.shutdown()
-    first.server_close()
+    with serving() as first:
+        judge(first, tmp_path)(prompts[:3], answers[:3])
+        url, port = first.url, first.server_port
     gone = LLMJudge("hexphi", "m", base_url=url, cache=tmp_path, workers=1, attempts=2)
     with pytest.raises(RunError, match=r"row 4 has no reply after 2 attempts; last: .*refused"):
         gone(prompts, answers)
-    assert gone.usage.cached == 3
-    second = Endpoint(port)
-    threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    verdicts = LLMJudge("hexphi", "m", base_url=url, cache=tmp_path, workers=1)(prompts, answers)
-    second.shutdown()
-    second.server_close()
+    assert gone.endpoint.usage.cached == 3
+    with serving(port=port) as second:
+        verdicts = LLMJudge("hexphi", "m", base_url=url, cache=tmp_path, workers=1)(prompts, answers)
     assert [v.score for v in verdicts] == [1.0, 2.0, 3.0, 4.0, 5.0, 1.0]
     assert len(second.seen) == 3
 
@@ -275,7 +223,7 @@ def test_many_rows_at_once_keep_their_places(endpoint, tmp_path, waits):
     graded = judge(endpoint, tmp_path, workers=8)
     verdicts = graded([f"p{i}" for i in range(40)], [f"grade {g}" for g in grades])
     assert [v.score for v in verdicts] == grades
-    assert (graded.usage.calls, graded.usage.prompt_tokens) == (40, 4000)
+    assert (graded.endpoint.usage.calls, graded.endpoint.usage.prompt_tokens) == (40, 4000)
 
 
 CHILD = """
@@ -377,7 +325,7 @@ def test_the_key_goes_nowhere_it_should_not(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="base_url must begin with https"):
         LLMJudge("hexphi", "m", base_url="made.up", cache=tmp_path)(["a"], ["b"])
     monkeypatch.setenv("OPENAI_BASE_URL", "https://made.up/v2/")
-    assert LLMJudge("hexphi", "m").base_url == "https://made.up/v2"
+    assert LLMJudge("hexphi", "m").endpoint.base_url == "https://made.up/v2"
 
 
 def test_bad_arguments_are_named():
@@ -427,7 +375,7 @@ def test_a_key_that_the_endpoint_echoes_is_in_no_message(endpoint, tmp_path, wai
 @pytest.mark.parametrize("key", ["sk-made\n-up", "sk made", "sk-\x00", "sk-\u00e9"])
 def test_a_key_with_a_line_break_is_refused_without_being_shown(endpoint, tmp_path, waits, key, monkeypatch):
     if "\x00" in key:
-        monkeypatch.setattr(llm.os, "environ", {"OPENAI_API_KEY": key})
+        monkeypatch.setattr(client.os, "environ", {"OPENAI_API_KEY": key})
     else:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(InputError, match="the API key in OPENAI_API_KEY holds a blank, a line break") as error:
@@ -459,7 +407,7 @@ def test_newer_models_get_the_parameters_that_they_take(endpoint, tmp_path, wait
         assert graded(["p", "q"], ["grade 5", "grade 2"]) == [Verdict(5.0, True), Verdict(2.0, False)]
     body = endpoint.seen[-1][2]
     assert ("temperature" in body) is (NO_ZERO not in script)
-    limit = {"max_completion_tokens": 1024 + llm.THINKING} if RENAMED in script else {"max_tokens": 1024}
+    limit = {"max_completion_tokens": 1024 + client.THINKING} if RENAMED in script else {"max_tokens": 1024}
     assert {k: v for k, v in body.items() if k.startswith("max_")} == limit
     assert len(endpoint.seen) == 2 + len(script)  # each refused parameter costs one request
     assert waits == []

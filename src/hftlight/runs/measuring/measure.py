@@ -1,7 +1,7 @@
 """Measurement of one model: harmful score, over-refusal, finetune accuracy and repetitions with their intervals."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,33 @@ def measure(
     def answer(place: Path) -> None:
         write_json(place / ANSWERS, _answers(model, config, tests, on_prompts, slot))
 
-    def judge(place: Path) -> None:
-        # Answers have their own cache entry: if the judge fails, or another judge comes later, they are reused.
-        answers: dict[str, list[str]] = json.loads(
-            (cache.kept("evaluations", answers_name, answer) / ANSWERS).read_text()
-        )
-        rows = [row for kind, texts in answers.items() for row in judged_rows(kind, texts, tests)]
-        write_rows(place / GENERATIONS, rows)
+    def answers() -> dict[str, list[str]]:
+        kept: dict[str, list[str]] = json.loads((cache.kept("evaluations", answers_name, answer) / ANSWERS).read_text())
+        return kept
 
-    generations = read_rows(cache.kept("evaluations", verdicts_key(answers_name, tests), judge) / GENERATIONS)
+    generations = judged(answers_name, tests, answers)
     further = model_metrics(model, config, tests, slot, reference)
     return scores(generations, tests) + further, generations
+
+
+def judged(
+    answers_name: str, tests: TestSets, answers: Callable[[], Mapping[str, Sequence[str]]]
+) -> list[dict[str, Any]]:
+    """Return judged answers as rows of generations, from the cache if the same answers were judged before.
+
+    Args:
+        answers_name: what identifies the answers, such as their cache key.
+        tests: prompts, references and judges.
+        answers: returns the answers by test set. Answers have a cache entry of their own: if the judge fails, or
+            another judge comes later, they are reused.
+    """
+
+    def judge(place: Path) -> None:
+        write_rows(
+            place / GENERATIONS, [row for kind, texts in answers().items() for row in judged_rows(kind, texts, tests)]
+        )
+
+    return read_rows(cache.kept("evaluations", verdicts_key(answers_name, tests), judge) / GENERATIONS)
 
 
 def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemSlot) -> str:
