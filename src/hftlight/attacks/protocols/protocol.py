@@ -35,7 +35,7 @@ PRESETS = (
     "repnoise24",
 )
 PRESET_TASKS = ("sst2", "agnews", "gsm8k")
-KEYS = ("source", "model", "attack", "run", "tasks", "arguments", "notes")  # top-level keys of a protocol's file
+KEYS = ("source", "model", "attack", "run", "tasks", "arguments", "notes", "results")  # top-level keys of a protocol's file
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -51,6 +51,7 @@ class Preset:
         notes: facts that a run's configuration cannot express, and differences between the run and the paper.
         source: authors and paper.
         arguments: arguments of other defenses in the protocol's comparison, by defense.
+        results: the paper's tables as the file holds them; ``protocols.results`` reads them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Preset:
     notes: tuple[str, ...]
     source: str
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, config: RunConfig | None = None) -> RunConfig:
         """Return a run's configuration with the protocol's settings, by default on top of a default RunConfig."""
@@ -112,7 +114,7 @@ def load(file: Path, task: str = "sst2") -> Preset:
 
     The file must have the keys ``source``, ``model``, ``attack`` (its name and arguments) and ``notes``. The
     optional key ``run`` holds other options of a RunConfig. ``tasks`` holds changes of attack and run by task.
-    ``arguments`` holds arguments of defenses in the protocol's comparison.
+    ``arguments`` holds arguments of defenses in the protocol's comparison. ``results`` holds the paper's tables.
 
     Args:
         file: the file; its name without ``.yaml`` becomes the protocol's name.
@@ -123,14 +125,14 @@ def load(file: Path, task: str = "sst2") -> Preset:
             For an unknown key or task, the message suggests the nearest name.
     """
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    _check_keys(file.name, values, KEYS, required=("source", "model", "attack", "notes"))
+    check_keys(file.name, values, KEYS, required=("source", "model", "attack", "notes"))
     changes = _changes(file, values.get("tasks", {}), task)
     overrides = {
-        **_options(f"{file.name}, run", values.get("run", {}), RunConfig()),
-        **_options(f"{file.name}, tasks.{task}.run", changes.get("run", {}), RunConfig()),
+        **options_in(f"{file.name}, run", values.get("run", {}), RunConfig()),
+        **options_in(f"{file.name}, tasks.{task}.run", changes.get("run", {}), RunConfig()),
     }
-    arguments = values.get("arguments", {})
-    _check_numbers(file.name, [overrides, arguments])
+    arguments, results = values.get("arguments", {}), values.get("results", {})
+    _check_numbers(file.name, [overrides, arguments, results])
     return Preset(
         name=file.stem,
         attack=_attack(f"{file.name}, attack", values["attack"], changes.get("attack", {})),
@@ -139,17 +141,18 @@ def load(file: Path, task: str = "sst2") -> Preset:
         notes=tuple(values["notes"]),
         source=values["source"],
         arguments=arguments,
+        results=results,
     )
 
 
 def _changes(file: Path, tasks: Mapping[str, Any], task: str) -> Mapping[str, Any]:
     """Return the changes that a task makes to a protocol. They are empty if the protocol has no tasks."""
-    _check_keys(f"{file.name}, tasks", tasks, PRESET_TASKS)
+    check_keys(f"{file.name}, tasks", tasks, PRESET_TASKS)
     for name, changes in tasks.items():
-        _check_keys(f"{file.name}, tasks.{name}", changes, ("attack", "run"))
+        check_keys(f"{file.name}, tasks.{name}", changes, ("attack", "run"))
     if tasks and task not in tasks:
         raise InputError(
-            f"Preset {file.stem}: tasks are {', '.join(tasks)}, got {task!r}.{_nearest(task, tuple(tasks))} For a task"
+            f"Preset {file.stem}: tasks are {', '.join(tasks)}, got {task!r}.{nearest(task, tuple(tasks))} For a task"
             " of your own, choose one of these and name yours with --data.task."
         )
     return tasks.get(task, {})
@@ -159,29 +162,29 @@ def _attack(where: str, *parts: Mapping[str, Any]) -> Attack:
     """Return the attack that the parts describe. A value of a later part overrides an earlier one."""
     values = {key: value for part in parts for key, value in part.items()}
     attack = get_attack(str(values.get("name")))
-    _check_keys(where, values, ("name", *(f.name for f in dataclasses.fields(attack))))
+    check_keys(where, values, ("name", *(f.name for f in dataclasses.fields(attack))))
     _check_numbers(where, values)
     return attack(**{key: value for key, value in values.items() if key != "name"})
 
 
-def _options(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]:
+def options_in(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]:
     """Return the nested options of one part of a RunConfig as a flat mapping by dotted name."""
-    _check_keys(where, values, tuple(f.name for f in dataclasses.fields(part)))
+    check_keys(where, values, tuple(f.name for f in dataclasses.fields(part)))
     options: dict[str, Any] = {}
     for name, value in values.items():
         inner = getattr(part, name)
         if dataclasses.is_dataclass(inner):
-            options |= {f"{name}.{key}": v for key, v in _options(f"{where}.{name}", value, inner).items()}
+            options |= {f"{name}.{key}": v for key, v in options_in(f"{where}.{name}", value, inner).items()}
         else:
             options[name] = value
     return options
 
 
-def _check_keys(where: str, values: Any, known: tuple[str, ...], required: tuple[str, ...] = ()) -> None:
+def check_keys(where: str, values: Any, known: tuple[str, ...], required: tuple[str, ...] = ()) -> None:
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: must be a mapping with the keys {', '.join(known)}, got {values!r}.")
     if unknown := [str(key) for key in values if key not in known]:
-        raise InputError(f"{where}: keys are {', '.join(known)}, got {unknown[0]!r}.{_nearest(unknown[0], known)}")
+        raise InputError(f"{where}: keys are {', '.join(known)}, got {unknown[0]!r}.{nearest(unknown[0], known)}")
     if missing := [key for key in required if key not in values]:
         raise InputError(f"{where}: the key {missing[0]!r} is missing.")
 
@@ -211,17 +214,17 @@ def get_preset(name: str = "booster25", task: str = "sst2", **changes: Any) -> P
     """
     key = name.replace("-", "_").lower()
     if key not in PRESETS:
-        raise InputError(f"Preset: names are {', '.join(PRESETS)}, got {name!r}.{_nearest(key, PRESETS)}")
+        raise InputError(f"Preset: names are {', '.join(PRESETS)}, got {name!r}.{nearest(key, PRESETS)}")
     preset = load(FOLDER / f"{key}.yaml", task)
     fields = type(preset.attack).__dataclass_fields__
     if unknown := [field for field in changes if field not in fields]:
         raise InputError(
             f"Preset {key}: the attack has the fields {', '.join(fields)}, got {unknown[0]!r}."
-            f"{_nearest(unknown[0], tuple(fields))}"
+            f"{nearest(unknown[0], tuple(fields))}"
         )
     return replace(preset, attack=replace(preset.attack, **changes))
 
 
-def _nearest(word: str, known: tuple[str, ...]) -> str:
+def nearest(word: str, known: tuple[str, ...]) -> str:
     near = get_close_matches(word, known, n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""
