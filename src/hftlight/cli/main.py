@@ -10,6 +10,7 @@ from hftlight.console import BAD_INPUT
 COMMANDS = {
     "train": "align a model, let an upload train it, repair and measure it",
     "compare": "run combinations of defenses over tasks, harmful ratios and seeds, and print a table",
+    "reproduce": "repeat a table of a paper, and print paper, ours and the difference",
     "evaluate": "measure any model: an artifact, a folder, or a hub id",
     "export": "write an artifact as one model folder, with its adapter merged in",
     "repair": "repair a fine-tuned model in its files, one matrix at a time",
