@@ -40,13 +40,12 @@ class Column(NamedTuple):
     harmful_ratio: float
 
 
-def reproduce_parser(arms: Sequence[str], attack: str, everything: bool = True, about: str = "") -> Any:
+def reproduce_parser(names: Sequence[str], attack: str, about: str = "") -> Any:
     """Return the parser of ``hftlight reproduce``, with a group of arguments for each arm's defense and the attack.
 
     Args:
-        arms: names of the defenses.
+        names: names of the defenses.
         attack: name of the protocol's attack.
-        everything: whether the help shows every option, not only those that most people set.
         about: what the help says about the chosen protocol.
     """
     from hftlight.cli.parser import Parser
@@ -55,8 +54,8 @@ def reproduce_parser(arms: Sequence[str], attack: str, everything: bool = True, 
         prog="hftlight reproduce",
         usage=USAGE,
         description=(
-            "Repeat a table of a paper: check the files, run the arms of the table through a comparison, and print the\n"
-            "paper's numbers, ours with 95 % intervals, and the difference. Options override the protocol, and each\n"
+            "Repeat a table of a paper: check the files, run the arms of the table through a comparison, and print\n"
+            "the paper's numbers, ours with 95 % intervals, and the difference. Options override the protocol, and each\n"
             f"override is listed in the result. The same command continues a reproduction that was killed.{about}"
         ),
     )
@@ -64,13 +63,11 @@ def reproduce_parser(arms: Sequence[str], attack: str, everything: bool = True, 
     add("--config", type=str, default=None, help="YAML file with any of these values")
     add("--print_config", action="store_true", help="print every value as a YAML file, then stop")
     add("--table", type=str, default=None, help="name of the table; by default the first one of the task")
-    add("--arms", nargs="+", type=str, default=None, help="arms of the table to run, such as none booster; all by default")
-    add("--values", nargs="+", type=str, default=None, help="values of what the table varies to run; all by default")
+    add("--arms", nargs="+", type=str, help="arms of the table to run, such as none booster; all by default")
+    add("--values", nargs="+", type=str, help="values of what varies to run; all by default")
     add("--dry_run", action="store_true", help="check the files, print arms, cells, steps and time, then stop")
     add_running(parser, None, seeds=1)
-    add_methods(parser, arms, [attack])
-    if not everything:
-        show_in_short(parser, COMMON, arms)
+    add_methods(parser, names, [attack])
     return parser
 
 
@@ -109,7 +106,12 @@ def _help_or_refuse(names: "Names") -> None:
     if not names.help:
         raise InputError(f"{USAGE}: name a protocol, such as booster25:sst2. Protocols are {', '.join(PRESETS)}.")
     about = f"\n\nprotocols: {', '.join(PRESETS)}\nhftlight reproduce PRESET --help shows the tables of a protocol."
-    reproduce_parser([], "harmful_mix", names.help == "all", about).print_help()
+    parser = reproduce_parser([], "harmful_mix", about)
+    for action in parser._actions:  # the protocol decides these values
+        action.default = None if "." in action.dest or action.dest in ("model", "num_samples") else action.default
+    if names.help == "short":
+        show_in_short(parser, COMMON)
+    parser.print_help()
     raise SystemExit(0)
 
 
@@ -128,13 +130,19 @@ def _asked(word: str, names: "Names") -> tuple[Any, dict[str, Any]]:
     table = paper_table(base, task or None, names.defaults.get("table"))
     arms = _picked("--arms", names.listed("arms"), list(table.arms))
     values: list[Any] = _values(names.defaults.get("values"), table, task)
-    defenses = [arm for arm in arms if arm not in NO_DEFENSE]
     if names.help:
-        reproduce_parser(defenses, base.attack.name, names.help == "all", _about(base, paper_tables(base))).print_help()
+        # The short help names no argument of a defense, so that it need not import one.
+        shown = arms if names.help == "all" else []
+        parser, _ = _parser_of(_preset_of(base.name, table, task, values[0]), table, shown, values[0])
+        parser.description += _about(base, paper_tables(base))
+        if names.help == "short":
+            show_in_short(parser, COMMON)
+        parser.print_help()
         raise SystemExit(0)
     bare = replace(names, defaults={}, rest=[], presets={})
     columns: dict[Any, Column] = {}
     found: dict[str, Any] = {}
+    # All harmful ratios share one configuration, and so one comparison.
     values_of = [values] if table.varies == "p" else [[value] for value in values]
     parsed: Any = None
     for some in values_of:
@@ -197,6 +205,31 @@ def _preset_of(name: str, table: "PaperTable", task: str, value: "Value") -> "Pr
     return get_preset(name, own, **changes)
 
 
+def _parser_of(preset: "Preset", table: "PaperTable", arms: Sequence[str], value: "Value") -> tuple[Any, float]:
+    """Return the parser with the paper's setting of one column as its defaults, and the column's harmful ratio."""
+    from hftlight.attacks.protocols.results import CHOSEN_BY_USER
+
+    defenses, attack = [arm for arm in arms if arm not in NO_DEFENSE], preset.attack.name
+    parser = reproduce_parser(defenses, attack)
+    defaults = {**preset.defaults(defenses), **table.run}
+    # Mappings such as data.rows have entries of the protocol and of the table.
+    for option, own in table.run.items():
+        if isinstance(own, Mapping):
+            defaults[option] = {**preset.overrides.get(option, {}), **own}
+    for arm in defenses:
+        defaults |= {f"{arm}.{name}": argument for name, argument in table.arguments(arm).items()}
+    if "." in table.varies:
+        defaults[table.varies] = value
+    ratio = float(defaults.get("harmful_ratio", 0.1))
+    defaults |= {"model": value if table.varies == "model" else preset.model, "evaluation.judge": "auto"}
+    defaults |= {f"data.{source}": CHOSEN_BY_USER for source in table.files}
+    if preset.attack.n is None and attack != "identity_shift":
+        defaults["num_samples"] = 0
+    known = {action.dest for action in parser._actions}
+    parser.take_defaults({option: default for option, default in defaults.items() if option in known})
+    return parser, ratio
+
+
 def _column(
     preset: "Preset", table: "PaperTable", arms: Sequence[str], value: "Value", names: "Names"
 ) -> tuple[Any, Column]:
@@ -210,29 +243,15 @@ def _column(
         names: from the first step of parsing; without options for the paper's own setting.
     """
     from hftlight.cli.parser import preset_values
-    from hftlight.comparison.reproduction.settings import CHOSEN_BY_USER
 
     defenses, attack = [arm for arm in arms if arm not in NO_DEFENSE], preset.attack.name
-    parser = reproduce_parser(defenses, attack)
-    defaults = {**preset.defaults(defenses), **table.run}
-    # Mappings such as data.rows have entries of the protocol and of the table.
-    for option, own in table.run.items():
-        if isinstance(own, Mapping):
-            defaults[option] = {**preset.overrides.get(option, {}), **own}
-    for arm in defenses:
-        defaults |= {f"{arm}.{name}": argument for name, argument in table.arms[arm].items()}
-    if "." in table.varies:
-        defaults[table.varies] = value
-    task, ratio = defaults.get("data.task"), float(defaults.get("harmful_ratio", 0.1))
-    for_grid(defaults)
-    own = {"model": value if table.varies == "model" else preset.model, "evaluation.judge": "auto"}
-    own |= {f"data.{source}": CHOSEN_BY_USER for source in table.files}
-    own |= {"data.task": task} if task else {}
-    own |= {"num_samples": 0} if preset.attack.n is None and attack not in ("identity_shift",) else {}
-    known = {action.dest for action in parser._actions}
-    parser.take_defaults({**{k: v for k, v in defaults.items() if k in known}, **own})
+    parser, ratio = _parser_of(preset, table, arms, value)
     given = {k: v for k, v in names.defaults.items() if k not in ("arms", "values", "table")}
     for_grid(given)
+    if task := given.pop("tasks", None):
+        given["data.task"] = task[0]
+    for axis in ("defenses", "attacks", "harmful_ratios"):  # the table decides them
+        given.pop(axis, None)
     parser.take_defaults(given, methods_except([*defenses, attack]))
     parser.take_defaults(preset_values(names, defenses))
     parsed = parser.parse(names)
@@ -253,7 +272,7 @@ def _complete(config: RunConfig, table: "PaperTable") -> RunConfig:
     """
     from hftlight.comparison.reproduction.inputs import filled, judge_here
 
-    config = replace(config, data=filled(config.data, [s for s in table.files], table))
+    config = replace(config, data=filled(config.data, list(table.files), table))
     judge = config.evaluation.judge
     if judge == "auto":
         judge = table.judge if judge_here(table.judge) else "builtin" if config.data.test == "builtin" else "keyword"
@@ -262,9 +281,7 @@ def _complete(config: RunConfig, table: "PaperTable") -> RunConfig:
     return config
 
 
-def _departures(
-    preset: "Preset", table: "PaperTable", value: "Value", published: Column, column: Column
-) -> list[Any]:
+def _departures(preset: "Preset", table: "PaperTable", value: "Value", published: Column, column: Column) -> list[Any]:
     """Return what a column changes of the paper's setting.
 
     Raises:
@@ -316,8 +333,8 @@ def _equal(value: "Value", word: str) -> bool:
 def _about(preset: "Preset", tables: Sequence["PaperTable"]) -> str:
     """Return what the help says about a protocol: its paper and its tables."""
     lines = [
-        f"  {table.name!r:22} {table.task or '-':6} {table.varies} = {', '.join(map(str, table.values))};"
-        f" arms {', '.join(table.arms)}"
+        f"  {table.name!r:18} {table.task or '-':6} {table.varies} = "
+        f"{', '.join(str(value).rpartition('/')[2] for value in table.values)}; {', '.join(table.arms)}"
         for table in tables
     ]
     return "\n".join([f"\n\n{preset.name}: {preset.source}", *lines])

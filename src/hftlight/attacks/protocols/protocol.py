@@ -35,7 +35,16 @@ PRESETS = (
     "repnoise24",
 )
 PRESET_TASKS = ("sst2", "agnews", "gsm8k")
-KEYS = ("source", "model", "attack", "run", "tasks", "arguments", "notes", "results")  # top-level keys of a protocol's file
+KEYS = (
+    "source",
+    "model",
+    "attack",
+    "run",
+    "tasks",
+    "arguments",
+    "notes",
+    "results",
+)  # top-level keys of a protocol's file
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -181,6 +190,7 @@ def options_in(where: str, values: Mapping[str, Any], part: Any) -> dict[str, An
 
 
 def check_keys(where: str, values: Any, known: tuple[str, ...], required: tuple[str, ...] = ()) -> None:
+    """Refuse an entry that is no mapping, an unknown key and a missing one."""
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: must be a mapping with the keys {', '.join(known)}, got {values!r}.")
     if unknown := [str(key) for key in values if key not in known]:
@@ -226,5 +236,6 @@ def get_preset(name: str = "booster25", task: str = "sst2", **changes: Any) -> P
 
 
 def nearest(word: str, known: tuple[str, ...]) -> str:
+    """Return a question that suggests the nearest known name, empty if none is near."""
     near = get_close_matches(word, known, n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -32,6 +32,7 @@ SHARED = ("files", "judge", "run", "arms", "notes", "tables")
 OF_TABLE = ("name", "task", "varies", "values", "attack", "evidence", "accept")
 AXES = ("p", "n", "lr", "epochs", "model", "task")  # what may vary, besides an argument of a defense
 KINDS = ("within", "between", "monotone", "order", "lower")
+CHOSEN_BY_USER = ""  # a source that the protocol leaves to the user, and that is still missing
 Value = float | str
 Cells = Mapping[str, Mapping[str, tuple[float | None, ...]]]
 
@@ -69,7 +70,7 @@ class PaperTable:
         varies: one of ``AXES``, or an argument of a defense such as ``antidote.prune_ratio``.
         values: the values of what varies, in the order of the paper.
         task: the user's task; None if the task varies, or if the protocol has no task.
-        arms: arguments by defense; ``none`` is plain fine-tuning.
+        arms: arguments by defense as the file has them, see ``arguments``; ``none`` is plain fine-tuning.
         cells: the paper's numbers by metric and arm, in the order of ``values``. None is a cell that is not known.
         evidence: a key of ``EVIDENCE``.
         judge: name of the judge of the harmful score.
@@ -99,6 +100,20 @@ class PaperTable:
         """Whether the numbers were recalled. Recalled numbers must never be shown as checked."""
         return self.evidence.startswith("mem")
 
+    def arguments(self, arm: str) -> dict[str, Any]:
+        """Return the arguments of an arm: those of the defense's published setting ``preset``, then the table's own.
+
+        Raises:
+            InputError: if the defense has no such published setting.
+        """
+        own = dict(self.arms[arm])
+        if (preset := own.pop("preset", None)) is None:
+            return own
+        published = defense_class(arm).presets
+        if preset not in published:
+            raise InputError(f"Table {self.name}, arm {arm}: presets are {', '.join(published)}, got {preset!r}.")
+        return {**published[preset], **own}
+
     def paper(self, metric: str, arm: str, value: Value) -> float | None:
         """Return the paper's number of a cell, or None if it is not known."""
         row = self.cells[metric].get(arm)
@@ -115,7 +130,7 @@ class PaperTable:
         name, _, split = self.files[source].partition(":")
         if name not in SOURCES:
             return self.files[source]
-        return SOURCES[name].line(f"{name}, split {split}" if split else name)
+        return replace(SOURCES[name], harmful="").line(f"split {split}" if split else "public set")
 
 
 def paper_tables(preset: Preset) -> list[PaperTable]:
@@ -147,13 +162,21 @@ def paper_table(preset: Preset, task: str | None = None, name: str | None = None
         known = ", ".join(p for p in PRESETS if get_preset(p).results)
         raise InputError(f"Preset {preset.name}: no table of its paper is known here. Tables are known for {known}.")
     shown = "; ".join(f"{t.name!r} ({t.task or _tasks(t)})" for t in tables)
-    named = [t for t in tables if name is None or t.name.casefold() == name.casefold()]
+    named = [t for t in tables if name is None or _plain(t.name) == _plain(name)]
     if not named:
         raise InputError(f"--table: {preset.name} has {shown}, got {name!r}.{nearest(name or '', _names(tables))}")
-    fitting = [t for t in named if task in (None, t.task) or t.task is None and (t.varies != "task" or task in t.values)]
+    # A table without a task either varies it, or belongs to a protocol that ignores it.
+    fitting = [
+        t for t in named if task in (None, t.task) or (t.task is None and (t.varies != "task" or task in t.values))
+    ]
     if not fitting:
         raise InputError(f"Preset {preset.name}: no such table for the task {task!r}. There are {shown}.")
     return fitting[0]
+
+
+def _plain(name: str) -> str:
+    """Return a table's name as it is compared: underscores and hyphens stand for spaces, and case does not matter."""
+    return name.replace("_", " ").replace("-", " ").casefold()
 
 
 def _names(tables: Sequence[PaperTable]) -> tuple[str, ...]:
@@ -174,7 +197,7 @@ def _table(where: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> Pap
     cells = {metric: {arm: tuple(row) for arm, row in own[metric].items()} for metric in METRICS if metric in own}
     listed = {**shared["arms"], **own.get("arms", {})}
     # A table has the arms for which it has numbers, in the order of the file's arms.
-    arms = {arm: _arguments(where, arm, listed[arm]) for arm in listed if any(arm in rows for rows in cells.values())}
+    arms = {arm: own_arguments for arm, own_arguments in listed.items() if any(arm in rows for rows in cells.values())}
     for metric, rows in cells.items():
         for arm, row in rows.items():
             if arm not in arms:
@@ -205,17 +228,6 @@ def _table(where: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> Pap
     )
 
 
-def _arguments(where: str, arm: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of an arm: those of the defense's published setting ``preset``, then the table's own."""
-    preset = own.get("preset")
-    if preset is None:
-        return dict(own)
-    published = defense_class(arm).presets
-    if preset not in published:
-        raise InputError(f"{where}.arms.{arm}: presets are {', '.join(published)}, got {preset!r}.")
-    return {**published[preset], **{name: value for name, value in own.items() if name != "preset"}}
-
-
 def _accept(
     where: str, own: Mapping[str, Any], arms: tuple[str, ...], values: tuple[Value, ...], cells: Cells
 ) -> Accept:
@@ -223,7 +235,7 @@ def _accept(
     kinds = [kind for kind in KINDS if kind in own]
     if len(kinds) != 1 or own["metric"] not in cells:
         raise InputError(f"{where}: needs a metric of the table and one of {', '.join(KINDS)}, got {dict(own)}.")
-    kind, chosen, strict = kinds[0], tuple(own.get("arms", arms)), ()
+    kind, chosen, strict = kinds[0], tuple(own.get("arms", arms)), tuple[bool, ...]()
     if kind == "order":
         words = re.split(r"\s*(<=|<)\s*", own["order"])
         chosen, strict = tuple(words[::2]), tuple(word == "<" for word in words[1::2])

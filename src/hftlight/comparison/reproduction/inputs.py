@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hftlight.attacks.protocols.results import JUDGED, PaperTable
+from hftlight.attacks.protocols.results import CHOSEN_BY_USER, JUDGED, PaperTable
 from hftlight.builtin_models import DEMO, TINY
-from hftlight.comparison.reproduction.settings import BUILTIN, CHOSEN_BY_USER, Part
+from hftlight.comparison.reproduction.settings import BUILTIN, Part
 from hftlight.config import Data, RunConfig
 from hftlight.data.sources import get_task
 from hftlight.data.sources.task import PublicTask
@@ -33,18 +33,18 @@ class Needed:
     """
 
     def __init__(self, part: Part, table: PaperTable) -> None:
-        self.config, self.table = part.config, table
+        self.config = part.counted
         counts: dict[str, int] = {}
         for name in part.grid.attacks:
             attack = part.grid.attack(name)
             for p in part.grid.ratios(name):
-                resolved = attack.resolved(replace(part.config, harmful_ratio=p))
+                resolved = attack.resolved(replace(self.config, harmful_ratio=p))
                 for source, count in resolved.counts().items():
                     skipped = FIRST_ROW.get(getattr(resolved, "count_mode", ""), 0) if source == "attack" else 0
                     counts[source] = max(counts.get(source, 0), count + skipped)
         drawn = {s for word in part.grid.defenses for name in _names(word) for s in _streams(name)}
         graded = any(metric not in JUDGED for metric in table.cells)
-        self.rows: dict[str, int] = {"test": part.config.evaluation.prompts}
+        self.rows: dict[str, int] = {"test": self.config.evaluation.prompts}
         if part.config.alignment.steps and part.grid.defenses != ("unaligned",):
             self.rows["alignment"] = self._range("alignment")
         self.rows |= {source: self._range(source) for source in DEFENDER if source in drawn}
@@ -100,14 +100,16 @@ def check_inputs(part: Part, table: PaperTable, dry: bool) -> tuple[list[str], l
     for source, count in needed.rows.items():
         place, option, origin = _place(data, source), f"--data.{source}", _origin(part.config, table, source)
         if place == CHOSEN_BY_USER:
+            option = "--data.task" if source.startswith("task_") else option
             missing.setdefault(origin, []).append(f"{option} ({_what(source)})")
         elif place == BUILTIN:
             continue
-        elif _on_the_hub(place) and (dry or _offline()):
+        elif _on_the_hub(place) and dry:
             unread.append(f"{option} {place}")
         else:
             wrong += _read(needed, source, count, option, place, origin)
-    for origin, options in missing.items():
+    for origin, named in missing.items():
+        options = list(dict.fromkeys(named))
         several = f"{', '.join(options)} are missing, and one of them serves all" if len(options) > 1 else ""
         wrong.append(f"{several or f'{options[0]} is missing'}. {origin}")
     if part.config.num_samples == 0:
@@ -175,7 +177,7 @@ def _what(source: str) -> str:
         "pairs": "the defender's pairs of a safe and a harmful answer",
         "attack": "the harmful rows of the upload",
         "test": "harmful test prompts",
-    }.get(source, "rows of the user's task; --data.task names their file")
+    }.get(source, "rows of the user's task")
 
 
 def _origin(config: RunConfig, table: PaperTable, source: str) -> str:
@@ -185,13 +187,17 @@ def _origin(config: RunConfig, table: PaperTable, source: str) -> str:
         return f"Origin: {table.origin(name)}."
     task = None if config.data.task in (BUILTIN, CHOSEN_BY_USER) else get_task(config.data.task)
     if isinstance(task, PublicTask):
-        return f"Origin: {task.hub}, split {task.splits[source.removeprefix('task_')]}; columns {', '.join(task.columns)}."
+        return (
+            f"Origin: {task.hub}, split {task.splits[source.removeprefix('task_')]}; columns {', '.join(task.columns)}."
+        )
     return ""
 
 
 def _on_the_hub(place: str) -> bool:
     path = Path(place).expanduser()
-    return not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"\w[\w.-]*/\w[\w.:-]+", place) is not None
+    return (
+        not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"\w[\w.-]*/\w[\w.:-]*", place) is not None
+    )
 
 
 def _offline() -> bool:
@@ -230,9 +236,8 @@ def uncompared(table: PaperTable, judge: str) -> dict[str, str]:
     if judge.partition(":")[0] == table.judge:
         return {}
     way = f"--evaluation.judge {table.judge}" + (":MODEL" if table.judge not in ("moderation", *FORMATS) else "")
-    why = (
-        f"the paper's judge is {table.judge}, and this run has {judge}. {way} compares it"
-        + ("; --evaluation.judge moderation:FOLDER names a copy of the model" if table.judge == "moderation" else "")
+    why = f"the paper's judge is {table.judge}, and this run has {judge}. {way} compares it" + (
+        "; --evaluation.judge moderation:FOLDER names a copy of the model" if table.judge == "moderation" else ""
     )
     return {metric: why for metric in table.cells if metric in JUDGED}
 

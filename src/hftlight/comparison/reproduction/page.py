@@ -22,8 +22,8 @@ PAGE, MARKDOWN = "reproduction.html", "reproduction.md"
 HEAD = ("Metric", "Defense", "Paper", "Ours (95 %)", "Difference", "Inside?")
 CAPTION = (
     "Paper: the published number. Ours: mean over seeds with its 95 % interval; one seed has the interval over its"
-    " prompts. Inside: whether ours meets the tolerances that this project sets; - means that none is set. Averages are"
-    " means of the cells."
+    " prompts. Inside: whether ours meets the tolerances, which are this project's. A dash means that none is set, that"
+    " the paper's number is recalled, or that the setting is not the paper's. Averages are means of the cells."
 )
 
 
@@ -32,14 +32,12 @@ def table_rows(result: Compared) -> tuple[list[str], list[list[str]]]:
     head = [*HEAD[:2], result.of.table.varies, *HEAD[2:]]
     rows = []
     for line in result.lines:
-        digits = 2
         where = line.value if line.value == AVERAGE else value_text(line.value)
         why = "not compared" if line.metric in result.of.uncompared else "not finished"
-        ours = why if line.ours is None else _with_interval(line.ours, digits)
-        difference = "-" if line.difference is None else f"{line.difference:+.{digits}f}"
-        rows.append(
-            [METRICS[line.metric], arm_word(line.arm), str(where), _paper(result, line), ours, difference, _inside(line)]
-        )
+        ours = why if line.ours is None else _with_interval(line.ours)
+        difference = "-" if line.difference is None else f"{line.difference:+.2f}"
+        cells = [str(where), _paper(result, line), ours, difference, _inside(line)]
+        rows.append([METRICS[line.metric], arm_word(line.arm), *cells])
     return head, rows
 
 
@@ -53,9 +51,9 @@ def _inside(line: Line) -> str:
     return {True: "yes", False: "no", None: "-"}[line.inside]
 
 
-def _with_interval(spread: Spread, digits: int) -> str:
-    ends = "" if spread.low is None or spread.high is None else f" ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
-    return f"{spread.mean:.{digits}f}{ends}"
+def _with_interval(spread: Spread) -> str:
+    ends = "" if spread.low is None or spread.high is None else f" ({spread.low:.2f} to {spread.high:.2f})"
+    return f"{spread.mean:.2f}{ends}"
 
 
 def sentences(result: Compared) -> list[str]:
@@ -164,7 +162,7 @@ def page(result: Compared) -> str:
 
 
 def write_pages(result: Compared) -> list[Path]:
-    """Write ``reproduction.md`` and ``reproduction.html`` into the folder of the reproduction, and return their paths."""
+    """Write ``reproduction.md`` and ``reproduction.html`` into the reproduction's folder, and return their paths."""
     paths = [result.of.folder / MARKDOWN, result.of.folder / PAGE]
     for path, text in zip(paths, (markdown(result), page(result)), strict=True):
         write_text(path, text)

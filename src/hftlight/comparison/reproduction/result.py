@@ -156,7 +156,7 @@ def _missing(of: Reproduction, read: Mapping[Path, Comparison]) -> dict[str, str
     missing = {}
     for part in of.parts:
         known = read[part.folder].missing if part.folder in read else {}
-        done = {place for place in read[part.folder].cells} if part.folder in read else set()
+        done = set(read[part.folder].cells) if part.folder in read else set()
         for cell in part.grid.cells():
             place = Place(cell.arm, cell.task, cell.harmful_ratio, cell.attack)
             if cell.name in known or place not in done:
@@ -196,7 +196,9 @@ def _outcome(of: Reproduction, accept: Accept, lines: Mapping[tuple[str, str, Va
     arms = [arm for arm in accept.arms if arm in of.arms]
     values = [value for value in accept.values if value in of.values]
     across = accept.kind in ("order", "lower")
-    if not arms or not values or (across and len(arms) < len(accept.arms)) or (accept.kind == "monotone" and len(values) < 2):
+    if not arms or not values or (across and len(arms) < len(accept.arms)):
+        return None
+    if accept.kind == "monotone" and len(values) < 2:
         return None
     text = _in_words(of, accept, arms, values)
     cells = {(arm, value): lines[accept.metric, arm, value] for arm in arms for value in values}
@@ -227,11 +229,12 @@ def _in_words(of: Reproduction, accept: Accept, arms: Sequence[str], values: Seq
     if accept.kind == "monotone":
         return f"{metric}, {who}: does not fall as {of.table.varies} rises"
     if accept.kind == "lower":
-        return f"{metric}: {arm_word(arms[0])} at least {accept.points:g} points below {arm_word(arms[1])} on average{at}"
+        low, high = map(arm_word, arms)
+        return f"{metric}: {low} at least {accept.points:g} points below {high} on average{at}"
     if accept.kind == "order":
         signs = ["<" if strict else "<=" for strict in accept.strict]
-        chain = arm_word(arms[0]) + "".join(f" {sign} {arm_word(arm)}" for sign, arm in zip(signs, arms[1:], strict=True))
-        return f"{metric}: {chain}{at}"
+        rest = [f" {sign} {arm_word(arm)}" for sign, arm in zip(signs, arms[1:], strict=True)]
+        return f"{metric}: {arm_word(arms[0])}{''.join(rest)}{at}"
     if accept.kind == "between":
         return f"{metric}, {who}: between {accept.bounds[0]:g} and {accept.bounds[1]:g}{at}"
     return f"{metric}, {who}: within {accept.points:g} points of the paper{at}"

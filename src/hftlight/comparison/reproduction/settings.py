@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from hftlight.folders import file_name
 from hftlight.take import SOURCES
 
 BUILTIN = "builtin"
-CHOSEN_BY_USER = ""  # a source, or a number of rows, that the protocol leaves to the user and that is still missing
 # Options that change neither the training nor the compared numbers, or that a reproduction treats by themselves.
 FREE = frozenset(
     {"accelerator", "devices", "num_nodes", "strategy", "gradient_checkpointing", "seed", "harmful_ratio", "defense",
@@ -61,6 +60,11 @@ class Part:
     config: RunConfig
     grid: Grid
     folder: Path
+
+    @property
+    def counted(self) -> RunConfig:
+        """The configuration, with one row in the upload if the user has not said how many there are."""
+        return self.config if self.config.num_samples else replace(self.config, num_samples=1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def departures(
     """
     before, after = _flat(*published), _flat(*here)
     free = {f"data.{source}" for source in table.files}
+    free |= set() if published[0].num_samples else {"num_samples"}  # the protocol leaves it to the user
     options = [o for o in {**before, **after} if o not in free and before.get(o) != after.get(o)]
     found = [Departure(option, before.get(option), after.get(option)) for option in options]
     if not same_model(model, here[0].model):

@@ -95,21 +95,22 @@ def _print_plan(of: Reproduction, console: Console) -> None:
     console.print(f"{of.preset.source}: {table.name}. Its numbers were {EVIDENCE[table.evidence]}.")
     shown = Table("arm", "arguments", "adapter", "alignment steps", "fine-tuning steps", box=None, padding=(0, 1))
     first = of.parts[0]
-    steps = {part.grid.attack(part.grid.attacks[0]).applied(part.config).finetuning.steps for part in of.parts}
+    steps = {part.grid.attack(part.grid.attacks[0]).applied(part.counted).finetuning.steps for part in of.parts}
     for arm in of.arms:
         own = (first.grid.arguments or {}).get(arm, {})
-        changed = {name: own[name] for name in table.arms[arm] if name in own}
+        changed = {name: own[name] for name in table.arguments(arm) if name in own}
         aligned = "0" if arm == "unaligned" else str(first.config.alignment.steps)
         shown.add_row(
             arm_word(arm),
             ", ".join(f"{name} {_value(value)}" for name, value in changed.items()),
             first.config.protocol_of(arm),
             aligned,
-            " or ".join(str(step) for step in sorted(steps)) if steps != {0} else "?",
+            " or ".join(map(str, sorted(steps))) if first.config.num_samples else "as many as the rows need",
         )
     console.print(shown)
     console.print(f"{table.varies}: {', '.join(map(value_text, of.values))}")
-    console.print(f"Compared: {', '.join(METRICS[metric] for metric in table.cells if metric not in of.uncompared)}.")
+    left = [METRICS[metric] for metric in table.cells if metric not in of.uncompared]
+    console.print(f"Compared: {', '.join(left) or 'nothing'}.")
     for metric, why in of.uncompared.items():
         console.print(f"{METRICS[metric]} is not compared: {why}.")
     for departure in of.departures:
@@ -124,9 +125,7 @@ def _value(value: Any) -> str:
 
 def _seconds(of: Reproduction) -> Mapping[int, Mapping[Cell, float]]:
     """Return the estimated seconds of each unfinished cell by part."""
-    return {
-        number: plan(part.config, part.grid, _unfinished(part)) for number, part in enumerate(of.parts)
-    }
+    return {number: plan(part.config, part.grid, _unfinished(part)) for number, part in enumerate(of.parts)}
 
 
 def _unfinished(part: Part) -> list[Cell]:
@@ -152,7 +151,7 @@ def _print_cost(
 
 def _run(of: Reproduction, seconds: Mapping[int, Mapping[Cell, float]], **how: Any) -> dict[str, str]:
     """Run every part and return the error of each failed cell."""
-    errors = {}
+    errors = dict[str, str]()
     for number, part in enumerate(of.parts):
         with CellProgress(seconds[number]) as progress:
             outcome = compare(part.config, part.grid, part.folder, on_cell=progress.update, **how)
