@@ -55,7 +55,7 @@ def reproduce_parser(names: Sequence[str], attack: str, about: str = "") -> Any:
         usage=USAGE,
         description=(
             "Repeat a table of a paper: check the files, run the arms of the table through a comparison, and print\n"
-            "the paper's numbers, ours with 95 % intervals, and the difference. Options override the protocol, and each\n"
+            "the paper's numbers, ours with 95 % intervals, and the difference. Options override the protocol. Each\n"
             f"override is listed in the result. The same command continues a reproduction that was killed.{about}"
         ),
     )

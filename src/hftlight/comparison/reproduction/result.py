@@ -80,9 +80,11 @@ class Compared:
         """The result in one sentence. A departure from the paper's setting allows neither pass nor fail."""
         known = [outcome for outcome in self.outcomes if outcome.holds is not None]
         if self.of.departures:
-            return f"Not the paper's setting: {len(self.of.departures)} options depart from it."
+            count = len(self.of.departures)
+            return f"Not the paper's setting: {count} option{'s depart' if count > 1 else ' departs'} from it."
         if self.missing:
-            return f"Not finished: {len(self.missing)} cells are missing."
+            count = len(self.missing)
+            return f"Not finished: {count} cell{'s are' if count > 1 else ' is'} missing."
         if not known:
             return "No verdict: no tolerance is set for the cells that were compared."
         held = sum(outcome.holds is True for outcome in known)
