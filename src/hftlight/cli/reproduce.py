@@ -1,6 +1,7 @@
 """``hftlight reproduce PRESET[:TASK]``: repeat a table of a paper, and print paper, ours and the difference."""
 
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -105,7 +106,8 @@ def _help_or_refuse(names: "Names") -> None:
 
     if not names.help:
         raise InputError(f"{USAGE}: name a protocol, such as booster25:sst2. Protocols are {', '.join(PRESETS)}.")
-    about = f"\n\nprotocols: {', '.join(PRESETS)}\nhftlight reproduce PRESET --help shows the tables of a protocol."
+    listed = textwrap.fill(f"protocols: {', '.join(PRESETS)}", 100)
+    about = f"\n\n{listed}\nhftlight reproduce PRESET --help shows the tables of a protocol."
     parser = reproduce_parser([], "harmful_mix", about)
     for action in parser._actions:  # the protocol decides these values
         action.default = None if "." in action.dest or action.dest in ("model", "num_samples") else action.default

@@ -125,7 +125,7 @@ def test_boosters_conditions():
 def test_unknown_tables_are_named(task, name, message):
     with pytest.raises(InputError, match=message):
         paper_table(get_preset("booster25"), task, name)
-    with pytest.raises(InputError, match="no table of its paper is known here. Tables are known for booster25"):
+    with pytest.raises(InputError, match=r"no table of its paper is known here\. Tables are known for booster25"):
         paper_table(get_preset("lisa24"))
 
 

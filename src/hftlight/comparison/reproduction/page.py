@@ -131,7 +131,6 @@ def paper_figure(result: Compared, metric: str) -> Figure | None:
     last = len(of.values) - 1
     axes.set_xticks(range(len(of.values)), [value_text(value) for value in of.values])
     axes.set(xlim=(-0.4, last + 0.4), xlabel=of.table.varies, ylabel=METRICS[metric].lower())
-    axes.set_title(METRICS[metric])
     bottom, top = axes.get_ylim()
     label_ends(axes, last + 0.4, ends, gap=0.065 * (top - bottom))
     return figure
