@@ -1,4 +1,4 @@
-"""Compare combinations of defenses, and write a table, figures and every answer. See ``--help``."""
+"""Repeat a table of a paper, and print paper, ours and the difference. See ``--help``."""
 
 import sys
 

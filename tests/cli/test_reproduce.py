@@ -208,7 +208,7 @@ def test_a_dry_run_does_not_read_the_hub(files, capsys, monkeypatch):
     assert reproduce(["booster25", *argv, "--dry_run"]) == 0
     shown = told(capsys, "out")
     assert "On the hub, and not read here: --data.test PKU-Alignment/BeaverTails, --data.task_train" in shown
-    assert "1 cells. Their time is unknown" in shown
+    assert "1 cell. The time is unknown" in shown
 
 
 @pytest.mark.slow

@@ -136,7 +136,9 @@ def _read(needed: Needed, source: str, count: int, option: str, place: str, orig
         total = _rows_in(place, data, source)
         start = data.take(source).range.start or 0
         if total is None or start < total:
-            return [f"{option} {place}: {error} {origin}"]
+            named = "--data.where" in str(error)
+            way = " If the file holds the right rows alone, set --data.where null, a departure." if named else ""
+            return [f"{option} {place}: {error}{way} {origin}"]
         found = 0
     if found >= count:
         return []

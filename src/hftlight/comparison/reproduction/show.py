@@ -136,15 +136,16 @@ def _print_cost(
     of: Reproduction, seconds: Mapping[int, Mapping[Cell, float]], unread: Sequence[str], console: Console
 ) -> None:
     """Print the number of cells and their time, or why there is no time."""
-    cells = sum(len(part.grid.cells()) for part in of.parts)
+    count = sum(len(part.grid.cells()) for part in of.parts)
+    cells = "1 cell" if count == 1 else f"{count} cells"
     if unread:
         console.print(f"On the hub, and not read here: {', '.join(unread)}.")
     if not seconds:
-        console.print(f"{cells} cells. Their time is unknown until every input is on this machine.")
+        console.print(f"{cells}. The time is unknown until every input is on this machine.")
         return
     left, total = sum(map(len, seconds.values())), sum(sum(some.values()) for some in seconds.values())
     console.print(
-        f"{cells} cells, {left} to run: about {minutes(total)} on two idle CPU cores (cells share aligned models)."
+        f"{cells}, {left} to run: about {minutes(total)} on two idle CPU cores (cells share aligned models)."
         " Ctrl-C stops the reproduction, and the same command continues it."
     )
 
