@@ -14,7 +14,7 @@ from hftlight.comparison.reproduction import result as of_result
 from hftlight.comparison.reproduction.page import markdown, page, paper_figure, sentences, table_rows
 from hftlight.comparison.reproduction.result import AVERAGE, compared, write_result
 from hftlight.comparison.reproduction.settings import Departure, Part, Reproduction, departures, same_model
-from hftlight.config import RunConfig, Training
+from hftlight.config import Evaluation, RunConfig, Training
 from hftlight.evaluation.stats.seeds import Spread
 
 PRESET = get_preset("booster25")
@@ -190,6 +190,16 @@ def test_departures_are_all_options_that_decide_a_result():
         "data.rows.attack": (None, "0:9"),
         "booster.lam": (5.0, 20.0),
     }
+
+
+def test_rows_of_the_task_matter_only_to_a_table_with_an_accuracy():
+    chat = get_preset("repnoise24")
+    fewer = RunConfig(model=chat.model, evaluation=Evaluation(task_rows=3))
+    for preset, count in ((PRESET, 1), (chat, 0)):
+        table = replace(paper_table(preset), files={})
+        given = RunConfig(model=preset.model), {}
+        found = departures(given, (replace(fewer, model=preset.model), {}), table, preset.model)
+        assert len(found) == count
 
 
 def test_a_copy_of_a_model_is_known_by_its_name():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hftlight.attacks.protocols.protocol import Preset
-from hftlight.attacks.protocols.results import PaperTable, Value
+from hftlight.attacks.protocols.results import JUDGED, PaperTable, Value
 from hftlight.comparison.grid import Grid, value_text
 from hftlight.config import RunConfig
 from hftlight.folders import file_name
@@ -115,6 +115,8 @@ def departures(
     before, after = _flat(*published), _flat(*here)
     free = {f"data.{source}" for source in table.files}
     free |= set() if published[0].num_samples else {"num_samples"}  # the protocol leaves it to the user
+    if not any(metric not in JUDGED for metric in table.cells):  # a table without an accuracy does not use the task
+        free |= {"evaluation.task_rows", "evaluation.task_max_new_tokens"}
     options = [o for o in {**before, **after} if o not in free and before.get(o) != after.get(o)]
     found = [Departure(option, before.get(option), after.get(option)) for option in options]
     if not same_model(model, here[0].model):
