@@ -43,7 +43,7 @@ def test_help_answers_without_torch(words, shown):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "reproduce"])
 def test_help_fits_on_one_screen(command):
     done = warm.run(["-m", "hftlight", command, "--help"])
     assert done.returncode == 0

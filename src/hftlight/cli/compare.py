@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from hftlight.cli.arguments import add_common, chosen_preset, methods_except, show_in_short
@@ -30,7 +30,6 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         attacks: names of the compared attacks.
         everything: whether the help shows every option, not only those that most people set.
     """
-    from hftlight.attacks.registry import get_attack
     from hftlight.cli.parser import Parser
 
     parser = Parser(
@@ -62,7 +61,24 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         help="tasks, each as in --data.task of hftlight train; the task's name replaces {task} in --data.task_train and"
         " --data.task_test",
     )
-    add("--seeds", type=int, default=3, help="number of seeds, >= 1")
+    add_running(parser, "comparison", seeds=3)
+    add("--dry_run", action="store_true", help="print the cells and a time estimate, then stop")
+    add_methods(parser, names, attacks, {"data.task"})
+    if not everything:
+        show_in_short(parser, COMMON, [*names, *(a for a in attacks if a != "harmful_mix")])
+    return parser
+
+
+def add_running(parser: Any, folder: str | None, seeds: int) -> None:
+    """Add the options that say how a comparison's cells run.
+
+    Args:
+        parser: the parser.
+        folder: default name of the comparison's folder.
+        seeds: default number of seeds.
+    """
+    add = parser.add_argument
+    add("--seeds", type=int, default=seeds, help="number of seeds, >= 1")
     add("--first_seed", type=int, default=0, help="the first seed")
     add(
         "--jobs",
@@ -73,19 +89,28 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
     add("--share_gpus", type=bool, default=False, help="let cells share GPUs if --jobs needs more GPUs than there are")
     add("--retries", type=int, default=1, help="how often a failed cell is tried again, >= 0")
     add("--backend", type=BACKEND, default="processes", help="processes (this machine) or ray (a Ray cluster)")
-    add("--comparison", type=str, default="comparison", help="name of the comparison's folder in --output")
+    add("--comparison", type=str, default=folder, help="name of the comparison's folder in --output")
     add("--report_only", action="store_true", help="write table and report of the finished cells, and run nothing")
-    add("--dry_run", action="store_true", help="print the cells and a time estimate, then stop")
+
+
+def add_methods(parser: Any, names: Sequence[str], attacks: Sequence[str], skip: Collection[str] = ()) -> None:
+    """Add a group of arguments for each defense and attack, and the options of a run, as the last of a parser.
+
+    Args:
+        parser: the parser.
+        names: names of the defenses.
+        attacks: names of the attacks.
+        skip: options of a run that the command sets itself, besides those of the grid.
+    """
+    from hftlight.attacks.registry import get_attack
+
     for name in names:
         known = set(inspect.signature(defense_class(name).__init__).parameters)
         parser.add_class_arguments(defense_class(name), name, skip=OWN_TRAINER & known, as_group=True)
     for name in attacks:
         parser.add_class_arguments(get_attack(name), name, as_group=True)
-    parser.add_class_arguments(RunConfig, as_group=True, skip={*GRID_FIELDS, "data.task"})
+    parser.add_class_arguments(RunConfig, as_group=True, skip={*GRID_FIELDS, *skip})
     parser.ease()
-    if not everything:
-        show_in_short(parser, COMMON, [*names, *(a for a in attacks if a != "harmful_mix")])
-    return parser
 
 
 def compare(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from hftlight.comparison.dashboard import write_comparison_summary
 from hftlight.comparison.grid import Cell, Grid
 from hftlight.comparison.leaderboard import leaderboard_table, write_leaderboard
 from hftlight.comparison.page import write_comparison_report
-from hftlight.comparison.read import read_comparison
+from hftlight.comparison.read import Comparison, read_comparison
 from hftlight.comparison.sweep import compare, finished, plan
 from hftlight.config import RunConfig
 from hftlight.errors import RunError
@@ -58,16 +58,21 @@ def compare_and_show(config: RunConfig, grid: Grid, folder: Path, dry_run: bool,
     console.print(leaderboard_table(comparison))
     for sentence in claims(comparison):
         console.print(sentence, highlight=False)
-    for path in [*write_leaderboard(comparison), write_comparison_report(folder)]:
-        console.print(f"Written: {path}", soft_wrap=True)
-    if config.logger == "wandb":
-        write_comparison_summary(comparison, config)
+    write_comparison(comparison, config, console)
     if errors:
         listed = "; ".join(f"{name}: {what}" for name, what in errors.items())
         raise RunError(
             f"{len(errors)} of {len(grid.cells())} cells failed ({listed}). Their logs are in {folder / CELLS}; the"
             " same command tries them again."
         )
+
+
+def write_comparison(comparison: Comparison, config: RunConfig, console: Console) -> None:
+    """Write table and report of a comparison into its folder, and its summary to W&B if that is the logger."""
+    for path in [*write_leaderboard(comparison), write_comparison_report(comparison.folder)]:
+        console.print(f"Written: {path}", soft_wrap=True)
+    if config.logger == "wandb":
+        write_comparison_summary(comparison, config)
 
 
 class CellProgress:

@@ -37,7 +37,7 @@ PRESETS = (
 PRESET_TASKS = ("sst2", "agnews", "gsm8k")
 # Top-level keys of a protocol's file.
 REQUIRED = ("source", "model", "attack", "code", "judge", "files", "differs", "notes")
-KEYS = (*REQUIRED, "run", "tasks", "arguments")
+KEYS = (*REQUIRED, "run", "tasks", "arguments", "results")
 # Fields of an attack whose value is a file.
 ATTACK_FILES = ("chats", "scores", "filter_words")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -59,6 +59,7 @@ class Preset:
         files: the files that the user brings, the task's own files aside.
         differs: the numbers that a run has otherwise than the paper.
         arguments: arguments of the defenses in the protocol's comparison, by defense.
+        results: the paper's tables as the file holds them; ``protocols.results`` reads them.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Preset:
     files: tuple[NeededFile, ...]
     differs: tuple[Difference, ...]
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, config: RunConfig | None = None) -> RunConfig:
         """Return a run's configuration with the protocol's settings, by default on top of a default RunConfig."""
@@ -145,7 +147,7 @@ def load(file: Path, task: str = "sst2") -> Preset:
     The file must have the keys of ``REQUIRED``: ``attack`` holds the attack's name and arguments, and the classes of
     ``facts`` describe ``code``, ``judge``, ``files`` and ``differs``. The optional key ``run`` holds other options of a
     RunConfig. ``tasks`` holds changes of attack and run by task. ``arguments`` holds arguments of defenses in the
-    protocol's comparison.
+    protocol's comparison. ``results`` holds the paper's tables.
 
     Args:
         file: the file; its name without ``.yaml`` becomes the protocol's name.
@@ -159,11 +161,11 @@ def load(file: Path, task: str = "sst2") -> Preset:
     check_keys(file.name, values, KEYS, required=REQUIRED)
     changes = _changes(file, values.get("tasks", {}), task)
     overrides = {
-        **_options(f"{file.name}, run", values.get("run", {}), RunConfig()),
-        **_options(f"{file.name}, tasks.{task}.run", changes.get("run", {}), RunConfig()),
+        **options_in(f"{file.name}, run", values.get("run", {}), RunConfig()),
+        **options_in(f"{file.name}, tasks.{task}.run", changes.get("run", {}), RunConfig()),
     }
-    arguments = values.get("arguments", {})
-    _check_numbers(file.name, [overrides, arguments, values["judge"], values["differs"]])
+    arguments, results = values.get("arguments", {}), values.get("results", {})
+    _check_numbers(file.name, [overrides, arguments, results, values["judge"], values["differs"]])
     attack = _attack(f"{file.name}, attack", values["attack"], changes.get("attack", {}))
     own = {f.name for f in dataclasses.fields(attack)}
     options = [f"data.{f.name}" for f in dataclasses.fields(Data) if f.type in (str, str | None)]
@@ -180,6 +182,7 @@ def load(file: Path, task: str = "sst2") -> Preset:
         files=tuple(NeededFile.read(at, one, options) for at, one in _entries(file, "files", values)),
         differs=tuple(Difference.read(at, one) for at, one in _entries(file, "differs", values)),
         arguments=arguments,
+        results=results,
     )
 
 
@@ -212,14 +215,14 @@ def _attack(where: str, *parts: Mapping[str, Any]) -> Attack:
     return attack(**{key: value for key, value in values.items() if key != "name"})
 
 
-def _options(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]:
+def options_in(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]:
     """Return the nested options of one part of a RunConfig as a flat mapping by dotted name."""
     check_keys(where, values, tuple(f.name for f in dataclasses.fields(part)))
     options: dict[str, Any] = {}
     for name, value in values.items():
         inner = getattr(part, name)
         if dataclasses.is_dataclass(inner):
-            options |= {f"{name}.{key}": v for key, v in _options(f"{where}.{name}", value, inner).items()}
+            options |= {f"{name}.{key}": v for key, v in options_in(f"{where}.{name}", value, inner).items()}
         else:
             options[name] = value
     return options

@@ -1,0 +1,1 @@
+"""A table of a paper repeated: its settings, its inputs, its numbers beside ours, and their page."""
