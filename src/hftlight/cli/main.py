@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "align a model, let an upload train it, repair and measure it",
     "compare": "run combinations of defenses over tasks, harmful ratios and seeds, and print a table",
     "evaluate": "measure any model: an artifact, a folder, or a hub id",
+    "analyze": "analyse why safety broke, as tables and pictures",
     "export": "write an artifact as one model folder, with its adapter merged in",
     "repair": "repair a fine-tuned model in its files, one matrix at a time",
     "rejudge": "judge saved answers with further judges",
