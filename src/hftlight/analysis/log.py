@@ -4,7 +4,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from hftlight.analysis.analysis import Row
-from hftlight.analysis.study import FIGURES, Study
+from hftlight.analysis.page import FIGURES
+from hftlight.analysis.study import Study
 from hftlight.runs.logging.wandb import finish_wandb, start_wandb
 
 

@@ -1,14 +1,19 @@
 """A study as one self-contained page: each analysis with its figures, what to read in them, and its numbers."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from hftlight.analysis.analysis import Row, analysis_class
+from matplotlib.figure import Figure
+
+from hftlight.analysis.analysis import Picture, Row, analysis_class
 from hftlight.analysis.drawing import label
 from hftlight.analysis.study import Study
+from hftlight.files import ensure_writable, new_folder, write_rows, write_text
 from hftlight.report.html.render import Drawing, anchor, embed, render_page
 
+TABLE, PAGE, FIGURES = "analysis.jsonl", "analysis.html", "figures"  # in a study's folder
 HEADERS = ("model", "layer", "position", "metric", "value", "95 % interval")
 
 
@@ -36,6 +41,38 @@ class Section:
     def anchor(self) -> str:
         """HTML id of the section."""
         return anchor(self.name)
+
+
+def write_study(done: Study, folder: Path, title: str) -> Path:
+    """Write table, figures and page into a folder, and return the page's path.
+
+    Figures of an earlier study in the folder are replaced as a whole.
+
+    Args:
+        done: the finished study.
+        folder: created if it is missing.
+        title: title of the page.
+    """
+    ensure_writable(folder, "--save")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = [{"analysis": name, **asdict(row)} for name, rows in done.rows.items() for row in rows]
+    write_rows(folder / TABLE, table)
+    with new_folder(folder / FIGURES) as place:
+        for picture in _all(done):
+            save(picture.figure, place / picture.name)
+    write_text(folder / PAGE, page(done, title))
+    return folder / PAGE
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and SVG. ``path`` has no end."""
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=160, facecolor="white")
+    figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None}, facecolor="white")
+
+
+def _all(done: Study) -> Iterator[Picture]:
+    for pictures in done.pictures.values():
+        yield from pictures
 
 
 def page(done: Study, title: str) -> str:

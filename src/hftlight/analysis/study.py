@@ -1,11 +1,10 @@
 """Study: analyses of several models, resumed part by part, with one table, figures and a page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from hftlight import cache
@@ -15,7 +14,7 @@ from hftlight.analysis.subjects import Subject
 from hftlight.analysis.view import View
 from hftlight.config import OF_NO_ANSWER
 from hftlight.errors import InputError
-from hftlight.files import digest, ensure_writable, new_folder, read_rows, write_rows, write_text
+from hftlight.files import digest, read_rows, write_rows
 from hftlight.folders import STAGES
 from hftlight.models.base import device_of
 from hftlight.runs.measuring.test_sets import TestSets
@@ -23,7 +22,6 @@ from hftlight.runs.prepare import test_sets
 from hftlight.runs.progress import RunProgress
 from hftlight.runs.sources import Sources
 
-TABLE, PAGE, FIGURES = "analysis.jsonl", "analysis.html", "figures"
 ROWS = "rows.jsonl"  # in the cache
 
 
@@ -125,40 +123,6 @@ def part_key(analysis: Analysis, part: Part, view: View) -> str:
 def tests_of(subject: Subject) -> TestSets:
     """Return the prompts and judges that a model is analysed with."""
     return test_sets(subject.config, subject.attack, Sources(subject.config.data))
-
-
-def write_study(done: Study, folder: Path, title: str) -> Path:
-    """Write table, figures and page into a folder, and return the page's path.
-
-    Figures of an earlier study in the folder are replaced as a whole.
-
-    Args:
-        done: the finished study.
-        folder: created if it is missing.
-        title: title of the page.
-    """
-    from hftlight.analysis.page import page
-
-    ensure_writable(folder, "--save")
-    folder.mkdir(parents=True, exist_ok=True)
-    table = [{"analysis": name, **asdict(row)} for name, rows in done.rows.items() for row in rows]
-    write_rows(folder / TABLE, table)
-    with new_folder(folder / FIGURES) as place:
-        for picture in _all(done):
-            save(picture.figure, place / picture.name)
-    write_text(folder / PAGE, page(done, title))
-    return folder / PAGE
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and SVG. ``path`` has no end."""
-    figure.savefig(path.with_name(f"{path.name}.png"), dpi=160, facecolor="white")
-    figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None}, facecolor="white")
-
-
-def _all(done: Study) -> Iterator[Picture]:
-    for pictures in done.pictures.values():
-        yield from pictures
 
 
 @dataclass(frozen=True)

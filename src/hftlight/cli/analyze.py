@@ -39,7 +39,8 @@ def analyze(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--stages: names are {', '.join(STAGES)}, got {unknown[0]!r}.")
         quiet()
         check_cache()
-        from hftlight.analysis.study import study, write_study
+        from hftlight.analysis.page import write_study
+        from hftlight.analysis.study import study
         from hftlight.models.base import check_accelerator
 
         config = RunConfig(**{name: ready[name] for name in OPTIONS})
