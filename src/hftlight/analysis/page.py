@@ -11,9 +11,11 @@ from hftlight.analysis.analysis import Picture, Row, analysis_class
 from hftlight.analysis.drawing import label
 from hftlight.analysis.study import Study
 from hftlight.files import ensure_writable, new_folder, write_rows, write_text
+from hftlight.folders import ANALYSIS
 from hftlight.report.html.render import Drawing, anchor, embed, render_page
 
-TABLE, PAGE, FIGURES = "analysis.jsonl", "analysis.html", "figures"  # in a study's folder
+PAGE = Path(ANALYSIS).name
+TABLE, FIGURES = "analysis.jsonl", "figures"  # in a study's folder
 HEADERS = ("model", "layer", "position", "metric", "value", "95 % interval")
 
 

@@ -63,7 +63,7 @@ def study(subjects: Sequence[Subject], analyses: Sequence[Analysis], console: Co
     shared: dict[Any, Any] = {}
     with RunProgress(pieces, console) as progress:
         for subject in subjects:
-            with View(subject, tests_of(subject), shared) as view:
+            with View(subject, sets_of(subject), shared) as view:
                 for analysis in analyses:
                     before = cache.built()
                     found: list[Row] = []
@@ -120,7 +120,7 @@ def part_key(analysis: Analysis, part: Part, view: View) -> str:
     )
 
 
-def tests_of(subject: Subject) -> TestSets:
+def sets_of(subject: Subject) -> TestSets:
     """Return the prompts and judges that a model is analysed with."""
     return test_sets(subject.config, subject.attack, Sources(subject.config.data))
 

@@ -10,7 +10,7 @@ from hftlight.config import RunConfig
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
 from hftlight.files import check_cache
-from hftlight.folders import STAGES
+from hftlight.folders import ANALYSIS, STAGES
 
 # Options that describe plain models. Those given also override the configuration of a run.
 OPTIONS = MEASURING - {"model", "tuning"}
@@ -133,7 +133,7 @@ def _folder(values: Any) -> Path:
         return Path(values.save).expanduser()
     first = Path(values.places[0]).expanduser()
     if (first / "manifest.json").is_file() and len(values.places) == 1:
-        return first / "analysis"
+        return (first / ANALYSIS).parent
     return Path(RunConfig().output) / f"analysis-{first.name}"
 
 
