@@ -10,7 +10,7 @@ from hftlight.analysis.page import write_study
 from hftlight.analysis.study import sets_of, study
 from hftlight.analysis.subjects import plain_subjects, runs_in, short_names, subjects_of_run
 from hftlight.analysis.view import View
-from hftlight.attacks.attack import Attack
+from hftlight.attacks import HarmfulMix
 from hftlight.config import Evaluation, RunConfig
 from hftlight.errors import InputError
 from hftlight.files import read_rows, remove, write_json
@@ -132,11 +132,11 @@ def test_a_model_that_arms_share_is_listed_once(tmp_path):
     assert runs_in("tiny") is None
     config = RunConfig(model="tiny", accelerator="cpu")
     config.alignment.steps = 0
-    found = subjects_of_run(run, config, Attack())
+    found = subjects_of_run(run, config, HarmfulMix())
     assert [(s.model, s.stage) for s in found] == [("none", "alignment")]
     assert found[0].reference is not None
     with pytest.raises(InputError, match="no model of the stages finetuning"):
-        subjects_of_run(run, config, Attack(), ["finetuning"])
+        subjects_of_run(run, config, HarmfulMix(), ["finetuning"])
 
 
 def test_names_of_plain_models_tell_them_apart():
