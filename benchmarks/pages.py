@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.defenses import table
+from hftlight.analysis.registry import overview as analyses
 from hftlight.defenses.cards import cards, overview, pairs
 from tests.helpers.lightning import table as lightning
 
@@ -30,6 +31,7 @@ def parts() -> dict[str, str]:
         "lightning": lightning(),
         "cards": cards(first),
         "costs": costs,
+        "analyses": analyses(),
     }
 
 

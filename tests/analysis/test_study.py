@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from hftlight.analysis.analysis import ANALYSES, Analysis, Picture, Row, analysis_class
+from hftlight.analysis.analysis import Analysis, Picture, Row
 from hftlight.analysis.page import write_study
+from hftlight.analysis.registry import ANALYSES, analysis_class
 from hftlight.analysis.study import sets_of, study
 from hftlight.analysis.subjects import plain_subjects, runs_in, short_names, subjects_of_run
 from hftlight.analysis.view import View
@@ -64,8 +65,8 @@ def own(monkeypatch, cache_folder):
     """One cache for the model, without the analyses of other tests."""
     monkeypatch.setenv("HFTLIGHT_CACHE", str(cache_folder))
     remove([cache_folder / "analyses"])
-    monkeypatch.setitem(ANALYSES, "halves", f"{__name__}:Halves")
-    monkeypatch.setitem(ANALYSES, "compared", f"{__name__}:Compared")
+    monkeypatch.setitem(ANALYSES, "halves", "Halves")
+    monkeypatch.setitem(ANALYSES, "compared", "Compared")
     calls.clear()
 
 

@@ -4,22 +4,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from matplotlib.figure import Figure
 
-from hftlight.errors import InputError
+from hftlight.analysis.registry import ANALYSES
 
 if TYPE_CHECKING:
     from hftlight.analysis.view import View
-
-# Name -> module and class. An analysis is imported when it is asked for.
-ANALYSES = {
-    "tone": "hftlight.analysis.tone:Tone",
-}
-DEFAULT = ("tone",)  # in the order of the page
 
 Part = Mapping[str, Any]  # a piece of an analysis of one model, as JSON values; it is measured and cached on its own
 
@@ -92,7 +84,7 @@ class Analysis(ABC):
     @classmethod
     def name(cls) -> str:
         """Return the name on the command line."""
-        return next(name for name, place in ANALYSES.items() if place.endswith(f":{cls.__name__}"))
+        return next(name for name, own in ANALYSES.items() if own == cls.__name__)
 
     def parts(self, known: Mapping[str, Sequence[Row]], view: "View") -> Sequence[Part]:
         """Return the parts to measure, given those that are known.
@@ -118,22 +110,3 @@ class Analysis(ABC):
 def part_name(part: Part) -> str:
     """Return a part as a text that does not depend on the order of its keys."""
     return json.dumps(part, sort_keys=True)
-
-
-def analysis_class(name: str) -> type[Analysis]:
-    """Import and return the class of an analysis.
-
-    Args:
-        name: one of ``ANALYSES``; hyphens count as underscores.
-
-    Raises:
-        InputError: if there is no such analysis. The message suggests the nearest name.
-    """
-    key = name.replace("-", "_").lower()
-    if key not in ANALYSES:
-        near = get_close_matches(key, ANALYSES, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"--analyses: names are {', '.join(ANALYSES)}, got {name!r}.{hint}")
-    module, _, own = ANALYSES[key].partition(":")
-    found: type[Analysis] = getattr(import_module(module), own)
-    return found

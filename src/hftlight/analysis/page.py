@@ -7,8 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hftlight.analysis.analysis import Picture, Row, analysis_class
+from hftlight.analysis.analysis import Picture, Row
 from hftlight.analysis.drawing import label
+from hftlight.analysis.registry import analysis_class
 from hftlight.analysis.study import Study
 from hftlight.files import ensure_writable, new_folder, write_rows, write_text
 from hftlight.folders import ANALYSIS

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hftlight.cli.arguments import show_in_short
 from hftlight.cli.evaluate import MEASURING
 from hftlight.config import RunConfig
 from hftlight.console import guarded, quiet
@@ -15,18 +16,28 @@ from hftlight.folders import ANALYSIS, STAGES
 # Options that describe plain models. Those given also override the configuration of a run.
 OPTIONS = MEASURING - {"model", "tuning"}
 
+# What ``--help`` shows; ``--help all`` shows the rest.
+COMMON = (
+    *("analyses", "stages", "reference", "save", "logger", "template", "data.test", "data.over_refusal"),
+    *("evaluation.prompts", "evaluation.judge", "accelerator"),
+)
+
 
 def analyze(argv: Sequence[str] | None = None) -> int:
     """Run ``hftlight analyze`` and return its exit status."""
 
     def work() -> None:
-        from hftlight.analysis.analysis import DEFAULT, analysis_class
+        from hftlight.analysis.registry import DEFAULT, analysis_class
         from hftlight.cli.parser import read_names
 
         names = read_names(sys.argv[1:] if argv is None else argv, ["analyses"])
         chosen = names.listed("analyses") or list(DEFAULT)
-        classes = {name: analysis_class(name) for name in chosen}
+        # The help lists the analyses without importing them, and shows the arguments of those that are named.
+        shown = names.listed("analyses") if names.help else chosen
+        classes = {name: analysis_class(name) for name in shown}
         parser = _parser(classes)
+        if names.help == "short":
+            show_in_short(parser, COMMON, shown)
         parser.take_defaults({k: v for k, v in names.defaults.items() if k != "analyses"})
         values = parser.parse(names)
         try:
@@ -60,10 +71,10 @@ def analyze(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(classes: dict[str, Any]) -> Any:
-    from hftlight.analysis.analysis import ANALYSES, DEFAULT, analysis_class
+    from hftlight.analysis.registry import ANALYSES, DEFAULT, docstring
     from hftlight.cli.parser import Parser
 
-    listed = "\n".join(f"  {n:18} {(analysis_class(n).__doc__ or '').splitlines()[0]}" for n in ANALYSES)
+    listed = "\n".join(f"  {n:18} {docstring(n).splitlines()[0]}" for n in ANALYSES)
     parser = Parser(
         prog="hftlight analyze",
         usage="hftlight analyze RUN|MODEL ... [--analyses NAME ...] [options]",
