@@ -55,5 +55,5 @@ def overview() -> str:
 
 def _section(text: str, name: str) -> str:
     """Return a section of a docstring as one line, without marks of reStructuredText."""
-    found = re.search(rf"^{name}:(.*?)(?=^\w+:|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.search(rf"^{name}:(.*?)(?=^(?:{'|'.join(SECTIONS)}):|\Z)", text, flags=re.DOTALL | re.MULTILINE)
     return " ".join(found[1].replace("``", "`").split()) if found else ""
