@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.defenses import table
+from hftlight.analysis.registry import overview as analyses
 from hftlight.attacks.protocols.page import page as protocols
 from hftlight.defenses.cards import cards, overview, pairs
 from tests.helpers.lightning import table as lightning
@@ -32,6 +33,7 @@ def parts() -> dict[str, str]:
         "cards": cards(first),
         "costs": costs,
         "protocols": protocols(),
+        "analyses": analyses(),
     }
 
 

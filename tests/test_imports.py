@@ -20,8 +20,8 @@ GROUND = [
 ]
 ROOMS = [
     *[[name] for name in GROUND],
-    *(["engine"], ["data"], ["models"], ["evaluation"], ["defenses", "attacks", "analysis"], ["search", "report"]),
-    *(["runs"], ["comparison", "tuning"], ["cli"], ["__main__"]),
+    *(["engine"], ["data"], ["models"], ["evaluation"], ["defenses", "attacks"], ["search", "report"]),
+    *(["runs"], ["analysis", "comparison", "tuning"], ["cli"], ["__main__"]),
 ]
 
 

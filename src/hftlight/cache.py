@@ -10,7 +10,7 @@ from typing import Any
 from hftlight.files import HASHES, cache_dir, digest, file_digests, new_folder, write_json
 from hftlight.provenance import UnknownSourceError, code_of, versions
 
-KINDS = ("models", "stages", "evaluations", "selections", "judges", "replies", HASHES)
+KINDS = ("models", "stages", "evaluations", "selections", "analyses", "judges", "replies", HASHES)
 PAID = ("judges", "replies")  # replies of judges and of measured models, which may have cost money
 SEAL = "seal.json"  # names and digests of an entry's files; it is written last and marks a finished entry
 # The inputs of each kind of cache key, in addition to code and versions. ``key`` accepts exactly these names.
@@ -25,6 +25,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "verdicts": ("answers", "prompts", "judges", "attack", "task"),
     "perplexity": ("model", "config", "slot", "text", "device"),
     "loss": ("model", "config", "slot", "rows", "device"),
+    "analysis": ("analysis", "part", "model", "reference", "config", "slot", "prompts", "device"),
     "drift": ("model", "reference", "config", "slot", "prompts", "device"),
 }
 

@@ -8,6 +8,8 @@ CELLS, GRID = "cells", "grid.json"  # in a comparison's folder: the folder of it
 
 RESULTS = ("metrics.jsonl", "generations.jsonl")  # in a run's folder: the inputs of its tables and its report
 
+ANALYSIS = "analysis/analysis.html"  # in a run's folder: the page of its analyses
+
 SELECTION = "_selection.jsonl"  # end of the name of the file in an arm's folder that holds what a defense selected
 
 # The stages of an arm in order, with their names in tables and pages.

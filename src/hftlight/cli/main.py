@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "run combinations of defenses over tasks, harmful ratios and seeds, and print a table",
     "evaluate": "measure any model: an artifact, a folder, a hub id, or a model behind an endpoint",
     "reproduce": "repeat a table of a paper, and print paper, ours and the difference",
+    "analyze": "analyse why safety broke, as tables and pictures",
     "export": "write an artifact as one model folder, with its adapter merged in",
     "repair": "repair a fine-tuned model in its files, one matrix at a time",
     "rejudge": "judge saved answers with further judges",

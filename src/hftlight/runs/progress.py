@@ -57,7 +57,7 @@ class RunProgress:
         )
         self._task: TaskID | None = None
         self._position = -1
-        self._done = 0
+        self._done = self._count = 0
         self._resumed_at: int | None = None
         self._spent = self._expected = 0.0
         self._since = self._line_at = time.monotonic()
@@ -73,19 +73,22 @@ class RunProgress:
         """Start the display of the next step."""
         self._position += 1
         step = self.steps[self._position]
-        self._done, self._resumed_at, self._since = 0, None, time.monotonic()
+        self._done, self._count, self._resumed_at, self._since = 0, step.count, None, time.monotonic()
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(step.label, total=step.count, note=self._left())
         self._line_at = time.monotonic()
 
-    def update(self, done: int, loss: float | None = None) -> None:
+    def update(self, done: int, loss: float | None = None, of: int | None = None) -> None:
         """Show the progress of the current step.
 
         Args:
             done: finished units, at most the step's count.
             loss: loss in nats per response token; None for a step without a loss.
+            of: the step's count, if it is known only now.
         """
+        if of is not None:
+            self._count = of
         # A training reports after each optimizer step: a first report above 1 means that it resumed at ``done - 1``.
         # Other steps report without a loss, may jump by a whole batch, and never resume.
         if self._resumed_at is None:
@@ -93,10 +96,10 @@ class RunProgress:
         self._done = done
         note = self._left() if loss is None else f"loss {loss:.3f}, {self._left()}"
         if self._task is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, total=self._count, note=note)
         if not self.console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY:
             self._line_at = time.monotonic()
-            self.console.print(f"{self.steps[self._position].label}: {done}/{self.steps[self._position].count}, {note}")
+            self.console.print(f"{self.steps[self._position].label}: {done}/{self._count}, {note}")
 
     def end(self, note: str, reused: bool = False) -> None:
         """End the current step with a line.
@@ -108,19 +111,19 @@ class RunProgress:
         step = self.steps[self._position]
         spent = time.monotonic() - self._since
         if not reused:
-            share = 1 - (self._resumed_at or 0) / max(1, step.count)
+            share = 1 - (self._resumed_at or 0) / max(1, self._count)
             self._spent, self._expected = self._spent + spent, self._expected + step.seconds * share
-        self._done = step.count
+        self._done = self._count
         how = "reused" if reused else minutes(spent)
         self.console.print(Text.assemble(("done", "green"), f" {step.label} ({how}): {note}"), highlight=False)
 
     def _left(self) -> str:
         """Return the time left for the run, in words."""
         step = self.steps[self._position]
-        share = 1 - self._done / max(1, step.count)
+        share = 1 - self._done / max(1, self._count)
         ahead = step.seconds * share + sum(s.seconds for s in self.steps[self._position + 1 :])
         running = time.monotonic() - self._since
-        begun = step.seconds * (self._done - (self._resumed_at or 0)) / max(1, step.count)
+        begun = step.seconds * (self._done - (self._resumed_at or 0)) / max(1, self._count)
         spent, expected = self._spent + running, self._expected + begun
         # Measured seconds per estimated second. The 20 seconds on both sides damp the rate at the start of a run.
         rate = (spent + 20) / (expected + 20)

@@ -4,7 +4,12 @@ import shutil
 
 import pytest
 
+from hftlight.analysis.analysis import Picture, Row
+from hftlight.analysis.page import write_study
+from hftlight.analysis.study import Study
 from hftlight.comparison.page import write_comparison_report
+from hftlight.folders import ANALYSIS
+from hftlight.report.figure import canvas
 from hftlight.report.html.page import write_report
 from tests.helpers.comparison_folder import write_comparison
 from tests.helpers.run_folder import write_run
@@ -78,3 +83,19 @@ def test_answers_of_a_run_are_filtered(page, tmp_path):
     page.fill("input[name=text]", "murk lantern")
     assert 0 < visible.count() < before
     assert all("murk lantern" in text.lower() for text in visible.all_text_contents())
+
+
+def test_numbers_of_an_analysis_are_searched_and_its_report_links_to_it(page, tmp_path):
+    rows = [Row("odds", float(layer), layer=layer, position="harmful", model="none") for layer in range(30)]
+    picture = Picture("tone", "Refusal tone", "What to read.", canvas(1, height=2)[0])
+    done = Study({"tone": rows}, {"tone": [picture]}, {"tone": ["no aligned model"]})
+    run = write_run(tmp_path)
+    write_study(done, (run / ANALYSIS).parent, "Analysis of a run")
+    page.goto(f"file://{write_report(run)}")
+    page.click("text=Why safety broke")
+    assert page.locator("h1, nav strong").first.text_content() == "Analysis of a run"
+    assert page.locator("figure svg").count() == 1
+    assert page.locator(".note").text_content() == "no aligned model"
+    page.click("summary:has-text('30 numbers')")
+    page.fill("details.numbers input", "harmful 29")
+    assert page.locator("details.numbers tbody tr:visible").count() == 1

@@ -99,9 +99,9 @@ def embedding_drift(
         for start in range(0, len(order), batch_size):
             rows = [prompts[row] for row in order[start : start + batch_size]]
             weights = _weights(rows, positions)
-            here = _states(model, rows, chosen)
+            here = layer_outputs(model, rows, chosen)
             with _adapter_off(model) if reference is None else nullcontext():
-                there = _states(model if reference is None else reference, rows, chosen)
+                there = layer_outputs(model if reference is None else reference, rows, chosen)
             for place, layer in enumerate(chosen):
                 for kind, d in enumerate(distances(here[layer], there[layer].to(here[layer].device))):
                     sums[place, kind] += (d.cpu() * weights).sum()
@@ -141,7 +141,7 @@ def _weights(rows: Sequence[Sequence[int]], positions: Positions) -> Tensor:
     return weights
 
 
-def _states(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[Any, Tensor]:
+def layer_outputs(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[Any, Tensor]:
     """Return the outputs of some decoder layers by number, each ``[batch, tokens, hidden]``, padded on the right."""
     width, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)

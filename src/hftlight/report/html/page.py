@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hftlight.files import write_text
-from hftlight.folders import SELECTION, STAGES, arm_word
+from hftlight.folders import ANALYSIS, SELECTION, STAGES, arm_word
 from hftlight.report.claims import collapses, filtered, sentences, stops
 from hftlight.report.html.render import Drawing, anchor, embed, render_page
 from hftlight.report.result import Result, read_result
@@ -82,6 +82,7 @@ def page(result: Result) -> str:
         sentences=sentences(result),
         outcomes=_outcomes(result),
         chips=_chips(result),
+        analysis=ANALYSIS if (result.folder / ANALYSIS).is_file() else "",
         notes=_notes(result),
         headers=HEADERS,
         rows=_rows(result),

@@ -1,0 +1,110 @@
+"""Looks of the figures: one colour per model and one line style per stage, the same in all of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hftlight.analysis.analysis import Row
+from hftlight.folders import STAGES, arm_word
+from hftlight.report.figure import INK, MARKERS, MUTED, PALETTE, canvas, styled
+
+DASHES: dict[str, str | tuple[int, tuple[int, ...]]] = {
+    "base": (0, (1, 2)),
+    "alignment": (0, (5, 2)),
+    "finetuning": "-",
+    "post_finetuning": (0, (5, 1, 1, 1)),
+    "": "-",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model is drawn.
+
+    Attributes:
+        label: its name in a legend.
+        color: colour of its marks.
+        marker: matplotlib's marker.
+        dashes: matplotlib's line style, by stage.
+    """
+
+    label: str
+    color: str
+    marker: str
+    dashes: str | tuple[int, tuple[int, ...]]
+
+
+def looks(rows: Iterable[Row]) -> dict[tuple[str, str], Look]:
+    """Return the look of each model and stage, in the order of the rows.
+
+    Arms have the colours of the palette in their order. Models before an attack, which arms may share, are in ink.
+    """
+    found: dict[tuple[str, str], Look] = {}
+    order: dict[str, int] = {}
+    for row in rows:
+        key = row.model, row.stage
+        if key not in found:
+            number = order.setdefault(row.model, len(order))
+            early = row.stage == "base" or (row.stage == "alignment" and number == 0)
+            color = INK if early else PALETTE[number % len(PALETTE)]
+            found[key] = Look(label(*key), color, MARKERS[number % len(MARKERS)], DASHES[row.stage])
+    return found
+
+
+def label(model: str, stage: str) -> str:
+    """Return the name of a model in legends and tables."""
+    return f"{arm_word(model)}, {STAGES[stage]}" if stage else model
+
+
+def of(rows: Sequence[Row], metric: str) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows of a metric by model and stage."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.metric == metric:
+            found.setdefault((row.model, row.stage), []).append(row)
+    return found
+
+
+def line(axes: Axes, rows: Sequence[Row], look: Look, x: Sequence[float]) -> None:
+    """Draw rows as a line with a band between the ends of their intervals.
+
+    Args:
+        axes: where to draw.
+        rows: the points in their order.
+        look: of the model.
+        x: one value per row.
+    """
+    axes.plot(x, [row.value for row in rows], color=look.color, ls=look.dashes, lw=1.6, label=look.label)
+    ends = [[nan if end is None else end for end in (row.low, row.high)] for row in rows]
+    axes.fill_between(x, [e[0] for e in ends], [e[1] for e in ends], color=look.color, alpha=0.15, lw=0)
+
+
+@styled
+def layer_figure(rows: Sequence[Row], metric: str, panels: Mapping[str, str], ylabel: str, at: float | None) -> Figure:
+    """Draw a metric over the decoder layers, one line per model and one panel per position.
+
+    Args:
+        rows: of all models.
+        metric: name of the metric.
+        panels: title of each panel, by position.
+        ylabel: label of the y axis, with its unit.
+        at: height of a reference line, such as chance; None for none.
+    """
+    figure, axes = canvas(len(panels), height=3.4, sharey=True)
+    for (position, title), ax in zip(panels.items(), axes, strict=True):
+        for key, some in of([r for r in rows if r.layer is not None and r.position == position], metric).items():
+            line(ax, some, looks(rows)[key], [float(row.layer or 0) for row in some])
+        if at is not None:
+            ax.axhline(at, color=MUTED, lw=0.8)
+        ax.set(title=title, xlabel="decoder layer")
+    axes[0].set_ylabel(ylabel)
+    legend_below(figure, axes[0])
+    return figure
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Draw the legend of one of its axes below a figure."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
