@@ -14,7 +14,12 @@ def test_table_and_figures_reach_wandb(tmp_path, monkeypatch):
         Row("odds", 1.5, 1.0, 2.0, layer=3, position="harmful", model="none", stage="finetuning"),
         Row("refused", 40.0, position=0.25, model="none", stage="finetuning"),
     ]
-    done = Study({"tone": rows}, {"tone": [Picture("tone", "Tone", "Caption.", canvas(1, height=2)[0])]}, {"tone": []})
+    done = Study(
+        {"tone": rows},
+        {"tone": [Picture("tone", "Tone", "Caption.", canvas(1, height=2)[0])]},
+        {"tone": []},
+        {"tone": "About."},
+    )
     write_study(done, tmp_path, "Analysis of x")
     log_study(done, tmp_path, "Analysis of x")
     (run,) = read_offline(tmp_path)

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from hftlight.analysis.analysis import Picture, Row
 from hftlight.analysis.drawing import label
-from hftlight.analysis.registry import analysis_class
 from hftlight.analysis.study import Study
 from hftlight.files import ensure_writable, new_folder, write_rows, write_text
 from hftlight.folders import ANALYSIS
@@ -86,10 +85,10 @@ def page(done: Study, title: str) -> str:
 def _sections(done: Study) -> list[Section]:
     found = []
     for name, rows in done.rows.items():
-        purpose, _, about = (analysis_class(name).__doc__ or "").partition("\n")
+        purpose, _, about = done.about[name].partition("\n")
         pictures = done.pictures.get(name, [])
         drawings = [embed(p.figure, p.name, title=p.title, text=p.caption, label=p.caption) for p in pictures]
-        text = about.partition("    Args:")[0].strip()
+        text = about.partition("\nArgs:")[0].strip()
         found.append(Section(name, purpose, text, drawings, [_cells(row) for row in rows], done.notes[name]))
     return found
 

@@ -1,5 +1,6 @@
 """Study: analyses of several models, resumed part by part, with one table, figures and a page."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,11 +34,13 @@ class Study:
         rows: the long table: the rows of every analysis, by its name.
         pictures: the figures, by the analysis's name.
         notes: which analysis could not work on which model, and why, by the analysis's name.
+        about: docstring of each analysis, by its name.
     """
 
     rows: dict[str, list[Row]]
     pictures: dict[str, list[Picture]]
     notes: dict[str, list[str]]
+    about: dict[str, str]
 
 
 def study(subjects: Sequence[Subject], analyses: Sequence[Analysis], console: Console | None = None) -> Study:
@@ -76,7 +79,8 @@ def study(subjects: Sequence[Subject], analyses: Sequence[Analysis], console: Co
     if not any(rows.values()):
         raise InputError("Nothing was measured. " + " ".join(note for some in notes.values() for note in some))
     drawn = {name: list(one.pictures(rows[name])) for one in analyses if rows[name := type(one).name()]}
-    return Study(rows, drawn, notes)
+    about = {type(one).name(): inspect.getdoc(type(one)) or "" for one in analyses}
+    return Study(rows, drawn, notes, about)
 
 
 def measured(analysis: Analysis, view: View, progress: RunProgress | None = None) -> list[Row]:

@@ -88,7 +88,7 @@ def test_answers_of_a_run_are_filtered(page, tmp_path):
 def test_numbers_of_an_analysis_are_searched_and_its_report_links_to_it(page, tmp_path):
     rows = [Row("odds", float(layer), layer=layer, position="harmful", model="none") for layer in range(30)]
     picture = Picture("tone", "Refusal tone", "What to read.", canvas(1, height=2)[0])
-    done = Study({"tone": rows}, {"tone": [picture]}, {"tone": ["no aligned model"]})
+    done = Study({"tone": rows}, {"tone": [picture]}, {"tone": ["no aligned model"]}, {"tone": "About."})
     run = write_run(tmp_path)
     write_study(done, (run / ANALYSIS).parent, "Analysis of a run")
     page.goto(f"file://{write_report(run)}")
