@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Name -> module and class. An analysis is imported when it is asked for.
 ANALYSES = {
     "tone": "hftlight.analysis.tone:Tone",
+    "patching": "hftlight.analysis.patching:Patching",
+    "attribution": "hftlight.analysis.attribution:Attribution",
 }
 DEFAULT = ("tone",)  # in the order of the page
 

@@ -3,8 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hftlight.analysis.analysis import Row
@@ -108,3 +111,61 @@ def layer_figure(rows: Sequence[Row], metric: str, panels: Mapping[str, str], yl
 def legend_below(figure: Figure, axes: Axes) -> None:
     """Draw the legend of one of its axes below a figure."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+
+@styled
+def heat_maps(
+    panels: Mapping[str, tuple[Any, Sequence[str]]],
+    xlabel: str,
+    ylabel: str,
+    unit: str,
+    *,
+    center: float = 0.0,
+    marks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+) -> Figure:
+    """Draw matrices as heat maps, two in a row, with one scale of colours around ``center``.
+
+    Args:
+        panels: by title: a matrix ``[rows, columns]`` with rows from below, and the names of its columns. NaN is blank.
+        xlabel: label of the columns.
+        ylabel: label of the rows.
+        unit: label of the colours.
+        center: value of the white colour.
+        marks: by title: column and row of cells to mark.
+    """
+    columns = min(2, len(panels))
+    figure, grid = grid_canvas(-(-len(panels) // columns), columns, height=3.0)
+    # The scale leaves out the outermost hundredth, so that one cell does not bleach all others.
+    away = np.abs(np.concatenate([np.asarray(values, float).ravel() for values, _ in panels.values()]) - center)
+    far = float(np.nanquantile(away, 0.99)) if np.isfinite(away).any() else 0.0
+    span = far or 1.0
+    for axes, (title, (values, names)) in zip(grid.flat, panels.items(), strict=False):
+        scale = {"cmap": "RdBu", "vmin": center - span, "vmax": center + span}
+        image = axes.imshow(np.asarray(values, float), aspect="auto", origin="lower", interpolation="nearest", **scale)
+        axes.set_title(title)
+        axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=7.5)
+        axes.grid(False)
+        for column, row in (marks or {}).get(title, ()):
+            axes.plot(column, row, marker="s", color=INK, markerfacecolor="none", markersize=5, lw=0)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(ylabel)
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest panel of each column
+        axes.set_xlabel(xlabel)
+    figure.colorbar(image, ax=list(grid.flat), label=unit, shrink=0.8, extend="both")
+    return figure
+
+
+def grid_canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure and its axes, an array ``[rows, columns]``.
+
+    Args:
+        rows: rows of panels.
+        columns: panels in a row.
+        height: height of a row in inches.
+        **options: options of matplotlib's ``subplots``, such as ``sharey``.
+    """
+    figure = Figure(figsize=(6.2, 0.5 + height * rows))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
