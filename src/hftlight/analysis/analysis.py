@@ -20,8 +20,10 @@ ANALYSES = {
     "tone": "hftlight.analysis.tone:Tone",
     "patching": "hftlight.analysis.patching:Patching",
     "attribution": "hftlight.analysis.attribution:Attribution",
+    "regions": "hftlight.analysis.regions:Regions",
+    "subspace": "hftlight.analysis.subspace:Subspace",
 }
-DEFAULT = ("tone",)  # in the order of the page
+DEFAULT = ("tone", "regions")  # in the order of the page
 
 Part = Mapping[str, Any]  # a piece of an analysis of one model, as JSON values; it is measured and cached on its own
 

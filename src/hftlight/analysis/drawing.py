@@ -123,7 +123,7 @@ def heat_maps(
     center: float = 0.0,
     marks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
 ) -> Figure:
-    """Draw matrices as heat maps, two in a row, with one scale of colours around ``center``.
+    """Draw matrices as heat maps, two in a row, with one scale of colours, from ``center`` on or around it.
 
     Args:
         panels: by title: a matrix ``[rows, columns]`` with rows from below, and the names of its columns. NaN is blank.
@@ -135,12 +135,13 @@ def heat_maps(
     """
     columns = min(2, len(panels))
     figure, grid = grid_canvas(-(-len(panels) // columns), columns, height=3.0)
+    every = np.concatenate([np.asarray(values, float).ravel() for values, _ in panels.values()]) - center
     # The scale leaves out the outermost hundredth, so that one cell does not bleach all others.
-    away = np.abs(np.concatenate([np.asarray(values, float).ravel() for values, _ in panels.values()]) - center)
-    far = float(np.nanquantile(away, 0.99)) if np.isfinite(away).any() else 0.0
-    span = far or 1.0
+    far = float(np.nanquantile(np.abs(every), 0.99)) if np.isfinite(every).any() else 0.0
+    one_sided = not (every < 0).any()
+    scale: dict[str, Any] = {"vmin": center - (0 if one_sided else far or 1.0), "vmax": center + (far or 1.0)}
+    scale["cmap"] = "Blues" if one_sided else "RdBu"
     for axes, (title, (values, names)) in zip(grid.flat, panels.items(), strict=False):
-        scale = {"cmap": "RdBu", "vmin": center - span, "vmax": center + span}
         image = axes.imshow(np.asarray(values, float), aspect="auto", origin="lower", interpolation="nearest", **scale)
         axes.set_title(title)
         axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=7.5)
@@ -153,7 +154,7 @@ def heat_maps(
         row[0].set_ylabel(ylabel)
     for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest panel of each column
         axes.set_xlabel(xlabel)
-    figure.colorbar(image, ax=list(grid.flat), label=unit, shrink=0.8, extend="both")
+    figure.colorbar(image, ax=list(grid.flat), label=unit, shrink=0.8, extend="max" if one_sided else "both")
     return figure
 
 

@@ -203,9 +203,10 @@ class Patching(Analysis):
     denominator is below 0.5 nat is left out.
 
     Rows: ``last_token_effect`` by layer, patched exactly, and ``first_order_effect`` by layer and token (``position``,
-    counted from the end). ``exact_effect`` confirms the cells with the largest first-order effect before the last token.
-    All three are fractions. ``state_cosine`` by layer is the cosine of both models' states at the last token. ``refusal_gap`` is the
-    denominator in nats. ``prompts_left_out`` counts prompts. The intervals are 95 % over prompts.
+    counted from the end). ``exact_effect`` confirms the cells before the last token whose first-order effect is
+    largest. All three are fractions. ``state_cosine`` by layer is the cosine of both models' states at the last token.
+    ``refusal_gap`` is the denominator in nats. ``prompts_left_out`` counts prompts. The intervals are 95 % over
+    prompts.
 
     Args:
         prompts: harmful prompts, >= 2.
@@ -336,7 +337,7 @@ def check_pair(view: View) -> None:
             "patching needs two models of one shape, got (layers, vocabulary, hidden)"
             f" {shapes[0]} and {shapes[1]}. Name the aligned model that it comes from with --reference."
         )
-    cosine = float(nn.functional.cosine_similarity(*(w.float().flatten() for w in weights), dim=0))
+    cosine = float(nn.functional.cosine_similarity(weights[0].float().flatten(), weights[1].float().flatten(), dim=0))
     if cosine < SAME_START:
         raise InputError(
             f"the embeddings of the model and of its aligned model have the cosine {cosine:.2f}, so the two do not come"
