@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.analysis.analysis import Analysis, Part, Picture, Row
-from hftlight.analysis.drawing import grid_canvas, heat_maps, label, of
+from hftlight.analysis.drawing import grid_canvas, heat_maps, label, layer_grid, of
 from hftlight.analysis.states import mean_row, right_padded
 from hftlight.analysis.view import View
 from hftlight.engine.step.activations import ATTENTION, hooked
@@ -367,10 +367,5 @@ def heads_figure(rows: Sequence[Row]) -> Figure:
     panels = {}
     for key, some in of(rows, "contribution").items():
         heads = [r for r in some if str(r.position).startswith("head ")]
-        numbers = [int(str(r.position).split()[1]) for r in heads]
-        layers = 1 + max(r.layer or 0 for r in heads)
-        values = torch.zeros(layers, 1 + max(numbers))
-        for r, number in zip(heads, numbers, strict=True):
-            values[r.layer or 0, number] = r.value
-        panels[label(*key)] = (values.numpy(), [str(n) for n in range(values.shape[1])])
+        panels[label(*key)] = layer_grid(heads, lambda r: str(r.position).removeprefix("head "))
     return heat_maps(panels, "head", "decoder layer", "nats")

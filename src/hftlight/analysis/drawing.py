@@ -1,6 +1,6 @@
 """Looks of the figures: one colour per model and one line style per stage, the same in all of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -156,6 +156,26 @@ def heat_maps(
         axes.set_xlabel(xlabel)
     figure.colorbar(image, ax=list(grid.flat), label=unit, shrink=0.8, extend="max" if one_sided else "both")
     return figure
+
+
+def layer_grid(
+    rows: Iterable[Row], column: Callable[[Row], str], value: Callable[[Row], float] = lambda row: row.value
+) -> tuple[Any, list[str]]:
+    """Return a matrix of rows, layer by column, and the names of its columns in the order of the rows.
+
+    A place without a row is NaN.
+
+    Args:
+        rows: rows with a layer; rows without one are left out.
+        column: returns the name of a row's column.
+        value: returns a row's value in the matrix.
+    """
+    cells = {(row.layer, column(row)): value(row) for row in rows if row.layer is not None}
+    names = list(dict.fromkeys(name for _, name in cells))
+    values = np.full((1 + max(layer for layer, _ in cells), len(names)), nan)
+    for (layer, name), number in cells.items():
+        values[layer, names.index(name)] = number
+    return values, names
 
 
 def grid_canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:

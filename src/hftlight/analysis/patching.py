@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.analysis.analysis import Analysis, Part, Picture, Row, part_name
-from hftlight.analysis.drawing import heat_maps, label, legend_below, line, looks, of
+from hftlight.analysis.drawing import heat_maps, label, layer_grid, legend_below, line, looks, of
 from hftlight.analysis.states import mean_row, right_padded
 from hftlight.analysis.tone import refusal_log_odds
 from hftlight.analysis.view import View
@@ -390,20 +390,15 @@ def top_cells(rows: Sequence[Row], count: int) -> list[tuple[int, str]]:
     return [(r.layer or 0, str(r.position)) for r in best]
 
 
-@styled
 def map_figure(rows: Sequence[Row]) -> Figure:
     """Draw the first-order map of each model, with the cells that were patched exactly."""
     panels, marks = {}, {}
     exact = of(rows, "exact_effect")
-    columns: list[str] = []
     for key, some in of(rows, "first_order_effect").items():
-        columns = sorted({str(r.position) for r in some}, key=place)
-        values = torch.full((1 + max(r.layer or 0 for r in some), len(columns)), nan)
-        for r in some:
-            values[r.layer or 0, columns.index(str(r.position))] = r.value
-        panels[label(*key)] = (values.numpy(), columns)
-        own = exact.get(key, [])
-        marks[label(*key)] = [(columns.index(str(r.position)), r.layer or 0) for r in own if r.position in columns]
+        ordered = sorted(some, key=lambda r: place(str(r.position)))
+        values, columns = layer_grid(ordered, lambda r: str(r.position))
+        panels[label(*key)] = (values, columns)
+        marks[label(*key)] = [(columns.index(str(r.position)), r.layer or 0) for r in exact.get(key, [])]
     return heat_maps(panels, "token from the end", "decoder layer", "effect", marks=marks)
 
 

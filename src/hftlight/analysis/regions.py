@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hftlight.analysis.analysis import Analysis, Part, Picture, Row
-from hftlight.analysis.drawing import grid_canvas, heat_maps, legend_below, line, looks, of
+from hftlight.analysis.drawing import grid_canvas, heat_maps, layer_grid, legend_below, line, looks, of
 from hftlight.analysis.updates import is_aligned, matrix_of, update
 from hftlight.analysis.view import View
 from hftlight.data.tokens import Example, collate
@@ -381,15 +381,12 @@ def overlap_figure(rows: Sequence[Row]) -> Figure:
     """Draw the overlap of the first model that has it, layer by module, one panel per score."""
     own = next(iter(of(rows, "jaccard").values()))
     chance = next(r.value for r in rows if r.metric == "jaccard_by_chance")
-    panels = {}
-    for score in SCORES:
-        some = [r for r in own if r.layer is not None and str(r.position).startswith(f"{score} ")]
-        kinds = list(dict.fromkeys(str(r.position).split()[1] for r in some))
-        values = torch.full((1 + max(r.layer or 0 for r in some), len(kinds)), float("nan"))
-        for r in some:
-            values[r.layer or 0, kinds.index(str(r.position).split()[1])] = r.value
-        panels[NAMES[score]] = (values.numpy(), kinds)
-    return heat_maps(panels, "", "decoder layer", "Jaccard overlap", center=chance)
+    panels: dict[str, list[Row]] = {}
+    for row in own:
+        if row.layer is not None:
+            panels.setdefault(NAMES[str(row.position).split()[0]], []).append(row)
+    grids = {score: layer_grid(some, lambda r: str(r.position).split()[1]) for score, some in panels.items()}
+    return heat_maps(grids, "", "decoder layer", "Jaccard overlap", center=chance)
 
 
 @styled

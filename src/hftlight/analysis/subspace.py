@@ -1,9 +1,9 @@
 """Analysis: does the user's update lie in the directions that the alignment moved?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log2, nan
-from typing import ClassVar
+from math import log2
+from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hftlight.analysis.analysis import Analysis, Part, Picture, Row
-from hftlight.analysis.drawing import heat_maps, label, of
+from hftlight.analysis.drawing import heat_maps, label, layer_grid, of
 from hftlight.analysis.updates import alignment, is_aligned, matrices, matrix_of, update
 from hftlight.analysis.view import View
 from hftlight.engine.weights.lowrank import LowRank
@@ -197,13 +197,10 @@ def energy_figure(rows: Sequence[Row]) -> Figure:
     panels = {}
     chances = of(rows, "update_in_alignment_by_chance")
     for key, some in of([r for r in rows if r.stage != "base"], "update_in_alignment").items():
-        own = [r for r in some if r.layer is not None]
         chance = {(r.layer, r.position): r.value for r in chances[key]}
-        kinds = list(dict.fromkeys(str(r.position) for r in own))
-        values = torch.full((1 + max(r.layer or 0 for r in own), len(kinds)), nan)
-        for r in own:
-            # A share of exactly 0 is drawn as a thousandth of chance.
-            ratio = max(r.value / chance[r.layer, r.position], 1e-3)
-            values[r.layer or 0, kinds.index(str(r.position))] = log2(ratio)
-        panels[label(*key)] = (values.numpy(), kinds)
+
+        def doublings(row: Row, chance: Mapping[Any, float] = chance) -> float:
+            return log2(max(row.value / chance[row.layer, row.position], 1e-3))  # a share of 0 has no logarithm
+
+        panels[label(*key)] = layer_grid(some, lambda r: str(r.position), doublings)
     return heat_maps(panels, "", "decoder layer", "share over chance, log2")
