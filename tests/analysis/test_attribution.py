@@ -40,6 +40,10 @@ def family(name, **changes):
             vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, sliding_window=8, final_logit_softcapping=30.0,
         )  # fmt: skip
+    elif name == "phi":
+        config = transformers.PhiConfig(
+            vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
     else:
         config = FAMILIES[name]()
     for key, value in changes.items():
@@ -58,6 +62,7 @@ MODELS = {
     "gpt2": lambda: family("gpt2"),
     "parallel attention": lambda: family("gpt_neox"),
     "opt": lambda: family("opt"),
+    "bias of the output layer": lambda: family("phi"),
 }
 
 
@@ -83,6 +88,19 @@ def test_the_terms_sum_to_the_logit_difference(name):
 def test_the_heads_sum_to_their_attention(name):
     found = attribution(MODELS[name](), PROMPTS, REFUSING, COMPLYING)
     assert_close(found.heads.sum(1), found.attention, rtol=0, atol=1e-10)
+
+
+def test_the_bias_of_the_projection_belongs_to_no_head():
+    model = MODELS["biases of heads"]()
+    found = attribution(model, PROMPTS, REFUSING, COMPLYING)
+    with torch.no_grad(), captured({"h": model.model.layers[1]}) as whole:
+        model(input_ids=torch.tensor([PROMPTS[0]]))
+    norm, h = model.model.norm, whole["h"][0, -1]
+    u = model.lm_head.weight[REFUSING].mean(0) - model.lm_head.weight[COMPLYING].mean(0)
+    for layer in range(2):
+        bias = model.model.layers[layer].self_attn.o_proj.bias
+        expected = u @ (norm.weight * bias / (h.square().mean() + norm.eps).sqrt())
+        assert_close(found.attention[layer, 0] - found.heads[layer, :, 0].sum(), expected.detach(), rtol=0, atol=1e-10)
 
 
 def test_a_head_adds_what_the_state_loses_without_its_columns_of_the_projection():

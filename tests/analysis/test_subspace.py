@@ -16,6 +16,7 @@ from hftlight.analysis.subspace import (
     stable_rank,
     subspace_overlap,
 )
+from hftlight.analysis.updates import alignment, update
 from hftlight.engine.weights.lowrank import LowRank
 from hftlight.engine.weights.stored import Difference, ModelWeights
 from hftlight.errors import InputError
@@ -143,6 +144,11 @@ def test_adapters_and_merged_models_give_the_same_rows(tmp_path):
     assert_close(torch.tensor([r.value for r in dense]), torch.tensor([r.value for r in rows]), rtol=1e-3, atol=1e-5)
     before = analysis.measure({}, view_of(base, aligned, base, "base"))
     assert all(r.value == pytest.approx(1) for r in before if r.metric == "update_in_alignment")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert_close(
+        update(view_of(base, aligned, base, "base"), name).rows(),
+        -alignment(view_of(base, aligned, tuned), name).rows(),
+    )
     of_alignment = analysis.measure({}, view_of(base, aligned, aligned, "alignment"))
     assert {r.metric for r in of_alignment} >= {"alignment_norm", "alignment_stable_rank"}
     names = [p.name for p in analysis.pictures([r.labelled("none", "finetuning") for r in rows])]

@@ -123,7 +123,7 @@ class FirstOrder:
 
     Attributes:
         effects: estimated change of the refusal log-odds by each patch, in nats, float64 ``[layers, prompts, tokens]``;
-            0 on padding.
+            0 on padding, which no later token sees.
         clean: refusal log-odds of the clean model, in nats, float64 ``[prompts]``.
         corrupt: likewise, of the corrupt model.
         cosine: cosine of the two models' states at the last token, float64 ``[layers, prompts]``.
@@ -174,10 +174,9 @@ def first_order(
     ours = torch.stack([states[str(n)].detach() for n in range(len(layers))])
     change = target.to(ours).double() - ours.double()
     effects = (torch.stack(grads).double() * change).sum(-1).cpu()
-    beyond = torch.arange(effects.shape[-1]) > ends[:, None]
     pairs = (ours[:, batch, ends].double(), target[:, batch, ends].to(ours).double())
     cosine = nn.functional.cosine_similarity(*pairs, dim=-1).cpu()
-    return FirstOrder(effects.masked_fill(beyond, 0), odds_clean.cpu(), odds.detach().cpu(), cosine)
+    return FirstOrder(effects, odds_clean.cpu(), odds.detach().cpu(), cosine)
 
 
 def _odds(model: Any, prompts: Sequence[Sequence[int]], refusing: Sequence[int]) -> Tensor:
