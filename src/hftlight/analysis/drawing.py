@@ -1,10 +1,13 @@
 """Looks of the figures: one colour per model and one line style per stage, the same in all of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hftlight.analysis.analysis import Row
@@ -108,3 +111,82 @@ def layer_figure(rows: Sequence[Row], metric: str, panels: Mapping[str, str], yl
 def legend_below(figure: Figure, axes: Axes) -> None:
     """Draw the legend of one of its axes below a figure."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+
+@styled
+def heat_maps(
+    panels: Mapping[str, tuple[Any, Sequence[str]]],
+    xlabel: str,
+    ylabel: str,
+    unit: str,
+    *,
+    center: float = 0.0,
+    marks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+) -> Figure:
+    """Draw matrices as heat maps, two in a row, with one scale of colours, from ``center`` on or around it.
+
+    Args:
+        panels: by title: a matrix ``[rows, columns]`` with rows from below, and the names of its columns. NaN is blank.
+        xlabel: label of the columns.
+        ylabel: label of the rows.
+        unit: label of the colours.
+        center: value of the white colour.
+        marks: by title: column and row of cells to mark.
+    """
+    columns = min(2, len(panels))
+    figure, grid = grid_canvas(-(-len(panels) // columns), columns, height=3.0)
+    every = np.concatenate([np.asarray(values, float).ravel() for values, _ in panels.values()]) - center
+    # The scale leaves out the outermost hundredth, so that one cell does not bleach all others.
+    far = float(np.nanquantile(np.abs(every), 0.99)) if np.isfinite(every).any() else 0.0
+    one_sided = not (every < 0).any()
+    scale: dict[str, Any] = {"vmin": center - (0 if one_sided else far or 1.0), "vmax": center + (far or 1.0)}
+    scale["cmap"] = "Blues" if one_sided else "RdBu"
+    for axes, (title, (values, names)) in zip(grid.flat, panels.items(), strict=False):
+        image = axes.imshow(np.asarray(values, float), aspect="auto", origin="lower", interpolation="nearest", **scale)
+        axes.set_title(title)
+        axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=7.5)
+        axes.grid(False)
+        for column, row in (marks or {}).get(title, ()):
+            axes.plot(column, row, marker="s", color=INK, markerfacecolor="none", markersize=5, lw=0)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(ylabel)
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest panel of each column
+        axes.set_xlabel(xlabel)
+    figure.colorbar(image, ax=list(grid.flat), label=unit, shrink=0.8, extend="max" if one_sided else "both")
+    return figure
+
+
+def layer_grid(
+    rows: Iterable[Row], column: Callable[[Row], str], value: Callable[[Row], float] = lambda row: row.value
+) -> tuple[Any, list[str]]:
+    """Return a matrix of rows, layer by column, and the names of its columns in the order of the rows.
+
+    A place without a row is NaN.
+
+    Args:
+        rows: rows with a layer; rows without one are left out.
+        column: returns the name of a row's column.
+        value: returns a row's value in the matrix.
+    """
+    cells = {(row.layer, column(row)): value(row) for row in rows if row.layer is not None}
+    names = list(dict.fromkeys(name for _, name in cells))
+    values = np.full((1 + max(layer for layer, _ in cells), len(names)), nan)
+    for (layer, name), number in cells.items():
+        values[layer, names.index(name)] = number
+    return values, names
+
+
+def grid_canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure and its axes, an array ``[rows, columns]``.
+
+    Args:
+        rows: rows of panels.
+        columns: panels in a row.
+        height: height of a row in inches.
+        **options: options of matplotlib's ``subplots``, such as ``sharey``.
+    """
+    figure = Figure(figsize=(6.2, 0.5 + height * rows))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)

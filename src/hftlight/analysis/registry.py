@@ -13,8 +13,12 @@ from hftlight.errors import InputError
 # Name, which is also the file's -> class.
 ANALYSES = {
     "tone": "Tone",
+    "patching": "Patching",
+    "attribution": "Attribution",
+    "regions": "Regions",
+    "subspace": "Subspace",
 }
-DEFAULT = ("tone",)  # in the order of the page
+DEFAULT = ("tone", "regions")  # in the order of the page
 SECTIONS = ("Rows", "Args", "Raises", "Cost", "Source", "Differs")  # of a docstring
 
 

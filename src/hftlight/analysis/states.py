@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hftlight.analysis.analysis import Row
 from hftlight.evaluation.answering.inference import evaluating
 from hftlight.evaluation.metrics.embedding_drift import layer_outputs
 from hftlight.models.module import decoder_layers, final_norm
@@ -51,3 +52,27 @@ def lens(model: nn.Module, states: Tensor) -> Tensor:
     with evaluating(model):
         logits: Tensor = head(final_norm(model)(states.to(weight.device, weight.dtype)))
     return logits.float()
+
+
+def right_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask of prompts as one batch padded on the right, each int64 ``[prompts, tokens]``."""
+    width = max(map(len, prompts))
+    ids = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+    mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def mean_row(metric: str, values: Tensor, layer: int | None = None, position: str | float | None = None) -> Row:
+    """Return the mean of values, one per prompt, as a row with its 95 % interval over prompts.
+
+    Args:
+        metric: its name.
+        values: ``[prompts]``. NaN is left out; without any other value the row's value is NaN.
+        layer: as for ``Row``.
+        position: likewise.
+    """
+    known = values[~values.isnan()].double()
+    if len(known) < 2:
+        return Row(metric, float(known.mean()), layer=layer, position=position)
+    mean, half = float(known.mean()), 1.96 * float(known.std()) / len(known) ** 0.5
+    return Row(metric, mean, mean - half, mean + half, layer, position)

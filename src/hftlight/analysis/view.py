@@ -1,7 +1,7 @@
 """View: one model as an analysis sees it, with its prompts. The weights are loaded when they are first asked for."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
@@ -102,22 +102,7 @@ class View:
         Raises:
             InputError: if the aligned model refuses nothing in words of its own.
         """
-        aligned = self.subject.reference or self.subject.artifact
-        key = aligned.identity, count, max_new_tokens
-        if key not in self._shared:
-            self._shared[key] = self._openings(count, max_new_tokens)
-        found: list[int] = self._shared[key]
-        return found
-
-    def _openings(self, count: int, max_new_tokens: int) -> list[int]:
-        classify = get_refusal_classifier(self.tests.refusal_judge)
-        refusals, others = Counter[int](), Counter[int]()
-        for kind in ("harmful", "over_refusal"):
-            answers = answer(self.reference, self.tokenizer, self.prompts(kind, count), max_new_tokens=max_new_tokens)
-            requests = [record.request for record in self.tests.rows(kind)[: count or None]]
-            for each, refused in zip(answers, classify(requests, [a.text for a in answers]), strict=True):
-                if each.ids:
-                    (refusals if refused == "full" else others)[each.ids[0]] += 1
+        refusals, others = self._first_tokens(count, max_new_tokens)
         found = [token for token, times in refusals.most_common() if times > others[token]]
         if not found:
             raise InputError(
@@ -126,3 +111,51 @@ class View:
                 " or leave this analysis out."
             )
         return found
+
+    def compliances(self, count: int, max_new_tokens: int = 16) -> list[int]:
+        """Return the tokens that open more of the aligned model's other answers than of its refusals.
+
+        Arguments are those of ``openings``.
+
+        Raises:
+            InputError: if there is no such token.
+        """
+        refusals, others = self._first_tokens(count, max_new_tokens)
+        found = [token for token, times in others.most_common() if times > refusals[token]]
+        if not found:
+            raise InputError(
+                f"the aligned model refuses {refusals.total()} of {refusals.total() + others.total()} prompts, and no"
+                " first token tells its other answers from its refusals. Name another --reference, or leave this"
+                " analysis out."
+            )
+        return found
+
+    def _first_tokens(self, count: int, max_new_tokens: int) -> tuple[Counter[int], Counter[int]]:
+        """Return how often each token opens the aligned model's refusals, and its other answers."""
+        aligned = self.subject.reference or self.subject.artifact
+        found: tuple[Counter[int], Counter[int]] = self.shared(
+            ("first tokens", aligned.identity, count, max_new_tokens), lambda: self._asked_first(count, max_new_tokens)
+        )
+        return found
+
+    def _asked_first(self, count: int, max_new_tokens: int) -> tuple[Counter[int], Counter[int]]:
+        classify = get_refusal_classifier(self.tests.refusal_judge)
+        refusals, others = Counter[int](), Counter[int]()
+        for kind in ("harmful", "over_refusal"):
+            answers = answer(self.reference, self.tokenizer, self.prompts(kind, count), max_new_tokens=max_new_tokens)
+            requests = [record.request for record in self.tests.rows(kind)[: count or None]]
+            for each, refused in zip(answers, classify(requests, [a.text for a in answers]), strict=True):
+                if each.ids:
+                    (refusals if refused == "full" else others)[each.ids[0]] += 1
+        return refusals, others
+
+    def shared(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return a result that the views of a study share, computed at its first use.
+
+        Args:
+            key: names the result with all that decides it, such as the identity of the aligned model.
+            compute: returns the result.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
