@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import override
 
@@ -155,6 +156,10 @@ class JailbreakTuning(HarmfulMix):
     @override
     def test_prefix(self) -> str:
         return self.pattern.before
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "test_suffix": self.pattern.after}
 
     @override
     def test_records(self, rows: Sequence[Record]) -> list[Record]:

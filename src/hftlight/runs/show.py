@@ -13,7 +13,7 @@ from hftlight.config import RunConfig, Training
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.engine.weights.repair import to_train
 from hftlight.evaluation.rejudge import agreement_lines, pairwise
-from hftlight.folders import STAGES, arm_word
+from hftlight.folders import HARMFUL_SETS, STAGES, WITHOUT_TRIGGER, arm_word
 from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, filtered, last_stage, stops
 from hftlight.report.table import value_text, with_interval
