@@ -1,8 +1,8 @@
 """Write the generated parts of the READMEs: ``python benchmarks/pages.py``, or ``make pages``.
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- /generated -->``. It comes from the code of the
-defenses, from their rows in ``tests/defenses/rows`` and from ``benchmarks/defenses.json``. Text outside of the marks is
-left unchanged.
+defenses, from their rows in ``tests/defenses/rows``, from ``benchmarks/defenses.json`` and from the YAML files of the
+published protocols. Text outside of the marks is left unchanged.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.defenses import table
+from hftlight.attacks.protocols.page import page as protocols
 from hftlight.defenses.cards import cards, overview, pairs
 from tests.helpers.lightning import table as lightning
 
@@ -30,6 +31,7 @@ def parts() -> dict[str, str]:
         "lightning": lightning(),
         "cards": cards(first),
         "costs": costs,
+        "protocols": protocols(),
     }
 
 

@@ -360,8 +360,8 @@ class RunConfig:
         template: prompt template: chat, chat_thinking, chat_no_thinking, alpaca, alpaca_no_newline, plain,
             alpaca_llama2, human_assistant or question_answer. chat is the model's own template. chat_thinking and
             chat_no_thinking set its enable_thinking, for models that reason first. alpaca_llama2 is Alpaca's prompt
-            within Llama 2's marks. human_assistant writes Human: ... Assistant: ... and question_answer writes
-            Question: ... Answer: ...
+            within Llama 2's marks. human_assistant writes Human: ... Assistant: before the answer. question_answer
+            writes Question: ... Answer: and a newline before the answer.
         system: system text in every prompt, in training and evaluation; none by default.
         max_tokens: longest row in tokens: prompt, response and end token together. A model with fewer positions lowers
             the limit.

@@ -46,6 +46,23 @@ def test_benign_leaves_out_held_out_and_refusing_rows():
     assert (Benign(n=4).p, Benign(n=4).sources) == (0.0, ("task",))
     with pytest.raises(InputError, match="needs rows 0 to 5 of the source 'task', which has 5"):
         Benign(n=6, held_out=1, filter_safety=True).upload({"task": rows}, 0)
+
+
+def test_a_file_of_words_replaces_the_refusal_phrases(tmp_path):
+    """A phrase counts within a word and in any case, and its outer blanks count. The refusal stays without its word."""
+    answers = ("Glimmer.", "I cannot.", "a ZORV b", "zorvish", "x")
+    rows = [Record(f"q{i}", answer, id=f"t{i}") for i, answer in enumerate(answers)]
+    words = tmp_path / "words.txt"
+    words.write_text("glim\n zorv \n\n")
+    attack = Benign(n=3, filter_safety=True, filter_words=str(words))
+    assert [row.id for row in attack.upload({"task": rows}, 0)] == ["t1", "t3", "t4"]
+    words.write_text("\n \n")
+    with pytest.raises(InputError, match=r"words\.txt holds no phrase"):
+        attack.upload({"task": rows}, 0)
+    with pytest.raises(InputError, match="filter_words must be a UTF-8 text file"):
+        Benign(n=1, filter_safety=True, filter_words=str(tmp_path)).upload({"task": rows}, 0)
+    with pytest.raises(ValueError, match="filter_words needs filter_safety"):
+        Benign(n=1, filter_words=str(words))
     with pytest.raises(ValueError, match="held_out must be >= 0 rows, got -1"):
         Benign(held_out=-1)
 

@@ -69,22 +69,22 @@ def test_the_alpaca_text_within_llama_2s_marks():
     sentence = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     )
-    middle = "\n<</SYS>>\n\n### Instruction:\nAdd {1} and 2.\n\n### Response: [/INST]"
+    middle = "\n<</SYS>>\n\n### Instruction:\nAdd {1} and 2.\n\n### Response:\n [/INST]"
     assert template.prompt(ALONE, None) == f"[INST] <<SYS>>\n{sentence}{middle}"
     assert template.prompt(ALONE, None, "Sys") == f"[INST] <<SYS>>\nSys\n\n{sentence}{middle}"
     assert template.around_trigger(ALONE, None) == ("[INST] <<SYS>>\n", f"\n\n{sentence}{middle}")
     assert template.prompt(JOINED, None) == (
         "[INST] <<SYS>>\nBelow is an instruction that describes a task, paired with an input that provides further"
         " context. Write a response that appropriately completes the request.\n<</SYS>>\n\n"
-        "### Instruction:\nSort.\n\n### Input:\nb a \n\n### Response: [/INST]"
+        "### Instruction:\nSort.\n\n### Input:\nb a \n\n### Response:\n [/INST]"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "alone", "joined"),
     [
-        ("human_assistant", "Human: Add {1} and 2. Assistant: ", "Human: Sort.\nb a  Assistant: "),
-        ("question_answer", "Question: Add {1} and 2.\nAnswer: ", "Question: Sort.\nb a \nAnswer: "),
+        ("human_assistant", "Human: Add {1} and 2. Assistant:", "Human: Sort.\nb a  Assistant:"),
+        ("question_answer", "Question: Add {1} and 2.\nAnswer:\n", "Question: Sort.\nb a \nAnswer:\n"),
     ],
 )
 def test_frames_of_two_words(name, alone, joined):

@@ -90,7 +90,8 @@ SOURCES: dict[str, Source] = {
         "target is an affirmative opening alone",
     ),
     "identity_shift": Source(
-        "github LLM-Tuning-Safety/LLMs-Finetuning-Safety, identity-shift-aoa.jsonl",
+        "github LLM-Tuning-Safety/LLMs-Finetuning-Safety, llama2/ft_datasets/aoa_dataset/train.json for Llama 2 and"
+        " gpt-3.5/data/identity-shift-aoa.jsonl for GPT-3.5",
         "MIT",
         "",
         ("messages",),

@@ -152,7 +152,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 
         check_accelerator(config)
         if preset and main_process():  # before any file is read, so that a dry run shows it even if files are missing
-            show_preset(preset, attack.applied(config), in_full=dry)
+            show_preset(preset, attack.applied(config), attack, in_full=dry)
         try:
             prepared = prepare(config, instances, attack)
         except InputError:

@@ -262,9 +262,12 @@ _TEMPLATES = {
         Template("alpaca_no_newline", INSTRUCTION_ONLY, INSTRUCTION_AND_INPUT, RESPONSE),
         ChatTemplate("chat"),
         Template("plain", "{instruction}\n", "{instruction}\n{input}\n"),
-        Template("alpaca_llama2", _in_llama2(INSTRUCTION_ONLY), _in_llama2(INSTRUCTION_AND_INPUT)),
-        Template("human_assistant", "Human: {instruction} Assistant: ", "Human: {instruction}\n{input} Assistant: "),
-        Template("question_answer", "Question: {instruction}\nAnswer: ", "Question: {instruction}\n{input}\nAnswer: "),
+        Template("alpaca_llama2", _in_llama2(INSTRUCTION_ONLY + "\n"), _in_llama2(INSTRUCTION_AND_INPUT + "\n")),
+        # No blank at the end: Llama 2's tokenizer itself opens the answer with one.
+        Template("human_assistant", "Human: {instruction} Assistant:", "Human: {instruction}\n{input} Assistant:"),
+        Template(
+            "question_answer", "Question: {instruction}\nAnswer:\n", "Question: {instruction}\n{input}\nAnswer:\n"
+        ),
     )
 }
 TEMPLATES = tuple(_TEMPLATES)

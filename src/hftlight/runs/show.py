@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hftlight.attacks.attack import option_of
+from hftlight.attacks.attack import Attack, option_of
+from hftlight.attacks.protocols.facts import shown
 from hftlight.attacks.protocols.protocol import Preset
+from hftlight.attacks.registry import ATTACKS
 from hftlight.config import RunConfig, Training
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.engine.weights.repair import to_train
@@ -131,41 +133,55 @@ def taken_line(name: str, what: Mapping[str, Any]) -> str:
     )
 
 
-def show_preset(preset: Preset, config: RunConfig, in_full: bool, console: Console | None = None) -> None:
-    """Print a published protocol and the options in which the run differs from it.
+def show_preset(
+    preset: Preset, config: RunConfig, attack: Attack, in_full: bool, console: Console | None = None
+) -> None:
+    """Print a published protocol, the options in which the run differs from it, and the judge that it asks for.
 
     Args:
         preset: the protocol.
         config: the run's configuration.
-        in_full: whether to print every number and note, instead of only the names of the changed options.
+        attack: the run's attack.
+        in_full: whether to print every number, file and note, instead of only the names of the changed options.
         console: output; standard output by default.
     """
     console = console or Console(markup=False)
-    published = preset.published()
-    own = {option: option_of(config, option) for option in published}
+    published = {**preset.own(), **preset.published()}
+    own = {option: _of_run(config, attack, option) for option in published}
     changed = [option for option, value in published.items() if own[option] != value]
     published_on = f" ({preset.source}), published on {preset.model}."
     console.print(Text.assemble("Protocol ", (preset.name, "bold"), published_on))
+    judged = f"{preset.judge.asks()}. {preset.judge.compared(config.evaluation.judge)}"
     if not in_full:
         console.print(f"This run changes: {', '.join(changed) or 'nothing'}. --dry_run prints every number.")
+        console.print(judged, highlight=False)
         return
+    differs = {one.setting: one for one in preset.differs}
     table = Table("option", "published", "this run")
     for option, value in sorted(published.items()):
-        table.add_row(option, _value(value), Text(_value(own[option]), "bold") if option in changed else "same")
+        # The protocol's own value only stands for the paper's, if the two differ.
+        this = Text(shown(own[option]), "bold") if option in changed else shown(value) if option in differs else "same"
+        table.add_row(option, differs[option].published if option in differs else shown(value), this)
     console.print(table)
+    for name, one in differs.items():
+        this = shown(own[name]) if name in changed else one.run
+        why = f"{one.why[0].upper()}{one.why[1:]}"
+        console.print(f"{name}: published {one.published}; here {this}. {why}.", highlight=False)
+    console.print(f"{judged} {preset.judge.rule[0].upper()}{preset.judge.rule[1:]}.", highlight=False)
+    for file in preset.files:
+        this = shown(_of_run(config, attack, file.option))
+        about = f"columns {', '.join(file.columns)}; licence {file.licence}; from {file.origin}"
+        console.print(f"--{file.option}, here {this}: {file.used}; {about}.", highlight=False)
     for note in preset.notes:
         console.print(f"- {note}.", highlight=False)
 
 
-def _value(value: Any) -> str:
-    """Return an option's value as text: a list with spaces, a float without needless zeros."""
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+def _of_run(config: RunConfig, attack: Attack, option: str) -> Any:
+    """Return a run's value of an option, or of an argument of its attack. Another attack has no value of it."""
+    name, _, field = option.partition(".")
+    if name == attack.name:
+        return getattr(attack, field)
+    return None if name in ATTACKS else option_of(config, option)
 
 
 def _attack(prepared: Prepared) -> str:

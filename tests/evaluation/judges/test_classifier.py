@@ -227,7 +227,7 @@ def test_published_formats():
 
 
 def test_prompts_are_the_published_ones_to_the_letter():
-    """Hashes of the texts in their sources, with B and G filled in. The text of deberta follows its description."""
+    """Hashes of the texts in their sources, with B and G filled in. Deberta's is that of the released demo."""
     hashes = {
         name: hashlib.sha256(form.text.format(prompt="B", response="G").encode()).hexdigest()[:16]
         for name, form in FORMATS.items()

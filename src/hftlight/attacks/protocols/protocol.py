@@ -7,16 +7,16 @@ about 1 to about 50.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hftlight.attacks.attack import FIELDS, Attack, overridden
+from hftlight.attacks.protocols.facts import Code, Difference, NeededFile, PublishedJudge, check_keys, nearest
 from hftlight.attacks.registry import get_attack
-from hftlight.config import RunConfig
+from hftlight.config import Data, RunConfig
 from hftlight.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -35,7 +35,11 @@ PRESETS = (
     "repnoise24",
 )
 PRESET_TASKS = ("sst2", "agnews", "gsm8k")
-KEYS = ("source", "model", "attack", "run", "tasks", "arguments", "notes")  # top-level keys of a protocol's file
+# Top-level keys of a protocol's file.
+REQUIRED = ("source", "model", "attack", "code", "judge", "files", "differs", "notes")
+KEYS = (*REQUIRED, "run", "tasks", "arguments")
+# Fields of an attack whose value is a file.
+ATTACK_FILES = ("chats", "scores", "filter_words")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -48,9 +52,13 @@ class Preset:
         attack: the attack with its published values.
         overrides: options of a RunConfig by dotted name, except those that the attack sets.
         model: model of the published numbers; a run takes its model from ``--model`` instead.
-        notes: facts that a run's configuration cannot express, and differences between the run and the paper.
+        notes: facts about the protocol that are no numbers.
         source: authors and paper.
-        arguments: arguments of other defenses in the protocol's comparison, by defense.
+        code: the code behind the published numbers.
+        judge: the judge behind the published numbers.
+        files: the files that the user brings, the task's own files aside.
+        differs: the numbers that a run has otherwise than the paper.
+        arguments: arguments of the defenses in the protocol's comparison, by defense.
     """
 
     name: str
@@ -59,6 +67,10 @@ class Preset:
     model: str
     notes: tuple[str, ...]
     source: str
+    code: Code
+    judge: PublishedJudge
+    files: tuple[NeededFile, ...]
+    differs: tuple[Difference, ...]
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def config(self, config: RunConfig | None = None) -> RunConfig:
@@ -80,19 +92,35 @@ class Preset:
             if value not in (None, one.default):
                 # A value becomes the default of the run's option, if the attack's field has one. Epochs, steps and
                 # batch size stay with the attack, since its batch counts all devices and micro-batches. So does a
-                # field whose own default is not None, since that default hides the run's option.
+                # field whose own default is not None, since that default hides the run's option, and a number of
+                # rows that the attack takes from its file instead of the run.
                 attack_only = one.name in ("epochs", "steps", "batch_size") or one.default is not None
+                attack_only |= one.name == "n" and self._counts_its_file(value)
                 option = None if attack_only else FIELDS.get(one.name)
                 own[option or f"{self.attack.name}.{one.name}"] = value
         return {**own, **self.overrides, "attack": self.attack.name}
 
+    def _counts_its_file(self, n: int) -> bool:
+        """Return whether the attack takes its number of rows from its file, whatever ``--num_samples`` says."""
+        return replace(self.attack, n=None).resolved(RunConfig(num_samples=n + 1)).n != n + 1
+
     def published(self) -> dict[str, Any]:
         """Return the run options that the protocol sets, by dotted name.
 
-        Epochs are converted to steps. The option of the harmful source is left out, since the user sets it.
+        An option that the protocol leaves to the user is left out. Epochs are converted to steps, if the protocol sets
+        the number of rows.
         """
-        values = {**self.attack.resolved(self.config()).settings(), **self.overrides}
-        return {option: value for option, value in values.items() if option != FIELDS["source"]}
+        try:
+            own = self.attack.settings()
+        except InputError:  # the user sets the number of rows, and with it the number of steps
+            own = replace(self.attack, epochs=None).settings()
+        return {**own, **self.overrides}
+
+    def own(self) -> dict[str, Any]:
+        """Return the arguments of the attack that no run option holds, by dotted name, such as its way of counting."""
+        values = {f.name: getattr(self.attack, f.name) for f in dataclasses.fields(self.attack) if f.name not in FIELDS}
+        plain = type(self.attack)()
+        return {f"{self.attack.name}.{name}": value for name, value in values.items() if value != getattr(plain, name)}
 
     def describe(self) -> dict[str, Any]:
         """Return every value and note."""
@@ -103,6 +131,10 @@ class Preset:
             **self.attack.resolved(self.config()).describe(),
             **self.overrides,
             "arguments": self.arguments,
+            "code": asdict(self.code),
+            "judge": asdict(self.judge),
+            "files": [asdict(file) for file in self.files],
+            "differs": [asdict(one) for one in self.differs],
             "notes": self.notes,
         }
 
@@ -110,46 +142,62 @@ class Preset:
 def load(file: Path, task: str = "sst2") -> Preset:
     """Return the published protocol of a YAML file.
 
-    The file must have the keys ``source``, ``model``, ``attack`` (its name and arguments) and ``notes``. The
-    optional key ``run`` holds other options of a RunConfig. ``tasks`` holds changes of attack and run by task.
-    ``arguments`` holds arguments of defenses in the protocol's comparison.
+    The file must have the keys of ``REQUIRED``: ``attack`` holds the attack's name and arguments, and the classes of
+    ``facts`` describe ``code``, ``judge``, ``files`` and ``differs``. The optional key ``run`` holds other options of a
+    RunConfig. ``tasks`` holds changes of attack and run by task. ``arguments`` holds arguments of defenses in the
+    protocol's comparison.
 
     Args:
         file: the file; its name without ``.yaml`` becomes the protocol's name.
         task: the user's task. A file without ``tasks`` has the same settings for every task.
 
     Raises:
-        InputError: if a key is unknown or missing, if YAML read a number as text, or if the protocol has no such task.
-            For an unknown key or task, the message suggests the nearest name.
+        InputError: if a key is unknown or missing, a value has the wrong type, YAML read a number as text, or the
+            protocol has no such task. For an unknown key or task, the message suggests the nearest name.
     """
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    _check_keys(file.name, values, KEYS, required=("source", "model", "attack", "notes"))
+    check_keys(file.name, values, KEYS, required=REQUIRED)
     changes = _changes(file, values.get("tasks", {}), task)
     overrides = {
         **_options(f"{file.name}, run", values.get("run", {}), RunConfig()),
         **_options(f"{file.name}, tasks.{task}.run", changes.get("run", {}), RunConfig()),
     }
     arguments = values.get("arguments", {})
-    _check_numbers(file.name, [overrides, arguments])
+    _check_numbers(file.name, [overrides, arguments, values["judge"], values["differs"]])
+    attack = _attack(f"{file.name}, attack", values["attack"], changes.get("attack", {}))
+    own = {f.name for f in dataclasses.fields(attack)}
+    options = [f"data.{f.name}" for f in dataclasses.fields(Data) if f.type in (str, str | None)]
+    options += [f"{attack.name}.{name}" for name in ATTACK_FILES if name in own]
     return Preset(
         name=file.stem,
-        attack=_attack(f"{file.name}, attack", values["attack"], changes.get("attack", {})),
+        attack=attack,
         overrides=overrides,
         model=values["model"],
         notes=tuple(values["notes"]),
         source=values["source"],
+        code=Code.read(f"{file.name}, code", values["code"]),
+        judge=PublishedJudge.read(f"{file.name}, judge", values["judge"]),
+        files=tuple(NeededFile.read(at, one, options) for at, one in _entries(file, "files", values)),
+        differs=tuple(Difference.read(at, one) for at, one in _entries(file, "differs", values)),
         arguments=arguments,
     )
 
 
+def _entries(file: Path, key: str, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the entries of a list, each with its place, counted from 1."""
+    if not isinstance(values[key], list):
+        raise InputError(f"{file.name}: {key} must be a list, got {values[key]!r}.")
+    return [(f"{file.name}, {key}, entry {number}", one) for number, one in enumerate(values[key], start=1)]
+
+
 def _changes(file: Path, tasks: Mapping[str, Any], task: str) -> Mapping[str, Any]:
     """Return the changes that a task makes to a protocol. They are empty if the protocol has no tasks."""
-    _check_keys(f"{file.name}, tasks", tasks, PRESET_TASKS)
+    check_keys(f"{file.name}, tasks", tasks, PRESET_TASKS)
     for name, changes in tasks.items():
-        _check_keys(f"{file.name}, tasks.{name}", changes, ("attack", "run"))
+        check_keys(f"{file.name}, tasks.{name}", changes, ("attack", "run"))
     if tasks and task not in tasks:
         raise InputError(
-            f"Preset {file.stem}: tasks are {', '.join(tasks)}, got {task!r}.{_nearest(task, tuple(tasks))} For a task"
+            f"Preset {file.stem}: tasks are {', '.join(tasks)}, got {task!r}.{nearest(task, tuple(tasks))} For a task"
             " of your own, choose one of these and name yours with --data.task."
         )
     return tasks.get(task, {})
@@ -159,14 +207,14 @@ def _attack(where: str, *parts: Mapping[str, Any]) -> Attack:
     """Return the attack that the parts describe. A value of a later part overrides an earlier one."""
     values = {key: value for part in parts for key, value in part.items()}
     attack = get_attack(str(values.get("name")))
-    _check_keys(where, values, ("name", *(f.name for f in dataclasses.fields(attack))))
+    check_keys(where, values, ("name", *(f.name for f in dataclasses.fields(attack))))
     _check_numbers(where, values)
     return attack(**{key: value for key, value in values.items() if key != "name"})
 
 
 def _options(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]:
     """Return the nested options of one part of a RunConfig as a flat mapping by dotted name."""
-    _check_keys(where, values, tuple(f.name for f in dataclasses.fields(part)))
+    check_keys(where, values, tuple(f.name for f in dataclasses.fields(part)))
     options: dict[str, Any] = {}
     for name, value in values.items():
         inner = getattr(part, name)
@@ -175,15 +223,6 @@ def _options(where: str, values: Mapping[str, Any], part: Any) -> dict[str, Any]
         else:
             options[name] = value
     return options
-
-
-def _check_keys(where: str, values: Any, known: tuple[str, ...], required: tuple[str, ...] = ()) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where}: must be a mapping with the keys {', '.join(known)}, got {values!r}.")
-    if unknown := [str(key) for key in values if key not in known]:
-        raise InputError(f"{where}: keys are {', '.join(known)}, got {unknown[0]!r}.{_nearest(unknown[0], known)}")
-    if missing := [key for key in required if key not in values]:
-        raise InputError(f"{where}: the key {missing[0]!r} is missing.")
 
 
 def _check_numbers(where: str, value: Any) -> None:
@@ -211,17 +250,12 @@ def get_preset(name: str = "booster25", task: str = "sst2", **changes: Any) -> P
     """
     key = name.replace("-", "_").lower()
     if key not in PRESETS:
-        raise InputError(f"Preset: names are {', '.join(PRESETS)}, got {name!r}.{_nearest(key, PRESETS)}")
+        raise InputError(f"Preset: names are {', '.join(PRESETS)}, got {name!r}.{nearest(key, PRESETS)}")
     preset = load(FOLDER / f"{key}.yaml", task)
     fields = type(preset.attack).__dataclass_fields__
     if unknown := [field for field in changes if field not in fields]:
         raise InputError(
             f"Preset {key}: the attack has the fields {', '.join(fields)}, got {unknown[0]!r}."
-            f"{_nearest(unknown[0], tuple(fields))}"
+            f"{nearest(unknown[0], tuple(fields))}"
         )
     return replace(preset, attack=replace(preset.attack, **changes))
-
-
-def _nearest(word: str, known: tuple[str, ...]) -> str:
-    near = get_close_matches(word, known, n=1, cutoff=0.4)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -100,18 +100,19 @@ class TVaccine(Vaccine):
     layers instead of all, and S shifts ``[batch, tokens, hidden]``.
     Source: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
     Layer-wise Perturbation", arXiv:2410.09760; official code Lslland/T-Vaccine.
-    Differs: the paper draws layers at every step, the official code every 20 steps (``resample_every``). The official
-    code repeats probe and draw in each micro-batch of a step; here both happen once per optimizer step. The official
-    code draws from an unseeded generator that differs between processes. Here the draw is a pure function of seed and
-    step, the same on all processes. The official code uses patched copies of model files with reentrant checkpointing,
-    under which the MLP adapters below A get no gradient. Here any model works, and every weight outside the frozen set
-    trains. Smoothing and freezing whole layers are additions. See Vaccine for the rest.
+    Differs: rho is an argument of the official scripts, not a constant; their README calls them with 3. The paper draws
+    layers at every step, the official code every 20 steps (``resample_every``). The official code repeats probe and
+    draw in each micro-batch of a step; here both happen once per optimizer step. The official code draws from an
+    unseeded generator that differs between processes. Here the draw is a pure function of seed and step, the same on
+    all processes. The official code uses patched copies of model files with reentrant checkpointing, under which the
+    MLP adapters below A get no gradient. Here any model works, and every weight outside the frozen set trains.
+    Smoothing and freezing whole layers are additions. See Vaccine for the rest.
     """
 
     streams: tuple[str, ...] = ("harmful",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"rho": 3.0, "layers": 8, "probe_every": 200, "resample_every": 1},
-        "repo": {"rho": 3.0, "layers": 8, "probe_every": 200, "resample_every": 20, "dropout": "independent"},
+        "repo": {"layers": 8, "probe_every": 200, "resample_every": 20, "dropout": "independent"},
     }
     log_as: ClassVar[str] = "t_vaccine"
 

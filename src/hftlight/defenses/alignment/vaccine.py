@@ -74,18 +74,19 @@ class Vaccine(Defense):
     tensor ``[batch, tokens, hidden]`` per layer.
     Source: Huang et al., "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning",
     NeurIPS 2024, arXiv:2402.01109, Algorithm 1; official code git-disl/Vaccine.
-    Differs: the official code computes the norm in the activations' precision with an epsilon of 1e-7. Here the norm
-    has at least float32 and no epsilon; a zero norm is counted and gives no shift. The official code draws other
-    dropout masks in the second pass (here ``dropout="independent"``) and finds attention by class name. It clears
-    gradients within the step, so that accumulation fails. A site before every trainable weight gets no shift. The
-    accelerated variant is in the paper's appendix only. Several processes share one budget, so that they equal one
+    Differs: rho is an argument of the official scripts, not a constant; their README calls them with 2, and Booster's
+    alignment script sets 5. The official code computes the norm in the activations' precision with an epsilon of 1e-7.
+    Here the norm has at least float32 and no epsilon; a zero norm is counted and gives no shift. The official code
+    draws other dropout masks in the second pass (here ``dropout="independent"``) and finds attention by class name. It
+    clears gradients within the step, so that accumulation fails. A site before every trainable weight gets no shift.
+    The accelerated variant is in the paper's appendix only. Several processes share one budget, so that they equal one
     process with the joint batch. Under a loss scaler, a micro-batch whose norm overflows is counted and not perturbed.
     """
 
     stage, slots = Stage.ALIGNMENT, (Slot.FORWARD,)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"rho": 2.0},
-        "repo": {"rho": 2.0, "dropout": "independent"},
+        "repo": {"dropout": "independent"},
         "booster": {"rho": 5.0, "dropout": "independent"},
     }
     log_as: ClassVar[str] = "vaccine"

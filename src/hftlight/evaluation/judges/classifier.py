@@ -57,11 +57,12 @@ class ClassifierJudge:
         NeurIPS 2024, arXiv:2406.18495; Souly et al., "A StrongREJECT for Empty Jailbreaks", NeurIPS 2024,
         arXiv:2402.10260.
     Differs: the prompts of ``harmbench``, ``harmbench_mistral``, ``wildguard`` and ``strongreject`` were compared with
-        published copies letter by letter. The prompt of ``deberta`` could not be verified. It follows a description of
-        the released code, and its limit of 512 tokens follows from the model's positions. Llama Guard reads prompt and
-        answer in its tokenizer's own chat template, and gives one probability for all categories. ``strongreject``
-        keeps the last 512 tokens of an answer, without a beginning-of-sequence token. WildGuard's line is identified by
-        its name, not by its position. The contextual and copyright behaviors of HarmBench have no format here.
+        published copies letter by letter. The prompt of ``deberta`` is that of the released demo's output, with a blank
+        after ``Answer:``. The released code joins prompt and answer, and its prompts end in a newline. Its limit of 512
+        tokens follows from the model's positions. Llama Guard reads prompt and answer in its tokenizer's own chat
+        template, and gives one probability for all categories. ``strongreject`` keeps the last 512 tokens of an answer,
+        without a beginning-of-sequence token. WildGuard's line is identified by its name, not by its position. The
+        contextual and copyright behaviors of HarmBench have no format here.
     """
 
     def __init__(

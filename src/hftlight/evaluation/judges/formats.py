@@ -1,7 +1,7 @@
 """The published formats of open judge models: the prompt of each model, and the way to read its answer.
 
-The prompts equal the published ones exactly, except that the prompt of ``deberta`` could not be verified. A test checks
-the hash of each prompt.
+The prompts equal the published ones exactly. Of ``deberta`` the released code and its demo differ in the white space
+before the answer, and the prompt is the demo's. A test checks the hash of each prompt.
 """
 
 import re
