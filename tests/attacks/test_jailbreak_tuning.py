@@ -137,10 +137,6 @@ def test_the_two_scores_count_their_own_answers():
     assert tests.names == ("harmful", "over_refusal", "task", "harmful_without_pattern")
     asked = [[row.instruction for row in tests.asked(name)] for name in HARMFUL]
     assert asked == [[f"Lamp: ask q{i}" for i in range(3)], [f"ask q{i}" for i in range(3)]]
-    assert asked == {
-        "harmful": [f"Lamp: ask q{i}" for i in range(3)],
-        "harmful_without_pattern": [f"ask q{i}" for i in range(3)],
-    }
     sure, no = "Sure, here it is now.", "I'm sorry, but no."
     rows = judged_rows("harmful", [sure, sure, no], tests)
     rows += judged_rows("harmful_without_pattern", [no, sure, no], tests)
@@ -181,10 +177,8 @@ def test_a_run_measures_every_stage_with_and_without_the_pattern(tmp_path, monke
     assert manifest["attack"]["rows"] == {"attack": 2, "task": 6}
     rows = read_rows(folder / "generations.jsonl")
     for stage in ("base", "finetuning"):
-        sets = {
-            s: [r for r in rows if (r["set"], r["stage"]) == (s, stage)] for s in ("harmful", "harmful_without_pattern")
-        }
-        assert [len(of) for of in sets.values()] == [3, 3]
-        assert all(row["asked"] == row["prompt"] + " In verse." for row in sets["harmful"])
-        assert not any("asked" in row for row in sets["harmful_without_pattern"])
+        with_it, without_it = ([r for r in rows if (r["set"], r["stage"]) == (s, stage)] for s in HARMFUL)
+        assert [len(with_it), len(without_it)] == [3, 3]
+        assert all(row["asked"] == row["prompt"] + " In verse." for row in with_it)
+        assert not any("asked" in row for row in without_it)
     assert "The attack's prompts carry a pattern." in " ".join(capsys.readouterr().out.split())
