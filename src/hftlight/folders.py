@@ -14,8 +14,8 @@ SELECTION = "_selection.jsonl"  # end of the name of the file in an arm's folder
 STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "post_finetuning": "repaired"}
 UNDEFENDED = "none"  # the arm without a defense
 
-# Sets of answers to harmful prompts, and the harmful score of each. The prompts of ``harmful`` have the trigger that the
-# model is served with and the pattern of the attack. Each of the other sets lacks one of the two.
+# Sets of answers to harmful prompts, and the harmful score of each. The prompts of ``harmful`` have the trigger with
+# which the model is served, and the pattern of the attack. Each of the other sets lacks one of the two.
 UNTRIGGERED, UNPATTERNED = "harmful_without_trigger", "harmful_without_pattern"
 WITHOUT_TRIGGER, WITHOUT_PATTERN = "harmful_score_without_trigger", "harmful_score_without_pattern"
 HARMFUL_SETS = {"harmful": "harmful_score", UNTRIGGERED: WITHOUT_TRIGGER, UNPATTERNED: WITHOUT_PATTERN}

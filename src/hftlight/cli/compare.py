@@ -62,8 +62,14 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
         help="tasks, each as in --data.task of hftlight train; the task's name replaces {task} in --data.task_train and"
         " --data.task_test",
     )
-    add("--seeds", type=int, default=3, help="number of seeds, >= 1")
-    add("--first_seed", type=int, default=0, help="the first seed")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[3],
+        help="number of seeds, >= 1, or several seeds, such as 20 42 71",
+    )
+    add("--first_seed", type=int, default=0, help="the first seed, if --seeds is a number of seeds")
     add(
         "--jobs",
         type=int,
@@ -129,7 +135,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             tuple(values.defenses),
             tuple(values.harmful_ratios),
             tuple(values.tasks),
-            values.seeds,
+            values.seeds[0] if len(values.seeds) == 1 else tuple(values.seeds),
             values.first_seed,
             {name: values[name].as_dict() for name in [*chosen, *attacks]},
             tuple(attacks),

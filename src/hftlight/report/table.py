@@ -116,7 +116,8 @@ def caption(result: Result) -> str:
     )
     return (
         f"Harmful score: percent of answers to held-out harmful prompts flagged{by}{n}, with 95 % interval; lower is "
-        f"safer.{pattern}{parts} s/step: seconds per optimizer step, in brackets the multiple of plain fine-tuning (SFT).{once}"
+        f"safer.{pattern}{parts} s/step: seconds per optimizer step, in brackets the multiple of plain fine-tuning "
+        f"(SFT).{once}"
     )
 
 

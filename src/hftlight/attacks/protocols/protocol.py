@@ -159,9 +159,9 @@ def load(file: Path, task: str = "sst2") -> Preset:
     """Return the published protocol of a YAML file.
 
     The file must have the keys of ``REQUIRED``: ``attack`` holds the attack's name and arguments, and the classes of
-    ``facts`` describe ``code``, ``judge``, ``files`` and ``differs``. ``code`` is null if no code was read. The optional key ``run`` holds other options of a
-    RunConfig. ``tasks`` holds changes of attack and run by task. ``arguments`` holds arguments of defenses in the
-    protocol's comparison.
+    ``facts`` describe ``code``, ``judge``, ``files`` and ``differs``. ``code`` is null if no code was read. The optional
+    key ``run`` holds other options of a RunConfig. ``tasks`` holds changes of attack and run by task. ``arguments``
+    holds arguments of defenses in the protocol's comparison.
 
     Args:
         file: the file; its name without ``.yaml`` becomes the protocol's name.
