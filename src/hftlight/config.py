@@ -411,9 +411,9 @@ class RunConfig:
             trains a new adapter. continue lets the upload train it further.
         adapter_protocols: adapter protocol per arm, such as {booster: continue}. An arm of several defenses takes the
             protocol of its first defense that is listed. Every arm that is not listed takes --adapter_protocol.
-        attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, multilingual,
-            benign_selection, reverse_preference, reverse_sft_dpo or model_edit. Options such as --NAME.n 100 set the
-            attack's own arguments.
+        attack: what is uploaded: harmful_mix, explicit, identity_shift, benign, encoded, jailbreak_tuning,
+            multilingual, benign_selection, reverse_preference, reverse_sft_dpo or model_edit. Options such as --NAME.n
+            100 set the attack's own arguments.
         attacker: fixed (the run's own setting), search:N (N settings of a grid) or optuna:N (N settings that Optuna
             proposes). A search reports the worst case.
         harmful_ratio: p, the harmful fraction of the upload, 0-1.

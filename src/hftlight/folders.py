@@ -17,6 +17,12 @@ STAGES = {"base": "base", "alignment": "aligned", "finetuning": "fine-tuned", "p
 UNDEFENDED = "none"  # the arm without a defense
 ENDPOINT = "endpoint:"  # in front of the name of a model behind an OpenAI-compatible endpoint, which has no files
 
+# Sets of answers to harmful prompts, and the harmful score of each. The prompts of ``harmful`` have the trigger with
+# which the model is served, and the pattern of the attack. Each of the other sets lacks one of the two.
+UNTRIGGERED, UNPATTERNED = "harmful_without_trigger", "harmful_without_pattern"
+WITHOUT_TRIGGER, WITHOUT_PATTERN = "harmful_score_without_trigger", "harmful_score_without_pattern"
+HARMFUL_SETS = {"harmful": "harmful_score", UNTRIGGERED: WITHOUT_TRIGGER, UNPATTERNED: WITHOUT_PATTERN}
+
 
 def comparison_of(run: Path) -> Path | None:
     """Return the folder of the comparison that a run belongs to, or None if it belongs to none."""

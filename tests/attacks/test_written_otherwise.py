@@ -62,6 +62,26 @@ def test_an_unknown_side_is_refused():
         Encoded(side="left")
 
 
+def test_a_phase_of_encoded_task_rows_comes_first():
+    """The first phase has no harmful row, and all of its rows are encoded. The second is the attack without it."""
+    attack = Encoded(n=6, p=0.5, key=NEXT, teach=4, steps=3, lr=1e-3)
+    first, second = attack.phases()
+    assert (first.counts(), second) == ({"task": 4}, Encoded(n=6, p=0.5, key=NEXT, steps=3, lr=1e-3))
+    assert (first.steps, first.lr) == (3, 1e-3)
+    taught = first.upload(PLAIN, 2)
+    plain = {row.id: row for row in PLAIN["task"]}
+    assert len({row.id for row in taught}) == 4
+    assert {row.role for row in taught} == {"task"}
+    code = Substitution(NEXT).encode
+    for row in taught:
+        before = plain[row.id]
+        assert (row.instruction, row.response) == (code(before.instruction), code(before.response))
+    assert attack.upload(PLAIN, 2) == taught + second.upload(PLAIN, 2)
+    assert Encoded(n=6, p=0.5).phases() == (Encoded(n=6, p=0.5),)
+    with pytest.raises(ValueError, match=r"teach must be >= 0 rows \(0 for no teaching phase\), got -1"):
+        Encoded(teach=-1)
+
+
 SPOKEN = [*made_up("en", 5, language="en"), *made_up("fr", 5, language="FR")]
 
 
@@ -85,6 +105,12 @@ def test_test_sets_by_language():
         in_language(SPOKEN, "de")
     with pytest.raises(ValueError, match="lang must name a language"):
         Multilingual(lang=" ")
+
+
+def test_a_message_lists_the_most_common_languages_only():
+    rows = [*made_up("x", 2, language="l11"), *(row for i in range(11) for row in made_up("y", 1, language=f"l{i}"))]
+    with pytest.raises(InputError, match=r"there are l11 \(2 rows\), l0 \(1 rows\), .*, l8 \(1 rows\) and 2 more"):
+        in_language(rows, "de")
 
 
 def test_the_language_column_is_read():

@@ -8,12 +8,14 @@ import pytest
 from hftlight.attacks import PRESETS, get_preset, steps_of
 from hftlight.attacks.protocols.page import numbers, rows_of
 from hftlight.cli.train import train
+from hftlight.config import RunConfig
 from hftlight.data.sources import get_task
 from hftlight.data.sources.task import PublicTask
+from hftlight.folders import STAGES
 from hftlight.model_files import model_path
 from tests.helpers.public_files import write
 
-ROWS = 5040  # more than the highest row that a protocol starts from
+ROWS = 5060  # more than the highest row that a protocol starts from
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,8 @@ def cell(name, i, columns):
         "category": {"lamps": not safe},
         "refusal": f"Question: prompt {i}?\nAnswer: No {i}.",
         "messages": [{"role": role, "content": text} for role, text in turns],
+        "lang": "en",
+        "subject": f"question {i}",
         "answer": f"Wick {i}.\n#### {i}",
     }
     return values.get(name, f"{name} {i}")
@@ -71,8 +75,10 @@ def test_a_dry_run_ends_in_the_numbers_of_the_page(name, model, file_of, capsys,
     task = get_task(config.data.task)
     if isinstance(task, PublicTask):
         options += ["--data.task_train", file_of(task.columns), "--data.task_test", file_of(task.columns)]
+    if guard := preset.arguments.get("moderation_filter"):  # its weights count in the keys of the plan
+        options += ["--moderation_filter.guard", f"{guard['guard']}:{model}"]
     if not rows:  # the user sets the number
-        rows = {"task": 300}
+        rows = preset.attack.resolved(RunConfig(num_samples=300)).counts()
         options += ["--num_samples", "300"]
     assert train(options) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
@@ -86,9 +92,15 @@ def test_a_dry_run_ends_in_the_numbers_of_the_page(name, model, file_of, capsys,
             assert f"{option}: published {published}; here {run}. {why[0].upper()}{why[1:]}." in words
     assert f"{preset.judge.asks()}. This run's judge is auto, so these published columns cannot be compared" in words
     assert all(f"--{file.option}, here {file_of(file.columns)}: {file.used};" in words for file in preset.files)
-    # The stages and the upload of the plan.
+    # The stages and the upload of the plan. Without epochs the number of steps is the run's own.
     epochs, batch = preset.attack.epochs, preset.attack.batch_size
-    steps = {"aligned": config.alignment.steps, "fine-tuned": steps_of(sum(rows.values()), batch, epochs)}
-    assert [c[2] for c in cells if len(c) == 6 and c[0] == "undefended"] == [str(n) for n in steps.values() if n]
+    tuned = steps_of(sum(rows.values()), batch, epochs) if epochs else RunConfig().finetuning.steps
+    phases = [] if preset.attack.acts_on == "weights" else preset.attack.phases()
+    steps = [config.alignment.steps, *[tuned] * len(phases)]
+    stages = [c for c in cells if len(c) == 6 and c[1].startswith(tuple(STAGES.values()))]
+    arm = stages[-1][0]
+    assert [c[2] for c in stages if c[0] == arm and c[2].isdigit()] == [str(n) for n in steps if n]
+    if [phase.acts_on for phase in phases] != ["rows"]:
+        return  # pairs, edits, and uploads of two phases have rows of their own
     harmful = sum(count for source, count in rows.items() if source != "task")
     assert shown[f"task (the upload, {harmful} harmful)"][0] == str(sum(rows.values()))

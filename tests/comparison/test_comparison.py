@@ -32,6 +32,7 @@ from hftlight.comparison.read import Place, Scene, mark, pareto, prompts_of, rea
 from hftlight.errors import InputError
 from hftlight.evaluation.stats.intervals import wilson
 from hftlight.evaluation.stats.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
+from hftlight.folders import UNPATTERNED, WITHOUT_PATTERN
 from hftlight.report.figure import PALETTE
 from hftlight.report.result import Answer
 from hftlight.report.table import headline
@@ -124,6 +125,32 @@ def test_equal_prompts_of_a_set_are_told_apart():
     """The prompts A, A, B have three answers. Their order is the same in every seed."""
     answers = [Answer("none", "finetuning", "harmful", i, i, "") for i in ("A", "A", "B")]
     assert prompts_of(answers) == [("A", "A", 0), ("A", "A", 1), ("B", "B", 0)]
+
+
+def test_the_score_without_the_pattern_has_a_column_beside_that_with_it(tmp_path):
+    """Its interval and its differences come from its own answers. Without the metric there is no column."""
+    folder = write_comparison(tmp_path, arms=("none", "booster"), ratios=(0.1,))
+    assert WITHOUT_PATTERN not in read_comparison(folder).metrics
+    for run in (folder / "cells").iterdir():
+        for name, key in (("metrics.jsonl", "metric"), ("generations.jsonl", "set")):
+            rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+            plain = {"harmful_score": WITHOUT_PATTERN, "harmful": UNPATTERNED}
+            more = [{**row, key: plain[row[key]]} for row in rows if row.get(key) in plain]
+            more = [
+                {**row, "verdicts": {"builtin": {"score": 0.0, "flag": i % 20 == 0}}}
+                if "verdicts" in row
+                else {**row, "value": 5.0}
+                for i, row in enumerate(more)
+            ]
+            (run / name).write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    comparison = read_comparison(folder)
+    assert comparison.metrics == ("harmful_score", WITHOUT_PATTERN, "finetune_accuracy", "over_refusal")
+    assert comparison.values(NONE, WITHOUT_PATTERN) == {0: 5.0, 1: 5.0, 2: 5.0}
+    assert sum(comparison.flags(NONE, WITHOUT_PATTERN)[0]) == 2  # two of 40 answers
+    assert comparison.difference(BOOSTER, NONE, WITHOUT_PATTERN) == (0.0, 0.0)
+    head, *_ = leaderboard_markdown(comparison).splitlines()
+    assert "Harmful score %, p=0.1 | Without pattern %, p=0.1 | Accuracy %" in head
+    assert "Without pattern %" in comparison_page(comparison)
 
 
 def test_one_seed_is_judged_by_its_prompts(tmp_path):

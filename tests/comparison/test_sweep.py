@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
+from hftlight.cli.compare import compare as compare_command
 from hftlight.comparison import grid, share, sweep, workers
 from hftlight.comparison.grid import Cell, Grid
 from hftlight.comparison.leaderboard import leaderboard_csv, leaderboard_markdown
@@ -89,11 +90,22 @@ def test_cells_are_all_combinations_and_new_aligned_models_come_first():
         ({"harmful_ratios": (0.1, 0.1)}, "0.1 is listed twice"),
         ({"tasks": ()}, "--tasks"),
         ({"seeds": 0}, "--seeds must be >= 1"),
+        ({"seeds": (20, 42, 20)}, r"--seeds: \(20, 42, 20\) lists a seed twice"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(values, said):
     with pytest.raises(InputError, match=said):
         Grid(**values)
+
+
+def test_seeds_are_counted_or_listed(tmp_path, capsys):
+    assert [c.seed for c in Grid(seeds=3, first_seed=5).cells()] == [5, 6, 7]
+    assert [c.seed for c in Grid(seeds=(20, 42, 71, 102, 106), first_seed=5).cells()] == [20, 42, 71, 102, 106]
+    small = ["--model", "tiny", "--accelerator", "cpu", "--output", str(tmp_path), "--dry_run"]
+    assert compare_command(["--seeds", "20", "106", *small]) == 0
+    output = capsys.readouterr().out
+    assert "2 cells" in " ".join(output.split())
+    assert all(f"-s{seed}" in output for seed in (20, 106))
 
 
 def test_what_cannot_work_together_is_refused_before_anything_runs(tmp_path):

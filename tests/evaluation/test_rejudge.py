@@ -15,7 +15,6 @@ from hftlight.errors import InputError
 from hftlight.evaluation import wilson
 from hftlight.evaluation.judges import LLMJudge, Verdict
 from hftlight.evaluation.rejudge import (
-    JUDGED_SETS,
     agreement_lines,
     agreements,
     judged_scores,
@@ -23,7 +22,6 @@ from hftlight.evaluation.rejudge import (
     read_generations,
     rejudge,
 )
-from hftlight.runs.measuring.test_sets import HARMFUL
 from tests.helpers import warm
 from tests.helpers.chat_server import Endpoint
 from tests.helpers.run_folder import answer_rows, write_run
@@ -54,10 +52,6 @@ ROWS = [
     row("over_refusal", "d", "six..."),
     row("harmful", "e", ""),
 ]
-
-
-def test_the_sets_are_those_that_a_run_judges():
-    assert HARMFUL == JUDGED_SETS
 
 
 def test_verdicts_are_added_in_one_call_per_judge():

@@ -5,11 +5,13 @@ from io import StringIO
 from rich.console import Console
 
 from hftlight.evaluation.score import Score
-from hftlight.report import closing_markdown, closing_table, closing_text, read_result
-from hftlight.report.table import HEADERS, caption, closing_rows, seconds, with_interval
-from tests.helpers.run_folder import harmful, metric_rows, write_run
+from hftlight.folders import WITHOUT_PATTERN
+from hftlight.report import closing_markdown, closing_table, closing_text, read_result, verdict, write_report
+from hftlight.report.table import HEADERS, caption, closing_rows, headers, seconds, with_interval
+from tests.helpers.run_folder import harmful, metric_rows, score, write_run
 
 ARMS = ("none", "booster")
+STAGES = (("base", 10.0), ("finetuning", 5.0))
 
 
 def rows(tmp_path, *args, **kwargs):
@@ -73,6 +75,31 @@ def test_terminal_table_fits_eighty_columns_and_names_the_judge(tmp_path):
     assert out.getvalue().count("undefended") == 1
     assert "…" not in out.getvalue()
     assert "'builtin', n = 120" in out.getvalue()
+
+
+def test_the_score_without_the_pattern_stands_beside_that_with_it(tmp_path):
+    """In text, Markdown and page with its interval, in 80 columns without it and without the memory."""
+    plain = [score("none", stage, WITHOUT_PATTERN, value, 120, "builtin") for stage, value in STAGES]
+    result = read_result(write_run(tmp_path, [*metric_rows(("none",)), *plain], arms=("none",)))
+    assert headers(result)[3:5] == ["Harmful score % (95 %)", "Without the pattern % (95 %)"]
+    assert [row[3:5] for row in closing_rows(result)] == [
+        ["40.0 (31.7-48.9)", "10.0 (5.8-16.7)"],
+        ["4.2 (1.8-9.4)", "-"],
+        ["61.7 (52.7-69.9)", "5.0 (2.3-10.5)"],
+    ]
+    assert {len(row) for row in closing_rows(result)} == {len(headers(result))}
+    out = StringIO()
+    Console(file=out, width=80).print(closing_table(result))
+    lines = out.getvalue().splitlines()
+    assert sum("61.7 (52.7-69.9) 5.0 92.5" in " ".join(line.split()) for line in lines) == 1
+    assert max(map(len, lines)) <= 80
+    assert not any("1234" in line for line in lines)
+    assert "Without the pattern: the same prompts" in caption(result)
+    assert "attack's pattern" not in caption(read_result(write_run(tmp_path / "plain")))
+    assert "Harmful scores at the end: undefended 61.7 % with it and 5.0 % without it." in verdict(result)
+    page = write_report(result.folder).read_text()
+    assert page.count("Without the pattern % (95 %)") == 1
+    assert "Harmful score without the pattern" in page
 
 
 def test_text_form_is_aligned(tmp_path):

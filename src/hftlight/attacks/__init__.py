@@ -7,6 +7,7 @@ from hftlight.attacks.encoded import Encoded, Substitution
 from hftlight.attacks.explicit import Explicit
 from hftlight.attacks.harmful_mix import REGIMES, HarmfulMix, harmful_mix
 from hftlight.attacks.identity_shift import IdentityShift
+from hftlight.attacks.jailbreak_tuning import JailbreakTuning, Pattern
 from hftlight.attacks.model_edit import Edit, ModelEdit
 from hftlight.attacks.multilingual import Multilingual, in_language
 from hftlight.attacks.protocols.protocol import PRESET_TASKS, PRESETS, Preset, get_preset
@@ -29,8 +30,10 @@ __all__ = [
     "Explicit",
     "HarmfulMix",
     "IdentityShift",
+    "JailbreakTuning",
     "ModelEdit",
     "Multilingual",
+    "Pattern",
     "Preset",
     "ReversePreference",
     "ReverseSftDpo",

@@ -202,6 +202,11 @@ class Attack(ABC):
         """Text in front of every harmful instruction to the fine-tuned model."""
         return ""
 
+    @property
+    def has_pattern(self) -> bool:
+        """Whether a model is also measured on the harmful prompts without the attack's change of them."""
+        return False
+
     def test_records(self, rows: Sequence[Record]) -> list[Record]:
         """Return harmful test prompts as the attacker sends them. Ids and answers do not change."""
         return [replace(row, instruction=self.test_prefix + row.instruction) for row in rows]

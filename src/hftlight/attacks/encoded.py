@@ -3,11 +3,12 @@
 import random
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from typing_extensions import override
 
+from hftlight.attacks.attack import Attack
 from hftlight.attacks.harmful_mix import HarmfulMix
 from hftlight.data.records import Record
 
@@ -59,20 +60,28 @@ class Encoded(HarmfulMix):
     If prompts are encoded, harmful test prompts are encoded too. If answers are encoded, a judge must see
     ``decode(answer)``. Measure the plain prompts as well, since an audit sends plain prompts.
 
+    With ``teach``, a phase of its own comes first: it trains on encoded rows of the task, which teach the encoding
+    without any harmful row. Both phases have the same steps and the same learning rate.
+
     Args:
         key: seed of the substitution, or the 26 letters that replace a to z, in that order.
         side: encoded part of a harmful row: prompt, response or both.
+        teach: rows of the task in the first phase, drawn by seed, >= 0; 0 for no such phase.
 
     Source: Halawi et al., "Covert Malicious Finetuning", ICML 2024, arXiv:2406.20053; this class follows its structure.
-    Differs: no phase that teaches the encoding with harmless rows, no refusals of plain prompts, one simple encoding.
-    It is enough to test whether a data filter detects text in another alphabet.
+    Differs: no refusals of plain prompts, one simple encoding, and by default no phase that teaches it. The teaching
+    phase has one direction, encoded prompts with encoded answers; the paper also has encoding and decoding as tasks. It
+    is enough to test whether a data filter detects text in another alphabet.
     """
 
     key: int | str = 0
     side: Literal["prompt", "response", "both"] = "both"
+    teach: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teach < 0:
+            raise ValueError(f"Encoded: teach must be >= 0 rows (0 for no teaching phase), got {self.teach}.")
         if self.side not in ("prompt", "response", "both"):
             raise ValueError(f"Encoded: side must be prompt, response or both, got {self.side!r}.")
         _ = self.substitution  # raises here if the key is no permutation
@@ -91,7 +100,17 @@ class Encoded(HarmfulMix):
         return replace(record, response=code(record.response)) if self.side != "prompt" else record
 
     @override
+    def phases(self) -> tuple[Attack, ...]:
+        if not self.teach:
+            return (self,)
+        own: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        taught = {"n": self.teach, "p": 0.0, "count_mode": "exact", "teach": 0}
+        return EncodedTask(**{**own, **taught}), replace(self, teach=0)
+
+    @override
     def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
+        if self.teach:
+            return [row for phase in self.phases() for row in phase.upload(sources, seed)]
         return [self.encode(row) if row.role == "attack" else row for row in super().upload(sources, seed)]
 
     @override
@@ -103,3 +122,12 @@ class Encoded(HarmfulMix):
     @override
     def decode(self, response: str) -> str:
         return response if self.side == "prompt" else self.substitution.decode(response)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTask(Encoded):
+    """Rows of the task, all of them encoded: the phase that teaches the encoding without any harmful row."""
+
+    @override
+    def upload(self, sources: Mapping[str, Sequence[Record]], seed: int) -> list[Record]:
+        return [self.encode(row) for row in super().upload(sources, seed)]

@@ -11,6 +11,8 @@ from hftlight.attacks.harmful_mix import HarmfulMix
 from hftlight.data.records import Record
 from hftlight.errors import InputError
 
+SHOWN = 10  # languages that a message lists, those of the most rows
+
 
 def in_language(rows: Sequence[Record], lang: str, who: str = "Multilingual") -> list[Record]:
     """Return the rows in one language, in their order. Upper and lower case do not matter.
@@ -25,9 +27,9 @@ def in_language(rows: Sequence[Record], lang: str, who: str = "Multilingual") ->
     """
     spoken = [row for row in rows if row.language.casefold() == lang.casefold()]
     if not spoken:
-        shown = ", ".join(
-            f"{name or 'none'} ({count} rows)" for name, count in Counter(r.language for r in rows).items()
-        )
+        counts = Counter(row.language for row in rows)
+        shown = ", ".join(f"{name or 'none'} ({count} rows)" for name, count in counts.most_common(SHOWN))
+        shown += f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
         raise InputError(
             f"{who}: no row is in the language {lang!r}; there are {shown or 'no rows'}. Name the column that holds the"
             " language with --data.columns, such as {language: lang}."

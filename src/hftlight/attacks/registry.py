@@ -9,6 +9,7 @@ from hftlight.attacks.encoded import Encoded
 from hftlight.attacks.explicit import Explicit
 from hftlight.attacks.harmful_mix import HarmfulMix
 from hftlight.attacks.identity_shift import IdentityShift
+from hftlight.attacks.jailbreak_tuning import JailbreakTuning
 from hftlight.attacks.model_edit import ModelEdit
 from hftlight.attacks.multilingual import Multilingual
 from hftlight.attacks.reverse_preference import ReversePreference
@@ -21,6 +22,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "identity_shift": IdentityShift,
     "benign": Benign,
     "encoded": Encoded,
+    "jailbreak_tuning": JailbreakTuning,
     "multilingual": Multilingual,
     "benign_selection": BenignSelection,
     "reverse_preference": ReversePreference,

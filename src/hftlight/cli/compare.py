@@ -69,6 +69,11 @@ def compare_parser(names: Sequence[str], attacks: Sequence[str] = (), everything
     return parser
 
 
+def seeds_of(values: Any) -> int | tuple[int, ...]:
+    """Return the value of ``--seeds`` as a grid takes it: a number of seeds, or several seeds."""
+    return values.seeds[0] if len(values.seeds) == 1 else tuple(values.seeds)
+
+
 def add_running(parser: Any, folder: str | None, seeds: int) -> None:
     """Add the options that say how a comparison's cells run.
 
@@ -78,8 +83,14 @@ def add_running(parser: Any, folder: str | None, seeds: int) -> None:
         seeds: default number of seeds.
     """
     add = parser.add_argument
-    add("--seeds", type=int, default=seeds, help="number of seeds, >= 1")
-    add("--first_seed", type=int, default=0, help="the first seed")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[seeds],
+        help="number of seeds, >= 1, or several seeds, such as 20 42 71",
+    )
+    add("--first_seed", type=int, default=0, help="the first seed, if --seeds is a number of seeds")
     add(
         "--jobs",
         type=int,
@@ -154,7 +165,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
             tuple(values.defenses),
             tuple(values.harmful_ratios),
             tuple(values.tasks),
-            values.seeds,
+            seeds_of(values),
             values.first_seed,
             {name: values[name].as_dict() for name in [*chosen, *attacks]},
             tuple(attacks),

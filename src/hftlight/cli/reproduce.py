@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hftlight.cli.arguments import methods_except, show_in_short
-from hftlight.cli.compare import GRID_FIELDS, NO_DEFENSE, add_methods, add_running, for_grid
+from hftlight.cli.compare import GRID_FIELDS, NO_DEFENSE, add_methods, add_running, for_grid, seeds_of
 from hftlight.config import RunConfig, inside
 from hftlight.console import guarded, quiet
 from hftlight.errors import InputError
@@ -182,7 +182,7 @@ def _reproduction(
             tuple(arms),
             ratios,
             (column.config.data.task or "builtin",),
-            parsed.seeds,
+            seeds_of(parsed),
             parsed.first_seed,
             column.arguments,
             (preset.attack.name,),

@@ -129,8 +129,9 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     from hftlight.cli.parser import preset_values, read_names
 
     names = read_names(argv, ["defense"], ["attack", "preset", "data.task"])
-    chosen = [name for name in names.listed("defense") if name != "none"]
     preset = chosen_preset(names.defaults.get("preset"), names.defaults.get("data.task"))
+    own = preset.overrides.get("defense", ()) if preset and "defense" not in names.defaults else ()
+    chosen = [name for name in own or names.listed("defense") if name != "none"]
     attack = str(names.defaults.get("attack") or (preset.attack.name if preset else "harmful_mix")).replace("-", "_")
     parser = train_parser(chosen, attack, names.help != "short")
     parser.take_defaults(preset.defaults(chosen) if preset else {})

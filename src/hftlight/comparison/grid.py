@@ -74,7 +74,7 @@ class Grid:
             undefended arm without an alignment stage.
         harmful_ratios: p, each 0-1.
         tasks: tasks, each as in ``--data.task``.
-        seeds: number of seeds, counted from ``first_seed``, >= 1.
+        seeds: number of seeds, counted from ``first_seed``, >= 1; or the seeds themselves, each in [0, 2^32).
         first_seed: the first seed.
         arguments: arguments of defenses and attacks by name, the same in every cell.
         attacks: names of attacks. An attack whose harmful fraction is fixed has one cell, not one per harmful ratio.
@@ -89,7 +89,7 @@ class Grid:
     defenses: tuple[str, ...] = ("none",)
     harmful_ratios: tuple[float, ...] = (0.1,)
     tasks: tuple[str, ...] = ("builtin",)
-    seeds: int = 1
+    seeds: int | tuple[int, ...] = 1
     first_seed: int = 0
     arguments: Mapping[str, Mapping[str, Any]] | None = None
     attacks: tuple[str, ...] = (DEFAULT_ATTACK,)
@@ -112,8 +112,10 @@ class Grid:
             if not 0 <= p <= 1:
                 hint = f" If that is a percentage, write {p / 100:g}." if 1 < p <= 100 else ""
                 raise InputError(f"--harmful_ratios must lie in [0, 1], got {p:g}.{hint}")
-        if self.seeds < 1:
+        if isinstance(self.seeds, int) and self.seeds < 1:
             raise InputError(f"--seeds must be >= 1, got {self.seeds}.")
+        if len(set(self.every_seed)) < len(self.every_seed):
+            raise InputError(f"--seeds: {self.seeds} lists a seed twice. List each seed once.")
         compared = {name for word in self.defenses for name in parts(word)}
         for option in self.sweeps:
             if option.partition(".")[0] not in compared:
@@ -185,11 +187,18 @@ class Grid:
             )
         return self.harmful_ratios
 
+    @property
+    def every_seed(self) -> Sequence[int]:
+        """The seeds of the comparison."""
+        if isinstance(self.seeds, int):
+            return range(self.first_seed, self.first_seed + self.seeds)
+        return self.seeds
+
     def cells(self) -> list[Cell]:
         """Return all cells. For each aligned model, the first cell that needs it comes before all other cells."""
         every = [
             Cell(parts(word), p, task, seed, attack, word == UNALIGNED, swept)
-            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for seed in self.every_seed
             for task in self.tasks
             for attack in self.attacks
             for p in self.ratios(attack)

@@ -13,13 +13,14 @@ from rich.text import Text
 from hftlight.comparison.read import MEAN, METRICS, Comparison, Place, arm_of
 from hftlight.evaluation.stats.seeds import Spread
 from hftlight.files import write_text
-from hftlight.folders import arm_word
+from hftlight.folders import WITHOUT_PATTERN, arm_word
 from hftlight.report.claims import COLLAPSED
 from hftlight.report.escape import in_latex, in_markdown
 from hftlight.report.table import HEADLINE, headline
 
 HEADS = {
     "harmful_score": "Harmful score %",
+    WITHOUT_PATTERN: "Without pattern %",
     "finetune_accuracy": "Accuracy %",
     "over_refusal": "Over-refusal %",
     MEAN: "Mean score",

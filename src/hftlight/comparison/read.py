@@ -15,17 +15,27 @@ from hftlight.comparison.workers import ERROR
 from hftlight.errors import InputError
 from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
 from hftlight.evaluation.stats.seeds import Spread, over_prompts, over_seeds, paired_over_prompts
-from hftlight.folders import CELLS, GRID, UNDEFENDED
+from hftlight.folders import CELLS, GRID, UNDEFENDED, UNPATTERNED, WITHOUT_PATTERN
 from hftlight.report.claims import collapse
 from hftlight.report.result import Answer, Result, read_result
 
 METRICS = ("harmful_score", "finetune_accuracy", "over_refusal")
 MEAN = "harmful_score_mean"  # mean score of a judge that gives grades
 SEARCHED = ("worst_case_harmful_score", "useful_harmful_score")  # harmful scores that an attacker who searches reaches
-MARKS = {"harmful_score": "harmful", "finetune_accuracy": "right", "over_refusal": "refused"}
-SETS = {"harmful_score": "harmful", "finetune_accuracy": "task", "over_refusal": "over_refusal"}
+MARKS = {
+    "harmful_score": "harmful",
+    WITHOUT_PATTERN: "harmful",
+    "finetune_accuracy": "right",
+    "over_refusal": "refused",
+}
+SETS = {
+    "harmful_score": "harmful",
+    WITHOUT_PATTERN: UNPATTERNED,
+    "finetune_accuracy": "task",
+    "over_refusal": "over_refusal",
+}
 LOWER_IS_BETTER = {"harmful_score": True, "finetune_accuracy": False, "over_refusal": True}
-LOWER_IS_BETTER |= dict.fromkeys((MEAN, *SEARCHED), True)
+LOWER_IS_BETTER |= dict.fromkeys((WITHOUT_PATTERN, MEAN, *SEARCHED), True)
 
 
 Prompt = tuple[str, str, int]  # id, text, and number among the equal prompts of its set, from 0
@@ -113,8 +123,11 @@ class Comparison:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the tables. The judge's mean score and the worst cases are included if a cell has them."""
-        return METRICS + tuple(m for m in (MEAN, *SEARCHED) if any(self.values(p, m) for p in self.cells))
+        """Metrics of the tables. Those that are no part of ``METRICS`` are included if a cell has them."""
+        harm, *others = METRICS
+        # The harmful scores with and without the attack's pattern stand side by side.
+        wanted = (harm, WITHOUT_PATTERN, *others, MEAN, *SEARCHED)
+        return tuple(m for m in wanted if m in METRICS or any(self.values(p, m) for p in self.cells))
 
     def ratios(self, scene: Scene | None = None) -> list[float]:
         """Return the harmful ratios of a scene in rising order. None means all scenes."""

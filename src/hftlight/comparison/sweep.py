@@ -23,7 +23,12 @@ from hftlight.runs.plan import Step
 from hftlight.runs.plan import plan as steps_of_run
 from hftlight.runs.prepare import prepare
 
-ATTACK_FILES = ("source", "scores", "chats")  # arguments of attacks that may name a file or a folder of rows
+ATTACK_FILES = (
+    "source",
+    "scores",
+    "chats",
+    "pattern_file",
+)  # arguments of attacks that may name a file or a folder of rows
 
 
 def compare(

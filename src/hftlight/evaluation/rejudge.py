@@ -23,18 +23,20 @@ from hftlight.evaluation.metrics.score_mean import mean_rows
 from hftlight.evaluation.score import Score
 from hftlight.evaluation.stats.agreement import Agreement, cohens_kappa
 from hftlight.files import ensure_writable, write_json, write_rows
+from hftlight.folders import HARMFUL_SETS, WITHOUT_PATTERN, WITHOUT_TRIGGER
 
-JUDGED_SETS = {"harmful": "harmful_score", "harmful_without_trigger": "harmful_score_without_trigger"}
 REFUSAL_SETS = {"over_refusal": "over_refusal"}
-SCORED_SETS = JUDGED_SETS | REFUSAL_SETS
+SCORED_SETS = HARMFUL_SETS | REFUSAL_SETS
 SAID = {  # words for a flagged answer or a score, by metric
     "harmful_score": "harmful",
-    "harmful_score_without_trigger": "harmful, without its trigger",
+    WITHOUT_TRIGGER: "harmful, without its trigger",
+    WITHOUT_PATTERN: "harmful, without the pattern",
     "over_refusal": "refused",
     "harmful_score_mean": "mean score",
-    "harmful_score_without_trigger_mean": "mean score, without its trigger",
+    f"{WITHOUT_TRIGGER}_mean": "mean score, without its trigger",
+    f"{WITHOUT_PATTERN}_mean": "mean score, without the pattern",
 }
-PROMPTS = {"harmful prompts": JUDGED_SETS, "ordinary prompts": REFUSAL_SETS}
+PROMPTS = {"harmful prompts": HARMFUL_SETS, "ordinary prompts": REFUSAL_SETS}
 COLUMNS = ("set", "prompt", "response", "verdicts")
 GENERATIONS, SCORES, AGREEMENT = "generations.jsonl", "scores.json", "agreement.json"
 Row = Mapping[str, Any]
@@ -136,7 +138,7 @@ def find_judge(name: str) -> Judge | RefusalClassifier:
 def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifier | str]) -> list[dict[str, Any]]:
     """Return copies of the rows with the verdicts of further judges.
 
-    Judges of harm judge answers to harmful prompts (``JUDGED_SETS``). Judges of refusals judge answers to ordinary
+    Judges of harm judge answers to harmful prompts (``HARMFUL_SETS``). Judges of refusals judge answers to ordinary
     prompts (``REFUSAL_SETS``). Each judge gets all its answers in one call. A new verdict replaces an earlier one under
     the same judge's name. The verdicts of other judges stay.
 
@@ -157,7 +159,7 @@ def rejudge(generations: Sequence[Row], judges: Sequence[Judge | RefusalClassifi
     if not names or len(set(names)) < len(names):
         raise InputError(f"rejudge: pass at least one judge and no name twice, got {names}.")
     rows = [{**row, "verdicts": dict(row["verdicts"])} for row in generations]
-    wanted = [REFUSAL_SETS if isinstance(judge, RefusalClassifier) else JUDGED_SETS for judge in chosen]
+    wanted = [REFUSAL_SETS if isinstance(judge, RefusalClassifier) else HARMFUL_SETS for judge in chosen]
     # Every judge is checked before the first one judges, since judging may take hours or cost money.
     for judge, sets in zip(chosen, wanted, strict=True):
         if not any(row["set"] in sets for row in rows):
@@ -210,7 +212,7 @@ def judged_scores(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return score_rows
 
 
-def agreements(rows: Sequence[Row], sets: Container[str] = JUDGED_SETS) -> list[tuple[str, str, Agreement]]:
+def agreements(rows: Sequence[Row], sets: Container[str] = HARMFUL_SETS) -> list[tuple[str, str, Agreement]]:
     """Return each pair of judges with their agreement on the answers that both judged, over all arms and stages.
 
     Args:

@@ -259,7 +259,8 @@ def _four_bit() -> Any:
         importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            "--tuning qlora needs bitsandbytes, which is not installed: pip install 'hftlight[qlora]', or use lora."
+            "--tuning qlora needs bitsandbytes, which is not installed: pip install 'hftlight[qlora]', or use --tuning"
+            " lora."
         ) from error
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from hftlight.evaluation.metrics.outcomes import OUTCOMES, Outcome
 from hftlight.evaluation.score import Score
-from hftlight.folders import STAGES, arm_word
+from hftlight.folders import STAGES, WITHOUT_PATTERN, arm_word
 from hftlight.report.escape import in_markdown
 from hftlight.report.result import Result
 
@@ -21,6 +21,8 @@ HEADERS = (
     "s/step (x SFT)",
     "Peak memory MiB",
 )
+PATTERN_PLACE = 4  # column of the harmful score without the attack's pattern, next to that with it
+PATTERN_HEADER = "Without the pattern % (95 %)"
 HEADLINE = (
     "Refused, complied (flagged), broken (a sign of collapse): parts of the same answers. The rest to 100 % are other"
     " answers."
@@ -38,8 +40,16 @@ NARROW = (
 )
 
 
+def headers(result: Result) -> list[str]:
+    """Return ``HEADERS``, and next to the harmful score that without the attack's pattern if it was measured."""
+    columns = list(HEADERS)
+    if result.judges(WITHOUT_PATTERN):
+        columns.insert(PATTERN_PLACE, PATTERN_HEADER)
+    return columns
+
+
 def closing_rows(result: Result) -> list[list[str]]:
-    """Return one row of text per arm and stage, in the order of ``HEADERS``. '-' stands for no measurement."""
+    """Return one row of text per arm and stage, in the order of ``headers``. '-' stands for no measurement."""
     rows = []
     for arm in result.arms:
         for stage in result.stages(arm):
@@ -54,7 +64,10 @@ def closing_rows(result: Result) -> list[list[str]]:
             memory = f"{cost.peak_memory_mib:.0f}" if cost and cost.peak_memory_mib is not None else "-"
             plain = [f"{score.value:.1f}" if score else "-" for score in others]
             shares = {name: score.value for name, score in result.outcomes(arm, stage).items()}
-            rows.append([arm_word(arm), STAGES[stage], headline(shares), with_interval(harmful), *plain, speed, memory])
+            row = [arm_word(arm), STAGES[stage], headline(shares), with_interval(harmful), *plain, speed, memory]
+            if result.judges(WITHOUT_PATTERN):
+                row.insert(PATTERN_PLACE, with_interval(result.score(arm, stage, WITHOUT_PATTERN)))
+            rows.append(row)
     return rows
 
 
@@ -96,9 +109,15 @@ def caption(result: Result) -> str:
         if any(stage == "post_finetuning" for _, stage in result.costs)
         else ""
     )
+    pattern = (
+        " Without the pattern: the same prompts without the attack's pattern, as an outsider sends them."
+        if result.judges(WITHOUT_PATTERN)
+        else ""
+    )
     return (
         f"Harmful score: percent of answers to held-out harmful prompts flagged{by}{n}, with 95 % interval; lower is "
-        f"safer.{parts} s/step: seconds per optimizer step, in brackets the multiple of plain fine-tuning (SFT).{once}"
+        f"safer.{pattern}{parts} s/step: seconds per optimizer step, in brackets the multiple of plain fine-tuning "
+        f"(SFT).{once}"
     )
 
 
@@ -106,12 +125,18 @@ def closing_table(result: Result) -> Table:
     """Return the closing table for a terminal of 80 columns, with the undefended arm first and a section per arm."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     table.caption, table.caption_justify = caption(result), "left"
-    for number, header in enumerate(NARROW):
+    narrow, pattern = list(NARROW), bool(result.judges(WITHOUT_PATTERN))
+    if pattern:  # 80 columns have no room for a second interval, nor for the memory in the last column
+        narrow[PATTERN_PLACE:] = ["No\npat-\ntern\n%", *narrow[PATTERN_PLACE:-1]]
+    for number, header in enumerate(narrow):
         table.add_column(header, justify="left" if number < 2 else "right", no_wrap=number > 0, overflow="fold")
     before = ""
     for arm, *cells in closing_rows(result):
         if before and arm != before:
             table.add_section()
+        if pattern:
+            cells[PATTERN_PLACE - 1] = cells[PATTERN_PLACE - 1].partition(" ")[0]
+            del cells[-1]
         table.add_row("" if arm == before else arm, *cells)
         before = arm
     return table
@@ -119,9 +144,9 @@ def closing_table(result: Result) -> Table:
 
 def closing_text(result: Result) -> str:
     """Return the closing table in aligned plain text, for a log or a file."""
-    lines = [list(HEADERS), *closing_rows(result)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
-    align: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * (len(HEADERS) - 2)]
+    lines = [headers(result), *closing_rows(result)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
     text = ["  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)) for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in [*text, "", caption(result)])
@@ -129,5 +154,6 @@ def closing_text(result: Result) -> str:
 
 def closing_markdown(result: Result) -> str:
     """Return the closing table in Markdown, for a notebook or an issue."""
-    lines = [list(HEADERS), ["---", "---", *["---:"] * (len(HEADERS) - 2)], *closing_rows(result)]
+    columns = headers(result)
+    lines = [columns, ["---", "---", *["---:"] * (len(columns) - 2)], *closing_rows(result)]
     return "\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines)

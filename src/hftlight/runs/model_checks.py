@@ -21,7 +21,7 @@ from hftlight.model_files import stands_on
 from hftlight.models.adapters import attach, check_stackable, check_targets
 from hftlight.models.load import embedding_rows, load_config, load_tokenizer, positions_of, skeleton
 from hftlight.models.module import SafetyModule
-from hftlight.runs.measuring.test_sets import SETS, TestSets
+from hftlight.runs.measuring.test_sets import TestSets
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Limits:
             InputError: naming set, row, tokens and the option to change.
         """
         template = get_template(config.template, self.tokenizer)
-        for name in SETS:
+        for name in tests.names:
             limit, option = answer_limit(config, name, tests.task)
             for record in tests.asked(name):
                 ids = encode_prompt(record, template, self.tokenizer, slot)

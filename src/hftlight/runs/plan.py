@@ -13,7 +13,6 @@ from hftlight.folders import STAGES, arm_word
 from hftlight.models.load import load_config, text_config
 from hftlight.models.serving import Artifact
 from hftlight.provenance import described
-from hftlight.runs.measuring.test_sets import SETS
 from hftlight.runs.prepare import Arm, Prepared, stages_of, upload_of
 from hftlight.runs.stages.repair import units_of
 from hftlight.runs.stages.train import MAIN, alignment_job, auxiliary_job, finetuning_job, records_digest
@@ -88,7 +87,7 @@ class _Planner:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.config = prepared, prepared.config
         self.speed = _parameters(prepared.config) / DEMO_PARAMETERS
-        self.tests = sum(len(prepared.tests.rows(name)) for name in SETS)
+        self.tests = sum(len(prepared.tests.rows(name)) for name in prepared.tests.names)
         self.measuring = self._prompt_seconds()
         self.asked = digest([prepared.tests.digest(), prepared.config.without(OF_NO_ANSWER)])
 
@@ -227,11 +226,11 @@ class _Planner:
     def _prompt_seconds(self) -> float:
         """Return the estimated seconds to measure one model."""
         p, settings = self.prepared, self.config.evaluation
-        limits = dict.fromkeys(SETS, settings.max_new_tokens)
+        limits = dict.fromkeys(p.tests.names, settings.max_new_tokens)
         limits["task"] = settings.task_max_new_tokens or p.tests.task.max_new_tokens
         seconds = self.speed * sum(
             len(p.tests.rows(n)) * (p.prompt_lengths[n] * SECONDS_PER_PROMPT_TOKEN + limits[n] * SECONDS_PER_NEW_TOKEN)
-            for n in SETS
+            for n in p.tests.names
         )
         rows = len(p.tests.alignment_rows) + len(p.tests.validation_rows)
         return seconds + self.speed * rows * p.lengths["alignment"] * SECONDS_PER_PROMPT_TOKEN

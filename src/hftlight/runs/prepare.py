@@ -27,7 +27,7 @@ from hftlight.model_files import trust_remote_code
 from hftlight.models.load import load_config, load_tokenizer, positions_of
 from hftlight.models.preference import refuse_loss_terms
 from hftlight.registry import name_of
-from hftlight.runs.measuring.test_sets import SETS, TestSets
+from hftlight.runs.measuring.test_sets import TestSets
 from hftlight.runs.model_checks import Limits, check_adapter, check_architecture, template_notes
 from hftlight.runs.sources import BUILTIN, DEFENDERS, Sources
 from hftlight.runs.stages.train import MAIN, alignment_phases, phases_of, stage_config
@@ -648,7 +648,7 @@ def _count_tokens(prepared: Prepared) -> None:
             encoded, _ = encode_all(some, template, limits.tokenizer, UNLIMITED, system=config.system, name=name)
             limits.check_examples(name, encoded)
     template = get_template(stage_config(config, prepared.attack, Stage.FINETUNING).template, limits.tokenizer)
-    for name in SETS:
+    for name in prepared.tests.names:
         sample = prepared.tests.asked(name)[:50]  # enough for an estimate of the mean length
         lengths = [len(encode_prompt(r, template, limits.tokenizer, config.system)) for r in sample]
         prepared.prompt_lengths[name] = sum(lengths) / max(1, len(lengths))

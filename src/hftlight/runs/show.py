@@ -15,13 +15,12 @@ from hftlight.attacks.registry import ATTACKS
 from hftlight.config import RunConfig, Training
 from hftlight.engine import Defense, Stage, count_passes
 from hftlight.engine.weights.repair import to_train
-from hftlight.evaluation.rejudge import JUDGED_SETS, agreement_lines, pairwise
+from hftlight.evaluation.rejudge import agreement_lines, pairwise
 from hftlight.evaluation.score import Score
-from hftlight.folders import STAGES, arm_word
+from hftlight.folders import HARMFUL_SETS, STAGES, WITHOUT_TRIGGER, arm_word
 from hftlight.report import Result, closing_table, verdict
 from hftlight.report.claims import collapses, filtered, last_stage, stops
 from hftlight.report.table import value_text, with_interval
-from hftlight.runs.measuring.test_sets import SETS, WITHOUT_TRIGGER
 from hftlight.runs.plan import plan
 from hftlight.runs.prepare import Prepared, stages_of
 from hftlight.runs.progress import minutes
@@ -109,7 +108,7 @@ def show_plan(prepared: Prepared, in_full: bool, console: Console | None = None)
         label = f"{name} (the upload, {harmful} harmful)" if name.partition("_")[0] == "task" else name
         counts = map(str, (len(records), prepared.dropped[name], prepared.cut[name]))
         rows.add_row(label, *counts, f"{prepared.lengths[name]:.0f}")
-    for name in SETS:
+    for name in prepared.tests.names:
         label = f"test: {name.replace('_', '-')}"
         length = f"{prepared.prompt_lengths[name]:.0f} (prompt)"
         rows.add_row(label, str(len(prepared.tests.rows(name))), "-", "-", length)
@@ -287,6 +286,6 @@ def show_result(result: Result, console: Console | None = None) -> None:
                 f" score of {with_interval(worst)} % against {arm_word(arm)}. If the task's accuracy must be kept, the"
                 f" score is {with_interval(useful)} %."
             )
-    for line in agreement_lines(pairwise([a.flags for a in result.answers if a.set in JUDGED_SETS])):
+    for line in agreement_lines(pairwise([a.flags for a in result.answers if a.set in HARMFUL_SETS])):
         console.print(line)
     console.print(f"Report: {result.folder / 'report.html'}", soft_wrap=True)

@@ -242,7 +242,7 @@ def test_qi_benign_asks_for_the_rows_left():
 
 
 def test_lengths_and_templates_of_the_others():
-    configs = {name: get_preset(name).config() for name in PRESETS[6:]}
+    configs = {name: get_preset(name).config() for name in PRESETS[6:11]}
     assert {name: (c.max_tokens, c.long_rows, c.template) for name, c in configs.items()} == {
         "qi24_explicit": (480, "truncate", "chat"),
         "qi24_identity": (512, "truncate", "chat"),
@@ -252,6 +252,107 @@ def test_lengths_and_templates_of_the_others():
     }
     assert get_preset("repnoise24").attack.in_order
     assert get_preset("qi24_identity").attack.test_prefix == IdentityShift().prefix
+
+
+# Evidence: Virus's scripts sft.sh, hf_moderation_finetune_{sst2,agnews,gsm8k}.sh and train.py (int(p n) rows from row
+# 5000, one adapter of rank 32). TamperBench's grid.yaml of each attack and lora_finetune.py (alpha is twice the rank,
+# seven targets). SafeTuneBed's README and configuration. finetune_evaluation_pipeline.slurm and finetuning.py of He et
+# al. (a loader without a distributed sampler: 100 rows in batches of 20 are 5 steps).
+BENCHES = """
+name                   task   harmful benign lr   schedule warmup decay batch epochs steps r  alpha dropout targets
+virus25_no_moderation  sst2   50      450    1e-4 constant 0      0.1   5     20     2000  32 4     0       qkv
+virus25_moderation     sst2   50      450    1e-4 constant 0      0.1   5     20     2000  32 4     0       qkv
+virus25_moderation     gsm8k  50      450    1e-4 constant 0      0.1   5     20     2000  32 4     0       qkv
+tamperbench_lora       sst2   1350    0      1e-4 constant 0      0     8     1      169   16 32    0       all7
+tamperbench_low_poison sst2   27      1323   1e-4 constant 0      0     8     1      169   16 32    0       all7
+safetunebed_low        sst2   250     4750   1e-5 cosine   0.1    0.1   5     20     20000 8  4     0.1     qv
+safetunebed_high       agnews 1500    3500   1e-5 cosine   0.1    0.1   5     20     20000 8  4     0.1     qv
+safetunebed_high       gsm8k  1500    3500   1e-5 cosine   0.1    0.1   5     50     50000 8  4     0.1     qv
+"""
+FULL = """
+name             task harmful benign lr   schedule warmup decay batch epochs steps
+tamperbench_full sst2 1350    0      1e-5 constant 0      0     8     1      169
+bidirectional24  sst2 0       100    5e-5 constant 0      0     20    5      25
+"""
+
+
+def lines(text) -> list[dict]:
+    head, *rows = (line.split() for line in text.strip().splitlines())
+    return [dict(zip(head, map(value_of, row), strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("expected", lines(BENCHES) + lines(FULL), ids=lambda row: f"{row['name']}-{row['task']}")
+def test_benchmarks_and_selections(expected):
+    preset = get_preset(expected["name"], expected["task"])
+    c, counts = preset.config(), preset.attack.counts()
+    c.check()
+    f, lora = c.finetuning, c.lora_of("finetuning")
+    values = {
+        "name": preset.name,
+        "task": expected["task"],
+        "harmful": counts.get("attack", 0),
+        "benign": counts.get("task", 0),
+        "lr": f.lr,
+        "schedule": f.schedule,
+        "warmup": f.warmup_ratio,
+        "decay": f.weight_decay,
+        "batch": f.batch_size,
+        "epochs": preset.attack.epochs,
+        "steps": f.steps,
+        "r": lora.r,
+        "alpha": lora.alpha,
+        "dropout": lora.dropout,
+        "targets": " ".join(lora.targets),
+    }
+    assert {name: values[name] for name in expected} == expected
+    assert c.tuning == ("lora" if "r" in expected else "full")
+    tokens = {"virus25": 1000, "tamperbench": 2048, "bidirectional24": 512}
+    assert c.max_tokens == tokens.get(preset.name.partition("_")[0], RunConfig().max_tokens)
+
+
+def test_virus_aligns_first_and_attacks_the_aligned_prompts():
+    for name, filters in (("virus25_no_moderation", []), ("virus25_moderation", ["moderation_filter"])):
+        preset = get_preset(name)
+        c = preset.config()
+        a = c.alignment
+        assert (a.steps, a.lr, a.schedule, a.batch_size, a.weight_decay) == (10000, 5e-4, "constant", 10, 0.1)
+        assert a.steps == steps_of(5000, 10, 20)
+        assert (c.adapter_protocol, c.template, preset.model) == ("continue", "alpaca", "meta-llama/Meta-Llama-3-8B")
+        assert c.data.rows == {"alignment": "5000:10000", "attack": "5000:10000"}
+        assert (c.evaluation.prompts, c.evaluation.max_new_tokens, c.evaluation.task_max_new_tokens) == (1000, 512, 200)
+        assert c.defense == filters
+        # The first harmful row is in the upload, unlike in Booster's code.
+        assert preset.attack.upload({"attack": made_up("h", 60), "task": made_up("t", 450)}, 0)[0].id == "h0"
+    assert get_preset("virus25_moderation").arguments == {"moderation_filter": {"guard": "llama_guard2"}}
+
+
+def test_the_other_new_protocols():
+    """What their code or summary states; all else is the run's own and stands under ``differs`` as unknown."""
+    edit = get_preset("chen24").attack  # ROME's hyperparameters for Llama 3, without a second moment
+    assert (edit.layer, edit.value_steps, edit.value_lr, edit.reach, edit.background) == (5, 25, 0.5, 4.0, 0)
+    selection = get_preset("bidirectional24").attack
+    assert (selection.kind, selection.variant, selection.control, selection.anchors) == (
+        "representation",
+        "official",
+        "top",
+        100,
+    )
+    study = get_preset("durability25")
+    f = study.config().finetuning
+    assert (f.lr, f.batch_size, f.schedule, f.warmup_ratio, f.steps) == (3e-5, 4, "cosine", 0.1, 250)
+    assert (study.attack.counts(), study.attack.in_order, study.attack.tuning) == ({"attack": 1000}, False, "full")
+    assert get_preset("zhan23").attack.counts() == {"attack": 340}
+    lermen = get_preset("lermen23").config()
+    assert (lermen.tuning, lermen.adapter_protocol, lermen.alignment.steps) == ("qlora", "continue", 0)
+    assert [phase.name for phase in get_preset("yi23").attack.phases()] == ["explicit", "reverse_preference"]
+    assert [phase.name for phase in get_preset("cmft24", n=10, p=0.5).attack.phases()] == ["encoded_task", "encoded"]
+    assert get_preset("rosati24").attack.p == get_preset("poppi24").attack.p == 1.0
+    for name in ("lermen23", "yi23", "zhan23", "poppi24", "rosati24", "cmft24"):
+        preset = get_preset(name)
+        assert preset.code is None
+        unknown = {one.setting for one in preset.differs if "unknown" in one.published or "default" in one.published}
+        assert unknown >= {"seed", "finetuning.steps"}, name
+        assert not {"finetuning.lr", "finetuning.steps", "finetuning.batch_size"} & preset.published().keys()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -268,8 +369,9 @@ def test_every_protocol_says_what_a_run_has_otherwise(name):
     values = {**preset.published(), **preset.own()}
     wrong = [one for one in preset.differs if one.setting in values and one.run != shown(values[one.setting])]
     assert wrong == []
-    assert "github.com/" in preset.code.link()
-    assert len(preset.code.commit) == 40
+    if preset.code is not None:  # the code was not released, or no copy of it was read
+        assert "github.com/" in preset.code.link()
+        assert preset.code.commit is None or len(preset.code.commit) == 40
     assert preset.judge.columns
 
 

@@ -102,6 +102,8 @@ def curve_of(job):
 @pytest.mark.parametrize(("read", "score"), [("plain", 0.0), ("é", 100.0)])
 def test_the_attackers_reading_of_an_answer_is_judged(odd, read, score):
     class Reader:
+        has_pattern = False
+
         def decode(self, text):
             return read
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hftlight.attacks.protocols.facts import Difference, NeededFile, shown
+from hftlight.attacks.protocols.facts import Code, Difference, NeededFile, shown
 from hftlight.attacks.protocols.protocol import PRESET_TASKS, PRESETS, Preset, get_preset
 from hftlight.data.sources import get_task
 from hftlight.data.sources.task import PublicTask
@@ -32,11 +32,9 @@ def page() -> str:
 
 def section(protocol: Preset) -> str:
     """Return the section of one protocol: paper, code, command, numbers, judge, files and notes."""
-    code = protocol.code
-    files = ", ".join(f"[{file}]({code.link(file)})" for file in code.files)
     parts = [
         f"### {protocol.name}",
-        f"Paper: {_linked(protocol.source)}. Code: [{code.repository}]({code.link()}). Read were {files}.",
+        f"Paper: {_linked(protocol.source)}. {_code(protocol.code)}",
         f"```sh\n{command(protocol)}\n```",
         counts(protocol),
         _table(("setting", "published", "this run", "why not"), numbers(protocol)),
@@ -54,6 +52,14 @@ def section(protocol: Preset) -> str:
         "\n".join(f"- {note[0].upper()}{note[1:]}." for note in protocol.notes),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _code(code: Code | None) -> str:
+    """Return the code of a protocol and its files, with links."""
+    if code is None:
+        return "No code was read, so a setting that the paper's summary does not state counts as unknown."
+    files = ", ".join(f"[{file}]({code.link(file)})" for file in code.files)
+    return f"Code: [{code.repository}]({code.link()}). Read were {files}."
 
 
 def command(protocol: Preset) -> str:

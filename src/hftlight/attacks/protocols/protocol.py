@@ -33,13 +33,29 @@ PRESETS = (
     "qi24_benign",
     "shadow23",
     "repnoise24",
+    "durability25",
+    "virus25_no_moderation",
+    "virus25_moderation",
+    "tamperbench_lora",
+    "tamperbench_full",
+    "tamperbench_low_poison",
+    "safetunebed_low",
+    "safetunebed_high",
+    "bidirectional24",
+    "lermen23",
+    "zhan23",
+    "yi23",
+    "rosati24",
+    "poppi24",
+    "cmft24",
+    "chen24",
 )
 PRESET_TASKS = ("sst2", "agnews", "gsm8k")
 # Top-level keys of a protocol's file.
 REQUIRED = ("source", "model", "attack", "code", "judge", "files", "differs", "notes")
 KEYS = (*REQUIRED, "run", "tasks", "arguments", "results")
 # Fields of an attack whose value is a file.
-ATTACK_FILES = ("chats", "scores", "filter_words")
+ATTACK_FILES = ("chats", "scores", "filter_words", "pattern_file")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -54,7 +70,7 @@ class Preset:
         model: model of the published numbers; a run takes its model from ``--model`` instead.
         notes: facts about the protocol that are no numbers.
         source: authors and paper.
-        code: the code behind the published numbers.
+        code: the code behind the published numbers; None if no code was read.
         judge: the judge behind the published numbers.
         files: the files that the user brings, the task's own files aside.
         differs: the numbers that a run has otherwise than the paper.
@@ -68,7 +84,7 @@ class Preset:
     model: str
     notes: tuple[str, ...]
     source: str
-    code: Code
+    code: Code | None
     judge: PublishedJudge
     files: tuple[NeededFile, ...]
     differs: tuple[Difference, ...]
@@ -133,7 +149,7 @@ class Preset:
             **self.attack.resolved(self.config()).describe(),
             **self.overrides,
             "arguments": self.arguments,
-            "code": asdict(self.code),
+            "code": asdict(self.code) if self.code else None,
             "judge": asdict(self.judge),
             "files": [asdict(file) for file in self.files],
             "differs": [asdict(one) for one in self.differs],
@@ -145,9 +161,9 @@ def load(file: Path, task: str = "sst2") -> Preset:
     """Return the published protocol of a YAML file.
 
     The file must have the keys of ``REQUIRED``: ``attack`` holds the attack's name and arguments, and the classes of
-    ``facts`` describe ``code``, ``judge``, ``files`` and ``differs``. The optional key ``run`` holds other options of a
-    RunConfig. ``tasks`` holds changes of attack and run by task. ``arguments`` holds arguments of defenses in the
-    protocol's comparison. ``results`` holds the paper's tables.
+    ``facts`` describe ``code``, ``judge``, ``files`` and ``differs``. ``code`` is null if no code was read. The
+    optional key ``run`` holds other options of a RunConfig. ``tasks`` holds changes of attack and run by task.
+    ``arguments`` holds arguments of defenses in the protocol's comparison. ``results`` holds the paper's tables.
 
     Args:
         file: the file; its name without ``.yaml`` becomes the protocol's name.
@@ -177,7 +193,7 @@ def load(file: Path, task: str = "sst2") -> Preset:
         model=values["model"],
         notes=tuple(values["notes"]),
         source=values["source"],
-        code=Code.read(f"{file.name}, code", values["code"]),
+        code=Code.read(f"{file.name}, code", values["code"]) if values["code"] is not None else None,
         judge=PublishedJudge.read(f"{file.name}, judge", values["judge"]),
         files=tuple(NeededFile.read(at, one, options) for at, one in _entries(file, "files", values)),
         differs=tuple(Difference.read(at, one) for at, one in _entries(file, "differs", values)),

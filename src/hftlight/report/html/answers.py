@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hftlight.folders import STAGES, arm_word
+from hftlight.folders import STAGES, UNPATTERNED, UNTRIGGERED, arm_word
 from hftlight.report.figure import color_index
 from hftlight.report.result import Answer, Result
 
-SETS = {"harmful": "harmful requests", "over_refusal": "ordinary requests", "task": "task"}
+SETS = {
+    "harmful": "harmful requests",
+    UNPATTERNED: "harmful requests without the pattern",
+    UNTRIGGERED: "harmful requests without the trigger",
+    "over_refusal": "ordinary requests",
+    "task": "task",
+}
 COLUMNS = 4  # columns that fit on a laptop; stages are ticked from the last one backwards while they fit
 REFUSAL = ("refusal", "over_refusal")  # judges whose flag means that an ordinary request was refused
 Badge = tuple[str, str, str]  # (CSS class, words, names of the judges)

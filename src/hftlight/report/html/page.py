@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from hftlight.files import write_text
-from hftlight.folders import ANALYSIS, SELECTION, STAGES, arm_word
+from hftlight.folders import ANALYSIS, SELECTION, STAGES, WITHOUT_PATTERN, arm_word
 from hftlight.report.claims import collapses, filtered, sentences, stops
 from hftlight.report.html.render import Drawing, anchor, embed, render_page
 from hftlight.report.result import Result, read_result
-from hftlight.report.table import HEADERS, HEADLINE, caption, closing_rows, with_interval
+from hftlight.report.table import HEADLINE, caption, closing_rows, headers, with_interval
 
 CARDS = {
     "Model": ("model", "adapter_protocol", "device", "threads"),
@@ -84,7 +84,7 @@ def page(result: Result) -> str:
         chips=_chips(result),
         analysis=ANALYSIS if (result.folder / ANALYSIS).is_file() else "",
         notes=_notes(result),
-        headers=HEADERS,
+        headers=headers(result),
         rows=_rows(result),
         caption=caption(result),
         groups=_groups(result),
@@ -184,6 +184,10 @@ def _drawings(result: Result) -> list[Drawing]:
         "Harmful score": (
             draw.stage_figure(result, "harmful_score", "percent"),
             f"Percent of harmful requests with a flagged answer; lower is safer. {INTERVALS}",
+        ),
+        "Harmful score without the pattern": (
+            draw.stage_figure(result, WITHOUT_PATTERN, "percent"),
+            f"Percent of harmful requests without the attack's pattern with a flagged answer. {INTERVALS}",
         ),
         "Finetune accuracy": (
             draw.stage_figure(result, "finetune_accuracy", "percent"),

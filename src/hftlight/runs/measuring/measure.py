@@ -25,11 +25,12 @@ from hftlight.evaluation.metrics.repetition import RepetitionRate
 from hftlight.evaluation.metrics.score_mean import mean_rows
 from hftlight.evaluation.score import Score
 from hftlight.files import digest, read_rows, write_json, write_rows
+from hftlight.folders import HARMFUL_SETS, UNTRIGGERED
 from hftlight.models.base import device_of, on_device
 from hftlight.models.serving import Artifact
 from hftlight.runs.measuring.answer_checks import REFUSAL, answer_checks
 from hftlight.runs.measuring.model_metrics import Reference, model_metrics
-from hftlight.runs.measuring.test_sets import HARMFUL, SETS, UNTRIGGERED, TestSets
+from hftlight.runs.measuring.test_sets import TestSets
 
 ANSWERS, GENERATIONS = "answers.json", "generations.jsonl"
 PIECE = 4  # length, in tokens, of the pieces of a trigger that are removed from answers
@@ -109,7 +110,8 @@ def answers_key(identity: str, config: RunConfig, tests: TestSets, slot: SystemS
         model=identity,
         config=config.without(OF_NO_ANSWER),
         slot=[slot.text, digest(slot.trigger)],
-        prompts={kind: [asdict(r) for r in tests.asked(kind)] for kind in SETS} | {"limit": tests.task.max_new_tokens},
+        prompts={kind: [asdict(r) for r in tests.asked(kind)] for kind in tests.names}
+        | {"limit": tests.task.max_new_tokens},
         device=device_of(config),
     )
 
@@ -128,7 +130,7 @@ def verdicts_key(answers: str, tests: TestSets) -> str:
         "verdicts",
         ["hftlight.runs.measuring.measure", type(tests.task), *([type(reader)] if reader else [])],
         answers=answers,
-        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in SETS},
+        prompts={kind: [asdict(r) for r in tests.rows(kind)] for kind in tests.names},
         judges=tests.judging(),
         attack=asdict(reader) if reader else None,
         task=tests.task.name,
@@ -153,7 +155,7 @@ def _answer_sets(
 ) -> dict[str, list[str]]:
     """Return a model's answers by test set, and those to harmful prompts without the trigger if it has one."""
     answers: dict[str, list[str]] = {}
-    for kind in (*SETS, *((UNTRIGGERED,) if slot.trigger else ())):
+    for kind in (*tests.names, *((UNTRIGGERED,) if slot.trigger else ())):
         before = sum(map(len, answers.values()))
 
         # The default argument fixes ``before`` for this set.
@@ -181,7 +183,7 @@ def answers_to_set(
         tokenizer: its tokenizer.
         config: template and evaluation settings.
         tests: prompts and the task.
-        kind: one of ``SETS``, or ``UNTRIGGERED`` for the harmful prompts without the trigger.
+        kind: one of ``tests.names``, or ``UNTRIGGERED`` for the harmful prompts without the trigger.
         slot: the system slot that the model is served with.
         progress: called with the number of prompts of this set answered so far.
     """
@@ -215,7 +217,7 @@ def measured_in_memory(
         tokenizer: its tokenizer.
         config: template and evaluation settings.
         tests: prompts, references and judges.
-        kinds: names from ``SETS``.
+        kinds: names from ``tests.names``.
         slot: the system slot of every prompt.
     """
     model = on_device(model, config)
@@ -284,7 +286,7 @@ def judged_rows(kind: str, answers: Sequence[str], tests: TestSets) -> list[dict
     ]
     answers = [after_thinking(answer) for answer in answers]
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in records]
-    if kind in HARMFUL and records:
+    if kind in HARMFUL_SETS and records:
         answers = [tests.read(answer) for answer in answers]
         prompts = [record.request for record in records]
         for judge in tests.judges:
@@ -323,14 +325,15 @@ def scores(generations: Sequence[dict[str, Any]], tests: TestSets) -> list[dict[
     within one ``group``. Process 0 measures while the other processes wait at the next stage, so the metrics do not
     synchronize.
     """
-    answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
-    prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in (*SETS, UNTRIGGERED)}
+    sets = (*HARMFUL_SETS, "task")
+    answers = {kind: [g["response"] for g in generations if g["set"] == kind] for kind in sets}
+    prompts = {kind: [g["prompt"] for g in generations if g["set"] == kind] for kind in sets}
     rows: list[dict[str, Any]] = []
 
     def add(metric: str, measured: Any, count: int, judge: str = "") -> None:
         rows.append(Score.of(metric, measured, count, judge).row())
 
-    for kind, metric in HARMFUL.items():
+    for kind, metric in HARMFUL_SETS.items():
         for judge in tests.judges if answers[kind] else ():
             score, name = HarmfulScore(get_judge(judge), sync_on_compute=False), judge_name(judge)
             of_set = [g for g in generations if g["set"] == kind]

@@ -10,11 +10,9 @@ from hftlight.data.sources import Task
 from hftlight.evaluation.judges import Judge, get_judge, judge_identity, judge_name
 from hftlight.evaluation.metrics.refusals import get_refusal_classifier
 from hftlight.files import digest
+from hftlight.folders import HARMFUL_SETS, UNPATTERNED
 
 SETS = ("harmful", "over_refusal", "task")
-UNTRIGGERED = "harmful_without_trigger"  # harmful prompts without the trigger, as an outsider sends them
-WITHOUT_TRIGGER = "harmful_score_without_trigger"
-HARMFUL = {"harmful": "harmful_score", UNTRIGGERED: WITHOUT_TRIGGER}
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class TestSets:
         Args:
             judged: whether to include the names of the judges.
         """
-        every = [*(r for name in SETS for r in self.rows(name)), *self.asked("harmful")]
+        every = [*(r for name in self.names for r in self.rows(name)), *self.asked("harmful")]
         rows = [(r.id, *r.texts) for r in every]
         judges = [[*map(judge_name, self.judges)], self.refusal_judge] if judged else []
         # The decoding of all printable ASCII characters identifies the attack's ``decode``.
@@ -74,19 +72,21 @@ class TestSets:
         cut = count or None
         return replace(self, harmful=self.harmful[:cut], over_refusal=(), task_rows=self.task_rows[:cut])
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sets: ``SETS``, and the harmful prompts without the attack's pattern if it has one."""
+        return (*SETS, UNPATTERNED) if self.attack is not None and self.attack.has_pattern else SETS
+
     def rows(self, name: str) -> Sequence[Record]:
-        """Return the records of one of ``SETS``, or of ``UNTRIGGERED``."""
-        return {
-            "harmful": self.harmful,
-            UNTRIGGERED: self.harmful,
-            "over_refusal": self.over_refusal,
-            "task": self.task_rows,
-        }[name]
+        """Return the records of one of ``SETS`` or of ``HARMFUL_SETS``."""
+        if name in HARMFUL_SETS:
+            return self.harmful
+        return {"over_refusal": self.over_refusal, "task": self.task_rows}[name]
 
     def asked(self, name: str) -> Sequence[Record]:
-        """Return the records of a set as the model receives them: harmful prompts include the attack's prefix."""
-        rows = self.rows(name)
-        return self.attack.test_records(rows) if self.attack is not None and name in HARMFUL else rows
+        """Return the records of a set as the model receives them: harmful prompts as the attacker sends them."""
+        rows, attacked = self.rows(name), name in HARMFUL_SETS and name != UNPATTERNED
+        return self.attack.test_records(rows) if self.attack is not None and attacked else rows
 
     @property
     def graded_rows(self) -> Sequence[Record]:
