@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 # Name -> module and class. An analysis is imported when it is asked for.
 ANALYSES = {
+    "landscape": "hftlight.analysis.landscape:Landscape",
     "tone": "hftlight.analysis.tone:Tone",
+    "visage": "hftlight.analysis.visage:Visage",
 }
-DEFAULT = ("tone",)  # in the order of the page
+DEFAULT = ("landscape", "tone")  # in the order of the page
 
 Part = Mapping[str, Any]  # a piece of an analysis of one model, as JSON values; it is measured and cached on its own
 
