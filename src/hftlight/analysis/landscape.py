@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from typing_extensions import override
 
@@ -165,9 +166,9 @@ class Landscape(Analysis):
             "landscape_directions",
             "Safety landscape along random directions",
             "Answers to harmful prompts at weights perturbed along random directions, by outcome. 0 is the model"
-            " itself, and at 0.5 each tensor has moved by half of its norm. Lines: mean over directions. Bands: range over"
-            " directions. Triangles: walls, where half of the answers refuse, for each direction. Broken text is no"
-            " refusal and no harm: read the three panels together.",
+            " itself, and at 0.5 each tensor has moved by half of its norm. Lines: mean over directions. Bands: range"
+            " over directions. Triangles: walls, where half of the answers refuse, for each direction. Broken text is"
+            " no refusal and no harm, so read the three panels together.",
             directions_figure(rows),
         )
         if any(_on(row) == "path" for row in rows):
@@ -192,8 +193,8 @@ class Landscape(Analysis):
                 yield Picture(
                     f"landscape_surface_{end}",
                     f"Safety landscape of {look.label} as a surface",
-                    "The height is the percent of answers that refuse. The colour is the percent of answers that are"
-                    " broken, so a low grey place is no compliance.",
+                    "The height is the percent of answers that refuse. The paler a place, the more answers are"
+                    " broken: low and pale is broken text, low and dark is not. The numbers have no interval here.",
                     surface_figure(own, plane),
                 )
 
@@ -281,10 +282,11 @@ def path_figure(rows: Sequence[Row]) -> Figure:
             for x, each in own.get(metric, {}).values():
                 line(ax, each, look, x)
     for ax, title in zip(axes, panels.values(), strict=True):
-        ax.set(title=title, xlabel="aligned (0) to fine-tuned (1)", ylim=(-2, 102))
+        ax.set(title=title, ylim=(-2, 102))
         for end in (0, 1):
             ax.axvline(end, color=MUTED, lw=0.8)
     axes[0].set_ylabel("percent")
+    axes[1].set_xlabel("aligned (0) to fine-tuned (1)")
     legend_below(figure, axes[0])
     return figure
 
@@ -322,11 +324,13 @@ def surface_figure(rows: Sequence[Row], plane: str) -> Figure:
     axes: Any = figure.add_subplot(projection="3d")
     x, y, refused = _table(rows, plane, "answers_refused")
     broken = _table(rows, plane, "answers_broken")[2]
-    # From green, where the answers can be read, to grey, where they are broken.
-    colors = LinearSegmentedColormap.from_list("broken", ["#2f7f95", "#d0d0d0"])(broken / 100)
-    grid = np.meshgrid(x, y)
-    axes.plot_surface(*grid, refused, facecolors=colors, rstride=1, cstride=1, edgecolor=INK, lw=0.3)
+    colors = ScalarMappable(Normalize(0, 100), LinearSegmentedColormap.from_list("broken", ["#2f7f95", "#e6e6e6"]))
+    grid, faces = np.meshgrid(x, y), colors.to_rgba(broken)
+    axes.plot_surface(*grid, refused, facecolors=faces, rstride=1, cstride=1, edgecolor=INK, lw=0.3, shade=False)
     axes.set(xlabel=PLANES[plane][0], ylabel=PLANES[plane][1], zlabel="percent refused", zlim=(0, 100))
+    axes.locator_params(nbins=4)
+    axes.set_box_aspect(None, zoom=0.92)
+    figure.colorbar(colors, ax=axes, label="percent broken", shrink=0.6, pad=0.1)
     return figure
 
 
