@@ -12,13 +12,15 @@ from hftlight.errors import InputError
 
 # Name, which is also the file's -> class.
 ANALYSES = {
+    "landscape": "Landscape",
+    "visage": "Visage",
     "tone": "Tone",
     "patching": "Patching",
     "attribution": "Attribution",
     "regions": "Regions",
     "subspace": "Subspace",
 }
-DEFAULT = ("tone", "regions")  # in the order of the page
+DEFAULT = ("landscape", "tone", "regions")  # in the order of the page
 SECTIONS = ("Rows", "Args", "Raises", "Cost", "Source", "Differs")  # of a docstring
 
 

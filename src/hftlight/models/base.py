@@ -109,7 +109,7 @@ def lent_model(name: str, dtype: torch.dtype, keep: bool, four_bit: bool = False
         if not _kept or _kept[0].key != key:
             drop_base()
             model = load_model(name, dtype)
-            _kept.append(_Kept(key, model, _sums(model), _state(model)))
+            _kept.append(_Kept(key, model, checksums(model), _state(model)))
             del model
         # During the block the entry is not in the cache, so that an exception drops it.
         entry = _kept.pop()
@@ -128,7 +128,7 @@ def _restore(entry: _Kept, path: Path) -> bool:
     # Changed layers, hooks or settings cannot be restored. Changed weights can, from their file.
     if _state(model) != entry.state:
         return False
-    changed = {name for name, total in _sums(model).items() if total != entry.sums[name]}
+    changed = {name for name, total in checksums(model).items() if total != entry.sums[name]}
     if changed:
         _read_again(model, changed, path)
     return all(_sum(p) == entry.sums[name] for name, p in _tensors(model).items() if name in changed)
@@ -150,7 +150,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _sums(model: nn.Module) -> dict[str, int]:
+def checksums(model: nn.Module) -> dict[str, int]:
+    """Return a checksum of each parameter and buffer of a model, by name. Models of equal checksums have equal bits."""
     return {name: _sum(t) for name, t in _tensors(model).items()}
 
 
@@ -159,7 +160,11 @@ def _sum(tensor: Tensor) -> int:
 
     The sum takes one pass over the tensor and shows any usual change.
     """
-    return int(tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
+    flat = tensor.detach().contiguous().flatten()
+    size = tensor.element_size()
+    # Eight bytes at a time are many times faster. They need a whole number of them at an address that they divide.
+    whole = size * flat.numel() % 8 == 0 and size * flat.storage_offset() % 8 == 0
+    return int(flat.view(torch.int64 if whole else INTEGERS[size]).sum(dtype=torch.int64))
 
 
 def _state(model: Any) -> dict[str, Any]:
