@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 # Name -> module and class. An analysis is imported when it is asked for.
 ANALYSES = {
+    "probes": "hftlight.analysis.probes:Probes",
     "tone": "hftlight.analysis.tone:Tone",
 }
-DEFAULT = ("tone",)  # in the order of the page
+DEFAULT = ("probes", "tone")
 
 Part = Mapping[str, Any]  # a piece of an analysis of one model, as JSON values; it is measured and cached on its own
 

@@ -1,7 +1,7 @@
 """View: one model as an analysis sees it, with its prompts. The weights are loaded when they are first asked for."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
@@ -126,3 +126,14 @@ class View:
                 " or leave this analysis out."
             )
         return found
+
+    def shared(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return a result that the views of a study share, computed at its first use.
+
+        Args:
+            key: names the result with all that decides it, such as the identity of the aligned model.
+            compute: returns the result.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
