@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 ANALYSES = {
     "probes": "hftlight.analysis.probes:Probes",
     "tone": "hftlight.analysis.tone:Tone",
+    "completion": "hftlight.analysis.completion:Completion",
+    "drift": "hftlight.analysis.drift:LayerDrift",
 }
-DEFAULT = ("probes", "tone")
+DEFAULT = ("probes", "tone", "completion", "drift")
 
 Part = Mapping[str, Any]  # a piece of an analysis of one model, as JSON values; it is measured and cached on its own
 
