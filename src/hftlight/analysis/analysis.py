@@ -21,6 +21,7 @@ ANALYSES = {
     "tone": "hftlight.analysis.tone:Tone",
     "completion": "hftlight.analysis.completion:Completion",
     "drift": "hftlight.analysis.drift:LayerDrift",
+    "refusal_direction": "hftlight.analysis.refusal_direction:RefusalDirection",
 }
 DEFAULT = ("probes", "tone", "completion", "drift")
 

@@ -340,6 +340,7 @@ def rows_of(found: SiteDrift, position: str) -> list[Row]:
     """Return the drift at one site as rows."""
     tokens = found.tokens.tolist()
     dimensions = [count * found.shift.shape[-1] for count in tokens]
+    cka, mean_shift = found.cka.tolist(), found.mean_shift.tolist()
     rows = []
     for layer in range(len(found.squared)):
         squared, reference, cosine = (x[layer].tolist() for x in (found.squared, found.reference, found.cosine))
@@ -351,8 +352,8 @@ def rows_of(found: SiteDrift, position: str) -> list[Row]:
             low, high = ratio(sums, counts) or (None, None)
             low = None if low is None else max(0.0, low)
             rows.append(Row(metric, sum(sums) / sum(counts), low, high, layer, position))
-        rows.append(Row("linear_cka", float(found.cka[layer]), layer=layer, position=position))
-        rows.append(Row("mean_shift_share", float(found.mean_shift[layer]), layer=layer, position=position))
+        rows.append(Row("linear_cka", cka[layer], layer=layer, position=position))
+        rows.append(Row("mean_shift_share", mean_shift[layer], layer=layer, position=position))
     return rows
 
 
