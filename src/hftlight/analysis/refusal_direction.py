@@ -195,12 +195,12 @@ def choose(
     last = max(1, int(DEPTH * len(directions)))
     spread = torch.stack([(s.double() * directions[:, None]).sum(-1).std(-1) for s in states]).square().sum(0).sqrt()
     separation = directions.square().sum(-1) / spread.clamp_min(torch.finfo(torch.float64).tiny)
-    before = first_logits(model, ordinary).log_softmax(-1)
+    before = first_logits(model, ordinary).double().log_softmax(-1)
     tried = []
     for layer in separation[:last].topk(min(candidates, last)).indices.tolist():
         with ablated(model, directions[layer]):
             odds = float(refusal_log_odds(first_logits(model, harmful), refusing).mean())
-            after = first_logits(model, ordinary).log_softmax(-1)
+            after = first_logits(model, ordinary).double().log_softmax(-1)
         kl = float((before.exp() * (before - after)).sum(-1).mean())
         tried.append(Chosen(layer, directions[layer], odds, kl))
     fine = [one for one in tried if one.kl <= KL_LIMIT]
