@@ -144,7 +144,7 @@ def test_without_refusals_there_are_no_log_odds():
 
 
 def test_what_cannot_be_watched_is_named():
-    with pytest.raises(ValueError, match="got 0, 2 and prompts=4"):
+    with pytest.raises(ValueError, match="got 0, 2 and prompts=2"):
         Watch([], ORDINARY, TOKENIZER)
     with pytest.raises(ValueError, match="every"):
         watch(every=0)

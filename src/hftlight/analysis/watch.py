@@ -54,7 +54,8 @@ class Watch(AtSteps):
         ValueError: if no prompt or step is named, or a number is out of range.
         InputError: if template, module or prompts cannot be used.
 
-    Cost: one forward pass without logits over twice ``prompts`` rows per measurement, and once at the start.
+    Cost: one forward pass without logits over twice ``prompts`` rows per measurement, and once at the start. With the
+    defaults, that was 1.8 % of ten steps of the demo (SmolLM2-135M, LoRA, 8 rows per step) in CPU time.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Watch(AtSteps):
         *,
         every: int = 10,
         steps: Sequence[int] = (),
-        prompts: int = 4,
+        prompts: int = 2,
         template: str = "chat",
         system: str | None = None,
     ) -> None:
