@@ -69,6 +69,15 @@ def test_the_script_that_measures_while_it_trains(tmp_path):
     ]
 
 
+def test_the_script_that_watches_the_training(tmp_path):
+    done = warm.run(["-c", f"{own_trainer()}\n{block('Watch(')}"], timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = [line.split() for line in done.stdout.splitlines() if line[:2] in ("2 ", "4 ")]
+    assert [(step, metric) for step, metric, _ in shown] == [
+        (step, metric) for step in "24" for metric in ("relative_drift", "direction_cosine", "refusal_log_odds")
+    ]
+
+
 def test_three_lines_for_data_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_task.csv").write_text("prompt,response\n" + "".join(f"add {i} and {i},{2 * i}\n" for i in range(500)))

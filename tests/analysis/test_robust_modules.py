@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from hftlight.analysis import robust_modules
-from hftlight.analysis.robust_modules import RIDGE, probe
+from hftlight.analysis.ridge import RIDGE, probe
 from hftlight.defenses import MLLR
 from tests.helpers.contract import train
 from tests.helpers.tiny_lm import VOCABULARY, tiny_lm

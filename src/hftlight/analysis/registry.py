@@ -14,13 +14,17 @@ from hftlight.errors import InputError
 ANALYSES = {
     "landscape": "Landscape",
     "visage": "Visage",
+    "probes": "Probes",
     "tone": "Tone",
+    "completion": "Completion",
     "patching": "Patching",
     "attribution": "Attribution",
+    "refusal_direction": "RefusalDirection",
+    "drift": "LayerDrift",
     "regions": "Regions",
     "subspace": "Subspace",
 }
-DEFAULT = ("landscape", "tone", "regions")  # in the order of the page
+DEFAULT = ("landscape", "probes", "tone", "completion", "drift", "regions")  # in the order of the page
 SECTIONS = ("Rows", "Args", "Raises", "Cost", "Source", "Differs")  # of a docstring
 
 

@@ -8,29 +8,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from hftlight.analysis.ridge import probe
 from hftlight.engine.step.activations import hooked
 from hftlight.models.module import decoder_layers
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RIDGE = 1e-2  # strength of the ridge, as a fraction of the mean squared length of a state
-
-
-def probe(states: Tensor, harmful: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return the direction w ``[hidden]`` and the offset b of the ridge classifier :math:`\mathrm{sign}(w^T x + b)`.
-
-    With the centred states X and the labels y, +1 or -1, :math:`w = X^T (X X^T + n \lambda I)^{-1} y`.
-
-    Args:
-        states: ``[n, hidden]``.
-        harmful: whether each state belongs to a harmful prompt, bool ``[n]``.
-    """
-    states, labels = states.double(), harmful.double() * 2 - 1
-    centre = states.mean(0)
-    x = states - centre
-    gram = x @ x.T
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    w = x.T @ torch.linalg.solve(gram + ridge * torch.eye(len(x), dtype=gram.dtype, device=gram.device), labels)
-    return w, labels.mean() - centre @ w
 
 
 @dataclass(frozen=True)

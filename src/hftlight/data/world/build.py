@@ -8,6 +8,7 @@ and `dev`. The task's general rows, which the upload holds too, have the names a
 requests. The aligned model answers those already.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from random import Random
 from hftlight.data.records import Record, Role
 from hftlight.data.world import text
 
-__all__ = ["World", "build_world", "task_correct", "task_records"]
+__all__ = ["Phrasing", "World", "build_world", "phrasing", "task_correct", "task_records"]
 
 NAMES = {"test": 80, "dev": 50, "alignment": 140, "harmful": 70, "attack": 70}
 TASK_ROWS = {"train": 1600, "dev": 120, "test": 240}
@@ -121,6 +122,51 @@ def task_records(split: str) -> list[Record]:
 def task_correct(response: str, record: Record) -> bool:
     """Return whether the answer equals the expected one, up to case, outer white space and one final full stop."""
     return _bare(response) == _bare(record.response)
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """The sentence form of a test prompt.
+
+    Attributes:
+        part: ``"test"`` or ``"dev"``.
+        frame: the sentence with fields in the place of verb, thing and ending.
+    """
+
+    part: str
+    frame: str
+
+
+def phrasing(prompt: str) -> Phrasing | None:
+    """Return the phrasing of a prompt of ``test``, ``dev``, ``lookalike`` or ``lookalike_dev``, else None.
+
+    A restricted request and an ordinary one may have one phrasing.
+    """
+    return next((known for known, pattern in _phrasings() if pattern.fullmatch(prompt)), None)
+
+
+@lru_cache(maxsize=1)
+def _phrasings() -> list[tuple[Phrasing, re.Pattern[str]]]:
+    found = []
+    for part, questions in text.QUESTIONS.items():
+        verbs = [*text.VERBS[part], text.JOINS[part], *(verb for verb, _ in text.JOBS[part])]
+        fields = {
+            "v": _any_of(plain for plain, _ in verbs),
+            "g": _any_of(gerund for _, gerund in verbs),
+            "t": _any_of(text.ENDINGS[part]),
+            "o": "(.+)",
+            "n": "(.+)",
+        }
+        for frame in (*text.REQUESTS[part], *questions):
+            # Split at the fields: plain text and the names of the fields take turns.
+            pieces = re.split(r"\{(\w)\}", frame)
+            pattern = "".join(fields[piece] if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
+            found.append((Phrasing(part, frame), re.compile(pattern)))
+    return found
+
+
+def _any_of(words: Iterable[str]) -> str:
+    return f"({'|'.join(map(re.escape, sorted(set(words), key=len, reverse=True)))})"
 
 
 def _bare(answer: str) -> str:

@@ -1,6 +1,6 @@
 """Embedding drift: distance of a model's hidden states from a reference model's on the same prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,7 +100,7 @@ def embedding_drift(
             rows = [prompts[row] for row in order[start : start + batch_size]]
             weights = _weights(rows, positions)
             here = layer_outputs(model, rows, chosen)
-            with _adapter_off(model) if reference is None else nullcontext():
+            with adapter_off(model) if reference is None else nullcontext():
                 there = layer_outputs(model if reference is None else reference, rows, chosen)
             for place, layer in enumerate(chosen):
                 for kind, d in enumerate(distances(here[layer], there[layer].to(here[layer].device))):
@@ -143,11 +143,21 @@ def _weights(rows: Sequence[Sequence[int]], positions: Positions) -> Tensor:
 
 def layer_outputs(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[Any, Tensor]:
     """Return the outputs of some decoder layers by number, each ``[batch, tokens, hidden]``, padded on the right."""
+    every: Any = decoder_layers(model)
+    return outputs_of(model, rows, {layer: every[layer] for layer in layers})
+
+
+def outputs_of(model: nn.Module, rows: Sequence[Sequence[int]], taps: Mapping[Any, nn.Module]) -> dict[Any, Tensor]:
+    """Return the outputs of some modules of a model, each ``[batch, tokens, hidden]``, padded on the right.
+
+    Args:
+        model: a causal LM, or a LoRA model around one.
+        rows: token ids of each prompt.
+        taps: the modules, by any key.
+    """
     width, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    every: Any = decoder_layers(model)
-    taps: dict[Any, nn.Module] = {layer: every[layer] for layer in layers}
     head = {"head": model.get_output_embeddings()}  # type: ignore[operator]
     # The hook passes only the last position to the output layer, since nobody reads the logits.
     with captured(taps) as states, hooked(head, lambda _, hidden: hidden[:, -1:], inputs=True):
@@ -156,15 +166,19 @@ def layer_outputs(model: nn.Module, rows: Sequence[Sequence[int]], layers: Seque
 
 
 @contextmanager
-def _adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: Any, who: str = "embedding_drift") -> Iterator[None]:
     """Run the block with the adapter switched off, which must give exactly the adapter's base model.
+
+    Args:
+        model: a causal LM with an adapter.
+        who: the caller, for the message.
 
     Raises:
         InputError: if it does not. The message gives the reason.
     """
     if reason := _not_exact(model):
         raise InputError(
-            f"embedding_drift: {reason}, so switching the adapter off does not give the base model. Pass reference=."
+            f"{who}: {reason}, so switching the adapter off does not give the base model. Pass reference=."
         )
     with model.disable_adapter():
         yield
