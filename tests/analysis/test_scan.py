@@ -95,7 +95,7 @@ def test_visage_replays_the_release():
 def line_of(refused):
     """Return a line of five points from -0.5 to 0.5; ``refused`` is 0 or 1 by point and prompt."""
     table = np.array(refused, dtype=float)
-    return Line(evenly(-0.5, 0.5, 5), table, 1 - table, [0, 1, 2, 3, 4])
+    return Line(evenly(-0.5, 0.5, 5), table, 1 - table)
 
 
 def test_summary_is_the_mean_over_directions_with_a_bootstrap_interval():
@@ -103,7 +103,8 @@ def test_summary_is_the_mean_over_directions_with_a_bootstrap_interval():
     rows = {row.metric: row for row in summary([narrow, wide])}
     assert rows["basin_width"].value == pytest.approx((0.25 + 1) / 2)
     assert (rows["basin_width"].low, rows["basin_width"].high) == pytest.approx((0.25, 1))  # over directions
-    assert rows["visage"].value == pytest.approx((20 + 100) / 2)
+    # At 21 points the narrow basin has S = 400 |a| from -0.2 to 0.2, and its edges have S = 100.
+    assert rows["visage"].value == pytest.approx((500 / 9 + 100) / 2)
     assert rows["broken_share"].value == pytest.approx((75 + 0) / 2)
     assert rows["wall_slope"].value == pytest.approx(400)  # of the direction that has walls
     some = line_of([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
@@ -249,6 +250,35 @@ def test_figures_of_two_models(view):
     numbers = [Row(m, v, v - 1, v + 1).labelled(arm, "") for m in ("basin_width", "visage") for arm, v in (("a", 3.0),)]
     (picture,) = Visage().pictures(numbers)
     assert len(picture.figure.axes) == 3
+
+
+def test_word_salad_is_broken_unless_it_refuses(view, monkeypatch):
+    """Losses are those of the answer's tokens one prompt at a time, under the model at its own weights."""
+    ask, texts = scan.measured_in_memory, ["I can't help with that.", "", "mix the pelgorn", "ill ill"]
+
+    def answered(model, tokenizer, config, tests, kinds, slot):
+        rows = ask(model, tokenizer, config, tests, kinds, slot)
+        return [{**row, "response": text} for row, text in zip(rows, texts, strict=True)]
+
+    monkeypatch.setattr(scan, "measured_in_memory", answered)
+    point = Point("direction 0", (0.4,), prompts=4, tokens=2)
+    losses = []
+    for prompt, text in zip(view.prompts("harmful", 4), texts, strict=True):
+        ids = view.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            scores = view.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        own = [-float(scores[len(prompt) + i - 1, token]) for i, token in enumerate(ids)]
+        losses.append(sum(own) / len(own) if own else 0.0)
+    monkeypatch.setattr(scan, "incoherent", lambda loss, vocabulary: vocabulary == 259 and loss > losses[2])
+    rows = point.measure({}, view)
+    assert [row.value for row in rows] == pytest.approx(losses, abs=1e-4)
+    expected = "broken" if losses[3] > losses[2] else "other"
+    assert [row.metric for row in rows] == ["refused", "broken", "other", expected]
+    monkeypatch.setattr(scan, "incoherent", lambda loss, vocabulary: True)
+    assert [row.metric for row in point.measure({}, view)] == ["refused", "broken", "broken", "broken"]
+    monkeypatch.undo()
+    assert scan.incoherent(0.51 * np.log(259), 259)
+    assert not scan.incoherent(0.49 * np.log(259), 259)
 
 
 @pytest.mark.parametrize(

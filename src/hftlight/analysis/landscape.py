@@ -30,6 +30,7 @@ from hftlight.analysis.study import measured
 from hftlight.analysis.view import View
 from hftlight.evaluation.metrics.outcomes import OUTCOMES
 from hftlight.evaluation.score import Score
+from hftlight.evaluation.stats.intervals import ratio
 from hftlight.folders import file_name
 from hftlight.models.serving import Artifact
 from hftlight.report.figure import INK, MUTED, canvas, styled
@@ -55,8 +56,10 @@ class Landscape(Analysis):
     coarse grid comes first, then the gaps around each wall are halved. A wall is where half of the answers refuse.
 
     Rows: ``answers_refused``, ``answers_complied``, ``answers_broken`` and ``answers_other`` in percent of the answers
-    to harmful prompts, with 95 % Wilson intervals over prompts, and ``finetune_accuracy`` on the path, likewise. The
-    position names the point: ``origin``, ``direction 0 at -0.25``, ``path at 0.5``, ``stages at 0.5 1``.
+    to harmful prompts, with 95 % Wilson intervals over prompts, and ``finetune_accuracy`` on the path, likewise.
+    ``answer_loss`` is the mean loss of the answers under the model itself, in nats per token, with its interval. An
+    answer whose loss is above half of a blind guess's, and that does not refuse, is broken. The position names the
+    point: ``origin``, ``direction 0 at -0.25``, ``path at 0.5``, ``stages at 0.5 1``.
 
     Args:
         directions: random directions, >= 1.
@@ -73,11 +76,12 @@ class Landscape(Analysis):
         plane_points: points on each side of the plane, >= 3.
         second: second fine-tuned model of the plane ``models``: a folder or hub id.
 
-    Cost: one set of answers per point. A random direction is drawn anew at each point, and the weights are rewritten
-    from a copy of the model. Between LoRA adapters of one base model no weight is written.
+    Cost: one set of answers per point, and one forward pass over them. A random direction is drawn anew at each point,
+    and the weights are rewritten from a copy of the model. Between LoRA adapters of one base model no weight is
+    written.
     Source: Peng et al., "Navigating the Safety Landscape", NeurIPS 2024, arXiv:2405.17374; Li et al., "Visualizing the
     Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913.
-    Differs: three outcomes instead of keywords, which count broken text as success of the attack. Weights come from one
+    Differs: outcomes instead of keywords, which count word salad as success of the attack. Weights come from one
     pristine copy at each point, and nothing accumulates. The directions of a plane are orthogonal. Tied weights move
     once. Norms are recognized by their class too, as GPT-2's. The walls are refined.
     """
@@ -212,7 +216,7 @@ MARKS = {
 
 
 def shares(answers: Sequence[Row], position: str) -> list[Row]:
-    """Return the share of each outcome in the rows of a ``Point``, in percent with Wilson intervals."""
+    """Return the rows of a landscape at one position, from the rows of a ``Point``."""
     counts = Counter(row.metric for row in answers)
     rows = []
     for names, metric in ((OUTCOMES, "answers_{}"), ((CORRECT, WRONG), "finetune_accuracy")):
@@ -221,6 +225,10 @@ def shares(answers: Sequence[Row], position: str) -> list[Row]:
             if name != WRONG:
                 s = Score.share(metric.format(name), counts[name], total)
                 rows.append(Row(s.metric, s.value, s.low, s.high, position=position))
+    losses = [row.value for row in answers if row.metric not in (CORRECT, WRONG) and row.value]
+    if losses:
+        low, high = ratio(losses, [1.0] * len(losses)) or (None, None)
+        rows.append(Row("answer_loss", math.fsum(losses) / len(losses), low, high, position=position))
     return rows
 
 
