@@ -137,7 +137,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="prompts must be >= 4"):
         LayerDrift(prompts=3)
     with pytest.raises(ValueError, match="sites must be some of"):
-        LayerDrift(sites=("heads",))
+        LayerDrift(sites=["heads"])
     with pytest.raises(ValueError, match="more than 1 tokens"):
         drift(tiny_lm(), [[1]], tiny_lm(1))
     with pytest.raises(ValueError, match=r"got \['heads'\]"):
