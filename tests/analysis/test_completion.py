@@ -90,7 +90,7 @@ def test_a_study_has_one_percentage_per_k(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr("hftlight.analysis.completion.get_refusal_classifier", lambda name: Sorry())
     subjects = plain_subjects(["tiny"], RunConfig(model="tiny", accelerator="cpu"), "tiny")
-    rows = study(subjects, [Completion(prompts=3, forced=(2, 0, 2), max_new_tokens=6)]).rows["completion"]
+    rows = study(subjects, [Completion(prompts=3, forced=[2, 0, 2], max_new_tokens=6)]).rows["completion"]
     assert [(row.metric, row.position, row.value) for row in rows] == [
         ("refusal_sustained", 0.0, 100.0),
         ("refusal_sustained", 2.0, 100.0),
@@ -99,7 +99,7 @@ def test_a_study_has_one_percentage_per_k(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"prompts": 0}, "prompts"), ({"forced": ()}, "forced"), ({"forced": (0, 32)}, r"\[0, 31\]")]
+    ("changes", "said"), [({"prompts": 0}, "prompts"), ({"forced": []}, "forced"), ({"forced": [0, 32]}, r"\[0, 31\]")]
 )
 def test_bad_arguments_are_named(changes, said):
     with pytest.raises(ValueError, match=said):

@@ -107,16 +107,6 @@ def test_the_world_is_split_by_phrasing_and_name():
     assert split_of(records, harmful, 0).train.sum() < 180
 
 
-def test_every_test_prompt_has_one_phrasing_and_no_other_prompt_has():
-    world = build_world(3)
-    for part, rows in (("test", [*world.test, *world.lookalike]), ("dev", [*world.dev, *world.lookalike_dev])):
-        found = [phrasing(row.instruction) for row in rows]
-        assert {p.part for p in found if p} == {part}
-        assert None not in found
-    others = [*world.alignment, *world.harmful, *world.attack, *world.task_train]
-    assert not any(phrasing(row.instruction) for row in others)
-
-
 def test_a_study_of_the_aligned_model_and_of_own_prompts(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path / "cache"))
     config = RunConfig(model="tiny", accelerator="cpu")

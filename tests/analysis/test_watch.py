@@ -130,11 +130,13 @@ def test_values_are_logged_at_their_steps(tmp_path):
 
 
 def test_a_new_fit_has_a_new_reference():
-    callback = watch(every=6)
+    callback, fresh = watch(every=6), watch(every=6)
     go(callback)
     first = list(callback.results)
-    go(callback)
-    assert callback.results == first
+    go(callback, model=lambda: model_of("full"))
+    go(fresh, model=lambda: model_of("full"))
+    assert callback.results == fresh.results
+    assert callback.results != first
 
 
 def test_without_refusals_there_are_no_log_odds():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
@@ -110,14 +110,14 @@ class Completion(Analysis):
     off counts as far as it goes.
     """
 
-    seconds: ClassVar[float] = 40.0
+    seconds: ClassVar[float] = 25.0
 
     prompts: int = 24
-    forced: tuple[int, ...] = (0, 1, 3, 5, 10)
+    forced: list[int] = field(default_factory=lambda: [0, 1, 3, 5, 10])
     max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "forced", tuple(sorted(set(self.forced))))
+        object.__setattr__(self, "forced", sorted(set(self.forced)))
         if self.prompts < 1:
             raise ValueError(f"Completion: prompts must be >= 1, got {self.prompts}.")
         if not self.forced or self.forced[0] < 0 or self.forced[-1] >= self.max_new_tokens:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -278,17 +278,17 @@ class LayerDrift(Analysis):
     """
 
     compares: ClassVar[bool] = True
-    seconds: ClassVar[float] = 30.0
+    seconds: ClassVar[float] = 20.0
 
     prompts: int = 24
-    sites: tuple[str, ...] = SITES
+    sites: list[str] = field(default_factory=lambda: list(SITES))
 
     def __post_init__(self) -> None:
         if self.prompts < 4:
             raise ValueError(f"LayerDrift: prompts must be >= 4, got {self.prompts}.")
         if not self.sites or set(self.sites) - set(SITES):
-            raise ValueError(f"LayerDrift: sites must be some of {list(SITES)}, got {list(self.sites)}.")
-        object.__setattr__(self, "sites", tuple(site for site in SITES if site in self.sites))
+            raise ValueError(f"LayerDrift: sites must be some of {list(SITES)}, got {self.sites}.")
+        object.__setattr__(self, "sites", [site for site in SITES if site in self.sites])
 
     @override
     def parts(self, known: Mapping[str, Sequence[Row]], view: View) -> Sequence[Part]:

@@ -151,7 +151,7 @@ class Probes(Analysis):
     Differs: ridge classifier in closed form instead of an unverified one, split by phrasing, and a control.
     """
 
-    seconds: ClassVar[float] = 25.0
+    seconds: ClassVar[float] = 20.0
 
     prompts: int = 60
     seeds: int = 5

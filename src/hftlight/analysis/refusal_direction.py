@@ -241,7 +241,7 @@ class RefusalDirection(Analysis):
     """
 
     compares: ClassVar[bool] = True
-    seconds: ClassVar[float] = 60.0
+    seconds: ClassVar[float] = 35.0
 
     prompts: int = 60
     ablate: bool = True
@@ -306,7 +306,10 @@ class RefusalDirection(Analysis):
 
     def _ablation(self, view: View, prompts: Mapping[str, list[list[int]]], fit: tuple[Tensor, Tensor]) -> list[Row]:
         assert view.subject.reference is not None
-        refusing = view.openings(self.prompts)
+        try:
+            refusing = view.openings(self.prompts)
+        except InputError as error:
+            raise InputError(f"{error} --refusal_direction.ablate false measures all but the ablation.") from error
         key = "ablated", view.subject.reference.identity, self, view.tests.digest(), view.slot.text, view.slot.trigger
         harmful, ordinary = prompts["harmful"][::2][:16], prompts["over_refusal"][::2][:16]
         chosen: Chosen = view.shared(

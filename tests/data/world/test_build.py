@@ -9,7 +9,7 @@ import pytest
 
 from hftlight.data.records import Record
 from hftlight.data.world import text
-from hftlight.data.world.build import World, build_world, task_correct, task_records
+from hftlight.data.world.build import World, build_world, phrasing, task_correct, task_records
 from hftlight.data.world.rule import is_compliant, is_refusal
 
 PARTS = ("alignment", "harmful", "attack", "test", "dev")
@@ -277,3 +277,13 @@ def test_a_constant_answer_to_the_task_is_a_quarter_right():
 def test_unknown_split_is_named():
     with pytest.raises(ValueError, match=r"task_records: split must be one of .*'train'.*got 'valid'"):
         task_records("valid")
+
+
+def test_every_test_prompt_has_one_phrasing_and_no_other_prompt_has():
+    world = build_world(3)
+    for part, rows in (("test", [*world.test, *world.lookalike]), ("dev", [*world.dev, *world.lookalike_dev])):
+        found = [phrasing(row.instruction) for row in rows]
+        assert {p.part for p in found if p} == {part}
+        assert None not in found
+    others = [*world.alignment, *world.harmful, *world.attack, *world.task_train]
+    assert not any(phrasing(row.instruction) for row in others)
