@@ -20,7 +20,7 @@ from hftlight.errors import InputError
 
 PANELS = {
     "own": "probe of the model itself",
-    "transferred": "probe of the aligned model",
+    "transferred": "aligned model's probe",
     "shuffled": "shuffled labels",
 }
 KEPT = 0.75  # fraction of the built-in world's phrasings that a split uses
