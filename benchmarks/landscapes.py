@@ -129,7 +129,7 @@ def speed(model: str) -> dict[str, Any]:
         texts = []
         for a in SPEED_POINTS:
             moved = load_model(model)
-            direction = torch.load(stored)
+            direction = torch.load(stored, weights_only=True)
             with torch.no_grad():
                 for name, weight in movable(moved).items():
                     weight.add_(direction[name], alpha=a)

@@ -188,7 +188,7 @@ def test_the_chosen_layer_is_the_best_of_those_that_leave_ordinary_prompts(monke
 
 def test_a_study_of_the_aligned_model_finds_it_unmoved(tmp_path, monkeypatch):
     monkeypatch.setenv("HFTLIGHT_CACHE", str(tmp_path))
-    assert ANALYSES["refusal_direction"].endswith(":RefusalDirection")
+    assert ANALYSES["refusal_direction"] == "RefusalDirection"
     subjects = plain_subjects(["tiny"], RunConfig(model="tiny", accelerator="cpu"), "tiny")
     done = study(subjects, [RefusalDirection(prompts=8, ablate=False)])
     rows = done.rows["refusal_direction"]

@@ -14,6 +14,7 @@ from hftlight.data.sources.task import PublicTask
 from hftlight.folders import STAGES
 from hftlight.model_files import model_path
 from tests.helpers.public_files import write
+from tests.helpers.slow import some_slow
 
 ROWS = 5060  # more than the highest row that a protocol starts from
 
@@ -63,7 +64,10 @@ def cell(name, i, columns):
     return values.get(name, f"{name} {i}")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+QUICK = ("booster25", "qi24_identity", "shadow23", "lermen23", "cmft24", "virus25_moderation")
+
+
+@pytest.mark.parametrize("name", some_slow(PRESETS, QUICK))
 def test_a_dry_run_ends_in_the_numbers_of_the_page(name, model, file_of, capsys, monkeypatch):
     """The numbers are those of the table, of the stages, and of the upload."""
     monkeypatch.setenv("COLUMNS", "200")

@@ -17,6 +17,7 @@ from hftlight.data.templates import SystemSlot, get_template
 from hftlight.data.tokens import encode_prompt
 from hftlight.errors import InputError
 from hftlight.evaluation.answering.generate import check_prompts
+from hftlight.evaluation.score import Score
 from hftlight.files import digest
 from hftlight.runs.measuring.curve import AtSteps
 from hftlight.runs.ranks import main_process
@@ -131,14 +132,14 @@ class Watch(AtSteps):
             ("relative_drift", "fraction", relative_drift(here, there)),
             ("direction_cosine", "cosine", cosine),
         ):
-            rows.append({"metric": metric, "value": float(values.mean()), "unit": unit})
+            rows.append(Score(metric, float(values.mean()), unit=unit).row())
             rows += [
-                {"metric": f"{metric}/{layer}", "value": value, "unit": unit, "layer": layer}
+                {**Score(f"{metric}/{layer}", value, unit=unit).row(), "layer": layer}
                 for layer, value in enumerate(values.tolist())
             ]
         if self.refusing:
             odds = refusal_log_odds(lens(pl_module.model, here[-1, :count]), self.refusing)  # type: ignore[arg-type]
-            rows.append({"metric": "refusal_log_odds", "value": float(odds.mean()), "unit": "nats"})
+            rows.append(Score("refusal_log_odds", float(odds.mean()), unit="nats").row())
         return rows
 
     def _states(self, pl_module: LightningModule) -> Tensor:
