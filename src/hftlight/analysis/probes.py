@@ -19,8 +19,8 @@ from hftlight.data.world.build import build_world, phrasing
 from hftlight.errors import InputError
 
 PANELS = {
-    "own": "probe of the model itself",
-    "transferred": "probe of the aligned model",
+    "own": "own probe",
+    "transferred": "aligned model's probe",
     "shuffled": "shuffled labels",
 }
 KEPT = 0.75  # fraction of the built-in world's phrasings that a split uses
