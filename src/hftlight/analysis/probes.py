@@ -19,7 +19,7 @@ from hftlight.data.world.build import build_world, phrasing
 from hftlight.errors import InputError
 
 PANELS = {
-    "own": "probe of the model itself",
+    "own": "own probe",
     "transferred": "aligned model's probe",
     "shuffled": "shuffled labels",
 }
