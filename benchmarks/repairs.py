@@ -27,7 +27,7 @@ ARMS: dict[str, list[str]] = {
     "rewind": [],
     "resta": [],
     "nlsr": [],
-    "somf": ["--somf.steps", "20"],
+    "somf": ["--somf.steps", "50"],
     "safety_lock": [],
     "panacea": [],
 }
