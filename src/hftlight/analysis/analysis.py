@@ -1,4 +1,4 @@
-"""Analysis: what an analysis measures on one model, as rows of a long table, and the pictures that it draws of them."""
+"""Analysis: the rows that an analysis measures on one model, and the pictures that it draws of them."""
 
 import json
 from abc import ABC, abstractmethod

@@ -81,7 +81,9 @@ def norm_weights(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class RandomDirection:
-    """A random direction with the norm of each tensor. Norm weights do not move, embeddings and the output layer do.
+    """A random direction with the norm of each tensor.
+
+    Norm weights do not move. Embeddings and the output layer do.
 
     Attributes:
         seed: seed of all directions.
@@ -134,7 +136,7 @@ class Displacement:
 
 
 def random_direction(model: nn.Module, seed: int, number: int, others: tuple[int, ...] = ()) -> RandomDirection:
-    """Return a random direction of a model; see ``RandomDirection``."""
+    """Return a ``RandomDirection`` of a model."""
     return RandomDirection(seed, number, frozenset(norm_weights(model)), others)
 
 
@@ -142,7 +144,9 @@ Moves = Sequence[tuple[float | Tensor, Direction]]  # coefficient and direction
 
 
 def movable(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a model by plain name, and its saved buffers of floating type. A tied weight occurs once.
+    """Return the weights and floating buffers of a model by plain name.
+
+    A tied weight occurs once. Only buffers that are saved are included.
 
     The factors of a LoRA adapter are no weights of their own: they are a part of the weights under them.
 

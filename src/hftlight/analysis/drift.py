@@ -63,7 +63,7 @@ class SiteDrift:
 
     @property
     def mean_shift(self) -> Tensor:
-        r"""Share of the squared drift that one common shift makes, 0-1, ``[layers]``; 0 without drift.
+        r"""Share of the squared drift that one common shift makes, 0-1, ``[layers]``. It is 0 without drift.
 
         .. math:: \|\mathrm{mean}_t (h - h')\|_2^2 \,/\, \mathrm{mean}_t \|h - h'\|_2^2
 
@@ -74,7 +74,7 @@ class SiteDrift:
 
     @property
     def cka(self) -> Tensor:
-        """Linear CKA of the states at the prompts' last tokens, ``[layers]``; see ``linear_cka``."""
+        """Linear CKA of the states at the prompts' last tokens, ``[layers]``, by ``linear_cka``."""
         return linear_cka(self.last[0], self.last[1])
 
     def vaccine_sum(self) -> Tensor:

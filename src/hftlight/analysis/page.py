@@ -16,7 +16,7 @@ from hftlight.report.html.render import Drawing, anchor, embed, render_page
 
 PAGE = Path(ANALYSIS).name
 TABLE, FIGURES = "analysis.jsonl", "figures"  # in a study's folder
-HEADERS = ("model", "layer", "position", "metric", "value", "95 % interval")
+HEADERS = ("model", "layer", "position", "metric", "value", "interval")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hftlight.analysis.analysis import Analysis, Part, Picture, Row
 from hftlight.analysis.drawing import layer_figure, looks, of
-from hftlight.analysis.states import last_states, lens
+from hftlight.analysis.states import last_states, lens, mean_row
 from hftlight.analysis.tone import refusal_log_odds
 from hftlight.analysis.view import View
 from hftlight.engine.step.activations import ATTENTION, hooked, modules_called
@@ -301,7 +301,7 @@ class RefusalDirection(Analysis):
         direction, origin = refusal_direction(*fit_aligned), fit_aligned[1].double().mean(1)
         for name, states in (("harmful", here[0]), ("ordinary", here[1])):
             for layer, values in enumerate(projected(states[:, 1::2], direction, origin)):
-                rows.append(_mean(Row("projection", 0.0, layer=layer, position=name), values))
+                rows.append(mean_row("projection", values, layer, name))
         return rows
 
     def _ablation(self, view: View, prompts: Mapping[str, list[list[int]]], fit: tuple[Tensor, Tensor]) -> list[Row]:
@@ -323,7 +323,7 @@ class RefusalDirection(Analysis):
             with ablated(view.model, chosen.direction) if name == "ablated" else ExitStack():
                 odds = refusal_log_odds(first_logits(view.model, held_out), refusing)
                 answers = answer(view.model, view.tokenizer, held_out[: self.answers], max_new_tokens=24)
-            rows.append(_mean(Row("refusal_log_odds", 0.0, position=name), odds))
+            rows.append(mean_row("refusal_log_odds", odds, position=name))
             classes = [c for c in classify(requests, [a.text for a in answers]) if c is not None]
             if classes:
                 refused = sum(c != "none" for c in classes)
@@ -366,12 +366,6 @@ class RefusalDirection(Analysis):
                 " hooks. A model whose refusals do not need the direction stays where it is. Bars: 95 % intervals.",
                 _ablation_figure(rows),
             )
-
-
-def _mean(row: Row, values: Tensor) -> Row:
-    """Return the mean over prompts in a row, with its 95 % interval."""
-    mean, half = float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
-    return Row(row.metric, mean, mean - half, mean + half, row.layer, row.position)
 
 
 def _shares(view: View, directions: Tensor) -> list[Row]:

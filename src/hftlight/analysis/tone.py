@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from hftlight.analysis.analysis import Analysis, Part, Picture, Row
 from hftlight.analysis.drawing import layer_figure
-from hftlight.analysis.states import last_states, lens
+from hftlight.analysis.states import last_states, lens, mean_row
 from hftlight.analysis.view import View
 
 PANELS = {"harmful": "harmful prompts", "ordinary": "ordinary prompts"}
@@ -64,8 +64,8 @@ class Tone(Analysis):
         for kind, name in (("harmful", "harmful"), ("over_refusal", "ordinary")):
             states = last_states(view.model, view.prompts(kind, self.prompts))  # type: ignore[arg-type]
             odds = torch.stack([refusal_log_odds(lens(view.model, layer), refusing) for layer in states]).cpu()
-            rows += [_row(layer, name, values) for layer, values in enumerate(odds)]
-            rows.append(_row(None, name, odds[-1]))
+            rows += [mean_row("refusal_log_odds", values, layer, name) for layer, values in enumerate(odds)]
+            rows.append(mean_row("refusal_log_odds", odds[-1], None, name))
             if name == "harmful" and (first := first_layer(odds.mean(1).tolist())) is not None:
                 rows.append(Row("first_refusing_layer", float(first)))
         return rows
@@ -87,8 +87,3 @@ def first_layer(odds: Sequence[float]) -> int | None:
     below = [layer for layer, value in enumerate(odds) if not value > 0]
     after = max(below, default=-1) + 1
     return after if after < len(odds) else None
-
-
-def _row(layer: int | None, position: str, values: Tensor) -> Row:
-    mean, half = values.mean(), 1.96 * values.std() / len(values) ** 0.5
-    return Row("refusal_log_odds", float(mean), float(mean - half), float(mean + half), layer, position)

@@ -103,14 +103,7 @@ class View:
             InputError: if the aligned model refuses nothing in words of its own.
         """
         refusals, others = self._first_tokens(count, max_new_tokens)
-        found = [token for token, times in refusals.most_common() if times > others[token]]
-        if not found:
-            raise InputError(
-                f"the aligned model refuses {refusals.total()} of {refusals.total() + others.total()} prompts, and"
-                " no first token tells its refusals from its other answers. Align it longer, name another --reference,"
-                " or leave this analysis out."
-            )
-        return found
+        return _telling(refusals, others, refusals)
 
     def compliances(self, count: int, max_new_tokens: int = 16) -> list[int]:
         """Return the tokens that open more of the aligned model's other answers than of its refusals.
@@ -121,14 +114,7 @@ class View:
             InputError: if there is no such token.
         """
         refusals, others = self._first_tokens(count, max_new_tokens)
-        found = [token for token, times in others.most_common() if times > refusals[token]]
-        if not found:
-            raise InputError(
-                f"the aligned model refuses {refusals.total()} of {refusals.total() + others.total()} prompts, and no"
-                " first token tells its other answers from its refusals. Name another --reference, or leave this"
-                " analysis out."
-            )
-        return found
+        return _telling(others, refusals, refusals)
 
     def _first_tokens(self, count: int, max_new_tokens: int) -> tuple[Counter[int], Counter[int]]:
         """Return how often each token opens the aligned model's refusals, and its other answers."""
@@ -159,3 +145,19 @@ class View:
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]
+
+
+def _telling(these: Counter[int], those: Counter[int], refusals: Counter[int]) -> list[int]:
+    """Return the tokens that open more of these answers than of those, most frequent first.
+
+    Raises:
+        InputError: if there is none, with the number of ``refusals``.
+    """
+    found = [token for token, times in these.most_common() if times > those[token]]
+    if not found:
+        raise InputError(
+            f"the aligned model refuses {refusals.total()} of {these.total() + those.total()} prompts, and no first"
+            " token tells its refusals from its other answers. Align it longer, name another --reference, or leave this"
+            " analysis out."
+        )
+    return found

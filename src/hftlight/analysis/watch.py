@@ -55,8 +55,7 @@ class Watch(AtSteps):
         ValueError: if no prompt or step is named, or a number is out of range.
         InputError: if template, module or prompts cannot be used.
 
-    Cost: one forward pass without logits over twice ``prompts`` rows per measurement, and once at the start. With the
-    defaults, that was 1.8 % of ten steps of the demo (SmolLM2-135M, LoRA, 8 rows per step) in CPU time.
+    Cost: one forward pass without logits over twice ``prompts`` rows per measurement, and once at the start.
     """
 
     def __init__(
